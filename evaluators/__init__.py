@@ -1,0 +1,1 @@
+"""Checks of an unlearned diffusion model in plain PyTorch and NumPy, one file per family of checks."""

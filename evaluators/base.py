@@ -1,0 +1,163 @@
+"""The protocol of an evaluator, and what evaluators see of a model and its data.
+
+An evaluator first makes raw scores, arrays whose first axis runs over independent units (a seed, an image), and then
+reduces them to metrics. Metrics can therefore be recomputed, and their uncertainty estimated by leaving groups of units
+out, without a model. Samples are drawn once per subject and shared by all evaluators.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+
+Scores = dict[str, np.ndarray]
+Direction = Literal["min", "max", "target"]
+
+
+class Model(Protocol):
+    """What evaluators need of a diffusion model; see `methods.base.Model` for shapes."""
+
+    net: Any
+    alphas: torch.Tensor
+    null_label: int | None
+
+    def noise(self, seeds: torch.Tensor) -> torch.Tensor: ...
+    def uniform(self, seeds: torch.Tensor, columns: int) -> torch.Tensor: ...
+    def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor: ...
+    def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
+    def sample(
+        self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float = 1.0
+    ) -> torch.Tensor: ...
+    def reconstruct(
+        self, x0: torch.Tensor, seeds: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
+
+class Images(Protocol):
+    """Rows of a split: images (n, C, H, W) in [-1, 1], class labels (n,) or None, groups (n,)."""
+
+    x: torch.Tensor
+    cond: torch.Tensor | None
+    groups: torch.Tensor
+
+    def __len__(self) -> int: ...
+
+
+class Task(Protocol):
+    """What evaluators need of a task."""
+
+    kind: str
+    splits: dict[str, Any]
+    sampling: dict[str, Any]
+    forget_class: int | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measurement with its uncertainty; `value` is None where it could not be computed, and `reason` says why."""
+
+    name: str
+    value: float | None
+    n: int
+    se: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+    interval: str = "none"
+    direction: Direction = "target"
+    status: Literal["ok", "failed", "skipped"] = "ok"
+    reason: str = ""
+
+
+@dataclass
+class Subject:
+    """A model under audit, with its task, its judge and the sizes and seeds of the tier.
+
+    judge: a classifier with `features(x)` (n, d) and `__call__(x)` logits (n, classes).
+    sizes: `samples`, `noises`, `timesteps`, ... as the tier sets them.
+    seeds: (stream name, count) -> int64 seeds (count,); equal for every model of the tier, so comparisons are paired.
+    """
+
+    model: Model
+    task: Task
+    judge: Any
+    sizes: dict[str, Any]
+    seeds: Callable[[str, int], torch.Tensor]
+    _cache: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """`make()` at the first call with `key`, its result afterwards."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def samples(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Images (n, C, H, W) of the retained content and their classes: unconditional, or over the kept classes."""
+
+        def make() -> tuple[torch.Tensor, torch.Tensor | None]:
+            n = self.sizes["samples"]
+            cond = None
+            if self.task.kind == "class":
+                kept = torch.unique(self.task.splits["retain"].cond)
+                cond = kept[torch.arange(n) % len(kept)]
+            return self.model.sample(cond, self.seeds("samples", n), **self.task.sampling), cond
+
+        return self.once("samples", make)
+
+    def features(self) -> np.ndarray:
+        """The judge's features of `samples()`, float64 (n, d)."""
+        return self.once("features", lambda: judged(self.judge.features, self.samples()[0]))
+
+    def reference_features(self) -> np.ndarray:
+        """The judge's features of the real retained images, float64 (m, d)."""
+        return self.once("reference", lambda: judged(self.judge.features, self.task.splits["retain"].x))
+
+
+class Evaluator(ABC):
+    """One family of checks.
+
+    directions: metric name -> which way is better; `target` means "like the oracle".
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[frozenset[str]] = frozenset({"points", "class"})
+    directions: ClassVar[dict[str, Direction]]
+    needs: ClassVar[str]
+
+    @abstractmethod
+    def scores(self, subject: Subject) -> Scores:
+        """Raw scores by name; the first axis of each array runs over independent units."""
+
+    @abstractmethod
+    def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
+        """Metric values from scores, or from a part of their units."""
+
+    @abstractmethod
+    def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
+        """Metrics with intervals. `replicates`: each metric recomputed without each group of units in turn (groups,)."""
+
+
+@torch.no_grad()
+def judged(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> np.ndarray:
+    """`network(x)` in float64, evaluated in batches."""
+    parts = [network(x[i : i + 500].float()).double() for i in range(0, len(x), 500)]
+    return torch.cat(parts).cpu().numpy()
+
+
+def without_group(scores: Scores, group: int, groups: int) -> Scores:
+    """Scores without the units of one group; unit i belongs to group i mod `groups`.
+
+    An array with fewer units than groups is kept whole: what is inferred is then conditional on these units.
+    """
+    return {name: a if len(a) < groups else a[np.arange(len(a)) % groups != group] for name, a in scores.items()}
+
+
+def correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Pearson correlation over the elements of each image, (n,), for images of broadcastable shapes (n, C, H, W)."""
+    a, b = (v.double().flatten(1) - v.double().flatten(1).mean(1, keepdim=True) for v in (x, y))
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-12)

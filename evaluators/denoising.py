@@ -1,0 +1,85 @@
+"""Denoising losses of forgotten and of retained images, on one bank of noise shared by all images and models.
+
+The loss of an image is the mean over `timesteps` equally spaced steps and `loss_noises` noises of the squared error of
+the network's own output (epsilon or v), mean over elements. A forgotten image that the model still knows has a loss far
+below the oracle's; a loss above the oracle's is over-forgetting, not more forgetting.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from evaluators.base import Evaluator, Images, Metric, Scores, Subject
+from evaluators.statistics import jackknife_se, normal_interval, t_interval
+
+
+class Denoising(Evaluator):
+    """Mean and log-mean denoising loss by split; the training objective of Ho et al., arXiv:2006.11239."""
+
+    name = "denoising"
+    directions = {"forget_loss": "target", "forget_log_loss": "target", "retain_loss": "min"}
+    needs = "forget and retain sets; `loss_noises` x `timesteps` forward passes per image"
+
+    def scores(self, subject: Subject) -> Scores:
+        forget, retain = subject.task.splits["forget"].distinct(), subject.task.splits["retain"]
+        n = subject.sizes["loss_images"]
+        return {
+            "forget": noise_by_step(subject, forget, n),
+            "retain": noise_by_step(subject, retain, n),
+        }
+
+    def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
+        forget = float(scores["forget"].mean())
+        return {
+            "forget_loss": forget,
+            "forget_log_loss": float(np.log(forget)),
+            "retain_loss": float(scores["retain"].mean()),
+        }
+
+    def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
+        values = self.values(scores, subject)
+        rows = []
+        for key in ("forget", "retain"):
+            se, lo, hi = t_interval(scores[key].mean(1))
+            method = "student-t over noise draws"
+            name, n = f"{key}_loss", len(scores[key])
+            rows.append(Metric(name, values[name], n, se, lo, hi, method, self.directions[name]))
+        se = jackknife_se(replicates["forget_log_loss"])
+        lo, hi = normal_interval(values["forget_log_loss"], se)
+        n = len(scores["forget"])
+        rows.append(Metric("forget_log_loss", values["forget_log_loss"], n, se, lo, hi, "jackknife over noise draws"))
+        return rows
+
+
+def noise_by_step(subject: Subject, images: Images, limit: int) -> np.ndarray:
+    """Losses (loss_noises, timesteps), mean over at most `limit` images: the unit is a draw of noise."""
+    return _losses(subject, images, limit).mean(2)
+
+
+@torch.no_grad()
+def _losses(subject: Subject, images: Images, limit: int) -> np.ndarray:
+    """(loss_noises, timesteps, images) losses on the shared noise bank."""
+    model, sizes = subject.model, subject.sizes
+    steps = len(model.alphas)
+    grid = [int((k + 0.5) * steps / sizes["timesteps"]) for k in range(sizes["timesteps"])]
+    bank = model.noise(subject.seeds("loss", sizes["loss_noises"]))
+    x = images.x[:limit].to(bank)
+    cond = None if images.cond is None else images.cond[:limit].to(bank.device)
+    model.net.eval()
+    out = np.empty((len(bank), len(grid), len(x)))
+    for j, t in enumerate(grid):
+        # all noises of a timestep in one pass: rows are (noise, image) pairs
+        eps = bank.repeat_interleave(len(x), 0)
+        x0 = x.repeat(len(bank), 1, 1, 1)
+        c = None if cond is None else cond.repeat(len(bank))
+        errors = []
+        for i in range(0, len(x0), 500):
+            rows = slice(i, i + 500)
+            times = torch.full((len(x0[rows]),), t, device=x.device)
+            output = model.predict(
+                model.add_noise(x0[rows], eps[rows], times), times, None if c is None else c[rows]
+            )
+            errors.append((output - model.target(x0[rows], eps[rows], times)).double().square().flatten(1).mean(1))
+        out[:, j] = torch.cat(errors).view(len(bank), len(x)).cpu().numpy()
+    return out

@@ -1,0 +1,1 @@
+"""Unlearning methods in plain PyTorch, one file per method, readable against its paper."""

@@ -1,0 +1,40 @@
+"""Naive deletion: fine-tuning on the retained data.
+
+Source: Alberti et al., "Data Unlearning in Diffusion Models", ICLR 2025, arXiv:2503.01034 (baseline "naive deletion",
+the loss L over X without A).
+    minimise  L_r = E_{x ~ retain, t, eps} |eps_theta(x_t, t) - eps|^2
+It forgets only what training on the rest overwrites, and is the control that every other method has to beat.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from methods import gradients
+from methods.base import Batch, Draw, Method, Training, mean_loss
+
+
+class FinetuneSettings(Training):
+    lr: float = Field(5e-6, gt=0, description="learning rate (released code, CelebA-HQ)")
+    steps: int = Field(60, ge=0, description="optimiser steps (released code, CelebA-HQ)")
+    clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code)")
+    weight_decay: float = Field(1e-6, ge=0, description="AdamW weight decay (released code, pixel models)")
+    beta1: float = Field(0.95, ge=0, lt=1, description="AdamW (released code, pixel models)")
+
+
+class Finetune(Method):
+    """Descends the diffusion loss of the retain set; arXiv:2503.01034, naive deletion."""
+
+    name = "finetune"
+    source = "Alberti et al., ICLR 2025, arXiv:2503.01034, naive deletion"
+    needs = frozenset({"retain"})
+    forwards_per_step = 1
+    Hyperparameters = FinetuneSettings
+
+    def draws(self) -> dict[str, Draw]:
+        return {"retain": Draw(self.hp.batch_size)}
+
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        loss = mean_loss(self.model, batch["retain"])
+        return gradients.flat(loss, self.params), gradients.scalars(retain_loss=loss)

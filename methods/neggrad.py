@@ -1,0 +1,42 @@
+"""NegGrad: gradient ascent on the forget set.
+
+Source: Alberti et al., "Data Unlearning in Diffusion Models", ICLR 2025, arXiv:2503.01034 (baseline "NegGrad").
+    minimise  - s * E_{a ~ forget, t, eps} |eps_theta(a_t, t) - eps|^2
+s is the released code's `superfactor`. With the gradient clipped to a global norm that it exceeds, s cancels out, so
+the learning rate and the number of steps are the knobs that matter.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from methods import gradients
+from methods.base import Batch, Draw, Method, Training, mean_loss
+
+
+class NegGradSettings(Training):
+    lr: float = Field(5e-6, gt=0, description="learning rate (released code, CelebA-HQ)")
+    steps: int = Field(60, ge=0, description="optimiser steps (released code, CelebA-HQ)")
+    superfactor: float = Field(1.0, gt=0, description="factor s on the ascent loss; no effect while clipping binds")
+    clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code)")
+    weight_decay: float = Field(1e-6, ge=0, description="AdamW weight decay (released code, pixel models)")
+    beta1: float = Field(0.95, ge=0, lt=1, description="AdamW (released code, pixel models)")
+
+
+class NegGrad(Method):
+    """Ascends the diffusion loss of the forget set; arXiv:2503.01034, NegGrad."""
+
+    name = "neggrad"
+    source = "Alberti et al., ICLR 2025, arXiv:2503.01034, NegGrad"
+    needs = frozenset({"forget"})
+    forwards_per_step = 1
+    Hyperparameters = NegGradSettings
+    hp: NegGradSettings
+
+    def draws(self) -> dict[str, Draw]:
+        return {"forget": Draw(self.hp.batch_size)}
+
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        loss = mean_loss(self.model, batch["forget"])
+        return gradients.flat(-self.hp.superfactor * loss, self.params), gradients.scalars(forget_loss=loss)

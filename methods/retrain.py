@@ -1,0 +1,89 @@
+"""Retraining: the model trained from scratch, with or without the forget set.
+
+On the retain set this is exact unlearning, the gold reference of the field ("oracle" here); on the whole training set it
+makes the embedded base models. The recipe is the usual one for diffusion models: Ho et al., "Denoising Diffusion
+Probabilistic Models", NeurIPS 2020, arXiv:2006.11239 (simple loss, exponential moving average of the weights), with
+dropped labels for classifier-free guidance (Ho & Salimans, arXiv:2207.12598), a linear warm-up and a cosine decay.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from pydantic import Field
+
+from methods import gradients
+from methods.base import Batch, Draw, Method, Model, Rows, Training, mean_loss
+
+
+class RetrainSettings(Training):
+    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    steps: int = Field(900, ge=1, description="optimiser steps")
+    warmup: int = Field(50, ge=0, description="steps of linear warm-up")
+    floor: float = Field(0.05, ge=0, le=1, description="end of the cosine decay, as a share of lr")
+    ema: float = Field(0.995, ge=0, lt=1, description="largest decay of the moving average of the weights")
+    label_drop: float = Field(0.1, ge=0, lt=1, description="share of rows trained without their label")
+    clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second-moment decay")
+    split: str = Field("retain", description="the split that is trained on")
+
+
+class Retrain(Method):
+    """Trains a new model on `split`; exact unlearning on the retain set, after arXiv:2006.11239."""
+
+    name = "retrain"
+    source = "Ho et al., NeurIPS 2020, arXiv:2006.11239"
+    needs = frozenset({"retain"})
+    forwards_per_step = 1
+    Hyperparameters = RetrainSettings
+    hp: RetrainSettings
+
+    def __init__(self, model: Model, hyperparameters: RetrainSettings, prepared: dict[str, torch.Tensor] | None = None):
+        super().__init__(model, hyperparameters, prepared)
+        self.ema = EMAModel(self.params, decay=hyperparameters.ema, use_ema_warmup=True, power=0.75)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, as a share of its peak."""
+        hp = self.hp
+        if step < hp.warmup:
+            return (step + 1) / hp.warmup
+        progress = (step - hp.warmup) / max(1, hp.steps - hp.warmup)
+        return hp.floor + (1 - hp.floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+    def draws(self) -> dict[str, Draw]:
+        return {self.hp.split: Draw(self.hp.batch_size)}
+
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        loss = mean_loss(self.model, self.drop_labels(batch[self.hp.split]))
+        return gradients.flat(loss, self.params), gradients.scalars(loss=loss)
+
+    def drop_labels(self, rows: Rows) -> Rows:
+        """`rows` with the null label in place of a share `label_drop` of the labels."""
+        null = getattr(self.model, "null_label", None)
+        if rows.cond is None or null is None:
+            return rows
+        drop = self.model.uniform(rows.seeds, 2)[:, 1] < self.hp.label_drop
+        return Rows(rows.x, torch.where(drop, torch.full_like(rows.cond, null), rows.cond), rows.seeds, rows.total)
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        scalars = super().step(batch)
+        self.schedule.step()
+        self.ema.step(self.params)
+        return scalars
+
+    def finish(self) -> dict[str, float]:
+        self.ema.copy_to(self.params)
+        return super().finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"ema": self.ema.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.ema.load_state_dict(state["ema"])
+        self.schedule.load_state_dict({k: v for k, v in state["schedule"].items() if k != "lr_lambdas"})

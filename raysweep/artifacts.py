@@ -1,0 +1,64 @@
+"""Content-addressed storage of what is made once and used again: base models, oracles, judges, prepared tensors.
+
+An artifact's key hashes everything that it is made from, the source code included, so a stale one is never found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from raysweep.store import StoreError, write_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cache_folder(configured: Path | None) -> Path:
+    """The folder of artifacts that outlive a run: as configured, or RAYSWEEP_CACHE, or ~/.cache/raysweep."""
+    return configured or Path(os.environ.get("RAYSWEEP_CACHE") or Path.home() / ".cache" / "raysweep")
+
+
+@cache
+def code_digest(*patterns: str) -> str:
+    """Hash of source files, given as glob patterns below the folder that holds the packages, and of torch's version."""
+    sha = hashlib.sha256(torch.__version__.encode())
+    for pattern in patterns:
+        for path in sorted(ROOT.glob(pattern)):
+            sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def training_code() -> str:
+    """Hash of the code that training depends on."""
+    return code_digest("methods/*.py", "raysweep/models/*.py", "raysweep/tasks/task.py")
+
+
+def judge_code() -> str:
+    """Hash of the code that a judge depends on."""
+    return code_digest("evaluators/judge.py")
+
+
+def audit_code() -> str:
+    """Hash of the code that a measurement depends on."""
+    return code_digest("evaluators/*.py", "raysweep/models/*.py", "raysweep/audit/measure.py")
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes tensors atomically in safetensors format."""
+    write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file; raises StoreError if it is missing, truncated or of another format."""
+    if not path.is_file():
+        raise StoreError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise StoreError(f"{path}: not a readable safetensors file ({error})") from error

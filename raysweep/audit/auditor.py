@@ -1,0 +1,154 @@
+"""An audit actor: loads a candidate, measures it, and leaves its rows and scores on the run's storage."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raysweep.config import Tier
+from raysweep.store import ROWS, SCORES, digest_of, read_table, write_table
+
+
+@dataclass(frozen=True)
+class AuditRequest:
+    """One model to be measured in one tier. model: its folder, or None for a freshly initialised (destroyed) one."""
+
+    subject: str
+    method: str
+    model: str | None
+    digest: str
+    tier_name: str
+    tier: Tier
+    judge: str
+    judge_digest: str
+    task: str
+    task_digest: str
+    run: str
+    code: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names the audit: equal keys are the same work."""
+        parts = (self.subject, self.digest, self.tier_name, self.tier.digest, self.judge_digest, self.task_digest)
+        return f"{self.subject}-{self.tier_name}-{digest_of(*parts, self.code)}"
+
+
+@ray.remote(num_cpus=0.5, max_restarts=-1, max_task_retries=0)
+class Auditor:
+    """Measures models one at a time; a restarted auditor starts empty and loads what it needs."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def ready(self) -> bool:
+        """Imports what measuring needs, so that the first audit does not wait for it."""
+        _one_thread()
+        import raysweep.audit.measure  # noqa: F401
+
+        return True
+
+    def measure(self, request: AuditRequest) -> dict[str, Any]:
+        """Does the audit, unless its parts are there already; returns the seconds it took and the failed checks."""
+        _one_thread()
+        path = rows_path(Path(request.run), request.key)
+        if not path.is_file():
+            return self._measure(request, path)
+        failed = [r["check"] for r in read_table(path, ROWS).to_pylist() if r["status"] == "failed"]
+        return {"seconds": 0.0, "failed": sorted(set(failed))}
+
+    def train_judge(self, task: str, seed: int, split: str, out: str) -> str:
+        """Trains a judge on a split of the task, saves it, and returns the hash of its weights."""
+        _one_thread()
+        from evaluators.judge import train_judge
+        from raysweep.artifacts import save_tensors
+        from raysweep.store import digest_state
+
+        images = self._task(task).splits[split]
+        state = train_judge(images.x, images.groups, seed).state_dict()
+        save_tensors(Path(out), state)
+        return digest_state(state)
+
+    def _measure(self, request: AuditRequest, path: Path) -> dict[str, Any]:
+        from raysweep.audit.measure import measure
+        from raysweep.models.draws import derive_seed
+        from raysweep.models.pixel import PixelDDPM
+
+        task = self._task(request.task)
+        if request.model is None:
+            model = PixelDDPM.build(task.model, derive_seed("destroyed"))
+        else:
+            model = PixelDDPM.load(request.model)
+        result = measure(model.to(_device()), task, self._judge(request.judge), request.tier)
+        common = {
+            "subject": request.subject, "method": request.method, "subject_digest": request.digest,
+            "tier": request.tier_name, "paired_with": "", "level": 0.95, "seed": request.tier.seed,
+            "judge_digest": request.judge_digest, "task_digest": request.task_digest,
+            "tier_digest": request.tier.digest,
+        }  # fmt: skip
+        rows = []
+        for row in result.rows:
+            name = f"{row['check']}.{row['name']}"
+            rest = {k: v for k, v in row.items() if k != "name"}
+            rows.append(common | rest | {"metric": row["name"], "replicates": result.replicates.get(name)})
+        scores = [
+            {"subject": request.subject, "tier": request.tier_name, "score": name, "unit": i,
+             "values": array[i].ravel().tolist()}
+            for name, array in result.scores.items()
+            for i in range(len(array))
+        ]  # fmt: skip
+        write_table(scores_path(Path(request.run), request.key), scores, SCORES)
+        write_table(path, rows, ROWS)
+        return {"seconds": result.seconds, "failed": sorted({r["check"] for r in rows if r["status"] == "failed"})}
+
+    def _task(self, folder: str):
+        from raysweep.tasks.task import Task
+
+        if folder not in self.kept:
+            self.kept[folder] = Task.load(Path(folder))
+        return self.kept[folder]
+
+    def _judge(self, path: str):
+        if path not in self.kept:
+            self.kept[path] = load_judge(Path(path))
+        return self.kept[path]
+
+
+def load_judge(path: Path):
+    """Reads a judge's weights."""
+    from evaluators.judge import Judge
+    from raysweep.artifacts import load_tensors
+
+    state = load_tensors(path)
+    judge = Judge(state["body.0.weight"].shape[1], state["head.weight"].shape[0])
+    judge.load_state_dict(state)
+    return judge.eval()
+
+
+def rows_path(run: Path, key: str) -> Path:
+    """Where an audit's rows are."""
+    return run / "rows" / f"{key}.parquet"
+
+
+def scores_path(run: Path, key: str) -> Path:
+    """Where an audit's scores are."""
+    return run / "scores" / f"{key}.parquet"
+
+
+def _one_thread() -> None:
+    import torch
+
+    with contextlib.suppress(RuntimeError):
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)
+
+
+def _device():
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+

@@ -1,0 +1,98 @@
+"""The audit manager: leases requests to auditors, once each, and remembers what was done on disk.
+
+An append-only log in the run directory, flushed to disk at every line, holds each audit's end by its key. A manager that
+is killed replays it; the callers' pending calls are retried by Ray and find the answer or queue up again. An auditor that
+dies or hangs costs one of its request's attempts; then the request is recorded as failed. Code here stays trivial,
+because Ray retries whatever kills this actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from raysweep.audit.auditor import AuditRequest
+
+LOG = "audits.jsonl"
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)
+class AuditManager:
+    """Serves `audit(request)` with a pool of auditors."""
+
+    def __init__(self, run: str, auditors: list[ActorHandle], attempts: int, timeout_s: float):
+        self.path, self.attempts, self.timeout_s = Path(run) / LOG, attempts, timeout_s
+        self.done: dict[str, dict[str, Any]] = read_log(self.path)
+        self.pending: dict[str, asyncio.Task] = {}
+        self.idle: asyncio.PriorityQueue = asyncio.PriorityQueue()
+        self.waiting = 0
+        for i, auditor in enumerate(auditors):
+            self.idle.put_nowait((i, auditor))
+
+    async def audit(self, request: AuditRequest) -> dict[str, Any]:
+        """Waits for the audit's end: {"status", "reason", "seconds", "failed"}."""
+        if request.key in self.done:
+            return self.done[request.key]
+        if request.key not in self.pending:
+            self.pending[request.key] = asyncio.ensure_future(self._lease(request))
+        return await asyncio.shield(self.pending[request.key])
+
+    async def state(self) -> dict[str, int]:
+        """Audits done, running or waiting, and idle auditors."""
+        return {"done": len(self.done), "pending": len(self.pending), "idle": self.idle.qsize()}
+
+    async def pid(self) -> int:
+        """This process, for tests of its death."""
+        return os.getpid()
+
+    async def _lease(self, request: AuditRequest) -> dict[str, Any]:
+        reason = ""
+        for _ in range(self.attempts):
+            number, auditor = await self.idle.get()
+            try:
+                answer = await asyncio.wait_for(_ask(auditor, request), self.timeout_s)
+                return self._end(request.key, {"status": "ok", "reason": ""} | answer)
+            except TimeoutError:
+                reason = f"no answer within {self.timeout_s:g} s"
+                ray.kill(auditor, no_restart=False)
+            except ray.exceptions.RayActorError:
+                reason = "the auditor died"
+            except ray.exceptions.RayTaskError as error:
+                reason = f"{type(error.cause).__name__}: {error.cause}"
+            finally:
+                self.idle.put_nowait((number, auditor))
+        ended = {"status": "failed", "reason": f"{reason} ({self.attempts} attempts)", "seconds": 0.0, "failed": []}
+        return self._end(request.key, ended)
+
+    def _end(self, key: str, answer: dict[str, Any]) -> dict[str, Any]:
+        with open(self.path, "a", encoding="utf-8") as log:
+            log.write("\n" + json.dumps({"key": key} | answer))  # the newline first: it also ends a line cut short
+            log.flush()
+            os.fsync(log.fileno())
+        self.done[key] = answer
+        self.pending.pop(key, None)
+        return answer
+
+
+def read_log(path: Path) -> dict[str, dict[str, Any]]:
+    """Ends of audits by key; a last line that a crash cut short is ignored, and failures are left out to be retried."""
+    done = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if entry["status"] == "ok":
+                done[entry.pop("key")] = entry
+    return done
+
+
+async def _ask(auditor: ActorHandle, request: AuditRequest) -> dict[str, Any]:
+    return await auditor.measure.remote(request)

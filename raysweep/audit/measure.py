@@ -1,0 +1,80 @@
+"""Runs a tier's checks on one model and keeps everything that later steps need: metrics, scores, replicates.
+
+A check that raises becomes a row with status `failed` and its reason; one that does not apply to the task becomes
+`skipped`. Neither can look like a pass.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+
+from evaluators.base import Evaluator, Metric, Scores, Subject, without_group
+from raysweep.config import Tier
+from raysweep.models.draws import derive_seed, row_seeds
+from raysweep.models.pixel import PixelDDPM
+from raysweep.registry import resolve
+from raysweep.tasks.task import Task
+
+
+@dataclass
+class Measurement:
+    """What one tier measured on one model.
+
+    rows: one dict per metric (`check` is the evaluator's name, the rest are the fields of `Metric`).
+    values: "check.metric" -> value; replicates: the same metrics without each group of units in turn.
+    scores: "check.score" -> raw scores by unit.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    values: dict[str, float] = field(default_factory=dict)
+    replicates: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def measure(model: PixelDDPM, task: Task, judge: torch.nn.Module, tier: Tier) -> Measurement:
+    """All checks of `tier` on `model`. Deterministic in (model, task, judge, tier)."""
+    started = time.monotonic()
+
+    def seeds(stream: str, count: int) -> torch.Tensor:
+        return row_seeds(derive_seed("audit", tier.seed, stream), 0, count)
+
+    subject = Subject(model, task, judge.eval(), tier.sizes(), seeds)  # type: ignore[arg-type]
+    result = Measurement()
+    for name in tier.checks_for(task):
+        evaluator: Evaluator = resolve("evaluator", name)()
+        if task.kind not in evaluator.kinds:
+            reason = f"does not apply to a task of kind {task.kind!r}"
+            result.rows += _absent(evaluator, "skipped", reason)
+            continue
+        try:
+            metrics, values, replicates, scores = _check(evaluator, subject, tier.groups)
+        except Exception as error:  # any fault of a check must end up in the record, not end the audit
+            result.rows += _absent(evaluator, "failed", f"{type(error).__name__}: {error}")
+            continue
+        result.rows += [{"check": name} | asdict(metric) for metric in metrics]
+        result.values |= {f"{name}.{k}": v for k, v in values.items()}
+        result.replicates |= {f"{name}.{k}": v.tolist() for k, v in replicates.items()}
+        result.scores |= {f"{name}.{k}": np.asarray(v) for k, v in scores.items()}
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def _check(evaluator: Evaluator, subject: Subject, groups: int):
+    scores: Scores = evaluator.scores(subject)
+    for key, array in scores.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{key} is not finite")
+    values = evaluator.values(scores, subject)
+    parts = [evaluator.values(without_group(scores, g, groups), subject) for g in range(groups)]
+    replicates = {name: np.array([part[name] for part in parts]) for name in values}
+    return evaluator.rows(scores, subject, replicates), values, replicates, scores
+
+
+def _absent(evaluator: Evaluator, status, reason: str) -> list[dict]:
+    metrics = [Metric(m, None, 0, direction=d, status=status, reason=reason) for m, d in evaluator.directions.items()]
+    return [{"check": evaluator.name} | asdict(metric) for metric in metrics]

@@ -1,0 +1,316 @@
+"""The configuration of a sweep: pydantic models, read from YAML, overridden by key=value, frozen, no unknown keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from raysweep.registry import METHODS, names, suggest
+from raysweep.tasks.digits import ClassTask, PictureTask
+from raysweep.tasks.task import Task
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's in a configuration; the message says where, what, and what would be valid."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tier(_Model):
+    """What one tier of the audit measures, and on which seeds."""
+
+    seed: int = Field(ge=0, description="seed of every random draw of the tier; tiers must differ")
+    judge: Literal["probe", "audit"] = Field(description="the judge, each trained on its own images")
+    checks: tuple[str, ...] | None = Field(None, description="evaluators, by name; null: what the objectives need")
+    groups: int = Field(10, ge=2, le=100, description="groups of the jackknife")
+    samples: int = Field(300, ge=20, description="samples of the retained content")
+    class_samples: int = Field(60, ge=10, description="samples under the forgotten label")
+    noises: int = Field(40, ge=2, description="noise draws of a reconstruction")
+    injection_t: int = Field(600, ge=1, description="step to which a reconstruction is noised")
+    injection_steps: int = Field(12, ge=1, description="steps of a reconstruction")
+    loss_noises: int = Field(10, ge=2, description="noises of the loss bank")
+    loss_images: int = Field(10, ge=1, description="images per split for denoising losses")
+    timesteps: int = Field(10, ge=1, description="equally spaced steps of a denoising loss")
+    membership_t: tuple[int, ...] = Field((20, 50, 100, 200), description="steps of the membership score, fixed beforehand")
+    membership_noises: int = Field(4, ge=1, description="noises per image and step of the membership score")
+    membership_images: int = Field(100, ge=2, description="images per population of membership inference")
+    relearn_steps: int = Field(5, ge=0, description="optimiser steps of relearning")
+    full_fidelity: bool = Field(True, description="KID, precision and recall besides the Frechet distance")
+
+    @field_validator("checks")
+    @classmethod
+    def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in value or ():
+            if name not in names("evaluator"):
+                raise ValueError(f"{name!r} is not an evaluator{suggest(name, names('evaluator'))}")
+        return value
+
+    @model_validator(mode="after")
+    def _enough_units(self):
+        for key in ("samples", "class_samples", "noises", "loss_noises"):
+            if getattr(self, key) < self.groups:
+                raise ValueError(f"{key}: {getattr(self, key)} units cannot form {self.groups} groups of the jackknife")
+        return self
+
+    def checks_for(self, task: Task) -> tuple[str, ...]:
+        """The checks of this tier on a task: the configured ones, or those that its objectives are made of."""
+        needed = dict.fromkeys(metric.split(".")[0] for metric in (*task.views, task.quality, "classifier.validity"))
+        return self.checks if self.checks is not None else tuple(needed)
+
+    @property
+    def digest(self) -> str:
+        """Hash of every setting."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    def sizes(self) -> dict[str, Any]:
+        """The numbers that evaluators read."""
+        return self.model_dump(exclude={"seed", "judge", "checks", "groups"})
+
+
+def _probe() -> Tier:
+    return Tier(seed=1, judge="probe", full_fidelity=False)
+
+
+def _audit() -> Tier:
+    return Tier(
+        seed=2, judge="audit", checks=tuple(names("evaluator")), groups=20, samples=1000, class_samples=200, noises=100,
+        loss_noises=20, loss_images=20, timesteps=12,
+    )  # fmt: skip
+
+
+class AuditConfig(_Model):
+    """The two tiers, and how many candidates the second one re-measures."""
+
+    probe: Tier = Field(default_factory=_probe, description="cheap tier that steers the search")
+    audit: Tier = Field(default_factory=_audit, description="full tier for front candidates, base and oracle")
+    top: int = Field(10, ge=1, description="at most this many candidates are audited")
+    attempts: int = Field(3, ge=1, description="tries per audit before it is recorded as failed")
+    timeout_s: float = Field(600, gt=0, description="seconds after which an audit counts as hung")
+
+    @model_validator(mode="after")
+    def _apart(self):
+        if self.probe.seed == self.audit.seed:
+            raise ValueError(f"probe.seed and audit.seed overlap (both {self.audit.seed}): search and audit must differ")
+        if self.probe.judge == self.audit.judge:
+            raise ValueError(f"probe.judge and audit.judge are both {self.audit.judge!r}: search and audit must differ")
+        return self
+
+
+class SearchConfig(_Model):
+    """How hyperparameters are explored."""
+
+    trials: int = Field(36, ge=1, description="trials in all, shared equally between the methods")
+    sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna sampler")
+    batch: int = Field(12, ge=1, description="trials suggested at once from the results of all batches before")
+    seed: int = Field(0, ge=0, description="seed of the sampler and, through it, of every trial")
+    min_validity: float = Field(0.2, ge=0, le=1, description="constraint: share of valid samples a candidate must keep")
+
+
+class TrainConfig(_Model):
+    """How trials are trained."""
+
+    executor: Literal["warm", "isolated"] = Field("warm", description="long-lived worker groups, or one per trial")
+    workers: int = Field(1, ge=1, le=512, description="data-parallel workers per trial")
+    budget_s: float = Field(600, gt=0, description="seconds after which a trial counts as hung")
+    checkpoint_s: float = Field(60, gt=0, description="seconds between the checkpoints of a running trial")
+
+
+class ResourceConfig(_Model):
+    """What one worker takes; null: chosen from the cluster (see `raysweep run --dry-run`)."""
+
+    cpus_per_worker: float | None = Field(None, gt=0, description="CPUs per train worker")
+    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs per train worker")
+    slots: int | None = Field(None, ge=1, description="trials trained at the same time")
+    auditors: int | None = Field(None, ge=1, description="audit actors")
+    cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray instance; null: all cores")
+
+
+class Sweep(_Model):
+    """One sweep: a task, the methods that compete on it, and how they are searched, trained and audited."""
+
+    name: str = Field("digits-picture", description="name of the run; becomes a part of its directory")
+    task: Annotated[PictureTask | ClassTask, Field(discriminator="name")] = Field(default_factory=PictureTask)
+    methods: tuple[str, ...] = Field(
+        ("finetune", "neggrad", "graddiff", "rgd", "siss", "siss_no_is"), min_length=1, description="methods, by name"
+    )
+    spaces: dict[str, dict[str, Any]] = Field(default_factory=dict, description="overrides of search_spaces/<method>.yaml")
+    oracles: int = Field(2, ge=1, le=20, description="retrained models, each with a seed of its own")
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    audit: AuditConfig = Field(default_factory=AuditConfig)
+    resources: ResourceConfig = Field(default_factory=ResourceConfig)
+    storage: Path = Field(Path("runs"), description="folder of run directories; shared by all nodes of a cluster")
+    cache: Path | None = Field(None, description="folder of base models, oracles and judges; null: ~/.cache/raysweep")
+
+    @field_validator("name")
+    @classmethod
+    def _a_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError(f"{value!r} must be 1 to 64 letters, digits, '.', '_' or '-', and start with one of the first two")
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in names("method"):
+                raise ValueError(f"{name!r} is not a method{suggest(name, names('method'))}")
+            if name == "retrain":
+                raise ValueError("'retrain' is the oracle of every sweep and not searched; set `oracles` for its seeds")
+        if len(set(value)) != len(value):
+            raise ValueError("a method is listed twice")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for name in self.spaces:
+            if name not in self.methods:
+                raise ValueError(f"spaces.{name}: not among the methods of this sweep ({', '.join(self.methods)})")
+        if self.search.trials % len(self.methods):
+            raise ValueError(
+                f"search.trials: {self.search.trials} cannot be shared equally by {len(self.methods)} methods; "
+                f"use a multiple of {len(self.methods)}"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting as plain data."""
+        return self.model_dump(mode="json")
+
+    @property
+    def digest(self) -> str:
+        """Hash of all settings that a result can depend on: storage, cache and resources are left out."""
+        data = self.model_dump(mode="json", exclude={"storage", "cache", "resources"})
+        del data["train"]["executor"], data["train"]["workers"], data["train"]["checkpoint_s"]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(path: Path | None, overrides: tuple[str, ...] = ()) -> Sweep:
+    """Reads a sweep from YAML (None: the embedded default) and applies overrides such as `search.trials=12`.
+
+    Raises:
+        ConfigError: one message for every mistake, with file, key and line.
+    """
+    text, where = "", "built-in default"
+    if path is not None:
+        where = str(path)
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file")
+        text = path.read_text(encoding="utf-8")
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: must be a mapping of keys, not {type(data).__name__}")
+    set_by_hand = [_override(data, item) for item in overrides]
+    return validate(data, where, text, set_by_hand)
+
+
+def validate(data: dict[str, Any], where: str, text: str = "", set_by_hand: list[str] | None = None) -> Sweep:
+    """Builds a `Sweep` from plain data; `text` is the YAML source that line numbers are looked up in."""
+    data = json.loads(json.dumps(data, default=str))
+    if isinstance(data.get("task"), str):
+        data["task"] = {"name": data["task"]}
+    if isinstance(data.get("task"), dict):
+        data["task"].setdefault("name", "digits-picture")
+        if data["task"]["name"] not in names("task"):
+            raise ConfigError(f"{where}: task.name: {data['task']['name']!r} is not a task{suggest(data['task']['name'], names('task'))}")
+    for tier, default in (("probe", _probe()), ("audit", _audit())):
+        audit = data.get("audit")
+        if isinstance(audit, dict) and isinstance(audit.get(tier), dict):
+            audit[tier] = default.model_dump(mode="json") | audit[tier]
+    try:
+        return Sweep.model_validate(data)
+    except ValidationError as error:
+        lines = _line_numbers(text)
+        raise ConfigError("\n".join(_explain(e, where, lines, set_by_hand or []) for e in error.errors())) from error
+
+
+def _override(data: dict[str, Any], item: str) -> str:
+    """Sets `a.b=value` in nested `data`, the value parsed as YAML; returns the dotted key."""
+    key, found, raw = item.partition("=")
+    if not found or not all(key.split(".")):
+        raise ConfigError(f"{item!r}: an override has the form key=value, for example search.trials=12")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{item!r}: the value is not valid YAML") from error
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        if isinstance(node.get(parent), str) and parent == "task":
+            node[parent] = {"name": node[parent]}
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{item!r}: {parent} is a single value and has no keys below it")
+    node[last] = value
+    return key
+
+
+def _explain(error: Any, where: str, lines: dict[str, int], set_by_hand: list[str]) -> str:
+    """One sentence for one pydantic error: place, key, what is wrong, what would be valid."""
+    path = [str(p) for p in error["loc"] if str(p) not in names("task")]
+    key = ".".join(path)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        message = f"unknown key{suggest(path[-1], _valid_keys(error['loc'][:-1]))}"
+    place = where
+    if any(key == k or key.startswith(k + ".") or k.startswith(key + ".") for k in set_by_hand):
+        place = "command line"
+    else:
+        line = next((lines[k] for k in (key, ".".join(path[:-1])) if k in lines), None)
+        place = f"{where}:{line}" if line else where
+    given = error.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and error["type"] != "value_error" else ""
+    return f"{place}: {key + ': ' if key else ''}{message}{shown}"
+
+
+def _valid_keys(loc: tuple[Any, ...]) -> list[str]:
+    """Field names of the model at `loc`."""
+    model: Any = Sweep
+    for part in loc:
+        if part in ("digits-picture", "digits-class"):
+            continue
+        if part == "task":
+            model = ClassTask if "digits-class" in loc else PictureTask
+            continue
+        annotation = model.model_fields[part].annotation
+        model = annotation
+    return sorted(model.model_fields)
+
+
+def _line_numbers(text: str) -> dict[str, int]:
+    """Dotted key -> line (from 1) of every mapping key in a YAML text."""
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.Node | None, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                path = f"{prefix}{key.value}"
+                lines[path] = key.start_mark.line + 1
+                walk(value, path + ".")
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                lines[f"{prefix}{i}"] = value.start_mark.line + 1
+                walk(value, f"{prefix}{i}.")
+
+    walk(yaml.compose(text, Loader=yaml.SafeLoader) if text else None, "")
+    return lines
+
+
+def method_names() -> list[str]:
+    """Searchable methods that come with raysweep."""
+    return sorted(set(METHODS) - {"retrain"})

@@ -1,0 +1,102 @@
+"""What every process of a run has to know, on the run's storage: where the task, the models and the judges are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysweep.artifacts import audit_code, training_code
+from raysweep.audit.auditor import AuditRequest, rows_path
+from raysweep.config import Sweep, Tier
+from raysweep.objectives import Anchors, Measured, View
+from raysweep.rundir import RunDir
+from raysweep.store import ROWS, read_table, write_json
+from raysweep.train.loop import Job
+
+
+@dataclass(frozen=True)
+class Context:
+    """Paths and digests that do not change during a run."""
+
+    run: str
+    run_id: str
+    task_digest: str
+    base: str
+    base_digest: str
+    oracles: dict[str, tuple[str, str]]  # name -> (folder, digest)
+    judges: dict[str, tuple[str, str]]  # probe, audit -> (file, digest)
+    prepared: dict[str, str]  # method -> file
+
+    def save(self) -> None:
+        write_json(RunDir(Path(self.run)).context, asdict(self))
+
+    @classmethod
+    def load(cls, run: str) -> Context:
+        data = json.loads(RunDir(Path(run)).context.read_text())
+        pairs = {k: {n: tuple(v) for n, v in data[k].items()} for k in ("oracles", "judges")}
+        return cls(**data | pairs)
+
+    @property
+    def folder(self) -> RunDir:
+        return RunDir(Path(self.run))
+
+    def job(self, sweep: Sweep, config: dict[str, Any]) -> Job:
+        """The training job of a trial."""
+        card = {k: config[k] for k in ("trial", "method", "hyperparameters", "seed", "source")}
+        return Job(
+            id=f"{self.run_id}-{config['trial']}",
+            kind="train",
+            method=config["method"],
+            hyperparameters=config["hyperparameters"],
+            seed=config["seed"],
+            task=str(self.folder.task),
+            base=self.base,
+            out=str(self.folder.candidates / config["trial"]),
+            prepared=self.prepared.get(config["method"]),
+            budget_s=sweep.train.budget_s,
+            checkpoint_s=sweep.train.checkpoint_s,
+            inputs={"task": self.task_digest, "base": self.base_digest, "code": training_code()},
+            card=card | {"run": self.run_id, "base_digest": self.base_digest, "task_digest": self.task_digest},
+        )
+
+    def request(
+        self, tier_name: str, tier: Tier, subject: str, method: str, model: str | None, digest: str
+    ) -> AuditRequest:
+        """The audit of one model in one tier."""
+        judge, judge_digest = self.judges[tier.judge]
+        return AuditRequest(
+            subject=subject, method=method, model=model, digest=digest, tier_name=tier_name, tier=tier, judge=judge,
+            judge_digest=judge_digest, task=str(self.folder.task), task_digest=self.task_digest, run=self.run,
+            code=audit_code(),
+        )  # fmt: skip
+
+    def anchor_requests(self, tier_name: str, tier: Tier) -> dict[str, AuditRequest]:
+        """The audits of the models that fix a tier's scales, by subject."""
+        subjects: dict[str, tuple[str | None, str]] = {"base": (self.base, self.base_digest)}
+        subjects |= self.oracles
+        subjects["destroyed"] = (None, "fresh")
+        return {name: self.request(tier_name, tier, name, "", *where) for name, where in subjects.items()}
+
+    def load_anchors(self, tier_name: str) -> tuple[Anchors, list[View]]:
+        """A tier's anchors and views, as `save_anchors` left them."""
+        data = json.loads(self.folder.anchors(tier_name).read_text())
+        found = {name: load_measured(self.folder.path, key) for name, key in data["keys"].items()}
+        oracles = tuple(m for name, m in found.items() if name.startswith("oracle"))
+        return Anchors(found["base"], oracles, found["destroyed"]), [View(**v) for v in data["views"]]
+
+    def save_anchors(self, tier_name: str, keys: dict[str, str], views: list[View]) -> None:
+        write_json(self.folder.anchors(tier_name), {"keys": keys, "views": [asdict(v) for v in views]})
+
+
+def load_measured(run: Path, key: str) -> Measured:
+    """Values and replicates of one audit, from its rows."""
+    values, replicates = {}, {}
+    for row in read_table(rows_path(run, key), ROWS).to_pylist():
+        if row["status"] == "ok" and row["replicates"] is not None:
+            name = f"{row['check']}.{row['metric']}"
+            values[name], replicates[name] = row["value"], np.array(row["replicates"])
+    return Measured(values, replicates)

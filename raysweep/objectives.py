@@ -1,0 +1,142 @@
+"""Residue and damage: a candidate's measurements, anchored by measured models rather than by assumption.
+
+residue  the worst over the task's views of (candidate - oracle)/(base - oracle): 0 like the oracle, 1 like the untouched
+         base. A view whose gap between base and oracle is under four standard errors says nothing and is left out.
+damage   the larger of log(F/F_oracle)/log(F_destroyed/F_oracle), with F the Frechet distance on retained content, and of
+         over-forgetting, the farthest that any view lies beyond the oracle: 0 like the oracle, 1 like a destroyed model.
+Both are cut at 0. The oracle is the mean over retrained models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evaluators.statistics import jackknife_se
+
+INFORMATIVE = 4.0
+VALIDITY = "classifier.validity"
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metric values and their leave-one-group-out replicates (groups,), both by "check.metric"."""
+
+    values: dict[str, float]
+    replicates: dict[str, np.ndarray]
+
+    @property
+    def groups(self) -> int:
+        return min((len(r) for r in self.replicates.values()), default=0)
+
+    def part(self, group: int) -> Values:
+        """The values without one group of units."""
+        return {name: float(r[group]) for name, r in self.replicates.items()}
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """The models that fix the scales, as one tier measured them."""
+
+    base: Measured
+    oracles: tuple[Measured, ...]
+    destroyed: Measured
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of the residue: its anchors and whether it can tell base and oracle apart."""
+
+    metric: str
+    base: float
+    oracle: float
+    gap_se: float
+    informative: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """A candidate's place. `replicates` (groups, 2) are residue and damage without each group of units in turn."""
+
+    residue: float
+    damage: float
+    residue_se: float
+    damage_se: float
+    over_forgetting: float
+    validity: float
+    views: dict[str, float]
+    replicates: np.ndarray
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+
+
+class Unmeasured(ValueError):
+    """An objective lacks a measurement; the message names it."""
+
+
+def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
+    """Each view with its verdict; raises Unmeasured if none tells base and oracle apart."""
+    views = []
+    for metric in metrics:
+        missing = [m for m in (anchors.base, *anchors.oracles) if metric not in m.values]
+        if missing:
+            views.append(View(metric, np.nan, np.nan, np.nan, False, "not measured on base and oracle"))
+            continue
+        base, oracle = anchors.base.values[metric], float(np.mean([o.values[metric] for o in anchors.oracles]))
+        gap = anchors.base.replicates[metric] - np.mean([o.replicates[metric] for o in anchors.oracles], axis=0)
+        se = jackknife_se(gap)
+        informative = abs(base - oracle) > INFORMATIVE * se and base != oracle
+        reason = "" if informative else f"base and oracle differ by {abs(base - oracle):.3g}, under 4 x {se:.2g}"
+        views.append(View(metric, base, oracle, se, bool(informative), reason))
+    if not any(v.informative for v in views):
+        raise Unmeasured(
+            "no view tells the base model from the oracle, so there is nothing to forget on this task: "
+            + "; ".join(f"{v.metric}: {v.reason}" for v in views)
+        )
+    return views
+
+
+def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], quality: str) -> Objectives:
+    """Residue and damage of a candidate from the informative `views` and the metric `quality`."""
+    used = [v.metric for v in views if v.informative]
+    for metric in (*used, quality, VALIDITY):
+        if metric not in candidate.values or not np.isfinite(candidate.values[metric]):
+            raise Unmeasured(f"{metric} was not measured")
+
+    def place(own: Values, base: Values, oracles: Sequence[Values], destroyed: Values) -> tuple[float, float, float, dict]:
+        anchored = {}
+        for metric in used:
+            oracle = float(np.mean([o[metric] for o in oracles]))
+            anchored[metric] = (own[metric] - oracle) / (base[metric] - oracle)
+        beyond = max(0.0, *(-a for a in anchored.values()))
+        best, worst = float(np.mean([o[quality] for o in oracles])), destroyed[quality]
+        damage = float(np.log(max(own[quality], 1e-12) / best) / np.log(worst / best))
+        return max(0.0, *anchored.values()), max(beyond, damage, 0.0), beyond, anchored
+
+    residue, damage, beyond, anchored = place(
+        candidate.values, anchors.base.values, [o.values for o in anchors.oracles], anchors.destroyed.values
+    )
+    parts = np.array(
+        [
+            place(candidate.part(g), anchors.base.part(g), [o.part(g) for o in anchors.oracles], anchors.destroyed.part(g))[:2]
+            for g in range(candidate.groups)
+        ]
+    )
+    return Objectives(
+        residue=residue,
+        damage=damage,
+        residue_se=jackknife_se(parts[:, 0]),
+        damage_se=jackknife_se(parts[:, 1]),
+        over_forgetting=beyond,
+        validity=candidate.values[VALIDITY],
+        views=anchored,
+        replicates=parts,
+    )

@@ -1,0 +1,67 @@
+"""Fronts, hypervolume and dominance under noise. Objectives are minimised unless a function says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import moocore
+import numpy as np
+
+REFERENCE = (1.1, 1.1)  # fixed beforehand in anchored units, so that hypervolumes of different sweeps compare
+
+
+def front(points: np.ndarray, directions: Sequence[str]) -> list[int]:
+    """Indices of the points (n, k) that no other point dominates, in order; equal points are all kept.
+
+    directions: "min" or "max" per objective. A point with a value that is not finite is never on the front.
+    """
+    sign = np.array([{"min": 1.0, "max": -1.0}[d] for d in directions])
+    costs = np.asarray(points, dtype=float).reshape(-1, len(sign)) * sign
+    usable = np.flatnonzero(np.isfinite(costs).all(1))
+    return [int(i) for i in usable if not any(_dominates(costs[j], costs[i]) for j in usable)]
+
+
+def hypervolume(points: np.ndarray, reference: Sequence[float] = REFERENCE) -> float:
+    """Volume between the points (n, k) and the reference that at least one of them dominates; both minimised."""
+    kept = np.asarray(points, dtype=float).reshape(-1, len(reference))
+    kept = kept[np.isfinite(kept).all(1) & (kept < np.asarray(reference)).all(1)]
+    return float(moocore.hypervolume(kept, ref=list(reference))) if len(kept) else 0.0
+
+
+def resample(values: np.ndarray, replicates: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Paired draws (draws, n, k) of n points with k objectives from their leave-one-group-out values.
+
+    values: (n, k); replicates: (n, groups, k), group g being the same units for every point. Groups' pseudo-values are
+    drawn with replacement, the same groups for all points, so that what points share cancels in their differences.
+    """
+    groups = replicates.shape[1]
+    pseudo = groups * values[:, None, :] - (groups - 1) * replicates
+    picks = np.random.Generator(np.random.Philox(seed)).integers(groups, size=(draws, groups))
+    return np.stack([pseudo[:, pick, :].mean(1) for pick in picks])
+
+
+def dominance_probability(draws: np.ndarray) -> np.ndarray:
+    """P[i, j]: the share of draws (draws, n, k) in which point i dominates point j, shape (n, n)."""
+    a, b = draws[:, :, None, :], draws[:, None, :, :]
+    return ((a <= b).all(-1) & (a < b).any(-1)).mean(0)
+
+
+def hypervolume_interval(
+    draws: np.ndarray, reference: Sequence[float] = REFERENCE, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the hypervolume over resampled points (draws, n, k)."""
+    volumes = [hypervolume(points, reference) for points in draws]
+    tail = (1 - level) / 2
+    low, high = np.quantile(volumes, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def balanced(points: np.ndarray) -> int:
+    """The index with the smallest worst objective, ties by the sum: the recommendation when nothing else is asked."""
+    points = np.asarray(points, dtype=float)
+    order = np.lexsort((points.sum(1), points.max(1)))
+    return int(order[0])
+
+
+def _dominates(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((a <= b).all() and (a < b).any())

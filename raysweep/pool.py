@@ -1,0 +1,132 @@
+"""The actors of a run: audit manager and auditors, and the broker with its warm groups; made, found again, taken down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raysweep.artifacts import ROOT
+from raysweep.audit.auditor import Auditor
+from raysweep.audit.manager import AuditManager
+from raysweep.config import ConfigError, Sweep
+from raysweep.resources import TRIAL_SLOT, Node, Plan
+from raysweep.train.groups import NAMESPACE, Broker, start_group
+from raysweep.trial import scaling
+
+# Settings of Ray that a run needs in every one of its processes.
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # groups notice a dead worker soon
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "30",
+    "RAY_DEDUP_LOGS": "1",
+}
+MEGABYTE = 1024 * 1024
+
+
+@contextlib.contextmanager
+def connected(sweep: Sweep) -> Iterator[list[Node]]:
+    """Connects to the cluster of RAY_ADDRESS or of the submitting job, else starts a local Ray on loopback."""
+    os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    env = dict(ENVIRONMENT)
+    if str(ROOT) not in paths:
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, paths)])
+    outside = bool(os.environ.get("RAY_ADDRESS"))
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
+    if outside:
+        ray.init(address="auto", runtime_env={"env_vars": ENVIRONMENT} if not _in_job() else None, **options)
+    else:
+        ray.init(
+            num_cpus=sweep.resources.cpus,
+            resources={TRIAL_SLOT: 10_000},
+            object_store_memory=200 * MEGABYTE,
+            include_dashboard=_dashboard_wanted(),
+            dashboard_host="127.0.0.1",
+            runtime_env={"env_vars": env},
+            **options,
+        )
+    try:
+        nodes = [
+            Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0), n.get("Labels", {}).get("role", ""))
+            for n in ray.nodes()
+            if n["Alive"]
+        ]
+        yield nodes
+    finally:
+        ray.shutdown()
+
+
+def has_trial_slots() -> bool:
+    """Whether the connected cluster offers trial slots."""
+    return ray.cluster_resources().get(TRIAL_SLOT, 0) > 0
+
+
+@dataclass
+class Pool:
+    """Handles of a run's actors."""
+
+    manager: ActorHandle
+    auditors: list[ActorHandle]
+    broker: ActorHandle
+
+
+@contextlib.contextmanager
+def pool(run: Path, run_id: str, sweep: Sweep, plan: Plan) -> Iterator[Pool]:
+    """Starts auditors (their placement group first, so that trials cannot take their place), manager and groups."""
+    bundle = {"CPU": plan.auditor_cpus} | ({"GPU": plan.auditor_gpus} if plan.auditor_gpus else {})
+    selector = [{"role": "audit"}] * plan.auditors if plan.roles else None
+    group = placement_group([bundle] * plan.auditors, strategy="SPREAD", bundle_label_selector=selector)
+    if not group.wait(120):
+        raise ConfigError("resources: the auditors found no place within 120 s; see `ray status`")
+    where = PlacementGroupSchedulingStrategy(group)
+    auditors = [
+        Auditor.options(
+            name=f"auditor-{run_id}-{i}", scheduling_strategy=where, num_cpus=plan.auditor_cpus,
+            num_gpus=plan.auditor_gpus,
+        ).remote()
+        for i in range(plan.auditors)
+    ]  # fmt: skip
+    manager = AuditManager.options(name=f"audits-{run_id}").remote(
+        str(run), auditors, sweep.audit.attempts, sweep.audit.timeout_s
+    )
+    broker = Broker.options(name=f"broker-{run_id}").remote()
+    threads = []
+    if sweep.train.executor == "warm":
+        storage = str(run / "tune" / "train")
+        threads = [start_group(broker, slot, scaling(plan), storage) for slot in range(plan.slots)]
+    try:
+        yield Pool(manager, auditors, broker)
+    finally:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(broker.close.remote(), timeout=5)
+        deadline = time.monotonic() + 5
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for actor in (manager, broker, *auditors):
+            ray.kill(actor)
+        remove_placement_group(group)
+
+
+def _in_job() -> bool:
+    """Whether `ray job submit` started this process; its runtime environment is then given."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _dashboard_wanted() -> bool:
+    return os.environ.get("RAYSWEEP_DASHBOARD", "1") != "0"

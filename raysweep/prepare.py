@@ -1,0 +1,188 @@
+"""What a sweep needs before its first trial: task, base model, oracles, judges, prepared tensors, anchors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raysweep.artifacts import cache_folder, judge_code, training_code
+from raysweep.config import ConfigError, Sweep
+from raysweep.context import Context, load_measured
+from raysweep.models.draws import derive_seed
+from raysweep.models.pixel import PixelDDPM
+from raysweep.objectives import Anchors, assess_views
+from raysweep.pool import Pool
+from raysweep.registry import resolve
+from raysweep.rundir import RunDir
+from raysweep.store import digest_of, digest_state, write_folder
+from raysweep.tasks.task import Task
+from raysweep.train.groups import Executor
+from raysweep.train.loop import Job, Outcome, finished
+
+Say = Callable[[str, str], None]
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on; the message says why."""
+
+
+def save_task(folder: RunDir, task: Task) -> None:
+    """Writes the task for the workers, unless it is there."""
+    if not (folder.task / "task.json").is_file():
+        write_folder(folder.task, task.save)
+
+
+def check_base(path: str, task: Task) -> str:
+    """Hash of a base model given by the user; raises ConfigError if it does not fit the task."""
+    try:
+        model = PixelDDPM.load(path)
+    except ValueError as error:
+        raise ConfigError(f"task.base: {error}") from error
+    shape = tuple(task.splits["forget"].x.shape[1:])
+    if model.shape != shape:
+        raise ConfigError(f"task.base: {path} makes images of shape {model.shape}, but the task's are {shape}")
+    if (model.null_label is not None) != (task.kind == "class"):
+        raise ConfigError(f"task.base: {path} must be {'class-conditional' if task.kind == 'class' else 'unconditional'}")
+    return digest_state(model.net.state_dict())
+
+
+def retrain_jobs(sweep: Sweep, task: Task, task_folder: Path) -> dict[str, Job]:
+    """The training of the base model (unless given) and of the oracles, by subject, into the cache."""
+    subjects = {} if task.base else {"base": ("train", derive_seed("base", sweep.task.seed))}
+    subjects |= {f"oracle-{k}": ("retain", derive_seed("oracle", sweep.task.seed, k)) for k in range(sweep.oracles)}
+    jobs = {}
+    for subject, (split, seed) in subjects.items():
+        settings = task.recipe | {"split": split}
+        inputs = {"task": task.digest, "code": training_code()}
+        key = digest_of(settings, seed, inputs)
+        out = cache_folder(sweep.cache) / "models" / f"{task.name}-{subject}-{key}"
+        jobs[subject] = Job(
+            id=f"{subject}-{key}", kind="train", method="retrain", hyperparameters=settings, seed=seed,
+            task=str(task_folder), base=None, out=str(out), inputs=inputs, card={"subject": subject},
+            budget_s=max(3600.0, sweep.train.budget_s), checkpoint_s=sweep.train.checkpoint_s,
+        )  # fmt: skip
+    return jobs
+
+
+def judge_files(sweep: Sweep, task: Task) -> dict[str, tuple[Path, int, str]]:
+    """Judge -> (file in the cache, seed, split)."""
+    files = {}
+    for seed, name in enumerate(("probe", "audit")):
+        split = f"judge_{name}"
+        key = digest_of(task.splits[split].ids, task.splits[split].groups.tolist(), seed, judge_code())
+        files[name] = (cache_folder(sweep.cache) / "judges" / f"{name}-{key}.safetensors", seed, split)
+    return files
+
+
+def prepare(
+    sweep: Sweep, task: Task, folder: RunDir, run_id: str, executor: Executor, actors: Pool, say: Say, tick: Tick
+) -> Context:
+    """Makes or finds everything, measures the anchors with the probe, and leaves the run's context on disk."""
+    with ThreadPoolExecutor(max_workers=16) as threads:
+        retrained = {s: threads.submit(executor.run, job) for s, job in retrain_jobs(sweep, task, folder.task).items()}
+        judges = {
+            name: threads.submit(_judge, actors, i, folder, *spec)
+            for i, (name, spec) in enumerate(judge_files(sweep, task).items())
+        }
+        _wait({**retrained, **{f"judge {n}": f for n, f in judges.items()}}, actors, say, tick)
+        models = {s: _model(s, job, retrained[s].result()) for s, job in retrain_jobs(sweep, task, folder.task).items()}
+        if task.base:
+            models["base"] = (task.base, check_base(task.base, task))
+        context = Context(
+            run=str(folder.path), run_id=run_id, task_digest=task.digest, base=models["base"][0],
+            base_digest=models["base"][1], oracles={k: v for k, v in models.items() if k != "base"},
+            judges={name: future.result() for name, future in judges.items()}, prepared={},
+        )  # fmt: skip
+        prepared = {m: threads.submit(executor.run, job) for m, job in _prepare_jobs(sweep, context).items()}
+        for method, future in prepared.items():
+            outcome = future.result()
+            if outcome.status != "ok":
+                raise RunFailed(f"preparing {method} failed: {outcome.reason}")
+            context.prepared[method] = str(folder.prepared / f"{method}.safetensors")
+            say("prepare", f"{method}: prepared in {outcome.seconds:.1f} s")
+        context.save()
+    return context
+
+
+def measure_anchors(sweep: Sweep, task: Task, context: Context, actors: Pool, tier_name: str, say: Say) -> None:
+    """Measures base, oracles and a destroyed model in a tier, and settles which views tell base and oracle apart."""
+    tier = getattr(sweep.audit, tier_name)
+    requests = context.anchor_requests(tier_name, tier)
+    answers = dict(zip(requests, ray.get([actors.manager.audit.remote(r) for r in requests.values()]), strict=True))
+    for name, answer in answers.items():
+        if answer["status"] != "ok":
+            raise RunFailed(f"{tier_name}: measuring {name} failed: {answer['reason']}")
+    found = {name: load_measured(folder_path(context), request.key) for name, request in requests.items()}
+    oracles = tuple(found[name] for name in context.oracles)
+    views = assess_views(Anchors(found["base"], oracles, found["destroyed"]), task.views)
+    context.save_anchors(tier_name, {name: request.key for name, request in requests.items()}, views)
+    for view in views:
+        verdict = f"base {view.base:.3g}, oracle {view.oracle:.3g}" if view.informative else f"left out: {view.reason}"
+        say("anchor", f"{tier_name} view {view.metric}: {verdict}")
+
+
+def folder_path(context: Context) -> Path:
+    """The run directory of a context."""
+    return Path(context.run)
+
+
+Tick = Callable[[str, int, int], None]
+
+
+def _prepare_jobs(sweep: Sweep, context: Context) -> dict[str, Job]:
+    """The preparation of each method that has one."""
+    from methods.base import Method
+
+    jobs = {}
+    for name in sweep.methods:
+        if resolve("method", name).prepare.__func__ is not Method.prepare.__func__:  # type: ignore[attr-defined]
+            inputs = {"task": context.task_digest, "base": context.base_digest, "code": training_code()}
+            jobs[name] = Job(
+                id=f"{context.run_id}-prepare-{name}", kind="prepare", method=name, hyperparameters={},
+                seed=derive_seed("prepare", name), task=str(context.folder.task), base=context.base,
+                out=str(context.folder.prepared / f"{name}.safetensors"), inputs=inputs,
+                budget_s=sweep.train.budget_s,
+            )  # fmt: skip
+    return jobs
+
+
+def _model(subject: str, job: Job, outcome: Outcome) -> tuple[str, str]:
+    if outcome.status != "ok":
+        raise RunFailed(f"training {subject} failed: {outcome.reason}")
+    return job.out, outcome.digest
+
+
+def _judge(actors: Pool, i: int, folder: RunDir, path: Path, seed: int, split: str) -> tuple[str, str]:
+    if path.is_file():
+        from raysweep.artifacts import load_tensors
+
+        return str(path), digest_state(load_tensors(path))
+    auditor = actors.auditors[i % len(actors.auditors)]
+    return str(path), ray.get(auditor.train_judge.remote(str(folder.task), seed, split, str(path)))
+
+
+def _wait(futures: dict[str, Future], actors: Pool, say: Say, tick: Tick) -> None:
+    """Waits for all, telling of each end and of progress on the way."""
+    started, open_ = time.monotonic(), dict(futures)
+    while open_:
+        for name in [n for n, f in open_.items() if f.done()]:
+            result: Any = open_.pop(name).result()
+            seconds = result.seconds if isinstance(result, Outcome) else None
+            say("prepare", f"{name} ready" + (f" (trained in {seconds:.0f} s)" if seconds else ""))
+        if open_:
+            state = ray.get(actors.broker.state.remote())
+            for job_id, (done, steps, _) in state["progress"].items():
+                tick(job_id.rsplit("-", 1)[0], done, steps)
+            time.sleep(0.5)
+    say("prepare", f"base, oracles and judges ready after {time.monotonic() - started:.0f} s")
+
+
+def cached(sweep: Sweep, task: Task, folder: RunDir) -> dict[str, bool]:
+    """Which of base, oracles and judges are in the cache already."""
+    found = {s: finished(job) is not None for s, job in retrain_jobs(sweep, task, folder.task).items()}
+    return found | {f"judge {n}": spec[0].is_file() for n, spec in judge_files(sweep, task).items()}

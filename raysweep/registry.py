@@ -1,0 +1,66 @@
+"""Names of methods, evaluators and tasks: literal tables, resolved lazily, open to other packages by entry points."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+METHODS = {
+    "finetune": "methods.finetune:Finetune",
+    "graddiff": "methods.graddiff:GradDiff",
+    "neggrad": "methods.neggrad:NegGrad",
+    "retrain": "methods.retrain:Retrain",
+    "rgd": "methods.rgd:RGD",
+    "salun": "methods.salun:SalUn",
+    "siss": "methods.siss:SISS",
+    "siss_no_is": "methods.siss_no_is:SISSNoIS",
+}
+
+EVALUATORS = {
+    "classifier": "evaluators.classifier:Classifier",
+    "denoising": "evaluators.denoising:Denoising",
+    "fidelity": "evaluators.fidelity:Fidelity",
+    "generation": "evaluators.generation:Generation",
+    "membership": "evaluators.membership:Membership",
+    "reconstruction": "evaluators.reconstruction:Reconstruction",
+    "relearning": "evaluators.relearning:Relearning",
+}
+
+TASKS = {
+    "digits-class": "raysweep.tasks.digits:ClassTask",
+    "digits-picture": "raysweep.tasks.digits:PictureTask",
+}
+
+_TABLES = {"method": METHODS, "evaluator": EVALUATORS, "task": TASKS}
+
+
+class UnknownName(ValueError):
+    """A name that no table holds; the message lists the nearest valid ones."""
+
+
+def external(kind: str) -> dict[str, str]:
+    """Names that installed packages add through the entry-point group `raysweep.<kind>s`."""
+    return {ep.name: ep.value for ep in entry_points(group=f"raysweep.{kind}s")}
+
+
+def names(kind: str) -> list[str]:
+    """All names of a kind ("method", "evaluator", "task"), sorted."""
+    return sorted({**external(kind), **_TABLES[kind]})
+
+
+def resolve(kind: str, name: str) -> Any:
+    """Imports what `name` stands for; raises UnknownName with a suggestion."""
+    target = _TABLES[kind].get(name) or external(kind).get(name)
+    if target is None:
+        raise UnknownName(f"{name!r} is not a known {kind}{suggest(name, names(kind))}")
+    module, attribute = target.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def suggest(name: str, valid: list[str]) -> str:
+    """"; did you mean 'x'? valid: ..." for an error message."""
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{hint} valid: {', '.join(valid)}"

@@ -1,0 +1,225 @@
+"""From a run's tables to its answer: the trials, the audited front, paired differences, the recommendation. No Ray."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+
+from evaluators.statistics import jackknife_se, normal_interval
+from raysweep import pareto
+from raysweep.config import Sweep
+from raysweep.context import Context, load_measured
+from raysweep.objectives import Measured, Objectives, objectives
+from raysweep.rundir import RunDir
+from raysweep.search import open_study
+from raysweep.store import FRONT, ROWS, TRIALS, write_json, write_table
+from raysweep.tasks.task import Task
+
+
+def trial_table(folder: RunDir, name: str) -> list[dict[str, Any]]:
+    """One row per trial of the study, in the order of the sweep."""
+    if not folder.journal.is_file():
+        return []
+    rows = {}
+    for t in open_study(folder.journal, name).get_trials(deepcopy=False):
+        if "config" not in t.user_attrs:
+            continue
+        config = json.loads(t.user_attrs["config"])
+        result = json.loads(t.user_attrs.get("result", "{}"))
+        done = t.state == optuna.trial.TrialState.COMPLETE
+        rows[config["place"]] = {
+            "trial": config["trial"],
+            "number": t.number,
+            "method": config["method"],
+            "source": config["source"],
+            "state": t.state.name,
+            "hyperparameters": json.dumps(config["hyperparameters"], sort_keys=True),
+            "seed": config["seed"],
+            "residue": t.values[0] if done else None,
+            "damage": t.values[1] if done else None,
+            **{k: result.get(k) for k in ("residue_se", "damage_se", "train_s", "audit_s")},
+            "digest": result.get("digest", ""),
+            "reason": t.user_attrs.get("reason", ""),
+        }
+    return [rows[place] for place in sorted(rows)]
+
+
+def write_trials(folder: RunDir, name: str) -> list[dict[str, Any]]:
+    """Brings trials.parquet up to date with the study."""
+    rows = trial_table(folder, name)
+    write_table(folder.trials, rows, TRIALS)
+    return rows
+
+
+def pick_for_audit(trials: Sequence[dict[str, Any]], top: int) -> list[dict[str, Any]]:
+    """The candidates worth a full audit: each method's best and its front, the overall front first, at most `top`."""
+    done = [t for t in trials if t["state"] == "COMPLETE"]
+    if not done:
+        return []
+    order: dict[str, dict[str, Any]] = {}
+    points = _points(done)
+    overall = [done[i] for i in pareto.front(points, ("min", "min"))]
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for t in done:
+        by_method.setdefault(t["method"], []).append(t)
+    best = [ts[pareto.balanced(_points(ts))] for ts in by_method.values()]
+    fronts = [ts[i] for ts in by_method.values() for i in pareto.front(_points(ts), ("min", "min"))]
+    worst = {t["trial"]: max(t["residue"], t["damage"]) for t in done}
+    for group in (best, overall, fronts):
+        for t in sorted(group, key=lambda t: worst[t["trial"]]):
+            order.setdefault(t["trial"], t)
+    return list(order.values())[: max(top, len(best))]
+
+
+@dataclass
+class Front:
+    """The audited candidates and anchors.
+
+    rows: as in store.FRONT; draws: paired resamples (draws, candidates, 2); p_dominates[i, j]: i dominates j.
+    """
+
+    rows: list[dict[str, Any]]
+    candidates: list[str]
+    p_dominates: np.ndarray
+    hypervolume: float
+    hypervolume_lo: float
+    hypervolume_hi: float
+    probe_hypervolume: float
+    recommended: str | None
+    recommended_share: float
+
+
+def audited_front(folder: RunDir, context: Context, task: Task, keys: dict[str, str], trials: list[dict]) -> Front:
+    """The front of the audited candidates. keys: trial -> key of its audit."""
+    anchors, views = context.load_anchors("audit")
+    by_trial = {t["trial"]: t for t in trials}
+    places: dict[str, Objectives] = {
+        trial: objectives(load_measured(folder.path, key), anchors, views, task.quality) for trial, key in keys.items()
+    }
+    names = list(places)
+    points = np.array([[places[n].residue, places[n].damage] for n in names]).reshape(-1, 2)
+    on_front = {names[i] for i in pareto.front(points, ("min", "min"))} if names else set()
+    own = {
+        names[mine[i]]
+        for method in {by_trial[n]["method"] for n in names}
+        for mine in [[k for k, n in enumerate(names) if by_trial[n]["method"] == method]]
+        for i in pareto.front(points[mine], ("min", "min"))
+    }
+    draws = np.empty((0, 0, 2))
+    p_dominates, low, high, recommended, share = np.zeros((0, 0)), 0.0, 0.0, None, 0.0
+    if names:
+        draws = pareto.resample(points, np.stack([places[n].replicates for n in names]))
+        p_dominates = pareto.dominance_probability(draws)
+        low, high = pareto.hypervolume_interval(draws)
+        k = pareto.balanced(points)
+        recommended, share = names[k], float(np.mean([pareto.balanced(d) == k for d in draws]))
+    rows = []
+    for k, n in enumerate(names):
+        t, place = by_trial[n], places[n]
+        rows.append(
+            _front_row(n, t["method"], "candidate", place)
+            | {
+                "probe_residue": t["residue"],
+                "probe_damage": t["damage"],
+                "on_front": n in on_front,
+                "on_method_front": n in own,
+                "p_dominated": float(p_dominates[:, k].max()),
+                "hyperparameters": t["hyperparameters"],
+            }
+        )
+    for name, measured in {"base": anchors.base, **_oracles(anchors), "destroyed": anchors.destroyed}.items():
+        rows.append(_front_row(name, "", "anchor", objectives(measured, anchors, views, task.quality)))
+    probe = [t for t in trials if t["state"] == "COMPLETE"]
+    return Front(
+        rows=rows, candidates=names, p_dominates=p_dominates, hypervolume=pareto.hypervolume(points),
+        hypervolume_lo=low, hypervolume_hi=high, probe_hypervolume=pareto.hypervolume(_points(probe)),
+        recommended=recommended, recommended_share=share,
+    )  # fmt: skip
+
+
+def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
+    """Writes front.json and front.parquet."""
+    write_table(folder.front_table, front.rows, FRONT)
+    write_json(
+        folder.front_json,
+        {
+            "run": sweep.name,
+            "config_digest": sweep.digest,
+            "objectives": {"residue": "min", "damage": "min"},
+            "reference_point": list(pareto.REFERENCE),
+            "hypervolume": {"value": front.hypervolume, "lo": front.hypervolume_lo, "hi": front.hypervolume_hi},
+            "probe_hypervolume": front.probe_hypervolume,
+            "recommended": {"trial": front.recommended, "share_of_resamples": front.recommended_share},
+            "candidates": front.candidates,
+            "p_dominates": front.p_dominates.tolist(),
+            "points": [
+                {k: json.loads(v) if k in ("views", "hyperparameters") and v else v for k, v in row.items()}
+                for row in front.rows
+            ],
+        },
+    )
+
+
+def write_paired(folder: RunDir, context: Context, subjects: dict[str, str], methods: dict[str, str]) -> None:
+    """Writes, for every audited subject, each metric's difference to the base and to the oracles' mean.
+
+    The same seeds and images served all subjects, so groups of units are left out of both at once and what they share
+    cancels. subjects: name -> key of its audit.
+    """
+    anchors, _ = context.load_anchors("audit")
+    for subject, key in subjects.items():
+        measured, rows = load_measured(folder.path, key), []
+        references = {"base": [anchors.base], "oracle": [o for o in anchors.oracles]}
+        for reference, models in references.items():
+            for metric, value in measured.values.items():
+                if all(metric in m.values for m in models):
+                    rows.append(_difference(subject, methods.get(subject, ""), reference, metric, value, measured, models))
+        write_table(folder.rows / f"paired-{key}.parquet", rows, ROWS)
+
+
+def _difference(
+    subject: str, method: str, reference: str, metric: str, value: float, measured: Measured, models: list[Measured]
+) -> dict[str, Any]:
+    delta = value - float(np.mean([m.values[metric] for m in models]))
+    parts = measured.replicates[metric] - np.mean([m.replicates[metric] for m in models], axis=0)
+    se = jackknife_se(parts)
+    lo, hi = normal_interval(delta, se)
+    check, name = metric.split(".")
+    return {
+        "subject": subject, "method": method, "tier": "audit", "check": check, "metric": name,
+        "paired_with": reference, "value": delta, "n": len(parts), "se": se, "lo": lo, "hi": hi, "level": 0.95,
+        "interval": "paired jackknife", "direction": "target", "status": "ok", "reason": "",
+        "replicates": parts.tolist(),
+    }  # fmt: skip
+
+
+def _front_row(name: str, method: str, kind: str, place: Objectives) -> dict[str, Any]:
+    return {
+        "trial": name,
+        "method": method,
+        "kind": kind,
+        "residue": place.residue,
+        "residue_se": place.residue_se,
+        "damage": place.damage,
+        "damage_se": place.damage_se,
+        "over_forgetting": place.over_forgetting,
+        "views": json.dumps(place.views),
+    }
+
+
+def _oracles(anchors: Any) -> dict[str, Measured]:
+    return {f"oracle-{k}": o for k, o in enumerate(anchors.oracles)}
+
+
+def _points(trials: Sequence[dict[str, Any]]) -> np.ndarray:
+    return np.array([[_number(t["residue"]), _number(t["damage"])] for t in trials]).reshape(-1, 2)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

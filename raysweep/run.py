@@ -1,0 +1,222 @@
+"""Composes a sweep: task, workers, auditors, search, audit, results, report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray import tune
+
+from raysweep.config import ConfigError, Sweep
+from raysweep.context import Context
+from raysweep.objectives import Unmeasured
+from raysweep.pool import Pool, connected, has_trial_slots, pool
+from raysweep.prepare import RunFailed, Say, Tick, measure_anchors, prepare, save_task
+from raysweep.registry import resolve
+from raysweep.resources import TRIAL_SLOT, Plan, make_plan
+from raysweep.results import Front, audited_front, pick_for_audit, trial_table, write_front, write_paired, write_trials
+from raysweep.rundir import RunDir
+from raysweep.search import ParetoSearch
+from raysweep.spaces import Space, SpaceError
+from raysweep.spaces import load as load_space
+from raysweep.tasks.task import Task
+from raysweep.trial import make_executor, trial
+
+
+class Interrupted(RuntimeError):
+    """The sweep was asked to stop; its state is on disk and the same command goes on."""
+
+
+@dataclass
+class Result:
+    """How a run ended. incomplete: checks that failed in the final audit."""
+
+    folder: RunDir
+    front: Front | None
+    trials: list[dict[str, Any]]
+    incomplete: list[str]
+
+
+def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
+    """The task and the search spaces, checked against each other; raises ConfigError."""
+    try:
+        task = sweep.task.build()
+    except ValueError as error:
+        raise ConfigError(f"task: {error}") from error
+    spaces = []
+    for name in sweep.methods:
+        method = resolve("method", name)
+        reasons = []
+        if task.kind not in method.kinds:
+            reasons.append(f"it forgets {' or '.join(sorted(method.kinds))}, and the task is of kind {task.kind!r}")
+        reasons += [f"it needs the {need} set" for need in sorted(method.needs - set(task.splits))]
+        if reasons:
+            raise ConfigError(f"methods: {name} cannot serve the task {task.name}: {'; '.join(reasons)}")
+        try:
+            spaces.append(load_space(name, sweep.spaces.get(name)))
+        except SpaceError as error:
+            raise ConfigError(str(error)) from error
+    for tier_name in ("probe", "audit"):
+        checks = getattr(sweep.audit, tier_name).checks_for(task)
+        for metric in (*task.views, task.quality, "classifier.validity"):
+            if metric.split(".")[0] not in checks:
+                raise ConfigError(f"audit.{tier_name}.checks: {metric.split('.')[0]!r} is missing: {metric} is an objective")
+    return task, spaces
+
+
+def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
+    """Runs a sweep to its report, or resumes it.
+
+    Raises:
+        ConfigError: the config, the run directory or the cluster does not allow it.
+        RunFailed: nothing came out of it.
+        Interrupted: SIGINT or SIGTERM ended it; the same call resumes.
+    """
+    task, spaces = resolve_sweep(sweep)
+    folder = RunDir.of(sweep)
+    run_id = f"{sweep.name}-{sweep.digest[:8]}"
+    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}):
+        before = trial_table(folder, run_id)
+        ended = sum(t["state"] != "RUNNING" for t in before)
+        say("run", f"{folder.path}" + (f"  (resuming: {ended} of {sweep.search.trials} trials done)" if before else ""))
+        save_task(folder, task)
+        try:
+            result = _with_ray(sweep, task, spaces, folder, run_id, say, tick)
+        except (RunFailed, Unmeasured) as error:
+            folder.update(state="failed", reason=str(error))
+            raise RunFailed(str(error)) from error
+        except (Interrupted, KeyboardInterrupt):
+            folder.update(state="interrupted")
+            raise
+        folder.update(state="incomplete" if result.incomplete else "done", incomplete=result.incomplete)
+    return result
+
+
+def _with_ray(
+    sweep: Sweep, task: Task, spaces: list[Space], folder: RunDir, run_id: str, say: Say, tick: Tick
+) -> Result:
+    with connected(sweep) as nodes:
+        plan = make_plan(nodes, sweep, has_trial_slots())
+        say("plan", plan.describe())
+        for line in urls(folder):
+            say("url", line)
+        with pool(folder.path, run_id, sweep, plan) as actors:
+            ray.get([a.ready.remote() for a in actors.auditors])
+            executor = make_executor(str(folder.path), run_id, sweep, plan)
+            context = prepare(sweep, task, folder, run_id, executor, actors, say, tick)
+            measure_anchors(sweep, task, context, actors, "probe", say)
+            search(sweep, spaces, folder, run_id, plan, say, tick)
+            trials = write_trials(folder, run_id)
+            return _conclude(sweep, task, folder, context, actors, trials, say, tick)
+
+
+def search(
+    sweep: Sweep, spaces: list[Space], folder: RunDir, run_id: str, plan: Plan, say: Say, tick: Tick
+) -> None:
+    """Runs the trials that are left through Ray Tune."""
+    searcher = ParetoSearch(
+        folder.journal, run_id, spaces, sweep.search.trials, sweep.search.batch, sweep.search.seed, sweep.search.sampler
+    )
+    left = searcher.left()
+    if left == 0:
+        return
+    resources = {TRIAL_SLOT: 1} if plan.trial_slots else {"cpu": plan.driver_cpus}
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"cpu": 0} | resources),
+        param_space={"run": str(folder.path), "plan": asdict(plan)},
+        tune_config=tune.TuneConfig(
+            search_alg=searcher, num_samples=left, max_concurrent_trials=plan.concurrent_trials, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            name="search", storage_path=str(folder.path / "tune"), verbose=0,
+            callbacks=[_Events(folder, run_id, sweep, say, tick)],
+            failure_config=tune.FailureConfig(max_failures=2),
+        ),
+    )  # fmt: skip
+    tuner.fit()
+    if ParetoSearch(folder.journal, run_id, spaces, sweep.search.trials, sweep.search.batch, sweep.search.seed).left():
+        raise Interrupted("stopped before all trials had ended")
+
+
+class _Events(tune.Callback):
+    """Tells of every trial's end and keeps trials.parquet up to date."""
+
+    def __init__(self, folder: RunDir, run_id: str, sweep: Sweep, say: Say, tick: Tick):
+        self.folder, self.run_id, self.sweep, self.say, self.tick = folder, run_id, sweep, say, tick
+        self.done = sum(t["state"] != "RUNNING" for t in trial_table(folder, run_id))
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.ended(trial.config, trial.last_result or {})
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.ended(trial.config, {"reason": "the trial's process died"})
+
+    def ended(self, config: dict[str, Any], result: dict[str, Any]) -> None:
+        self.done += 1
+        settings = " ".join(f"{k}={_short(v)}" for k, v in config["hyperparameters"].items())
+        total = self.sweep.search.trials
+        if result.get("reason"):
+            self.say("failed", f"{config['trial']}  {settings}  {result['reason']}")
+        else:
+            place = f"residue {result['residue']:.2f}  damage {result['damage']:.2f}"
+            cost = f"{result['train_s']:.1f} s + {result['audit_s']:.1f} s"
+            self.say("trial", f"{config['trial']:<16} {place}  {cost}  {settings}  {self.done}/{total}")
+        self.tick("trials", self.done, total)
+
+
+def _conclude(
+    sweep: Sweep, task: Task, folder: RunDir, context: Context, actors: Pool, trials: list[dict], say: Say, tick: Tick
+) -> Result:
+    """Audits the chosen candidates on fresh seeds, then writes front and report."""
+    from raysweep.report.page import build
+
+    failed = [t for t in trials if t["state"] == "FAIL"]
+    picked = pick_for_audit(trials, sweep.audit.top)
+    if not picked:
+        reasons = sorted({t["reason"] for t in failed})[:3]
+        raise RunFailed(f"no candidate: all {len(trials)} trials failed ({'; '.join(reasons)})")
+    started = time.monotonic()
+    say("audit", f"{len(picked)} candidates, base, {len(context.oracles)} oracles and a destroyed model on fresh seeds")
+    tier = sweep.audit.audit
+    requests = {
+        t["trial"]: context.request("audit", tier, t["trial"], t["method"], str(folder.candidates / t["trial"]), t["digest"])
+        for t in picked
+    }
+    pending = {actors.manager.audit.remote(r): name for name, r in requests.items()}
+    measure_anchors(sweep, task, context, actors, "audit", say)
+    incomplete, keys = [], {}
+    while pending:
+        ready, _ = ray.wait(list(pending), num_returns=1)
+        name = pending.pop(ready[0])
+        answer = ray.get(ready[0])
+        tick("audits", len(requests) - len(pending), len(requests))
+        if answer["status"] == "ok":
+            keys[name] = requests[name].key
+        incomplete += [f"{name}: {check}" for check in answer["failed"]]
+        if answer["status"] != "ok":
+            incomplete.append(f"{name}: {answer['reason']}")
+            say("failed", f"audit of {name}: {answer['reason']}")
+    say("audit", f"done in {time.monotonic() - started:.0f} s")
+    keys = {t["trial"]: keys[t["trial"]] for t in picked if t["trial"] in keys}
+    front = audited_front(folder, context, task, keys, trials)
+    write_front(folder, front, sweep)
+    anchors = {name: r.key for name, r in context.anchor_requests("audit", tier).items()}
+    write_paired(folder, context, keys | anchors, {t["trial"]: t["method"] for t in trials})
+    build(folder)
+    return Result(folder, front, trials, incomplete)
+
+
+def urls(folder: RunDir) -> list[str]:
+    """Where a running sweep can be watched."""
+    address = ray._private.worker.global_worker.node.address_info.get("webui_url") if ray.is_initialized() else None
+    lines = [f"Ray dashboard  http://{address}"] if address else []
+    lines.append(f"tensorboard --logdir {folder.path / 'tune'}")
+    lines.append(f"optuna-dashboard {folder.journal}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+

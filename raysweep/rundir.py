@@ -1,0 +1,168 @@
+"""The directory of a run: its layout, its manifest, and the rules that keep two runs or two configs from mixing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from raysweep.artifacts import ROOT
+from raysweep.config import ConfigError, Sweep
+from raysweep.config import validate as validate_config
+from raysweep.store import write_bytes, write_json
+
+PACKAGES = (
+    "raysweep", "torch", "ray", "optuna", "diffusers", "torch-fidelity", "numpy", "scipy", "pyarrow", "moocore",
+)  # fmt: skip
+
+
+class RunDir:
+    """Paths of a run. Nothing is created before `claim`."""
+
+    def __init__(self, path: Path):
+        self.path = path.absolute()
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> RunDir:
+        return cls(sweep.storage / sweep.name)
+
+    config = property(lambda self: self.path / "config.yaml")
+    manifest = property(lambda self: self.path / "manifest.json")
+    journal = property(lambda self: self.path / "study.journal")
+    trials = property(lambda self: self.path / "trials.parquet")
+    rows = property(lambda self: self.path / "rows")
+    scores = property(lambda self: self.path / "scores")
+    prepared = property(lambda self: self.path / "prepared")
+    task = property(lambda self: self.path / "prepared" / "task")
+    context = property(lambda self: self.path / "prepared" / "context.json")
+    candidates = property(lambda self: self.path / "candidates")
+    front_json = property(lambda self: self.path / "front.json")
+    front_table = property(lambda self: self.path / "front.parquet")
+    report = property(lambda self: self.path / "report.html")
+    figures = property(lambda self: self.path / "figures")
+
+    def anchors(self, tier: str) -> Path:
+        """Where a tier's anchors and views are."""
+        return self.prepared / f"anchors-{tier}.json"
+
+    def exists(self) -> bool:
+        return self.manifest.is_file()
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest; raises ConfigError if this is not a run."""
+        if not self.exists():
+            raise ConfigError(f"{self.path}: not a run directory (manifest.json is missing)")
+        return json.loads(self.manifest.read_text())
+
+    def sweep(self) -> Sweep:
+        """The resolved config of the run."""
+        self.read_manifest()
+        text = self.config.read_text()
+        return validate_config(yaml.safe_load(text), str(self.config), text)
+
+    def check(self, sweep: Sweep) -> None:
+        """Raises ConfigError if the directory holds something else than this sweep."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path}: exists and is not a folder")
+        if not self.exists():
+            if self.path.is_dir() and any(p.name != "lock" for p in self.path.iterdir()):
+                raise ConfigError(f"{self.path}: not empty and not a run; choose another name or storage")
+            return
+        if self.read_manifest()["config_digest"] != sweep.digest:
+            old, new = _flat(self.sweep().resolved()), _flat(sweep.resolved())
+            keys = sorted(set(old) | set(new))
+            changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)][:3]
+            raise ConfigError(
+                f"{self.path}: belongs to a run of another config ({'; '.join(changed) or 'made by another version'}); "
+                "choose another name, for example name=" + sweep.name + "-2"
+            )
+
+    @contextlib.contextmanager
+    def claim(self, sweep: Sweep, digests: dict[str, str]) -> Iterator[None]:
+        """Holds the directory for this process; raises ConfigError if another one has it or it holds another config."""
+        self.check(sweep)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / "lock")
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(f"{self.path}: another raysweep run is at work on this directory") from error
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
+        try:
+            self.check(sweep)
+            if not self.exists():
+                text = "# resolved config of this run\n" + yaml.safe_dump(sweep.resolved(), sort_keys=False)
+                write_bytes(self.config, text.encode())
+                write_json(self.manifest, _manifest(sweep, digests))
+            self.update(state="running", pid=os.getpid(), resumed_at=_now())
+            yield
+        finally:
+            lock.release()
+
+    def update(self, **changes: Any) -> None:
+        """Changes entries of the manifest."""
+        write_json(self.manifest, self.read_manifest() | changes)
+
+
+def list_runs(storage: Path) -> list[RunDir]:
+    """All runs below a storage folder, by name."""
+    return [RunDir(p.parent) for p in sorted(storage.glob("*/manifest.json"))]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result can depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "from source" if name == "raysweep" else "missing"
+    return found
+
+
+def git_commit() -> str:
+    """The commit of the source tree, with "+changes" if it was changed since; "unknown" outside of a checkout."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _manifest(sweep: Sweep, digests: dict[str, str]) -> dict[str, Any]:
+    return {
+        "name": sweep.name,
+        "config_digest": sweep.digest,
+        "digests": digests,
+        "seeds": {"search": sweep.search.seed, "probe": sweep.audit.probe.seed, "audit": sweep.audit.audit.seed},
+        "versions": versions(),
+        "commit": git_commit(),
+        "created_at": _now(),
+        "state": "new",
+    }
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {prefix.rstrip("."): data}
+    return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,194 @@
+"""ParetoSearch: a Ray Tune searcher over a multi-objective Optuna study on a journal file in the run directory.
+
+What a study records is exactly what happened: finite objectives of a finished trial are COMPLETE, a trial stopped early is
+PRUNED, an error or an objective that is missing or not finite is FAIL with its reason. Trials come in batches: a batch is
+suggested all at once from the batches before it, and the next one waits until all of it has ended. So neither the number
+of workers nor the order in which they finish can change a suggestion. Each method has the same share of every sweep.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+
+from raysweep.models.draws import derive_seed
+from raysweep.spaces import Space
+
+OBJECTIVES = ("residue", "damage")
+FINAL = "raysweep_final"
+
+
+def open_study(journal: Path, name: str) -> Study:
+    """The study on a journal file, made if it is not there; both objectives are minimised."""
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    study = optuna.create_study(
+        storage=storage, study_name=name, directions=["minimize"] * len(OBJECTIVES), load_if_exists=True
+    )
+    study.set_metric_names(list(OBJECTIVES))
+    return study
+
+
+class ParetoSearch(Searcher):
+    """Suggests settings to Tune and records what became of them.
+
+    Args:
+        journal: file of the study; `optuna.load_study` and optuna-dashboard open it while the sweep runs.
+        name: name of the study.
+        spaces: one per method, in the order in which methods take turns.
+        trials, batch, seed, sampler: as in `SearchConfig`.
+    """
+
+    def __init__(
+        self, journal: Path, name: str, spaces: list[Space], trials: int, batch: int, seed: int, sampler: str = "tpe"
+    ):
+        super().__init__(metric=list(OBJECTIVES), mode=["min"] * len(OBJECTIVES))
+        self.journal, self.name, self.spaces = journal, name, spaces
+        self.trials, self.batch, self.seed, self.sampler = trials, batch, seed, sampler
+        self._attach()
+
+    def _attach(self) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self.study = open_study(self.journal, self.name)
+        self.numbers: dict[str, int] = {}  # Tune's trial id -> number in the study
+        self.ready: list[dict[str, Any]] = [
+            json.loads(t.user_attrs["config"])
+            for t in self._planned().values()
+            if t.state == TrialState.RUNNING and "config" in t.user_attrs
+        ]
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial's config; None: wait for the running batch; FINISHED: all trials were suggested."""
+        if not self.ready:
+            planned = self._planned()
+            if any(not t.state.is_finished() for t in planned.values()):
+                return None
+            if len(planned) >= self.trials:
+                return Searcher.FINISHED
+            self.ready = self._ask_batch(len(planned))
+        config = self.ready.pop(0)
+        self.numbers[trial_id] = config["number"]
+        self._set(config["number"], "tune_id", trial_id)
+        return config
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Records the end of a trial."""
+        number = self.numbers.pop(trial_id, None)
+        if number is None or self.study.trials[number].state.is_finished():
+            return
+        result = result or {}
+        values = [result.get(name) for name in OBJECTIVES]
+        if error or (result.get(FINAL) and not _finite(values)):
+            fallback = "the trial ended with an error" if error else f"objectives are not finite: {values}"
+            self._set(number, "reason", result.get("reason") or fallback)
+            self.study.tell(number, state=TrialState.FAIL)
+        elif not result.get(FINAL):
+            self._set(number, "reason", result.get("reason") or "stopped early")
+            self.study.tell(number, state=TrialState.PRUNED)
+        else:
+            self._set(number, "constraint", float(result.get("constraint", 0.0)))
+            self._set(number, "result", json.dumps({k: result[k] for k in sorted(result) if k in _KEPT}))
+            self.study.tell(number, values=[float(v) for v in values])  # type: ignore[arg-type]
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the journal is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Attaches to the journal again; trials that had not ended are suggested again under their numbers."""
+        self._attach()
+
+    def left(self) -> int:
+        """Trials that have not ended yet."""
+        return self.trials - sum(t.state.is_finished() for t in self._planned().values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "study"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.study = open_study(self.journal, self.name)
+
+    def _planned(self) -> dict[int, FrozenTrial]:
+        """Place in the sweep -> its trial; a place that was interrupted while being suggested is free again."""
+        planned: dict[int, FrozenTrial] = {}
+        for t in self.study.get_trials(deepcopy=False):
+            if "config" not in t.user_attrs and t.state == TrialState.RUNNING:
+                self._set(t.number, "reason", "interrupted while being suggested")
+                self.study.tell(t.number, state=TrialState.FAIL)
+            elif "config" in t.user_attrs:
+                planned[t.user_attrs["place"]] = t
+        return planned
+
+    def _ask_batch(self, start: int) -> list[dict[str, Any]]:
+        return [self._ask(place) for place in range(start, min(self.trials, start + self.batch))]
+
+    def _ask(self, place: int) -> dict[str, Any]:
+        """Asks the study for the trial at one place of the sweep and records its config."""
+        space = self.spaces[place % len(self.spaces)]
+        turn = place // len(self.spaces)
+        point = space.points[turn] if turn < len(space.points) else None
+        searched = {p.name for p in space.parameters}
+        values = {} if point is None else point.values
+        fixed = {f"{space.method}.{k}": v for k, v in values.items() if k in searched}
+        for _ in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self.study.tell(self.study.ask().number, state=TrialState.FAIL)  # left by an interrupted suggestion
+        self.study.enqueue_trial(fixed)
+        self.study.sampler = self._make_sampler(derive_seed("sampler", self.seed, place))
+        trial = self.study.ask()
+        hyperparameters = space.ask(trial, values)
+        config = {
+            "number": trial.number,
+            "place": place,
+            "trial": f"{place:03d}-{space.method}",
+            "method": space.method,
+            "hyperparameters": hyperparameters,
+            "seed": derive_seed("trial seed", self.seed, place),
+            "source": "" if point is None else point.source,
+        }
+        trial.set_user_attr("place", place)
+        trial.set_user_attr("trial", config["trial"])
+        trial.set_user_attr("method", space.method)
+        trial.set_user_attr("config", json.dumps(config))
+        return config
+
+    def _make_sampler(self, seed: int) -> BaseSampler:
+        seed %= 2**32
+        if self.sampler == "random":
+            return RandomSampler(seed=seed)
+        return TPESampler(
+            seed=seed,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            n_startup_trials=2 * len(self.spaces),
+            constraints_func=_constraint,
+        )
+
+    def _set(self, number: int, key: str, value: Any) -> None:
+        self.study._storage.set_trial_user_attr(self.study.trials[number]._trial_id, key, value)
+
+
+_KEPT = (
+    "residue", "damage", "residue_se", "damage_se", "over_forgetting", "validity", "train_s", "audit_s", "step_s",
+    "digest", "views",
+)  # fmt: skip
+
+
+def _constraint(trial: FrozenTrial) -> tuple[float]:
+    """Above 0 where the candidate broke the sweep's constraint."""
+    return (trial.user_attrs.get("constraint", 0.0),)
+
+
+def _finite(values: list[Any]) -> bool:
+    return all(isinstance(v, int | float) and math.isfinite(v) for v in values)

@@ -1,0 +1,150 @@
+"""Search spaces, checked: distributions over a method's hyperparameters, and the points that are tried first.
+
+A YAML file has `method`, `fixed` (values of every trial), `space` (name -> one of the distributions below, optionally
+with `when`), and `enqueue` (points with their `source`).
+    {log: [a, b]}  {uniform: [a, b]}  {int: [a, b]}  {logint: [a, b]}  {choice: [x, y, ...]}
+    when: {other: value}   the parameter exists only where `other` took `value`; `other` stands earlier in the file
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from pydantic import ValidationError
+
+import search_spaces
+from raysweep.registry import resolve, suggest
+
+KINDS = ("log", "uniform", "int", "logint", "choice")
+
+
+class SpaceError(ValueError):
+    """A search space is wrong; the message says where and what would be valid."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One searched hyperparameter: a kind of distribution, its bounds or choices, and when it exists."""
+
+    name: str
+    kind: str
+    values: tuple[Any, ...]
+    when: dict[str, Any]
+
+    def ask(self, trial: optuna.Trial, prefix: str) -> Any:
+        """Suggests a value; the study knows the parameter as `prefix.name`."""
+        key = f"{prefix}.{self.name}"
+        if self.kind == "choice":
+            return trial.suggest_categorical(key, list(self.values))
+        low, high = self.values
+        if self.kind in ("int", "logint"):
+            return trial.suggest_int(key, low, high, log=self.kind == "logint")
+        return trial.suggest_float(key, low, high, log=self.kind == "log")
+
+    def contains(self, value: Any) -> bool:
+        return value in self.values if self.kind == "choice" else self.values[0] <= value <= self.values[1]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Settings tried before any sampling, and where they come from."""
+
+    source: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The space of one method."""
+
+    method: str
+    fixed: dict[str, Any]
+    parameters: tuple[Parameter, ...]
+    points: tuple[Point, ...]
+
+    def ask(self, trial: optuna.Trial, point: dict[str, Any]) -> dict[str, Any]:
+        """Hyperparameters of a trial: `point`'s where it has them, else suggested, on top of the fixed ones."""
+        chosen = dict(self.fixed)
+        for p in self.parameters:
+            if all(chosen.get(k) == v for k, v in p.when.items()):
+                chosen[p.name] = p.ask(trial, self.method)
+        return chosen | point
+
+
+def load(method: str, overrides: dict[str, Any] | None = None) -> Space:
+    """Reads the space of a method, with a sweep's overrides: a distribution, or a plain value that is then fixed.
+
+    Raises:
+        SpaceError: an unknown hyperparameter, an inverted range, or a value that the method refuses.
+    """
+    where = f"search_spaces/{method}.yaml"
+    try:
+        data = search_spaces.read(method)
+    except FileNotFoundError as error:
+        raise SpaceError(f"{where}: missing: the method {method!r} has no search space") from error
+    fixed, space = dict(data.get("fixed") or {}), dict(data.get("space") or {})
+    for name, value in (overrides or {}).items():
+        where = f"spaces.{method}"
+        (space if isinstance(value, dict) else fixed)[name] = value
+        (fixed if isinstance(value, dict) else space).pop(name, None)
+    valid = sorted(resolve("method", method).Hyperparameters.model_fields)
+    for name in (*fixed, *space):
+        if name not in valid:
+            raise SpaceError(f"{where}.{name}: not a hyperparameter of {method}{suggest(name, valid)}")
+    parameters = tuple(_parameter(where, name, value) for name, value in space.items())
+    points = []
+    for entry in data.get("enqueue") or []:
+        values = {k: v for k, v in entry.items() if k != "source" and k not in (overrides or {})}
+        points.append(Point(entry.get("source", ""), values))
+    result = Space(method, fixed, parameters, tuple(points))
+    _check(where, result)
+    return result
+
+
+def _parameter(where: str, name: str, value: Any) -> Parameter:
+    kinds = [k for k in value if k != "when"] if isinstance(value, dict) else []
+    if len(kinds) != 1 or kinds[0] not in KINDS:
+        raise SpaceError(f"{where}.{name}: must be one of {', '.join(f'{{{k}: [...]}}' for k in KINDS)}, not {value!r}")
+    kind, given = kinds[0], value[kinds[0]]
+    if not isinstance(given, list) or not given:
+        raise SpaceError(f"{where}.{name}: {kind} takes a list, not {given!r}")
+    if kind != "choice":
+        if len(given) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in given):
+            raise SpaceError(f"{where}.{name}: {kind} takes two numbers [low, high], not {given!r}")
+        if given[0] > given[1]:
+            raise SpaceError(f"{where}.{name}: the range is inverted: [{given[0]}, {given[1]}]")
+        if kind.startswith("log") and given[0] <= 0:
+            raise SpaceError(f"{where}.{name}: a logarithmic range starts above 0, not at {given[0]}")
+        if kind.endswith("int") and not all(isinstance(v, int) for v in given):
+            raise SpaceError(f"{where}.{name}: {kind} takes whole numbers, not {given!r}")
+    return Parameter(name, kind, tuple(given), dict(value.get("when") or {}))
+
+
+def _check(where: str, space: Space) -> None:
+    """Has the method itself accept the ends of every range, every choice, and every enqueued point."""
+    model = resolve("method", space.method).Hyperparameters
+    start = {p.name: p.values[0] for p in space.parameters if not p.when}
+    for p in space.parameters:
+        for value in p.values:
+            conditions = {k: v for k, v in p.when.items()}
+            _accepts(model, f"{where}.{p.name}", space.fixed | start | conditions | {p.name: value}, p.name)
+    by_name = {p.name: p for p in space.parameters}
+    for point in space.points:
+        place = f"{where}: enqueue ({point.source})"
+        for name, value in point.values.items():
+            if name in by_name and not by_name[name].contains(value):
+                raise SpaceError(f"{place}: {name} = {value!r} is outside of the space")
+        _accepts(model, place, space.fixed | start | point.values, None)
+
+
+def _accepts(model: Any, place: str, values: dict[str, Any], only: str | None) -> None:
+    try:
+        model(**values)
+    except ValidationError as error:
+        for e in error.errors():
+            if only is None or not e["loc"] or e["loc"][0] == only:
+                name = ".".join(map(str, e["loc"]))
+                shown = f"{name}: " if name and name != only else ""
+                raise SpaceError(f"{place}: {shown}{e['msg'].removeprefix('Value error, ')}") from error

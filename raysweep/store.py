@@ -1,0 +1,184 @@
+"""What a run keeps on disk: the declared schema of its tables, atomic writes, and content hashes.
+
+Every file is written under a temporary name in its own folder, flushed to disk and renamed, so that a reader sees either
+nothing or all of it. Tables are parts that are written once and never changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = "1"
+
+
+class StoreError(RuntimeError):
+    """A file could not be written or read; the message names it and the cause."""
+
+
+def _field(name: str, kind: pa.DataType, comment: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"comment": comment})
+
+
+ROWS = pa.schema(
+    [
+        _field("subject", pa.string(), "trial id, or base, oracle-K, destroyed"),
+        _field("method", pa.string(), "method of the trial; empty for anchors"),
+        _field("subject_digest", pa.string(), "hash of the audited weights"),
+        _field("tier", pa.string(), "probe (steers the search) or audit (reported)"),
+        _field("check", pa.string(), "evaluator"),
+        _field("metric", pa.string(), "metric of the evaluator"),
+        _field("paired_with", pa.string(), "empty, or the reference that value is the difference to (base, oracle)"),
+        _field("value", pa.float64(), "point estimate; null where status is not ok"),
+        _field("n", pa.int64(), "independent units behind the value"),
+        _field("se", pa.float64(), "standard error, where the interval has one"),
+        _field("lo", pa.float64(), "lower end of the interval"),
+        _field("hi", pa.float64(), "upper end of the interval"),
+        _field("level", pa.float64(), "confidence level of the interval"),
+        _field("interval", pa.string(), "method of the interval"),
+        _field("direction", pa.string(), "min, max, or target (like the oracle)"),
+        _field("status", pa.string(), "ok, failed or skipped"),
+        _field("reason", pa.string(), "why a value is missing, or what limits it"),
+        _field("replicates", pa.list_(pa.float64()), "the value without each group of units in turn"),
+        _field("seed", pa.int64(), "seed of the tier"),
+        _field("judge_digest", pa.string(), "hash of the judge's weights"),
+        _field("task_digest", pa.string(), "hash of the task's data and settings"),
+        _field("tier_digest", pa.string(), "hash of the tier's settings"),
+    ],
+    metadata={"schema_version": SCHEMA_VERSION},
+)
+
+SCORES = pa.schema(
+    [
+        _field("subject", pa.string(), "trial id, or base, oracle-K, destroyed"),
+        _field("tier", pa.string(), "probe or audit"),
+        _field("score", pa.string(), "evaluator.score"),
+        _field("unit", pa.int32(), "independent unit: a seed or an image; the same unit in every subject of a tier"),
+        _field("values", pa.list_(pa.float32()), "the unit's score or scores"),
+    ],
+    metadata={"schema_version": SCHEMA_VERSION},
+)
+
+TRIALS = pa.schema(
+    [
+        _field("trial", pa.string(), "trial id"),
+        _field("number", pa.int64(), "number in the Optuna study"),
+        _field("method", pa.string(), "method"),
+        _field("source", pa.string(), "where enqueued settings come from; empty if sampled"),
+        _field("state", pa.string(), "COMPLETE, PRUNED, FAIL or RUNNING"),
+        _field("hyperparameters", pa.string(), "JSON"),
+        _field("seed", pa.int64(), "seed of the trial"),
+        _field("residue", pa.float64(), "probe estimate; 0 like the oracle, 1 like the base"),
+        _field("damage", pa.float64(), "probe estimate; 0 like the oracle, 1 like a destroyed model"),
+        _field("residue_se", pa.float64(), "standard error"),
+        _field("damage_se", pa.float64(), "standard error"),
+        _field("train_s", pa.float64(), "seconds of training"),
+        _field("audit_s", pa.float64(), "seconds of the probe"),
+        _field("digest", pa.string(), "hash of the candidate's weights"),
+        _field("reason", pa.string(), "why the trial failed or was stopped"),
+    ],
+    metadata={"schema_version": SCHEMA_VERSION},
+)
+
+FRONT = pa.schema(
+    [
+        _field("trial", pa.string(), "trial id, or base, oracle-K, destroyed"),
+        _field("method", pa.string(), "method; empty for anchors"),
+        _field("kind", pa.string(), "candidate or anchor"),
+        _field("residue", pa.float64(), "audited residue"),
+        _field("residue_se", pa.float64(), "standard error by the jackknife"),
+        _field("damage", pa.float64(), "audited damage"),
+        _field("damage_se", pa.float64(), "standard error by the jackknife"),
+        _field("over_forgetting", pa.float64(), "largest distance beyond the oracle over the views, counted as damage"),
+        _field("probe_residue", pa.float64(), "what the search saw"),
+        _field("probe_damage", pa.float64(), "what the search saw"),
+        _field("on_front", pa.bool_(), "not dominated by any audited candidate"),
+        _field("on_method_front", pa.bool_(), "not dominated by any audited candidate of its method"),
+        _field("p_dominated", pa.float64(), "largest probability that another candidate dominates it"),
+        _field("views", pa.string(), "JSON: anchored value of each view of the residue"),
+        _field("hyperparameters", pa.string(), "JSON"),
+    ],
+    metadata={"schema_version": SCHEMA_VERSION},
+)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically and durably; raises StoreError and leaves the old file in place on failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_bytes(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    """Writes one Parquet part; every key of a row must be a column of `schema`."""
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(path, sink.getvalue())
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Reads one part, or all parts of a folder, and checks the schema version."""
+    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    tables = []
+    for part in parts:
+        try:
+            table = pq.read_table(part, partitioning=None)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StoreError(f"cannot read {part}: {error}") from error
+        version = (table.schema.metadata or {}).get(b"schema_version", b"?").decode()
+        if version != SCHEMA_VERSION:
+            raise StoreError(f"{part}: schema version {version}, but this raysweep reads {SCHEMA_VERSION}")
+        tables.append(table.select(schema.names))
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Makes a folder atomically: `fill` writes into a temporary one, which then takes its place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def digest_state(state: dict[str, Any]) -> str:
+    """Hash of named tensors: names, types, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        sha.update(tensor.numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def digest_of(*parts: Any) -> str:
+    """Hash of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

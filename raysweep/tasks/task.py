@@ -1,0 +1,177 @@
+"""A task: what must be forgotten, what must be kept, what was held out, and how the base model is made.
+
+Rows are served by position in an endless stream that depends only on (seed, split): step s of a batch of size B holds
+positions sB .. sB + B - 1, each rank takes its contiguous part of them, and every row carries a seed of its own. The
+same global batch and seed therefore give the same data, noise and timesteps whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from methods.base import Batch, Draw, Rows
+from raysweep.models.draws import derive_seed, row_seeds
+
+_PLAIN = (
+    "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (n, C, H, W) in [-1, 1], float32; cond: class labels (n,) or None; groups: what balancing is over (n,)."""
+
+    x: torch.Tensor
+    cond: torch.Tensor | None
+    groups: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """A content hash per image."""
+        return [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in self.x]
+
+    def take(self, index: torch.Tensor) -> Split:
+        return Split(self.x[index], None if self.cond is None else self.cond[index], self.groups[index])
+
+    def distinct(self) -> Split:
+        """Without repeated images, in order of first appearance."""
+        first = {image_id: i for i, image_id in reversed(list(enumerate(self.ids)))}
+        return self.take(torch.tensor(sorted(first.values()), dtype=torch.long))
+
+
+def concat(*splits: Split) -> Split:
+    """All rows of `splits` in order; either all of them are labelled or none."""
+    conds = [s.cond for s in splits]
+    cond = None if any(c is None for c in conds) else torch.cat([c for c in conds if c is not None])
+    return Split(torch.cat([s.x for s in splits]), cond, torch.cat([s.groups for s in splits]))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unlearning problem.
+
+    splits: `train` = `forget` + `retain`; `holdout` and `forget_holdout` were never trained on and match `retain` and
+    `forget`; `judge_probe` and `judge_audit` are the disjoint labelled images of the two judges (labels in `groups`).
+    views: the metrics whose worst one is the residue; quality: the metric behind the damage.
+    """
+
+    name: str
+    kind: Literal["points", "class"]
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    splits: dict[str, Split]
+    views: tuple[str, ...]
+    quality: str
+    sampling: dict[str, Any] = field(default_factory=lambda: {"steps": 10, "guidance": 1.0})
+    forget_class: int | None = None
+    override_class: int | None = None
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        trained = set(self.splits["train"].ids)
+        forget, retain = set(self.splits["forget"].ids), set(self.splits["retain"].ids)
+        if not forget:
+            raise ValueError(f"task {self.name}: the forget set is empty")
+        if not retain:
+            raise ValueError(f"task {self.name}: the retain set is empty")
+        for first, second, a, b in (
+            ("forget", "retain", forget, retain),
+            ("train", "holdout", trained, set(self.splits["holdout"].ids)),
+            ("train", "forget_holdout", trained, set(self.splits["forget_holdout"].ids)),
+            ("judge_probe", "judge_audit", set(self.splits["judge_probe"].ids), set(self.splits["judge_audit"].ids)),
+        ):
+            if a & b:
+                raise ValueError(f"task {self.name}: {len(a & b)} images are both in {first} and in {second}")
+
+    @cached_property
+    def digest(self) -> str:
+        """Content hash of everything that a result can depend on."""
+        parts = [json.dumps({k: getattr(self, k) for k in _PLAIN}, sort_keys=True)]
+        for name, split in sorted(self.splits.items()):
+            labels = "" if split.cond is None else repr(split.cond.tolist())
+            parts += [name, "".join(split.ids), labels, repr(split.groups.tolist())]
+        return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        """Writes the task so that workers load it without the data's own library."""
+        tensors = {}
+        for name, split in self.splits.items():
+            tensors |= {f"{name}.x": split.x.contiguous(), f"{name}.groups": split.groups.contiguous()}
+            if split.cond is not None:
+                tensors[f"{name}.cond"] = split.cond.contiguous()
+        save_file(tensors, folder / "splits.safetensors")
+        (folder / "task.json").write_text(json.dumps({k: getattr(self, k) for k in _PLAIN}, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path) -> Task:
+        """Reads what `save` wrote."""
+        tensors = load_file(folder / "splits.safetensors")
+        names = dict.fromkeys(key.split(".")[0] for key in tensors)
+        splits = {n: Split(tensors[f"{n}.x"], tensors.get(f"{n}.cond"), tensors[f"{n}.groups"]) for n in names}
+        plain = json.loads((folder / "task.json").read_text())
+        return cls(**plain | {"splits": splits, "views": tuple(plain["views"])})
+
+    def batch(self, draws: dict[str, Draw], seed: int, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """This rank's share of the global batch of `step`, for every split that a method asks for."""
+        return {name: self._rows(name, draw, seed, step, rank, world) for name, draw in draws.items()}
+
+    def all_rows(self, split: str, seed: int) -> Rows:
+        """Every row of a split, once, with seeds of the stream `seed`."""
+        return self._rows(split, Draw(None), seed, 0, 0, 1)
+
+    def _rows(self, name: str, draw: Draw, seed: int, step: int, rank: int, world: int) -> Rows:
+        pool = self._pool(name, draw.per_group, seed)
+        stream = derive_seed("rows", seed, name)
+        size = len(pool) if draw.size is None else draw.size
+        if draw.size is None:
+            index = np.arange(size)
+        else:
+            index = self._positions(self.splits[name].groups[pool].numpy(), draw, stream, step)
+        low, high = rank * size // world, (rank + 1) * size // world
+        part = self.splits[name].take(torch.from_numpy(pool[index[low:high]]))
+        return Rows(part.x, part.cond, row_seeds(stream, step * size + low, high - low), size)
+
+    def _pool(self, name: str, per_group: int | None, seed: int) -> np.ndarray:
+        """Indices into the split that may be drawn: all, or `per_group` of each group."""
+        groups = self.splits[name].groups.numpy()
+        if per_group is None:
+            return np.arange(len(groups))
+        rng = np.random.Generator(np.random.Philox(derive_seed("pool", seed, name)))
+        chosen = [rng.permutation(np.flatnonzero(groups == g))[:per_group] for g in np.unique(groups)]
+        return np.sort(np.concatenate(chosen))
+
+    @staticmethod
+    def _positions(groups: np.ndarray, draw: Draw, stream: int, step: int) -> np.ndarray:
+        """Indices of the batch at `step`: shuffled passes over the pool, or over each group in turn."""
+        assert draw.size is not None
+        positions = np.arange(step * draw.size, (step + 1) * draw.size)
+        if not draw.balanced:
+            return _shuffled(positions, np.arange(len(groups)), stream)
+        names = np.unique(groups)
+        index = np.empty(draw.size, dtype=np.int64)
+        for k, g in enumerate(names):
+            mine = positions % len(names) == k
+            index[mine] = _shuffled(positions[mine] // len(names), np.flatnonzero(groups == g), derive_seed(stream, k))
+        return index
+
+
+def _shuffled(positions: np.ndarray, members: np.ndarray, stream: int) -> np.ndarray:
+    """The members at `positions` of an endless stream of shuffled passes over them."""
+    out = np.empty(len(positions), dtype=np.int64)
+    for epoch in np.unique(positions // len(members)):
+        order = np.random.Generator(np.random.Philox(derive_seed("epoch", stream, int(epoch)))).permutation(members)
+        here = positions // len(members) == epoch
+        out[here] = order[positions[here] % len(members)]
+    return out

@@ -1,0 +1,243 @@
+"""Two ways to run jobs on Ray Train workers, behind one interface: `executor.run(job) -> Outcome`.
+
+warm      one long-lived TorchTrainer per slot. Rank 0 of each asks the broker, an actor, for the next job and passes it to
+          its group. A job whose worker died is handed out again, at most `ATTEMPTS` times.
+isolated  one TorchTrainer per job, for jobs of many nodes and for methods that are not trusted.
+
+A job that exceeds its budget is ended by a timer inside its worker, which reports the failure and exits; Ray Train then
+brings the group back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import ray.train
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from raysweep.train.loop import Job, Outcome, Resident, finished, run
+
+ATTEMPTS = 3
+POLL_S = 20.0
+NAMESPACE = "raysweep"
+
+
+class Executor(Protocol):
+    """Runs a job somewhere and waits for it."""
+
+    def run(self, job: Job) -> Outcome: ...
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)
+class Broker:
+    """The queue of jobs between those who wait for them and the warm groups that do them."""
+
+    def __init__(self) -> None:
+        self.queue: deque[str] = deque()
+        self.jobs: dict[str, Job] = {}
+        self.futures: dict[str, asyncio.Future] = {}
+        self.running: dict[int, str] = {}
+        self.attempts: dict[str, int] = {}
+        self.progress: dict[str, tuple[int, int, float]] = {}
+        self.closed = False
+        self.changed = asyncio.Event()
+
+    async def submit(self, job: Job) -> dict[str, Any]:
+        """Waits for the job's outcome; the same job submitted twice is done once."""
+        if job.id not in self.futures:
+            self.jobs[job.id], self.futures[job.id] = job, asyncio.get_running_loop().create_future()
+            self.queue.append(job.id)
+            self.changed.set()
+        return await asyncio.shield(self.futures[job.id])
+
+    async def next(self, slot: int, fresh: bool) -> Job | str:
+        """A job for a slot, "wait" after a while without one, or "stop". `fresh`: the slot's group has just started,
+        so whatever it was doing is lost and has to be done again."""
+        if fresh and slot in self.running:
+            self._redeliver(self.running.pop(slot))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POLL_S):
+                while not self.queue and not self.closed:
+                    self.changed.clear()
+                    await self.changed.wait()
+        if self.closed:
+            return "stop"
+        if not self.queue:
+            return "wait"
+        job_id = self.queue.popleft()
+        self.running[slot] = job_id
+        self.attempts[job_id] = self.attempts.get(job_id, 0) + 1
+        return self.jobs[job_id]
+
+    async def finish(self, slot: int, job_id: str, outcome: dict[str, Any]) -> None:
+        """Takes a job's outcome; only the first one counts."""
+        if self.running.get(slot) == job_id:
+            del self.running[slot]
+        self.progress.pop(job_id, None)
+        self._settle(job_id, outcome)
+
+    async def note(self, job_id: str, done: int, steps: int, value: float) -> None:
+        """Takes a sign of life of a running job."""
+        self.progress[job_id] = (done, steps, value)
+
+    async def state(self) -> dict[str, Any]:
+        """Queue length, running jobs by slot, and progress by job."""
+        return {"queued": len(self.queue), "running": dict(self.running), "progress": dict(self.progress)}
+
+    async def close(self) -> None:
+        """Lets the groups end."""
+        self.closed = True
+        self.changed.set()
+
+    def _redeliver(self, job_id: str) -> None:
+        if job_id in self.futures and self.futures[job_id].done():
+            return
+        if self.attempts.get(job_id, 0) >= ATTEMPTS:
+            self._settle(job_id, asdict(Outcome("failed", f"its worker died {ATTEMPTS} times")))
+        else:
+            self.queue.appendleft(job_id)
+            self.changed.set()
+
+    def _settle(self, job_id: str, outcome: dict[str, Any]) -> None:
+        future = self.futures.get(job_id)
+        if future is not None and not future.done():
+            future.set_result(outcome)
+
+
+class Warm:
+    """Hands jobs to the warm groups through the broker."""
+
+    def __init__(self, broker: ActorHandle):
+        self.broker = broker
+
+    def run(self, job: Job) -> Outcome:
+        return finished(job) or Outcome(**ray.get(self.broker.submit.remote(job)))
+
+
+class Isolated:
+    """Starts one TorchTrainer per job. The Train run is named by the job, because Train resumes by name."""
+
+    def __init__(self, scaling: ScalingConfig, storage: str):
+        self.scaling, self.storage = scaling, storage
+
+    def run(self, job: Job) -> Outcome:
+        before = finished(job)
+        if before is not None:
+            return before
+        failure = FailureConfig(max_failures=ATTEMPTS - 1, controller_failure_limit=20)
+        trainer = TorchTrainer(
+            _single,
+            train_loop_config={"job": job},
+            scaling_config=self.scaling,
+            run_config=RunConfig(name=f"{job.id}-{job.digest}", storage_path=self.storage, failure_config=failure),
+        )
+        try:
+            outcome = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            reason = str(error).strip().splitlines()
+            return Outcome("failed", f"its workers died {ATTEMPTS} times ({reason[-1] if reason else 'no reason given'})")
+        return Outcome(**outcome)
+
+
+def start_group(broker: ActorHandle, slot: int, scaling: ScalingConfig, storage: str) -> threading.Thread:
+    """Starts a warm group in the background; it ends when the broker is closed."""
+
+    def serve() -> None:
+        trainer = TorchTrainer(
+            _serve,
+            train_loop_config={"broker": broker, "slot": slot},
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name=f"group-{slot}-{os.getpid()}",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=20),
+            ),
+        )
+        with contextlib.suppress(ray.exceptions.RayError, ray.train.TrainingFailedError):
+            trainer.fit()
+
+    thread = threading.Thread(target=serve, name=f"group-{slot}", daemon=True)
+    thread.start()
+    return thread
+
+
+def _serve(config: dict[str, Any]) -> None:
+    """The loop of every rank of a warm group."""
+    broker, slot = config["broker"], config["slot"]
+    resident, rank, fresh = _worker_setup()
+    while True:
+        item = [ray.get(broker.next.remote(slot, fresh)) if rank == 0 else None]
+        fresh = False
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(item, src=0)
+        job = item[0]
+        if job == "stop":
+            return
+        if job == "wait":
+            continue
+        assert isinstance(job, Job)
+
+        def progress(job_id: str, done: int, steps: int, value: float) -> None:
+            if done % 25 == 0 or done == steps:
+                broker.note.remote(job_id, done, steps, value)
+
+        def report(outcome: Outcome, job: Job = job) -> None:
+            ray.get(broker.finish.remote(slot, job.id, asdict(outcome)))
+
+        with _budget(job, report if rank == 0 else None):
+            outcome = run(job, resident, progress)
+        if rank == 0:
+            report(outcome)
+
+
+def _single(config: dict[str, Any]) -> dict[str, Any]:
+    """The loop of every rank of a group made for one job."""
+    job: Job = config["job"]
+    overdue = Path(job.out).parent / f".{Path(job.out).name}.overdue"
+    if overdue.exists():  # the group was brought back after the timer ended it: say why instead of trying again
+        return asdict(_overdue(job))
+    resident, _, _ = _worker_setup()
+    with _budget(job, lambda _: overdue.touch()):
+        return asdict(run(job, resident))
+
+
+def _worker_setup() -> tuple[Resident, int, bool]:
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # several workers share the cores; more threads each only wait for one another
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return Resident(get_device()), rank, True
+
+
+@contextlib.contextmanager
+def _budget(job: Job, report: Any):
+    """Ends this process if the block takes longer than the job's budget."""
+
+    def expire() -> None:
+        if report is not None:
+            report(_overdue(job))
+        os._exit(70)
+
+    timer = threading.Timer(job.budget_s, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _overdue(job: Job) -> Outcome:
+    return Outcome("failed", f"exceeded its budget of {job.budget_s:g} s")

@@ -1,0 +1,197 @@
+"""What a train worker does: one job after another, on a model that it keeps in memory.
+
+A job names a method, its hyperparameters, a seed, the folder of the task and of the base model, and where the candidate
+goes. The same code runs in a warm group, in a group made for one trial, and without Ray. Nothing of one job reaches the
+next: weights are copied from the base, the random state is set from the job's seed, gradients, hooks and autocast die
+with the copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from methods.base import Diverged, Method
+from raysweep.artifacts import load_tensors, save_tensors
+from raysweep.models.draws import derive_seed
+from raysweep.models.pixel import PixelDDPM
+from raysweep.registry import resolve
+from raysweep.store import digest_of, digest_state, write_folder, write_json
+from raysweep.tasks.task import Task
+
+CARD = "raysweep.json"
+Progress = Callable[[str, int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of training.
+
+    kind: "train" makes a candidate at `out` (a folder), "prepare" makes the method's prepared tensors (a file).
+    base: folder of the model to start from; None: freshly initialised from the task and the seed.
+    inputs: content hashes of what the paths lead to (task, base, prepared tensors, code).
+    """
+
+    id: str
+    kind: str
+    method: str
+    hyperparameters: dict[str, Any]
+    seed: int
+    task: str
+    base: str | None
+    out: str
+    prepared: str | None = None
+    budget_s: float = 600.0
+    checkpoint_s: float = 60.0
+    inputs: dict[str, str] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that the result depends on."""
+        return digest_of(self.kind, self.method, self.hyperparameters, self.seed, self.base is None, self.inputs)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to. status: ok or failed; reason says why it failed; `digest` is the hash of the weights."""
+
+    status: str
+    reason: str = ""
+    digest: str = ""
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+class Resident:
+    """Tasks and base models that a worker keeps between jobs, by folder."""
+
+    def __init__(self, device: torch.device | None = None):
+        self.device = device or torch.device("cpu")
+        self._tasks: dict[str, Task] = {}
+        self._models: dict[str, PixelDDPM] = {}
+
+    def task(self, folder: str) -> Task:
+        if folder not in self._tasks:
+            self._tasks[folder] = Task.load(Path(folder))
+        return self._tasks[folder]
+
+    def model(self, job: Job, task: Task) -> PixelDDPM:
+        """A copy of the job's base model that the job may change."""
+        if job.base is None:
+            return PixelDDPM.build(task.model, derive_seed("init", job.seed)).to(self.device)
+        if job.base not in self._models:
+            self._models[job.base] = PixelDDPM.load(job.base).to(self.device)
+        kept = self._models[job.base]
+        return PixelDDPM(copy.deepcopy(kept.net), kept.scheduler, kept.null_label).to(self.device)
+
+
+def finished(job: Job) -> Outcome | None:
+    """The outcome of a job that was done before, read from what it left; None if there is nothing or something else."""
+    path = Path(job.out) / CARD if job.kind == "train" else Path(job.out).with_suffix(".json")
+    if not path.is_file() or not Path(job.out).exists():
+        return None
+    card = json.loads(path.read_text())
+    return Outcome(**card["outcome"]) if card.get("job_digest") == job.digest else None
+
+
+def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outcome:
+    """Does a job, unless its result is there already. Faults of the method become an outcome with a reason."""
+    rank, world = _place()
+    before = finished(job)
+    if before is not None:
+        return before
+    started = time.monotonic()
+    torch.manual_seed(job.seed)
+    try:
+        task = resident.task(job.task)
+        method_class: type[Method] = resolve("method", job.method)
+        if job.kind == "prepare":
+            return _prepare(job, method_class, resident.model(job, task), task, rank, started)
+        method = _build(job, method_class, resident.model(job, task))
+        step_seconds, diagnostics = _train(job, method, task, rank, world, progress)
+        diagnostics |= method.finish()
+    except Diverged as error:
+        return Outcome("failed", str(error), seconds=time.monotonic() - started)
+    except Exception as error:  # whatever a method raises must end as a recorded failure of its trial alone
+        return Outcome("failed", f"{type(error).__name__}: {error}", seconds=time.monotonic() - started)
+    digest = digest_state(method.model.net.state_dict())
+    outcome = Outcome("ok", "", digest, time.monotonic() - started, step_seconds, diagnostics)
+    if rank == 0:
+        card = job.card | {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome)}
+
+        def fill(folder: Path) -> None:
+            method.model.save(folder)  # type: ignore[attr-defined]
+            write_json(folder / CARD, card)
+
+        write_folder(Path(job.out), fill)
+        _partial(job).unlink(missing_ok=True)
+    return outcome
+
+
+def _build(job: Job, method_class: type[Method], model: PixelDDPM) -> Method:
+    prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
+    return method_class(model, method_class.Hyperparameters(**job.hyperparameters), prepared)
+
+
+def _train(
+    job: Job, method: Method, task: Task, rank: int, world: int, progress: Progress | None
+) -> tuple[float, dict[str, float]]:
+    """Steps the method to its end, from its last checkpoint if there is one."""
+    path = _partial(job)
+    if path.is_file():
+        state = torch.load(path, weights_only=True, map_location=method.params[0].device)
+        if state.pop("job_digest") == job.digest:
+            method.load_state_dict(state)
+    seed, saved, scalars = derive_seed("trial", job.seed), time.monotonic(), dict[str, float]()
+    steps, began, first = method.hp.steps, time.monotonic(), method.done
+    weight = method.params[0]
+    while method.done < steps:
+        batch = task.batch(method.draws(), seed, method.done, rank, world)
+        scalars = method.step({name: rows.to(weight.device, weight.dtype) for name, rows in batch.items()})
+        if progress is not None and rank == 0:
+            progress(job.id, method.done, steps, next(iter(scalars.values()), 0.0))
+        if rank == 0 and time.monotonic() - saved > job.checkpoint_s:
+            _checkpoint(path, method.state_dict() | {"job_digest": job.digest})
+            saved = time.monotonic()
+    done = max(1, method.done - first)
+    return (time.monotonic() - began) / done, {f"last/{k}": v for k, v in scalars.items()}
+
+
+def _prepare(job: Job, method_class: type[Method], model: PixelDDPM, task: Task, rank: int, started: float) -> Outcome:
+    tensors = method_class.prepare(model, task, derive_seed("prepare", job.seed))
+    outcome = Outcome("ok", digest=digest_state(tensors), seconds=time.monotonic() - started)
+    if rank == 0:
+        save_tensors(Path(job.out), tensors)
+        write_json(Path(job.out).with_suffix(".json"), {"job_digest": job.digest, "outcome": asdict(outcome)})
+    return outcome
+
+
+def _checkpoint(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _partial(job: Job) -> Path:
+    """Where a running job keeps its last checkpoint."""
+    out = Path(job.out)
+    return out.parent / f".{out.name}.partial.pt"
+
+
+def _place() -> tuple[int, int]:
+    """(rank, world size) of this process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -1,0 +1,85 @@
+"""The function that Ray Tune runs for each trial: train a candidate, have it probed, report both objectives once."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.train import ScalingConfig
+
+from raysweep.audit.auditor import AuditRequest
+from raysweep.config import Sweep
+from raysweep.context import Context, load_measured
+from raysweep.objectives import VALIDITY, Unmeasured, objectives
+from raysweep.resources import Plan
+from raysweep.rundir import RunDir
+from raysweep.search import FINAL, OBJECTIVES
+from raysweep.tasks.task import Task
+from raysweep.train.groups import NAMESPACE, Executor, Isolated, Warm
+
+
+def trial(config: dict[str, Any]) -> None:
+    """One trial. A method's failure is a reported result with a reason, never an exception."""
+    run = config["run"]
+    context, sweep, task = _of_run(run)
+    executor = make_executor(run, context.run_id, sweep, Plan(**config["plan"]))
+    outcome = executor.run(context.job(sweep, config))
+    if outcome.status != "ok":
+        _report(reason=outcome.reason, train_s=outcome.seconds)
+        return
+    folder = str(context.folder.candidates / config["trial"])
+    request = context.request("probe", sweep.audit.probe, config["trial"], config["method"], folder, outcome.digest)
+    answer = ask_audit(context.run_id, request)
+    costs = {"train_s": outcome.seconds, "audit_s": answer["seconds"], "step_s": outcome.step_seconds}
+    if answer["status"] != "ok":
+        _report(reason=f"probe: {answer['reason']}", **costs)
+        return
+    try:
+        anchors, views = context.load_anchors("probe")
+        place = objectives(load_measured(Path(run), request.key), anchors, views, task.quality)
+    except Unmeasured as error:
+        _report(reason=f"probe: {error}", **costs)
+        return
+    oracle = sum(o.values[VALIDITY] for o in anchors.oracles) / len(anchors.oracles)
+    plain = {k: v for k, v in place.plain().items() if k != "replicates"}
+    constraint = sweep.search.min_validity * oracle - place.validity
+    tune.report(plain | costs | {"digest": outcome.digest, "constraint": constraint, "reason": "", FINAL: True})
+
+
+def make_executor(run: str, run_id: str, sweep: Sweep, plan: Plan) -> Executor:
+    """The executor that the sweep asks for."""
+    if sweep.train.executor == "warm":
+        return Warm(ray.get_actor(f"broker-{run_id}", namespace=NAMESPACE))
+    return Isolated(scaling(plan), str(Path(run) / "tune" / "train"))
+
+
+def scaling(plan: Plan) -> ScalingConfig:
+    """What a worker group takes."""
+    resources = {"CPU": plan.worker_cpus} | ({"GPU": plan.worker_gpus} if plan.worker_gpus else {})
+    return ScalingConfig(
+        num_workers=plan.workers,
+        use_gpu=plan.worker_gpus > 0,
+        resources_per_worker=resources,
+        placement_strategy="PACK",
+        label_selector={"role": "train"} if plan.roles else None,
+    )
+
+
+def ask_audit(run_id: str, request: AuditRequest) -> dict[str, Any]:
+    """Waits for the manager's answer."""
+    manager = ray.get_actor(f"audits-{run_id}", namespace=NAMESPACE)
+    return ray.get(manager.audit.remote(request))
+
+
+@cache
+def _of_run(run: str) -> tuple[Context, Sweep, Task]:
+    folder = RunDir(Path(run))
+    return Context.load(run), folder.sweep(), Task.load(folder.task)
+
+
+def _report(reason: str, **costs: float) -> None:
+    tune.report(dict.fromkeys(OBJECTIVES, math.nan) | costs | {"reason": reason, FINAL: True})
