@@ -1,32 +1,37 @@
-"""Intervals and distances. NumPy arrays in, plain numbers out."""
+"""Intervals and distances. NumPy arrays in, plain numbers out.
+
+SciPy and torch-fidelity are imported where they are used: the cheap functions here serve processes without torch, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-from scipy import stats
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
 
 LEVEL = 0.95
 
 
 def clopper_pearson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Exact two-sided interval of a proportion, k successes of n."""
+    from scipy import stats
+
     interval = stats.binomtest(int(k), int(n)).proportion_ci(confidence_level=level, method="exact")
     return float(interval.low), float(interval.high)
 
 
 def normal_interval(value: float, se: float, level: float = LEVEL) -> tuple[float, float]:
     """value -+ z se."""
+    from scipy import stats
+
     z = float(stats.norm.ppf(0.5 + level / 2))
     return value - z * se, value + z * se
 
 
 def t_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
     """(standard error, low, high) of the mean of independent values (n,), n >= 2, by Student's t."""
+    from scipy import stats
+
     se = float(stats.sem(values))
     half = se * float(stats.t.ppf(0.5 + level / 2, len(values) - 1))
     mean = float(np.mean(values))
@@ -52,6 +57,9 @@ def jackknife_se(replicates: np.ndarray) -> float:
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
     """Frechet distance between Gaussians fitted to features (n, d) and (m, d), by torch-fidelity."""
+    import torch
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
     a, b = (fid_features_to_statistics(torch.from_numpy(np.ascontiguousarray(f))) for f in (x, y))
     return float(fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"])
 
@@ -61,6 +69,9 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
 
     torch-fidelity takes equal numbers of both; the larger set is cut to the size of the smaller.
     """
+    import torch
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
     n = min(len(x), len(y))
     f1, f2 = (torch.from_numpy(np.ascontiguousarray(f[:n])) for f in (x, y))
     result = kid_features_to_metric(f1, f2, kid_subsets=1, kid_subset_size=n, verbose=False)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from typing import TYPE_CHECKING
 
 from raysweep.store import StoreError, write_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +28,7 @@ def cache_folder(configured: Path | None) -> Path:
 @cache
 def code_digest(*patterns: str) -> str:
     """Hash of source files, given as glob patterns below the folder that holds the packages, and of torch's version."""
-    sha = hashlib.sha256(torch.__version__.encode())
+    sha = hashlib.sha256(version("torch").encode())
     for pattern in patterns:
         for path in sorted(ROOT.glob(pattern)):
             sha.update(path.name.encode() + path.read_bytes())
@@ -51,11 +52,16 @@ def audit_code() -> str:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes tensors atomically in safetensors format."""
+    from safetensors.torch import save
+
     write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Reads a safetensors file; raises StoreError if it is missing, truncated or of another format."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     if not path.is_file():
         raise StoreError(f"{path}: no such file")
     try:

@@ -6,14 +6,16 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raysweep.registry import METHODS, names, suggest
 from raysweep.tasks.digits import ClassTask, PictureTask
-from raysweep.tasks.task import Task
+
+if TYPE_CHECKING:
+    from raysweep.tasks.task import Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -42,9 +44,10 @@ class Tier(_Model):
     loss_images: int = Field(10, ge=1, description="images per split for denoising losses")
     timesteps: int = Field(10, ge=1, description="equally spaced steps of a denoising loss")
     membership_t: tuple[int, ...] = Field((20, 50, 100, 200), description="steps of the membership score, fixed beforehand")
-    membership_noises: int = Field(4, ge=1, description="noises per image and step of the membership score")
+    membership_noises: int = Field(2, ge=1, description="noises per image and step of the membership score")
     membership_images: int = Field(100, ge=2, description="images per population of membership inference")
     relearn_steps: int = Field(5, ge=0, description="optimiser steps of relearning")
+    strips: int = Field(0, ge=0, le=32, description="samples kept as pictures for the report")
     full_fidelity: bool = Field(True, description="KID, precision and recall besides the Frechet distance")
 
     @field_validator("checks")
@@ -74,7 +77,7 @@ class Tier(_Model):
 
     def sizes(self) -> dict[str, Any]:
         """The numbers that evaluators read."""
-        return self.model_dump(exclude={"seed", "judge", "checks", "groups"})
+        return self.model_dump(exclude={"seed", "judge", "checks", "groups", "strips"})
 
 
 def _probe() -> Tier:
@@ -84,7 +87,7 @@ def _probe() -> Tier:
 def _audit() -> Tier:
     return Tier(
         seed=2, judge="audit", checks=tuple(names("evaluator")), groups=20, samples=1000, class_samples=200, noises=100,
-        loss_noises=20, loss_images=20, timesteps=12,
+        loss_noises=20, strips=8,
     )  # fmt: skip
 
 
@@ -93,7 +96,7 @@ class AuditConfig(_Model):
 
     probe: Tier = Field(default_factory=_probe, description="cheap tier that steers the search")
     audit: Tier = Field(default_factory=_audit, description="full tier for front candidates, base and oracle")
-    top: int = Field(10, ge=1, description="at most this many candidates are audited")
+    top: int = Field(8, ge=1, description="at most this many candidates are audited")
     attempts: int = Field(3, ge=1, description="tries per audit before it is recorded as failed")
     timeout_s: float = Field(600, gt=0, description="seconds after which an audit counts as hung")
 

@@ -15,7 +15,7 @@ from raysweep.config import Sweep, Tier
 from raysweep.objectives import Anchors, Measured, View
 from raysweep.rundir import RunDir
 from raysweep.store import ROWS, read_table, write_json
-from raysweep.train.loop import Job
+from raysweep.train.jobs import Job
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Context:
     run: str
     run_id: str
     task_digest: str
+    quality: str
     base: str
     base_digest: str
     oracles: dict[str, tuple[str, str]]  # name -> (folder, digest)
     judges: dict[str, tuple[str, str]]  # probe, audit -> (file, digest)
     prepared: dict[str, str]  # method -> file
+    cache: str  # folder of the anchors' audits
 
     def save(self) -> None:
         write_json(RunDir(Path(self.run)).context, asdict(self))
@@ -64,14 +66,21 @@ class Context:
         )
 
     def request(
-        self, tier_name: str, tier: Tier, subject: str, method: str, model: str | None, digest: str
+        self,
+        tier_name: str,
+        tier: Tier,
+        subject: str,
+        method: str,
+        model: str | None,
+        digest: str,
+        cache: str | None = None,
     ) -> AuditRequest:
         """The audit of one model in one tier."""
         judge, judge_digest = self.judges[tier.judge]
         return AuditRequest(
             subject=subject, method=method, model=model, digest=digest, tier_name=tier_name, tier=tier, judge=judge,
             judge_digest=judge_digest, task=str(self.folder.task), task_digest=self.task_digest, run=self.run,
-            code=audit_code(),
+            code=audit_code(), cache=cache,
         )  # fmt: skip
 
     def anchor_requests(self, tier_name: str, tier: Tier) -> dict[str, AuditRequest]:
@@ -79,7 +88,7 @@ class Context:
         subjects: dict[str, tuple[str | None, str]] = {"base": (self.base, self.base_digest)}
         subjects |= self.oracles
         subjects["destroyed"] = (None, "fresh")
-        return {name: self.request(tier_name, tier, name, "", *where) for name, where in subjects.items()}
+        return {name: self.request(tier_name, tier, name, "", *where, self.cache) for name, where in subjects.items()}
 
     def load_anchors(self, tier_name: str) -> tuple[Anchors, list[View]]:
         """A tier's anchors and views, as `save_anchors` left them."""

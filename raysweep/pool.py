@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raysweep.artifacts import ROOT
@@ -79,48 +80,76 @@ def has_trial_slots() -> bool:
 
 @dataclass
 class Pool:
-    """Handles of a run's actors."""
+    """A run's actors: the audit manager and its auditors, the broker and the threads that hold its groups."""
 
+    run_id: str
+    plan: Plan
     manager: ActorHandle
     auditors: list[ActorHandle]
     broker: ActorHandle
+    groups: list[threading.Thread]
+    places: list[PlacementGroup]
+
+    def stop_training(self) -> None:
+        """Lets the worker groups end."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self.broker.close.remote(), timeout=5)
+        deadline = time.monotonic() + 10
+        for thread in self.groups:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def audit_only(self) -> None:
+        """Ends training and gives its resources to more auditors: after the search nothing else would use them."""
+        self.stop_training()
+        names, auditors, place = _start_auditors(self.run_id, self.plan, len(self.auditors), self.plan.late_auditors)
+        self.auditors += auditors
+        self.places.append(place)
+        ray.get(self.manager.add.remote(names))
+
+    def close(self) -> None:
+        """Ends everything."""
+        self.stop_training()
+        for actor in (self.manager, self.broker, *self.auditors):
+            ray.kill(actor)
+        for place in self.places:
+            remove_placement_group(place)
 
 
 @contextlib.contextmanager
 def pool(run: Path, run_id: str, sweep: Sweep, plan: Plan) -> Iterator[Pool]:
     """Starts auditors (their placement group first, so that trials cannot take their place), manager and groups."""
-    bundle = {"CPU": plan.auditor_cpus} | ({"GPU": plan.auditor_gpus} if plan.auditor_gpus else {})
-    selector = [{"role": "audit"}] * plan.auditors if plan.roles else None
-    group = placement_group([bundle] * plan.auditors, strategy="SPREAD", bundle_label_selector=selector)
-    if not group.wait(120):
+    names, auditors, place = _start_auditors(run_id, plan, 0, plan.auditors)
+    if not place.wait(120):
         raise ConfigError("resources: the auditors found no place within 120 s; see `ray status`")
-    where = PlacementGroupSchedulingStrategy(group)
-    auditors = [
-        Auditor.options(
-            name=f"auditor-{run_id}-{i}", scheduling_strategy=where, num_cpus=plan.auditor_cpus,
-            num_gpus=plan.auditor_gpus,
-        ).remote()
-        for i in range(plan.auditors)
-    ]  # fmt: skip
     manager = AuditManager.options(name=f"audits-{run_id}").remote(
-        str(run), auditors, sweep.audit.attempts, sweep.audit.timeout_s
+        str(run), names, NAMESPACE, sweep.audit.attempts, sweep.audit.timeout_s
     )
     broker = Broker.options(name=f"broker-{run_id}").remote()
-    threads = []
+    groups = []
     if sweep.train.executor == "warm":
         storage = str(run / "tune" / "train")
-        threads = [start_group(broker, slot, scaling(plan), storage) for slot in range(plan.slots)]
+        groups = [start_group(broker, slot, scaling(plan), storage) for slot in range(plan.slots)]
+    actors = Pool(run_id, plan, manager, auditors, broker, groups, [place])
     try:
-        yield Pool(manager, auditors, broker)
+        yield actors
     finally:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(broker.close.remote(), timeout=5)
-        deadline = time.monotonic() + 5
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        for actor in (manager, broker, *auditors):
-            ray.kill(actor)
-        remove_placement_group(group)
+        actors.close()
+
+
+def _start_auditors(
+    run_id: str, plan: Plan, first: int, count: int
+) -> tuple[list[str], list[ActorHandle], PlacementGroup]:
+    """(names, handles, placement group) of `count` auditors, numbered from `first`."""
+    bundle = {"CPU": plan.auditor_cpus} | ({"GPU": plan.auditor_gpus} if plan.auditor_gpus else {})
+    selector = [{"role": "audit"}] * count if plan.roles and first == 0 else None
+    place = placement_group([bundle] * count, strategy="SPREAD", bundle_label_selector=selector)
+    options = {
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(place),
+        "num_cpus": plan.auditor_cpus,
+        "num_gpus": plan.auditor_gpus,
+    }
+    names = [f"auditor-{run_id}-{i}" for i in range(first, first + count)]
+    return names, [Auditor.options(name=name, **options).remote() for name in names], place
 
 
 def _in_job() -> bool:

@@ -13,8 +13,7 @@ import ray
 from raysweep.artifacts import cache_folder, judge_code, training_code
 from raysweep.config import ConfigError, Sweep
 from raysweep.context import Context, load_measured
-from raysweep.models.draws import derive_seed
-from raysweep.models.pixel import PixelDDPM
+from raysweep.seeds import derive_seed
 from raysweep.objectives import Anchors, assess_views
 from raysweep.pool import Pool
 from raysweep.registry import resolve
@@ -22,7 +21,7 @@ from raysweep.rundir import RunDir
 from raysweep.store import digest_of, digest_state, write_folder
 from raysweep.tasks.task import Task
 from raysweep.train.groups import Executor
-from raysweep.train.loop import Job, Outcome, finished
+from raysweep.train.jobs import Job, Outcome, finished
 
 Say = Callable[[str, str], None]
 
@@ -37,17 +36,19 @@ def save_task(folder: RunDir, task: Task) -> None:
         write_folder(folder.task, task.save)
 
 
-def check_base(path: str, task: Task) -> str:
-    """Hash of a base model given by the user; raises ConfigError if it does not fit the task."""
+def check_model(path: str, task: Task, key: str = "task.base") -> str:
+    """Hash of a model given by the user; raises ConfigError, naming `key`, if it does not load or fit the task."""
+    from raysweep.models.pixel import PixelDDPM
+
     try:
         model = PixelDDPM.load(path)
     except ValueError as error:
-        raise ConfigError(f"task.base: {error}") from error
+        raise ConfigError(str(error) if key == path else f"{key}: {error}") from error
     shape = tuple(task.splits["forget"].x.shape[1:])
     if model.shape != shape:
-        raise ConfigError(f"task.base: {path} makes images of shape {model.shape}, but the task's are {shape}")
+        raise ConfigError(f"{key}: {path} makes images of shape {model.shape}, but the task's are {shape}")
     if (model.null_label is not None) != (task.kind == "class"):
-        raise ConfigError(f"task.base: {path} must be {'class-conditional' if task.kind == 'class' else 'unconditional'}")
+        raise ConfigError(f"{key}: {path} must be {'class-conditional' if task.kind == 'class' else 'unconditional'}")
     return digest_state(model.net.state_dict())
 
 
@@ -92,11 +93,12 @@ def prepare(
         _wait({**retrained, **{f"judge {n}": f for n, f in judges.items()}}, actors, say, tick)
         models = {s: _model(s, job, retrained[s].result()) for s, job in retrain_jobs(sweep, task, folder.task).items()}
         if task.base:
-            models["base"] = (task.base, check_base(task.base, task))
+            models["base"] = (task.base, check_model(task.base, task))
         context = Context(
-            run=str(folder.path), run_id=run_id, task_digest=task.digest, base=models["base"][0],
+            run=str(folder.path), run_id=run_id, task_digest=task.digest, quality=task.quality, base=models["base"][0],
             base_digest=models["base"][1], oracles={k: v for k, v in models.items() if k != "base"},
             judges={name: future.result() for name, future in judges.items()}, prepared={},
+            cache=str(cache_folder(sweep.cache) / "audits"),
         )  # fmt: skip
         prepared = {m: threads.submit(executor.run, job) for m, job in _prepare_jobs(sweep, context).items()}
         for method, future in prepared.items():

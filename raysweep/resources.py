@@ -36,13 +36,14 @@ class Plan:
     auditors: int
     auditor_cpus: float
     auditor_gpus: float
+    late_auditors: int
     trial_slots: bool
     roles: bool = False
 
     @property
     def concurrent_trials(self) -> int:
         """Trials in flight: one per slot, and one per auditor so that slots train on while candidates are probed."""
-        return self.slots + min(self.auditors, self.slots)
+        return self.slots + self.auditors
 
     @property
     def driver_cpus(self) -> float:
@@ -55,7 +56,7 @@ class Plan:
         audit = f"{self.auditor_gpus:g} GPU" if self.auditor_gpus else f"{self.auditor_cpus:g} CPU"
         return (
             f"{self.slots} trials at once x {self.workers} worker{'s' * (self.workers > 1)} x {unit}, "
-            f"{self.auditors} auditors x {audit}"
+            f"{self.auditors} auditor{'s' * (self.auditors > 1)} x {audit}, {self.late_auditors} more after the search"
         )
 
 
@@ -78,14 +79,16 @@ def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> 
         plan = Plan(
             slots=slots, workers=workers, worker_cpus=wanted.cpus_per_worker or min(8.0, cpus / gpus / 2),
             worker_gpus=train_gpus, auditors=auditors, auditor_cpus=min(8.0, cpus / gpus / 2),
-            auditor_gpus=auditor_gpus, trial_slots=trial_slots, roles=bool(labelled),
+            auditor_gpus=auditor_gpus, late_auditors=max(1, int(slots * workers * train_gpus / auditor_gpus)),
+            trial_slots=trial_slots, roles=bool(labelled),
         )  # fmt: skip
     else:
         share = wanted.cpus_per_worker or (CPU_SHARE if cpus >= 2 else cpus / 4)
         slots = wanted.slots or max(1, min(MAX_CPU_SLOTS, int(cpus / 2 / (share * workers))))
         auditor_cpus = CPU_SHARE if cpus >= 2 else cpus / 4
-        auditors = wanted.auditors or max(1, min(MAX_CPU_SLOTS, int(cpus / 2 / auditor_cpus)))
-        plan = Plan(slots, workers, share, 0.0, auditors, auditor_cpus, 0.0, trial_slots)
+        auditors = wanted.auditors or max(1, min(MAX_CPU_SLOTS, int(cpus / 2)))
+        late = max(1, min(MAX_CPU_SLOTS, int(cpus)) - auditors)
+        plan = Plan(slots, workers, share, 0.0, auditors, auditor_cpus, 0.0, late, trial_slots)
     preflight(plan, nodes)
     return plan
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
 from raysweep.config import ConfigError, Sweep
-from raysweep.context import Context
-from raysweep.objectives import Unmeasured
+from raysweep.context import Context, load_measured
+from raysweep.objectives import Unmeasured, objectives
 from raysweep.pool import Pool, connected, has_trial_slots, pool
-from raysweep.prepare import RunFailed, Say, Tick, measure_anchors, prepare, save_task
+from raysweep.prepare import RunFailed, Say, Tick, check_model, measure_anchors, prepare, save_task
 from raysweep.registry import resolve
 from raysweep.resources import TRIAL_SLOT, Plan, make_plan
 from raysweep.results import Front, audited_front, pick_for_audit, trial_table, write_front, write_paired, write_trials
@@ -21,6 +22,7 @@ from raysweep.rundir import RunDir
 from raysweep.search import ParetoSearch
 from raysweep.spaces import Space, SpaceError
 from raysweep.spaces import load as load_space
+from raysweep.store import ROWS, read_table
 from raysweep.tasks.task import Task
 from raysweep.trial import make_executor, trial
 
@@ -103,7 +105,6 @@ def _with_ray(
         for line in urls(folder):
             say("url", line)
         with pool(folder.path, run_id, sweep, plan) as actors:
-            ray.get([a.ready.remote() for a in actors.auditors])
             executor = make_executor(str(folder.path), run_id, sweep, plan)
             context = prepare(sweep, task, folder, run_id, executor, actors, say, tick)
             measure_anchors(sweep, task, context, actors, "probe", say)
@@ -184,6 +185,7 @@ def _conclude(
         t["trial"]: context.request("audit", tier, t["trial"], t["method"], str(folder.candidates / t["trial"]), t["digest"])
         for t in picked
     }
+    actors.audit_only()
     pending = {actors.manager.audit.remote(r): name for name, r in requests.items()}
     measure_anchors(sweep, task, context, actors, "audit", say)
     incomplete, keys = [], {}
@@ -206,6 +208,35 @@ def _conclude(
     write_paired(folder, context, keys | anchors, {t["trial"]: t["method"] for t in trials})
     build(folder)
     return Result(folder, front, trials, incomplete)
+
+
+def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> dict[str, Any]:
+    """Audits a diffusers folder in the full tier, next to base and oracles; returns its objectives and rows.
+
+    Raises ConfigError if the folder holds no model that fits the task.
+    """
+    sweep = sweep.model_copy(update={"name": f"{sweep.name[:50]}-audits"})
+    task, _ = resolve_sweep(sweep)
+    digest = check_model(str(model), task, str(model))
+    folder, run_id = RunDir.of(sweep), f"{sweep.name}-{sweep.digest[:8]}"
+    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}), connected(sweep) as nodes:
+        save_task(folder, task)
+        plan = make_plan(nodes, sweep, has_trial_slots())
+        with pool(folder.path, run_id, sweep, plan) as actors:
+            executor = make_executor(str(folder.path), run_id, sweep, plan)
+            context = prepare(sweep, task, folder, run_id, executor, actors, say, tick)
+            measure_anchors(sweep, task, context, actors, "audit", say)
+            request = context.request("audit", sweep.audit.audit, model.name, "", str(model.absolute()), digest)
+            answer = ray.get(actors.manager.audit.remote(request))
+        if answer["status"] != "ok":
+            raise RunFailed(answer["reason"])
+        anchors, views = context.load_anchors("audit")
+        place = objectives(load_measured(folder.path, request.key), anchors, views, task.quality)
+        write_paired(folder, context, {model.name: request.key}, {})
+        keys = (f"paired-{request.key}", request.key)
+        rows = [r for k in reversed(keys) for r in read_table(folder.rows / f"{k}.parquet", ROWS).to_pylist()]
+        folder.update(state="done")
+        return {"objectives": {k: v for k, v in place.plain().items() if k != "replicates"}, "rows": rows}
 
 
 def urls(folder: RunDir) -> list[str]:

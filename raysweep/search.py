@@ -22,7 +22,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
-from raysweep.models.draws import derive_seed
+from raysweep.seeds import derive_seed
 from raysweep.spaces import Space
 
 OBJECTIVES = ("residue", "damage")
@@ -97,7 +97,9 @@ class ParetoSearch(Searcher):
             self._set(number, "reason", result.get("reason") or "stopped early")
             self.study.tell(number, state=TrialState.PRUNED)
         else:
-            self._set(number, "constraint", float(result.get("constraint", 0.0)))
+            optuna.Trial(self.study, self.study.trials[number]._trial_id).set_constraint(
+                "validity", float(result.get("constraint", 0.0))
+            )
             self._set(number, "result", json.dumps({k: result[k] for k in sorted(result) if k in _KEPT}))
             self.study.tell(number, values=[float(v) for v in values])  # type: ignore[arg-type]
 
@@ -172,7 +174,6 @@ class ParetoSearch(Searcher):
             group=True,
             constant_liar=True,
             n_startup_trials=2 * len(self.spaces),
-            constraints_func=_constraint,
         )
 
     def _set(self, number: int, key: str, value: Any) -> None:
@@ -183,11 +184,6 @@ _KEPT = (
     "residue", "damage", "residue_se", "damage_se", "over_forgetting", "validity", "train_s", "audit_s", "step_s",
     "digest", "views",
 )  # fmt: skip
-
-
-def _constraint(trial: FrozenTrial) -> tuple[float]:
-    """Above 0 where the candidate broke the sweep's constraint."""
-    return (trial.user_attrs.get("constraint", 0.0),)
 
 
 def _finite(values: list[Any]) -> bool:

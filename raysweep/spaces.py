@@ -1,7 +1,7 @@
 """Search spaces, checked: distributions over a method's hyperparameters, and the points that are tried first.
 
 A YAML file has `method`, `fixed` (values of every trial), `space` (name -> one of the distributions below, optionally
-with `when`), and `enqueue` (points with their `source`).
+with `when`), and `enqueue` (points with their `source`). A method from another package has the same as its attribute `space`.
     {log: [a, b]}  {uniform: [a, b]}  {int: [a, b]}  {logint: [a, b]}  {choice: [x, y, ...]}
     when: {other: value}   the parameter exists only where `other` took `value`; `other` stands earlier in the file
 """
@@ -83,7 +83,9 @@ def load(method: str, overrides: dict[str, Any] | None = None) -> Space:
     try:
         data = search_spaces.read(method)
     except FileNotFoundError as error:
-        raise SpaceError(f"{where}: missing: the method {method!r} has no search space") from error
+        where, data = f"methods.{method}.space", getattr(resolve("method", method), "space", None)
+        if data is None:
+            raise SpaceError(f"search_spaces/{method}.yaml: missing: {method!r} has no search space") from error
     fixed, space = dict(data.get("fixed") or {}), dict(data.get("space") or {})
     for name, value in (overrides or {}).items():
         where = f"spaces.{method}"

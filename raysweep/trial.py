@@ -18,14 +18,13 @@ from raysweep.objectives import VALIDITY, Unmeasured, objectives
 from raysweep.resources import Plan
 from raysweep.rundir import RunDir
 from raysweep.search import FINAL, OBJECTIVES
-from raysweep.tasks.task import Task
 from raysweep.train.groups import NAMESPACE, Executor, Isolated, Warm
 
 
 def trial(config: dict[str, Any]) -> None:
     """One trial. A method's failure is a reported result with a reason, never an exception."""
     run = config["run"]
-    context, sweep, task = _of_run(run)
+    context, sweep = _of_run(run)
     executor = make_executor(run, context.run_id, sweep, Plan(**config["plan"]))
     outcome = executor.run(context.job(sweep, config))
     if outcome.status != "ok":
@@ -40,7 +39,7 @@ def trial(config: dict[str, Any]) -> None:
         return
     try:
         anchors, views = context.load_anchors("probe")
-        place = objectives(load_measured(Path(run), request.key), anchors, views, task.quality)
+        place = objectives(load_measured(Path(run), request.key), anchors, views, context.quality)
     except Unmeasured as error:
         _report(reason=f"probe: {error}", **costs)
         return
@@ -76,9 +75,8 @@ def ask_audit(run_id: str, request: AuditRequest) -> dict[str, Any]:
 
 
 @cache
-def _of_run(run: str) -> tuple[Context, Sweep, Task]:
-    folder = RunDir(Path(run))
-    return Context.load(run), folder.sweep(), Task.load(folder.task)
+def _of_run(run: str) -> tuple[Context, Sweep]:
+    return Context.load(run), RunDir(Path(run)).sweep()
 
 
 def _report(reason: str, **costs: float) -> None:

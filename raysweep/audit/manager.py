@@ -24,16 +24,21 @@ LOG = "audits.jsonl"
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)
 class AuditManager:
-    """Serves `audit(request)` with a pool of auditors."""
+    """Serves `audit(request)` with a pool of auditors, actors given by name."""
 
-    def __init__(self, run: str, auditors: list[ActorHandle], attempts: int, timeout_s: float):
+    def __init__(self, run: str, auditors: list[str], namespace: str, attempts: int, timeout_s: float):
         self.path, self.attempts, self.timeout_s = Path(run) / LOG, attempts, timeout_s
         self.done: dict[str, dict[str, Any]] = read_log(self.path)
         self.pending: dict[str, asyncio.Task] = {}
         self.idle: asyncio.PriorityQueue = asyncio.PriorityQueue()
-        self.waiting = 0
-        for i, auditor in enumerate(auditors):
-            self.idle.put_nowait((i, auditor))
+        self.namespace, self.known = namespace, 0
+        self.add(auditors)
+
+    def add(self, auditors: list[str]) -> None:
+        """More auditors, actors given by name."""
+        for name in auditors:
+            self.idle.put_nowait((self.known, ray.get_actor(name, namespace=self.namespace)))
+            self.known += 1
 
     async def audit(self, request: AuditRequest) -> dict[str, Any]:
         """Waits for the audit's end: {"status", "reason", "seconds", "failed"}."""

@@ -14,7 +14,8 @@ import torch
 
 from evaluators.base import Evaluator, Metric, Scores, Subject, without_group
 from raysweep.config import Tier
-from raysweep.models.draws import derive_seed, row_seeds
+from raysweep.models.draws import row_seeds
+from raysweep.seeds import derive_seed
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
 from raysweep.tasks.task import Task
@@ -60,8 +61,27 @@ def measure(model: PixelDDPM, task: Task, judge: torch.nn.Module, tier: Tier) ->
         result.values |= {f"{name}.{k}": v for k, v in values.items()}
         result.replicates |= {f"{name}.{k}": v.tolist() for k, v in replicates.items()}
         result.scores |= {f"{name}.{k}": np.asarray(v) for k, v in scores.items()}
+    if tier.strips:
+        result.scores |= _strips(subject, tier.strips)
     result.seconds = time.monotonic() - started
     return result
+
+
+def _strips(subject: Subject, count: int) -> Scores:
+    """Pictures for people: the first samples of each kind, and the forgotten image noised and rebuilt."""
+    strips = {"strip.samples": subject.samples()[0][:count]}
+    if subject.task.kind == "class":
+        cond = torch.full((count,), subject.task.forget_class)
+        seeds = subject.seeds("class samples", count)
+        strips["strip.forgotten"] = subject.model.sample(cond, seeds, **subject.task.sampling)
+    else:
+        x0, t = subject.task.splits["forget"].distinct().x[:1].expand(count, -1, -1, -1), subject.sizes["injection_t"]
+        seeds = subject.seeds("injection", count)
+        noise = subject.model.noise(seeds).cpu()
+        noised = subject.model.add_noise(x0.to(subject.model.device), noise.to(subject.model.device), torch.tensor([t]))
+        strips["strip.noised"] = noised.cpu()
+        strips["strip.rebuilt"] = subject.model.reconstruct(x0, seeds, t, subject.sizes["injection_steps"])
+    return {name: images.float().numpy() for name, images in strips.items()}
 
 
 def _check(evaluator: Evaluator, subject: Subject, groups: int):

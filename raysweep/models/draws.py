@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any sequence of printable parts; equal parts give equal seeds on every machine."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def row_seeds(seed: int, start: int, count: int) -> torch.Tensor:

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from methods.base import Batch, Draw, Rows
-from raysweep.models.draws import derive_seed, row_seeds
+from raysweep.models.draws import row_seeds
+from raysweep.seeds import derive_seed
 
 _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base",

@@ -6,6 +6,8 @@ isolated  one TorchTrainer per job, for jobs of many nodes and for methods that 
 
 A job that exceeds its budget is ended by a timer inside its worker, which reports the failure and exits; Ray Train then
 brings the group back.
+
+Heavy imports stand inside functions: Ray unpickles this module in its helper processes, too.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ import threading
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 import ray.train
-import torch.distributed as dist
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
 
-from raysweep.train.loop import Job, Outcome, Resident, finished, run
+from raysweep.train.jobs import Job, Outcome, finished
+
+if TYPE_CHECKING:
+    from raysweep.train.loop import Resident
 
 ATTEMPTS = 3
 POLL_S = 20.0
@@ -132,6 +135,8 @@ class Isolated:
         self.scaling, self.storage = scaling, storage
 
     def run(self, job: Job) -> Outcome:
+        from ray.train.torch import TorchTrainer
+
         before = finished(job)
         if before is not None:
             return before
@@ -154,6 +159,8 @@ def start_group(broker: ActorHandle, slot: int, scaling: ScalingConfig, storage:
     """Starts a warm group in the background; it ends when the broker is closed."""
 
     def serve() -> None:
+        from ray.train.torch import TorchTrainer
+
         trainer = TorchTrainer(
             _serve,
             train_loop_config={"broker": broker, "slot": slot},
@@ -174,6 +181,10 @@ def start_group(broker: ActorHandle, slot: int, scaling: ScalingConfig, storage:
 
 def _serve(config: dict[str, Any]) -> None:
     """The loop of every rank of a warm group."""
+    import torch.distributed as dist
+
+    from raysweep.train.loop import run
+
     broker, slot = config["broker"], config["slot"]
     resident, rank, fresh = _worker_setup()
     while True:
@@ -203,6 +214,8 @@ def _serve(config: dict[str, Any]) -> None:
 
 def _single(config: dict[str, Any]) -> dict[str, Any]:
     """The loop of every rank of a group made for one job."""
+    from raysweep.train.loop import run
+
     job: Job = config["job"]
     overdue = Path(job.out).parent / f".{Path(job.out).name}.overdue"
     if overdue.exists():  # the group was brought back after the timer ended it: say why instead of trying again
@@ -214,6 +227,10 @@ def _single(config: dict[str, Any]) -> dict[str, Any]:
 
 def _worker_setup() -> tuple[Resident, int, bool]:
     import torch
+    import torch.distributed as dist
+    from ray.train.torch import get_device
+
+    from raysweep.train.loop import Resident
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # several workers share the cores; more threads each only wait for one another

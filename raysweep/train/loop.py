@@ -9,11 +9,10 @@ with the copy.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,55 +21,14 @@ import torch.distributed as dist
 
 from methods.base import Diverged, Method
 from raysweep.artifacts import load_tensors, save_tensors
-from raysweep.models.draws import derive_seed
+from raysweep.seeds import derive_seed
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
-from raysweep.store import digest_of, digest_state, write_folder, write_json
+from raysweep.store import digest_state, write_folder, write_json
 from raysweep.tasks.task import Task
+from raysweep.train.jobs import CARD, Job, Outcome, finished
 
-CARD = "raysweep.json"
 Progress = Callable[[str, int, int, float], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One piece of training.
-
-    kind: "train" makes a candidate at `out` (a folder), "prepare" makes the method's prepared tensors (a file).
-    base: folder of the model to start from; None: freshly initialised from the task and the seed.
-    inputs: content hashes of what the paths lead to (task, base, prepared tensors, code).
-    """
-
-    id: str
-    kind: str
-    method: str
-    hyperparameters: dict[str, Any]
-    seed: int
-    task: str
-    base: str | None
-    out: str
-    prepared: str | None = None
-    budget_s: float = 600.0
-    checkpoint_s: float = 60.0
-    inputs: dict[str, str] = field(default_factory=dict)
-    card: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """Hash of everything that the result depends on."""
-        return digest_of(self.kind, self.method, self.hyperparameters, self.seed, self.base is None, self.inputs)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a job came to. status: ok or failed; reason says why it failed; `digest` is the hash of the weights."""
-
-    status: str
-    reason: str = ""
-    digest: str = ""
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    diagnostics: dict[str, float] = field(default_factory=dict)
 
 
 class Resident:
@@ -94,15 +52,6 @@ class Resident:
             self._models[job.base] = PixelDDPM.load(job.base).to(self.device)
         kept = self._models[job.base]
         return PixelDDPM(copy.deepcopy(kept.net), kept.scheduler, kept.null_label).to(self.device)
-
-
-def finished(job: Job) -> Outcome | None:
-    """The outcome of a job that was done before, read from what it left; None if there is nothing or something else."""
-    path = Path(job.out) / CARD if job.kind == "train" else Path(job.out).with_suffix(".json")
-    if not path.is_file() or not Path(job.out).exists():
-        return None
-    card = json.loads(path.read_text())
-    return Outcome(**card["outcome"]) if card.get("job_digest") == job.digest else None
 
 
 def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outcome:

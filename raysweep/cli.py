@@ -1,0 +1,415 @@
+"""The command line: verbs only. Heavy imports stand inside the verbs; only this module and `display` print."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+OK, FAILED, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+STORAGE = Path("runs")
+
+
+def _errors(function: Callable[..., int | None]) -> Callable[..., None]:
+    """Turns the errors that are meant for people into one message and an exit code."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from raysweep.config import ConfigError
+        from raysweep.registry import UnknownName
+        from raysweep.spaces import SpaceError
+        from raysweep.store import StoreError
+
+        try:
+            code = function(*args, **kwargs) or OK
+        except (ConfigError, SpaceError, UnknownName) as error:
+            click.echo("\n".join(f"error: {line}" for line in str(error).splitlines()), err=True)
+            code = BAD_INPUT
+        except StoreError as error:
+            click.echo(f"error: {error}", err=True)
+            code = FAILED
+        except KeyboardInterrupt:
+            click.echo("interrupted: the state is saved, the same command goes on from here", err=True)
+            code = INTERRUPTED
+        sys.exit(code)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="raysweep")
+def main() -> None:
+    """Pareto sweeps and audits of unlearning methods for diffusion models, on Ray."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _config(path: str | None, overrides: tuple[str, ...]) -> Any:
+    from raysweep.config import load
+
+    if path is not None and "=" in path:
+        path, overrides = None, (path, *overrides)
+    return load(None if path is None else Path(path), overrides)
+
+
+def _run_dir(path: str) -> Any:
+    """A run by its directory, or by its name below ./runs."""
+    from raysweep.rundir import RunDir
+
+    folder = RunDir(Path(path))
+    if not folder.exists() and RunDir(STORAGE / path).exists():
+        folder = RunDir(STORAGE / path)
+    folder.read_manifest()
+    return folder
+
+
+@main.command()
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1)
+@click.option("--dry-run", is_flag=True, help="Show plan, cost and what is tested; start nothing.")
+@_errors
+def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
+    """Run a sweep to its report; without CONFIG, the embedded one. The same command resumes.
+
+    \b
+    raysweep run
+    raysweep run examples/class.yaml search.trials=14 name=quick
+
+    Exit codes: 0 ok, 1 failed, 2 bad input, 3 finished but some checks failed or are missing, 130 interrupted.
+    """
+    sweep = _config(config, overrides)
+    if dry_run:
+        return _dry_run(sweep)
+    # Ray Tune saves its state on SIGINT but not on SIGTERM, which is what `ray job stop` and schedulers send
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    from raysweep.display import Display
+    from raysweep.run import Interrupted, RunFailed, run_sweep
+
+    with Display() as display:
+        try:
+            result = run_sweep(sweep, display.say, display.tick)
+        except RunFailed as error:
+            display.say("failed", str(error))
+            return FAILED
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        _say_answer(result, display.say)
+    return INCOMPLETE if result.incomplete else OK
+
+
+def _say_answer(result: Any, say: Callable[[str, str], None]) -> None:
+    front = result.front
+    failed = sum(t["state"] == "FAIL" for t in result.trials)
+    members = [r for r in front.rows if r["kind"] == "candidate" and r["on_front"]]
+    say("front", f"{len(members)} of {len(front.candidates)} audited candidates on the front, {failed} trials failed; "
+        f"hypervolume {front.hypervolume:.3f} ({front.hypervolume_lo:.3f} to {front.hypervolume_hi:.3f})")  # fmt: skip
+    for missing in result.incomplete:
+        say("failed", f"check missing: {missing}")
+    best = next((r for r in front.rows if r["trial"] == front.recommended), None)
+    if best is not None:
+        say("front", f"recommended: {best['trial']}  residue {best['residue']:.3f} +- {best['residue_se']:.3f}  "
+            f"damage {best['damage']:.3f} +- {best['damage_se']:.3f}")  # fmt: skip
+        say("front", f"export it: raysweep export {_short(result.folder.path)} {best['trial']} OUT_DIR")
+    say("front", f"report: {_short(result.folder.report)}")
+
+
+def _short(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)
+
+
+def _nodes(sweep: Any) -> list[Any]:
+    """What the local machine offers, or the cluster of RAY_ADDRESS."""
+    from raysweep.resources import Node
+
+    if os.environ.get("RAY_ADDRESS"):
+        from raysweep.pool import connected
+
+        with connected(sweep) as nodes:
+            return nodes
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [Node(float(sweep.resources.cpus or os.cpu_count() or 1), float(gpus))]
+
+
+def _dry_run(sweep: Any) -> int:
+    from raysweep.plan import estimate, untested
+    from raysweep.resources import make_plan
+    from raysweep.run import resolve_sweep
+    from raysweep.rundir import RunDir
+
+    task, spaces = resolve_sweep(sweep)
+    RunDir.of(sweep).check(sweep)
+    plan = make_plan(_nodes(sweep), sweep)
+    cost = estimate(sweep, task, spaces, plan)
+    share = sweep.search.trials // len(sweep.methods)
+    lines = [
+        ("task", f"{task.name}: forget {len(task.splits['forget'])}, retain {len(task.splits['retain'])} images"),
+        ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
+        ("cluster", plan.describe()),
+        ("prepare", f"{cost.prepare:.0f} s of training; in the cache: {_names(cost.cached) or 'nothing'}"),
+        ("trials", f"{cost.search:.0f} s of work; one step: "
+         + ", ".join(f"{n} {s * 1000:.0f} ms" for n, s in cost.step_seconds.items())),
+        ("audits", f"probe {cost.probe_s:.1f} s per trial, audit {cost.audit_s:.1f} s x up to "
+         f"{sweep.audit.top + sweep.oracles + 2}"),
+        ("total", f"about {cost.wall / 60:.1f} min (estimate: {3} timed steps per method and one timed audit per tier)"),
+        ("seeds", f"probe {sweep.audit.probe.seed}, audit {sweep.audit.audit.seed}; judges and their images disjoint: yes"),
+        ("views", f"residue: worst of {', '.join(task.views)}; damage: {task.quality}"),
+        *(("untested", line) for line in untested(sweep, task)),
+    ]  # fmt: skip
+    for kind, text in lines:
+        click.echo(f"{kind:<9} {text}")
+    click.echo("nothing was started")
+    return OK
+
+
+def _names(found: dict[str, bool]) -> str:
+    return ", ".join(name for name, there in found.items() if there)
+
+
+@main.command()
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print the resolved config as JSON.")
+@_errors
+def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Check a config without running it.
+
+    Checks keys and types, names, ranges of search spaces and enqueued points, that methods fit the task, that data can
+    be read and splits are disjoint, that search and audit differ in seeds and judges, that a base model given by path
+    loads and fits, that the run directory is free for this config, and that everything fits the cluster.
+    """
+    from raysweep.prepare import check_model
+    from raysweep.resources import make_plan
+    from raysweep.run import resolve_sweep
+    from raysweep.rundir import RunDir
+
+    sweep = _config(config, overrides)
+    task, spaces = resolve_sweep(sweep)
+    if task.base is not None:
+        check_model(task.base, task)
+    RunDir.of(sweep).check(sweep)
+    plan = make_plan(_nodes(sweep), sweep)
+    if as_json:
+        click.echo(json.dumps({"config": sweep.resolved(), "digest": sweep.digest, "task": task.digest}, indent=2))
+        return OK
+    searched = {s.method: ", ".join(p.name for p in s.parameters) for s in spaces}
+    click.echo(f"ok: {sweep.name} (config {sweep.digest}, task {task.digest})")
+    for method, parameters in searched.items():
+        click.echo(f"  {method:<12} searches {parameters}")
+    click.echo(f"  cluster      {plan.describe()}")
+    return OK
+
+
+@main.command()
+@click.argument("model_dir")
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print rows and objectives as JSON.")
+@_errors
+def audit(model_dir: str, config: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Audit any diffusers folder on the task of a config, next to base and oracles.
+
+    \b
+    raysweep audit runs/digits-picture/candidates/012-rgd
+    """
+    from raysweep.display import Display
+    from raysweep.run import RunFailed, audit_model
+
+    with Display("none" if as_json else None) as display:
+        try:
+            result = audit_model(Path(model_dir), _config(config, overrides), display.say, display.tick)
+        except RunFailed as error:
+            display.say("failed", str(error))
+            return FAILED
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        _print_rows(result["rows"])
+        place = result["objectives"]
+        click.echo(f"residue {place['residue']:.3f} +- {place['residue_se']:.3f}   "
+                   f"damage {place['damage']:.3f} +- {place['damage_se']:.3f}")  # fmt: skip
+    return INCOMPLETE if any(r["status"] == "failed" for r in result["rows"]) else OK
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    for r in rows:
+        name = f"{r['check']}.{r['metric']}" + (f" - {r['paired_with']}" if r["paired_with"] else "")
+        if r["status"] != "ok":
+            click.echo(f"  {name:<34} {r['status']}: {r['reason']}")
+            continue
+        interval = "" if r["lo"] is None else f"[{r['lo']:.3g}, {r['hi']:.3g}] {r['interval']}"
+        click.echo(f"  {name:<34} {r['value']:>9.4g}  n={r['n']:<5} {interval}")
+
+
+@main.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_errors
+def status(run: str, as_json: bool) -> int:
+    """Show how far a run is, and what failed."""
+    from raysweep.audit.manager import LOG, read_log
+    from raysweep.results import trial_table
+
+    folder = _run_dir(run)
+    manifest, sweep = folder.read_manifest(), folder.sweep()
+    trials = trial_table(folder, f"{sweep.name}-{sweep.digest[:8]}")
+    counts: dict[str, int] = {}
+    for t in trials:
+        counts[t["state"]] = counts.get(t["state"], 0) + 1
+    failures = [{"trial": t["trial"], "reason": t["reason"]} for t in trials if t["state"] == "FAIL"]
+    data = {
+        "run": str(folder.path), "state": manifest["state"], "trials": counts, "of": sweep.search.trials,
+        "audits": len(read_log(folder.path / LOG)), "failures": failures,
+        "incomplete": manifest.get("incomplete", []), "reason": manifest.get("reason", ""),
+        "exit_code": {"done": OK, "incomplete": INCOMPLETE, "failed": FAILED, "interrupted": INTERRUPTED}.get(manifest["state"]),
+        "report": str(folder.report) if folder.report.is_file() else None,
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(data, indent=2))
+        return OK
+    click.echo(f"{data['run']}: {data['state']}" + (f" ({data['reason']})" if data["reason"] else ""))
+    click.echo(f"trials {json.dumps(counts)} of {data['of']}, audits {data['audits']}")
+    for f in failures:
+        click.echo(f"  failed {f['trial']}: {f['reason']}")
+    for missing in data["incomplete"]:
+        click.echo(f"  check missing: {missing}")
+    if data["report"]:
+        click.echo(f"report {data['report']}")
+    return OK
+
+
+@main.command()
+@click.argument("run")
+@_errors
+def report(run: str) -> int:
+    """Rebuild a run's report and figures from its tables; needs neither Ray nor a GPU."""
+    from raysweep.report.page import build
+
+    folder = _run_dir(run)
+    click.echo(str(build(folder)))
+    return OK
+
+
+@main.command()
+@click.argument("run")
+@click.argument("trial")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_errors
+def show(run: str, trial: str, as_json: bool) -> int:
+    """Show a trial: its settings, where they come from, and every measurement of it."""
+    from raysweep.config import ConfigError
+    from raysweep.registry import suggest
+    from raysweep.results import trial_table
+    from raysweep.store import ROWS, read_table
+
+    folder = _run_dir(run)
+    sweep = folder.sweep()
+    trials = {t["trial"]: t for t in trial_table(folder, f"{sweep.name}-{sweep.digest[:8]}")}
+    if trial not in trials:
+        raise ConfigError(f"{run}: no trial {trial!r}{suggest(trial, sorted(trials))}")
+    rows = [r for r in read_table(folder.rows, ROWS).to_pylist() if r["subject"] == trial]
+    if as_json:
+        click.echo(json.dumps({"trial": trials[trial], "rows": rows}, indent=2))
+        return OK
+    for key, value in trials[trial].items():
+        click.echo(f"{key:<16} {value}")
+    for tier in ("probe", "audit"):
+        mine = [r for r in rows if r["tier"] == tier]
+        if mine:
+            click.echo(f"{tier}:")
+            _print_rows(mine)
+    return OK
+
+
+@main.command()
+@click.argument("run")
+@click.argument("trial")
+@click.argument("out_dir")
+@_errors
+def export(run: str, trial: str, out_dir: str) -> int:
+    """Copy a candidate as a diffusers folder with its card, its weights checked against their hash."""
+    from raysweep.config import ConfigError
+    from raysweep.models.pixel import PixelDDPM
+    from raysweep.registry import suggest
+    from raysweep.store import StoreError, digest_state, write_folder
+    from raysweep.train.jobs import CARD
+
+    source, target = _run_dir(run).candidates / trial, Path(out_dir)
+    if not (source / CARD).is_file():
+        there = sorted(p.name for p in source.parent.glob("*") if (p / CARD).is_file())
+        raise ConfigError(f"{run}: no candidate {trial!r}{suggest(trial, there)}")
+    if target.exists():
+        raise ConfigError(f"{target}: exists already; choose another folder")
+    expected = json.loads((source / CARD).read_text())["outcome"]["digest"]
+    found = digest_state(PixelDDPM.load(source).net.state_dict())
+    if found != expected:
+        raise StoreError(f"{source}: the weights hash to {found}, but the card says {expected}; not exported")
+    write_folder(target, lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True))
+    click.echo(str(target))
+    return OK
+
+
+@main.command(name="ls")
+@click.argument("what", type=click.Choice(["methods", "evaluators", "spaces", "tasks", "runs"]))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_errors
+def list_(what: str, as_json: bool) -> int:
+    """List what there is: methods, evaluators, spaces, tasks, runs."""
+    from raysweep.listing import listing
+
+    rows = listing(what, STORAGE)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return OK
+    for row in rows:
+        name, *rest = row.values()
+        click.echo(f"{name:<16} " + "  ".join(str(v) for v in rest))
+    return OK
+
+
+@main.command()
+@click.argument("name")
+@click.option("--task", type=click.Choice(["digits-picture", "digits-class"]), default="digits-picture", show_default=True)
+@_errors
+def init(name: str, task: str) -> int:
+    """Write NAME.yaml, a commented config with every setting at its default."""
+    from raysweep.config import NAME, ConfigError
+    from raysweep.listing import commented_config
+    from raysweep.store import write_bytes
+
+    path = Path(f"{name}.yaml")
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{name!r}: a name has 1 to 64 letters, digits, '.', '_' or '-'")
+    if path.exists():
+        raise ConfigError(f"{path}: exists already; choose another name")
+    write_bytes(path, commented_config(name, task).encode())
+    click.echo(f"{path}: check it with `raysweep validate {path}`, run it with `raysweep run {path}`")
+    return OK
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_errors
+def doctor(as_json: bool) -> int:
+    """Check this machine: Python, packages, torch, memory, disk, /dev/shm, ports, stale installs, Ray's token."""
+    from raysweep.doctor import examine
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([vars(f) for f in findings], indent=2))
+    else:
+        for f in findings:
+            click.echo(f"{f.level:<5} {f.name:<12} {f.text}")
+    return FAILED if any(f.level == "fail" for f in findings) else OK

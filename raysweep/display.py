@@ -1,0 +1,62 @@
+"""What a person sees of a run: live progress bars on a terminal, one line per event elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+COLOURS = {"failed": "red", "trial": "cyan", "audit": "magenta", "prepare": "blue", "run": "bold", "front": "bold green"}
+MODES = ("auto", "rich", "plain", "none")
+
+
+class Display:
+    """Shows events (`say`) and progress (`tick`); use as a context manager. Mode by RAYSWEEP_DISPLAY, default auto."""
+
+    def __init__(self, mode: str | None = None):
+        mode = mode or os.environ.get("RAYSWEEP_DISPLAY", "auto")
+        if mode not in MODES:
+            mode = "auto"
+        self.mode = ("rich" if sys.stdout.isatty() else "plain") if mode == "auto" else mode
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=self.console, transient=True,
+        )  # fmt: skip
+        self.bars: dict[str, TaskID] = {}
+        self.quarters: dict[str, int] = {}
+
+    def __enter__(self) -> Display:
+        if self.mode == "rich":
+            self.progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.mode == "rich":
+            self.progress.stop()
+
+    def say(self, kind: str, text: str) -> None:
+        """One event."""
+        clock = time.strftime("%H:%M:%S")
+        if self.mode == "rich":
+            colour = COLOURS.get(kind, "dim")
+            self.progress.console.print(f"[dim]{clock}[/] [{colour}]{kind:<8}[/] {escape(text)}")
+        elif self.mode == "plain":
+            print(f"{clock} {kind:<8} {text}", flush=True)
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        """Progress of something that takes long; elsewhere than on a terminal, a line per quarter."""
+        if self.mode == "rich":
+            if what not in self.bars:
+                self.bars[what] = self.progress.add_task(what, total=total)
+            self.progress.update(self.bars[what], completed=done, total=total, visible=done < total)
+        elif self.mode == "plain":
+            quarter = 4 * done // max(1, total)
+            if quarter != self.quarters.get(what, 0) and what != "trials":
+                self.quarters[what] = quarter
+                print(f"{time.strftime('%H:%M:%S')} progress {what} {done}/{total}", flush=True)

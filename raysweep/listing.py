@@ -1,0 +1,82 @@
+"""What `raysweep ls` lists, and the commented config that `raysweep init` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+import search_spaces
+from raysweep.config import validate
+from raysweep.registry import external, names, resolve
+from raysweep.rundir import list_runs
+from raysweep.spaces import load
+
+
+def listing(what: str, storage: Path) -> list[dict[str, Any]]:
+    """Rows of plain data, the name first."""
+    if what == "methods":
+        return [_method(name) for name in names("method")]
+    if what == "evaluators":
+        return [_evaluator(name) for name in names("evaluator")]
+    if what == "tasks":
+        return [{"name": n, "about": (resolve("task", n).__doc__ or "").strip()} for n in names("task")]
+    if what == "spaces":
+        return [_space(name) for name in search_spaces.names()]
+    return [{"name": r.path.name, "state": r.read_manifest()["state"], "path": str(r.path)} for r in list_runs(storage)]
+
+
+def _method(name: str) -> dict[str, Any]:
+    method = resolve("method", name)
+    return {
+        "name": name,
+        "source": method.source,
+        "needs": "needs " + ", ".join(sorted(method.needs)),
+        "forgets": "forgets " + " or ".join(sorted(method.kinds)),
+        "families": ", ".join(sorted(method.families)),
+        "cost": f"{method.forwards_per_step:g} forward units per step",
+        "external": name in external("method"),
+    }
+
+
+def _evaluator(name: str) -> dict[str, Any]:
+    evaluator = resolve("evaluator", name)
+    return {
+        "name": name,
+        "metrics": ", ".join(f"{m} ({d})" for m, d in evaluator.directions.items()),
+        "needs": evaluator.needs,
+        "kinds": ", ".join(sorted(evaluator.kinds)),
+        "external": name in external("evaluator"),
+    }
+
+
+def _space(name: str) -> dict[str, Any]:
+    space = load(name)
+    searched = ", ".join(f"{p.name} {p.kind} {list(p.values)}" for p in space.parameters)
+    return {"name": name, "searched": searched, "enqueued": f"{len(space.points)} points enqueued"}
+
+
+def commented_config(name: str, task: str) -> str:
+    """YAML of every setting at its default, with its meaning behind it."""
+    sweep = validate({"name": name, "task": {"name": task}}, "init")
+    lines = ["# A raysweep config: every setting at its default. Delete what you do not change.", ""]
+    _write(lines, sweep, 0)
+    return "\n".join(lines) + "\n"
+
+
+def _write(lines: list[str], model: BaseModel, depth: int) -> None:
+    pad = "  " * depth
+    for key, field in type(model).model_fields.items():
+        value = getattr(model, key)
+        about = f"  # {field.description}" if field.description else ""
+        if isinstance(value, BaseModel):
+            lines.append(f"{pad}{key}:{about}")
+            _write(lines, value, depth + 1)
+        else:
+            plain = value if not isinstance(value, Path | tuple) else str(value) if isinstance(value, Path) else list(value)
+            text = yaml.safe_dump(plain, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+            lines.append(f"{pad}{key}: {text}{about}")
+
+

@@ -1,0 +1,100 @@
+"""What a sweep would do and cost, without starting it: timed on a few steps and one audit of each tier."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from methods.base import Method
+from raysweep.audit.measure import measure
+from raysweep.config import Sweep
+from raysweep.models.pixel import PixelDDPM
+from raysweep.prepare import cached
+from raysweep.registry import names, resolve
+from raysweep.resources import Plan
+from raysweep.rundir import RunDir
+from raysweep.spaces import Space
+from raysweep.tasks.task import Task
+
+STEPS = 3
+STARTUP_S = 30.0  # processes of Ray and their imports on two cores; see benchmarks/README.md
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds by part, as measured on this machine; `wall` divides by what the plan does at once."""
+
+    prepare: float
+    search: float
+    audit: float
+    wall: float
+    step_seconds: dict[str, float]
+    probe_s: float
+    audit_s: float
+    cached: dict[str, bool]
+
+
+def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estimate:
+    """Times a few optimiser steps of every method and one audit per tier on an untrained model of the same shape."""
+    from evaluators.judge import Judge
+
+    torch.set_num_threads(1)
+    found = cached(sweep, task, RunDir.of(sweep))
+    steps = {s.method: _time_steps(s.method, _typical(s), task) for s in spaces}
+    retrain = _time_steps("retrain", task.recipe, task)
+    judge = Judge(task.splits["judge_probe"].x.shape[1], int(task.splits["judge_probe"].groups.max()) + 1)
+    probe_s, audit_s = (
+        measure(PixelDDPM.build(task.model, 0), task, judge, tier).seconds for tier in (sweep.audit.probe, sweep.audit.audit)
+    )
+    missing = [name for name, there in found.items() if not there and not name.startswith("judge")]
+    prepare = retrain * task.recipe["steps"] * len(missing)
+    trials = sweep.search.trials // len(spaces)
+    train = sum(trials * steps[s.method] * _typical(s)["steps"] for s in spaces)
+    search = train + sweep.search.trials * probe_s
+    audited = sweep.audit.top + sweep.oracles + 2
+    audit = audited * audit_s + (sweep.oracles + 2) * probe_s
+    lanes = max(1, min(plan.slots * plan.workers, os.cpu_count() or 1)) if not plan.worker_gpus else plan.slots
+    wall = STARTUP_S + prepare / min(lanes, max(1, len(missing))) + search / lanes + audit / min(plan.auditors + plan.late_auditors, os.cpu_count() or 1)
+    return Estimate(prepare, search, audit, wall, steps, probe_s, audit_s, found)
+
+
+def untested(sweep: Sweep, task: Task) -> list[str]:
+    """What the audit of this sweep leaves open, for people."""
+    checks = set(sweep.audit.audit.checks_for(task))
+    lines = [f"check {name!r} is switched off in the audit" for name in names("evaluator") if name not in checks]
+    lines += [
+        f"check {name!r} does not apply to a task of kind {task.kind!r}"
+        for name in sorted(checks)
+        if task.kind not in resolve("evaluator", name).kinds
+    ]
+    lines += ["adversarial prompts and inversions, quantisation, benign fine-tuning"]
+    if sweep.oracles < 3:
+        lines.append(f"{sweep.oracles} oracles: too few for an interval on the oracle's own spread")
+    return lines
+
+
+def _typical(space: Space) -> dict[str, Any]:
+    """Settings in the middle of a space: the first enqueued point, else the geometric middle of steps."""
+    values = dict(space.fixed)
+    for p in space.parameters:
+        values[p.name] = p.values[0]
+        if p.name == "steps":
+            values[p.name] = round((p.values[0] * p.values[-1]) ** 0.5)
+    return values | {k: v for k, v in (space.points[0].values if space.points else {}).items() if k != "steps"}
+
+
+def _time_steps(name: str, settings: dict[str, Any], task: Task) -> float:
+    """Median seconds of a step, after one that warms up."""
+    method_class: type[Method] = resolve("method", name)
+    model = PixelDDPM.build(task.model, 0)
+    method = method_class(model, method_class.Hyperparameters(**settings), method_class.prepare(model, task, 0))
+    times = []
+    for step in range(STEPS + 1):
+        started = time.perf_counter()
+        method.step(task.batch(method.draws(), 0, step))
+        times.append(time.perf_counter() - started)
+    return sorted(times[1:])[STEPS // 2]

@@ -1,0 +1,189 @@
+"""The report's figures: plotly for the page, matplotlib for the PNG files."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from matplotlib.figure import Figure
+from plotly.subplots import make_subplots
+
+from raysweep.report.data import ReportData
+from raysweep.store import write_bytes
+
+GREY, GRID = "#7a828c", "rgba(128,128,128,0.25)"
+ANCHORS = {"base": "star", "oracle": "star-diamond", "destroyed": "x"}
+Z95 = 1.96
+
+
+def front(data: ReportData) -> go.Figure:
+    """Residue against damage: search estimates hollow, audited values filled with 95 % whiskers, anchors as stars."""
+    figure = go.Figure()
+    for method, (colour, symbol) in data.styles.items():
+        tried = [t for t in data.trials if t["method"] == method and t["state"] == "COMPLETE"]
+        figure.add_scatter(
+            x=[t["residue"] for t in tried], y=[t["damage"] for t in tried], mode="markers", legendgroup=method,
+            showlegend=False, hovertext=[f"{t['trial']} (search)<br>{_settings(t)}" for t in tried], hoverinfo="text",
+            marker={"symbol": symbol + "-open", "color": colour, "size": 7, "opacity": 0.45},
+        )  # fmt: skip
+        mine = sorted((p for p in data.candidates() if p["method"] == method), key=lambda p: p["residue"])
+        if not mine:
+            continue
+        own = [p for p in mine if p["on_method_front"]]
+        figure.add_scatter(
+            x=[p["residue"] for p in own], y=[p["damage"] for p in own], mode="lines", legendgroup=method,
+            showlegend=False, hoverinfo="skip", line={"color": colour, "width": 1, "dash": "dot", "shape": "hv"},
+        )  # fmt: skip
+        figure.add_scatter(
+            x=[p["residue"] for p in mine], y=[p["damage"] for p in mine], mode="markers", name=method,
+            legendgroup=method, hovertext=[f"{p['trial']} (audit)<br>{_settings(p)}" for p in mine], hoverinfo="text",
+            error_x=_whisker(mine, "residue", colour), error_y=_whisker(mine, "damage", colour),
+            marker={"symbol": symbol, "color": colour, "size": 11, "line": {"width": 1, "color": GREY}},
+        )  # fmt: skip
+    members = sorted((p for p in data.candidates() if p["on_front"]), key=lambda p: p["residue"])
+    figure.add_scatter(
+        x=[p["residue"] for p in members], y=[p["damage"] for p in members], mode="lines", name="front",
+        line={"color": GREY, "width": 2, "shape": "hv"}, hoverinfo="skip",
+    )  # fmt: skip
+    for p in data.points:
+        if p["kind"] == "anchor":
+            symbol = ANCHORS[p["trial"].split("-")[0]]
+            figure.add_scatter(
+                x=[p["residue"]], y=[p["damage"]], mode="markers+text", text=[p["trial"]], textposition="top center",
+                marker={"symbol": symbol, "size": 13, "color": GREY}, name=p["trial"], showlegend=False,
+                textfont={"color": GREY, "size": 11},
+            )  # fmt: skip
+    return _style(figure, "residue (0 like the oracle, 1 like the base)", "damage (0 like the oracle, 1 destroyed)", 470)
+
+
+def optimism(data: ReportData) -> go.Figure:
+    """What the search saw against what the audit found, one line per candidate and objective."""
+    figure = make_subplots(1, 2, subplot_titles=("residue", "damage"))
+    for column, key in enumerate(("residue", "damage"), 1):
+        for p in data.candidates():
+            colour, symbol = data.styles[p["method"]]
+            figure.add_scatter(
+                x=["search", "audit"], y=[p[f"probe_{key}"], p[key]], mode="lines+markers", hovertext=p["trial"],
+                hoverinfo="text+y", line={"color": colour, "width": 1.5}, marker={"symbol": symbol, "size": 8},
+                showlegend=False, row=1, col=column,
+            )  # fmt: skip
+    return _style(figure, None, None, 320)
+
+
+def effects(data: ReportData) -> go.Figure:
+    """Each searched hyperparameter against residue and damage, small multiples, one colour per method."""
+    found: dict[str, list[tuple[str, Any, float, float]]] = {}
+    for t in data.trials:
+        if t["state"] == "COMPLETE":
+            for name, value in json.loads(t["hyperparameters"]).items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    found.setdefault(name, []).append((t["method"], value, t["residue"], t["damage"]))
+    names = [n for n, points in found.items() if len({v for _, v, _, _ in points}) > 2]
+    if not names:
+        return _style(go.Figure(), None, None, 200)
+    figure = make_subplots(2, len(names), shared_xaxes=True, vertical_spacing=0.06, horizontal_spacing=0.05)
+    for column, name in enumerate(names, 1):
+        for row, objective in enumerate(("residue", "damage"), 1):
+            for method, (colour, symbol) in data.styles.items():
+                mine = [p for p in found[name] if p[0] == method]
+                figure.add_scatter(
+                    x=[p[1] for p in mine], y=[p[1 + row] for p in mine], mode="markers", showlegend=False,
+                    marker={"color": colour, "symbol": symbol, "size": 7}, hovertext=method, row=row, col=column,
+                )  # fmt: skip
+            if column == 1:
+                figure.update_yaxes(title_text=objective, row=row, col=1)
+        figure.update_xaxes(type="log", row=1, col=column)
+        figure.update_xaxes(type="log", title_text=name, row=2, col=column)
+    return _style(figure, None, None, 420)
+
+
+def roc(data: ReportData) -> go.Figure:
+    """Membership of retained and of forgotten images against their holdouts, log axes, with the chance line."""
+    kinds = [("forget", "forgotten images"), ("retain", "retained images")]
+    figure = make_subplots(1, 2, subplot_titles=[title for _, title in kinds])
+    for column, (kind, _) in enumerate(kinds, 1):
+        for p in data.points:
+            pos = data.scores.get((p["trial"], f"membership.{kind}"))
+            neg = data.scores.get((p["trial"], f"membership.{kind}_holdout"))
+            if pos is None or neg is None or p["trial"] == "destroyed":
+                continue
+            fpr, tpr = _curve(pos.ravel(), neg.ravel())
+            anchor = p["kind"] == "anchor"
+            colour = GREY if anchor else data.styles[p["method"]][0]
+            figure.add_scatter(
+                x=fpr, y=tpr, mode="lines", name=p["trial"], legendgroup=p["trial"], showlegend=column == 2,
+                line={"color": colour, "width": 2.5 if anchor else 1.2, "dash": "dash" if p["trial"] == "base" else "solid"},
+                row=1, col=column,
+            )  # fmt: skip
+        figure.add_scatter(
+            x=[1e-2, 1], y=[1e-2, 1], mode="lines", line={"color": GREY, "dash": "dot", "width": 1}, showlegend=False,
+            hoverinfo="skip", row=1, col=column,
+        )  # fmt: skip
+    figure.update_xaxes(type="log", title_text="false positive rate")
+    figure.update_yaxes(type="log", title_text="true positive rate", col=1)
+    return _style(figure, None, None, 400)
+
+
+def write_pngs(data: ReportData, folder: Path) -> None:
+    """Writes front.png, the front as in the page."""
+    figure = Figure(figsize=(7, 5), dpi=140, layout="constrained")
+    axes = figure.subplots()
+    markers = ("o", "s", "D", "^", "P", "p", "h", "v")
+    for i, (method, (colour, _)) in enumerate(data.styles.items()):
+        tried = [t for t in data.trials if t["method"] == method and t["state"] == "COMPLETE"]
+        axes.scatter([t["residue"] for t in tried], [t["damage"] for t in tried], s=18, facecolors="none",
+                     edgecolors=colour, alpha=0.5, marker=markers[i % 8])  # fmt: skip
+        mine = [p for p in data.candidates() if p["method"] == method]
+        axes.errorbar([p["residue"] for p in mine], [p["damage"] for p in mine],
+                      xerr=[Z95 * p["residue_se"] for p in mine], yerr=[Z95 * p["damage_se"] for p in mine],
+                      fmt=markers[i % 8], color=colour, label=method, capsize=2, markersize=7)  # fmt: skip
+    members = sorted((p for p in data.candidates() if p["on_front"]), key=lambda p: p["residue"])
+    axes.step([p["residue"] for p in members], [p["damage"] for p in members], where="post", color="grey", lw=1.5)
+    for p in data.points:
+        if p["kind"] == "anchor":
+            axes.scatter(p["residue"], p["damage"], marker="*", s=130, color="black")
+            axes.annotate(p["trial"], (p["residue"], p["damage"]), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.set_xlabel("residue (0 like the oracle, 1 like the base)")
+    axes.set_ylabel("damage (0 like the oracle, 1 destroyed)")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    out = BytesIO()
+    figure.savefig(out, format="png")
+    write_bytes(folder / "front.png", out.getvalue())
+
+
+def _curve(pos: np.ndarray, neg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ROC by all thresholds, without interpolation, at false positive rates above zero."""
+    thresholds = np.unique(np.concatenate([pos, neg]))[::-1]
+    fpr = np.array([(neg >= t).mean() for t in thresholds])
+    tpr = np.array([(pos >= t).mean() for t in thresholds])
+    seen = (fpr > 0) & (tpr > 0)
+    return fpr[seen], tpr[seen]
+
+
+def _whisker(points: list[dict[str, Any]], key: str, colour: str) -> dict[str, Any]:
+    return {"type": "data", "array": [Z95 * p[f"{key}_se"] for p in points], "color": colour, "thickness": 1.2, "width": 3}
+
+
+def _settings(row: dict[str, Any]) -> str:
+    values = json.loads(row["hyperparameters"])
+    return "<br>".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+
+
+def _style(figure: go.Figure, x: str | None, y: str | None, height: int) -> go.Figure:
+    figure.update_layout(
+        height=height, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "color": GREY, "size": 13},
+        margin={"l": 60, "r": 15, "t": 35, "b": 50}, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+    )  # fmt: skip
+    figure.update_xaxes(gridcolor=GRID, zerolinecolor=GRID)
+    figure.update_yaxes(gridcolor=GRID, zerolinecolor=GRID)
+    if x:
+        figure.update_xaxes(title_text=x)
+    if y:
+        figure.update_yaxes(title_text=y)
+    return figure

@@ -1,0 +1,62 @@
+"""Jobs for train workers and what they come to. Light to import: every process of a run knows these."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raysweep.store import digest_of
+
+CARD = "raysweep.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of training.
+
+    kind: "train" makes a candidate at `out` (a folder), "prepare" makes the method's prepared tensors (a file).
+    base: folder of the model to start from; None: freshly initialised from the task and the seed.
+    inputs: content hashes of what the paths lead to (task, base, prepared tensors, code).
+    """
+
+    id: str
+    kind: str
+    method: str
+    hyperparameters: dict[str, Any]
+    seed: int
+    task: str
+    base: str | None
+    out: str
+    prepared: str | None = None
+    budget_s: float = 600.0
+    checkpoint_s: float = 60.0
+    inputs: dict[str, str] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that the result depends on."""
+        return digest_of(self.kind, self.method, self.hyperparameters, self.seed, self.base is None, self.inputs)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to. status: ok or failed; reason says why it failed; `digest` is the hash of the weights."""
+
+    status: str
+    reason: str = ""
+    digest: str = ""
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+def finished(job: Job) -> Outcome | None:
+    """The outcome of a job that was done before, read from what it left; None if there is nothing or something else."""
+    path = Path(job.out) / CARD if job.kind == "train" else Path(job.out).with_suffix(".json")
+    if not path.is_file() or not Path(job.out).exists():
+        return None
+    card = json.loads(path.read_text())
+    return Outcome(**card["outcome"]) if card.get("job_digest") == job.digest else None

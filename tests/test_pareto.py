@@ -1,0 +1,72 @@
+"""Fronts, hypervolume and dominance."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raysweep import pareto
+
+
+@given(st.integers(0, 10_000), st.integers(1, 30), st.sampled_from([("min", "min"), ("min", "max"), ("max", "max", "min")]))
+@settings(max_examples=60, deadline=None)
+def test_front_is_what_nobody_dominates(seed, n, directions):
+    rng = np.random.default_rng(seed)
+    points = rng.integers(0, 6, (n, len(directions))).astype(float)
+    sign = np.array([1 if d == "min" else -1 for d in directions])
+    found = pareto.front(points, directions)
+    for i in range(n):
+        beaten = any((points[j] * sign <= points[i] * sign).all() and (points[j] * sign < points[i] * sign).any() for j in range(n))
+        assert (i in found) == (not beaten)
+    order = rng.permutation(n)
+    assert sorted(order[pareto.front(points[order], directions)]) == found
+
+
+def test_front_leaves_out_what_is_not_finite():
+    assert pareto.front(np.array([[0.0, np.nan], [1.0, 1.0], [np.inf, 0.0]]), ("min", "min")) == [1]
+    assert pareto.front(np.empty((0, 2)), ("min", "min")) == []
+
+
+def test_hypervolume_equals_a_grid_and_ignores_what_is_dominated():
+    points = np.array([[0.1, 0.7], [0.4, 0.3], [0.8, 0.05]])
+    grid = (np.arange(1100) + 0.5) / 1000
+    x, y = np.meshgrid(grid, grid)
+    covered = np.zeros_like(x, dtype=bool)
+    for a, b in points:
+        covered |= (x >= a) & (y >= b)
+    volume = pareto.hypervolume(points)
+    assert volume == pytest.approx(covered.mean() * 1.21, rel=2e-3)
+    assert pareto.hypervolume(np.vstack([points, [0.9, 0.9], [2.0, 0.0], [np.nan, 0.0]])) == pytest.approx(volume)
+    assert pareto.hypervolume(points[::-1]) == pytest.approx(volume)
+    assert pareto.hypervolume(np.array([[1.2, 0.0]])) == 0.0
+
+
+def test_dominance_probability():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(20_000, 2, 2))
+    p = pareto.dominance_probability(draws)
+    assert p[0, 1] == pytest.approx(0.25, abs=0.02)
+    assert p[0, 0] == 0.0
+    draws[:, 1] += 10
+    assert pareto.dominance_probability(draws)[0, 1] == 1.0
+
+
+def test_paired_resampling_cancels_what_is_shared():
+    rng = np.random.default_rng(1)
+    units = rng.normal(size=(20, 1))
+    shift = np.array([0.0, 0.3])
+    samples = units + shift
+    values = np.repeat(samples.mean(0)[:, None], 2, axis=1)
+    parts = np.stack([np.delete(samples, g, 0).mean(0) for g in range(20)], axis=1)
+    draws = pareto.resample(values, np.repeat(parts[:, :, None], 2, axis=2))
+    assert draws.shape == (2000, 2, 2)
+    assert pareto.dominance_probability(draws)[0, 1] == 1.0
+    assert draws[:, 0, 0].std() == pytest.approx(units.std() / np.sqrt(20), rel=0.15)
+
+
+def test_hypervolume_interval_and_recommendation():
+    points = np.array([[0.2, 0.5], [0.3, 0.3], [0.9, 0.0]])
+    draws = points + 0.02 * np.random.default_rng(2).normal(size=(300, 3, 2))
+    lo, hi = pareto.hypervolume_interval(draws)
+    assert lo < hi
+    assert pareto.balanced(points) == 1
