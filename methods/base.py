@@ -121,7 +121,11 @@ class Method(ABC):
         self.params = [p for p in model.net.parameters() if p.requires_grad]
         self.start = [p.detach().clone() for p in self.params]
         self.optimizer = torch.optim.AdamW(
-            self.params, lr=self.hp.lr, betas=(self.hp.beta1, self.hp.beta2), weight_decay=self.hp.weight_decay
+            self.params,
+            lr=self.hp.lr,
+            betas=(self.hp.beta1, self.hp.beta2),
+            weight_decay=self.hp.weight_decay,
+            fused=True,
         )
         self.done = 0
 

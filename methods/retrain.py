@@ -86,4 +86,4 @@ class Retrain(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.ema.load_state_dict(state["ema"])
-        self.schedule.load_state_dict({k: v for k, v in state["schedule"].items() if k != "lr_lambdas"})
+        self.schedule.load_state_dict(state["schedule"])

@@ -35,13 +35,13 @@ class Tier(_Model):
     judge: Literal["probe", "audit"] = Field(description="the judge, each trained on its own images")
     checks: tuple[str, ...] | None = Field(None, description="evaluators, by name; null: what the objectives need")
     groups: int = Field(10, ge=2, le=100, description="groups of the jackknife")
-    samples: int = Field(300, ge=20, description="samples of the retained content")
+    samples: int = Field(200, ge=20, description="samples of the retained content")
     class_samples: int = Field(60, ge=10, description="samples under the forgotten label")
     noises: int = Field(40, ge=2, description="noise draws of a reconstruction")
     injection_t: int = Field(600, ge=1, description="step to which a reconstruction is noised")
     injection_steps: int = Field(12, ge=1, description="steps of a reconstruction")
     loss_noises: int = Field(10, ge=2, description="noises of the loss bank")
-    loss_images: int = Field(10, ge=1, description="images per split for denoising losses")
+    loss_images: int = Field(4, ge=1, description="images per split for denoising losses")
     timesteps: int = Field(10, ge=1, description="equally spaced steps of a denoising loss")
     membership_t: tuple[int, ...] = Field((20, 50, 100, 200), description="steps of the membership score, fixed beforehand")
     membership_noises: int = Field(2, ge=1, description="noises per image and step of the membership score")
@@ -86,8 +86,8 @@ def _probe() -> Tier:
 
 def _audit() -> Tier:
     return Tier(
-        seed=2, judge="audit", checks=tuple(names("evaluator")), groups=20, samples=1000, class_samples=200, noises=100,
-        loss_noises=20, strips=8,
+        seed=2, judge="audit", checks=tuple(names("evaluator")), groups=20, samples=800, class_samples=200, noises=60,
+        loss_noises=20, loss_images=10, strips=8,
     )  # fmt: skip
 
 

@@ -42,24 +42,21 @@ MEGABYTE = 1024 * 1024
 @contextlib.contextmanager
 def connected(sweep: Sweep) -> Iterator[list[Node]]:
     """Connects to the cluster of RAY_ADDRESS or of the submitting job, else starts a local Ray on loopback."""
-    os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    env = dict(ENVIRONMENT)
-    if str(ROOT) not in paths:
-        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, paths)])
-    outside = bool(os.environ.get("RAY_ADDRESS"))
+    missing = {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
+    os.environ.update(missing)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
-    if outside:
-        ray.init(address="auto", runtime_env={"env_vars": ENVIRONMENT} if not _in_job() else None, **options)
+    path = os.pathsep.join([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+    if os.environ.get("RAY_ADDRESS"):
+        # a submitted job ships its working directory; otherwise workers import from where this process does
+        variables = missing if _in_job() else missing | {"PYTHONPATH": path}
+        ray.init(address="auto", runtime_env={"env_vars": variables}, **options)
     else:
         ray.init(
             num_cpus=sweep.resources.cpus,
             resources={TRIAL_SLOT: 10_000},
             object_store_memory=200 * MEGABYTE,
-            include_dashboard=_dashboard_wanted(),
             dashboard_host="127.0.0.1",
-            runtime_env={"env_vars": env},
+            runtime_env={"env_vars": missing | {"PYTHONPATH": path}},
             **options,
         )
     try:
@@ -156,6 +153,3 @@ def _in_job() -> bool:
     """Whether `ray job submit` started this process; its runtime environment is then given."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
-
-def _dashboard_wanted() -> bool:
-    return os.environ.get("RAYSWEEP_DASHBOARD", "1") != "0"

@@ -95,14 +95,15 @@ def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> 
 
 def preflight(plan: Plan, nodes: Sequence[Node]) -> None:
     """Raises ConfigError unless everything of the plan fits the cluster at the same time."""
-    for unit, per_worker, per_auditor, offers in (
+    demands = (
         ("CPU", plan.worker_cpus, plan.auditor_cpus, [n.cpus for n in nodes]),
         ("GPU", plan.worker_gpus, plan.auditor_gpus, [n.gpus for n in nodes]),
-    ):
-        largest = max(offers, default=0.0)
-        if max(per_worker, per_auditor) > largest + 1e-9:
-            need = max(per_worker, per_auditor)
+    )
+    for unit, per_worker, per_auditor, offers in demands:
+        need, largest = max(per_worker, per_auditor), max(offers, default=0.0)
+        if need > largest + 1e-9:
             raise ConfigError(f"resources: one process needs {need:g} {unit}, but the largest node has {largest:g}")
+    for unit, per_worker, per_auditor, offers in demands:
         drivers = plan.concurrent_trials * plan.driver_cpus if unit == "CPU" else 0.0
         need = plan.slots * plan.workers * per_worker + plan.auditors * per_auditor + drivers
         if plan.slots < 1 or need > sum(offers) + 1e-9:

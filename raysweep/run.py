@@ -92,6 +92,9 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
         except (Interrupted, KeyboardInterrupt):
             folder.update(state="interrupted")
             raise
+        except Exception as error:
+            folder.update(state="failed", reason=f"{type(error).__name__}: {error}")
+            raise
         folder.update(state="incomplete" if result.incomplete else "done", incomplete=result.incomplete)
     return result
 
@@ -147,6 +150,10 @@ class _Events(tune.Callback):
     def __init__(self, folder: RunDir, run_id: str, sweep: Sweep, say: Say, tick: Tick):
         self.folder, self.run_id, self.sweep, self.say, self.tick = folder, run_id, sweep, say, tick
         self.done = sum(t["state"] != "RUNNING" for t in trial_table(folder, run_id))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks; a display does not pickle and is of no use elsewhere."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("say", "tick")}
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.ended(trial.config, trial.last_result or {})

@@ -32,10 +32,13 @@ FINAL = "raysweep_final"
 def open_study(journal: Path, name: str) -> Study:
     """The study on a journal file, made if it is not there; both objectives are minimised."""
     storage = JournalStorage(JournalFileBackend(str(journal)))
-    study = optuna.create_study(
-        storage=storage, study_name=name, directions=["minimize"] * len(OBJECTIVES), load_if_exists=True
-    )
-    study.set_metric_names(list(OBJECTIVES))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=["minimize"] * len(OBJECTIVES), load_if_exists=True
+        )
+        study.set_metric_names(list(OBJECTIVES))
     return study
 
 
@@ -58,8 +61,6 @@ class ParetoSearch(Searcher):
         self._attach()
 
     def _attach(self) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.study = open_study(self.journal, self.name)
         self.numbers: dict[str, int] = {}  # Tune's trial id -> number in the study
         self.ready: list[dict[str, Any]] = [
@@ -168,13 +169,11 @@ class ParetoSearch(Searcher):
         seed %= 2**32
         if self.sampler == "random":
             return RandomSampler(seed=seed)
-        return TPESampler(
-            seed=seed,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            n_startup_trials=2 * len(self.spaces),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+            return TPESampler(
+                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=2 * len(self.spaces)
+            )
 
     def _set(self, number: int, key: str, value: Any) -> None:
         self.study._storage.set_trial_user_attr(self.study.trials[number]._trial_id, key, value)

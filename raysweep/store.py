@@ -6,6 +6,7 @@ nothing or all of it. Tables are parts that are written once and never changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -122,7 +123,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
 
 

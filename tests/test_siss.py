@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import batch_for, tiny_model
+from tiny import batch_for, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

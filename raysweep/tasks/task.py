@@ -109,9 +109,9 @@ class Task:
         """Writes the task so that workers load it without the data's own library."""
         tensors = {}
         for name, split in self.splits.items():
-            tensors |= {f"{name}.x": split.x.contiguous(), f"{name}.groups": split.groups.contiguous()}
+            tensors |= {f"{name}.x": split.x.clone(), f"{name}.groups": split.groups.clone()}
             if split.cond is not None:
-                tensors[f"{name}.cond"] = split.cond.contiguous()
+                tensors[f"{name}.cond"] = split.cond.clone()
         save_file(tensors, folder / "splits.safetensors")
         (folder / "task.json").write_text(json.dumps({k: getattr(self, k) for k in _PLAIN}, indent=2))
 

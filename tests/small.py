@@ -1,0 +1,91 @@
+"""A sweep small enough for tests, the faulty methods that break it, and how to start it as a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny import ROOT
+
+SMALL = """
+name: small
+task: {name: digits-picture, base_steps: 70}
+methods: [neggrad, siss_no_is]
+spaces:
+  neggrad: {steps: {logint: [2, 4]}}
+  siss_no_is: {steps: {logint: [2, 5]}}
+oracles: 2
+search: {trials: 6, batch: 2}
+audit:
+  top: 2
+  probe: {samples: 40, class_samples: 20, noises: 12, loss_noises: 10, loss_images: 2, timesteps: 4, groups: 10}
+  audit: {samples: 60, class_samples: 20, noises: 20, loss_noises: 20, loss_images: 2, timesteps: 4, membership_images: 30}
+resources: {slots: 1, auditors: 1}
+"""
+
+FAULTY = '''
+"""Methods that fail, each in its way."""
+import os, time
+from pathlib import Path
+import torch
+from methods.finetune import Finetune
+
+class Raises(Finetune):
+    name = "raises"
+    space = {"fixed": {"steps": 3}, "space": {"lr": {"log": [1e-4, 1e-3]}}}
+    def direction(self, batch):
+        raise RuntimeError("this method is broken")
+
+class Nan(Raises):
+    name = "nan"
+    def direction(self, batch):
+        return torch.full((sum(p.numel() for p in self.params),), float("nan")), {"loss": float("nan")}
+
+class Hangs(Raises):
+    name = "hangs"
+    def direction(self, batch):
+        time.sleep(3600)
+
+class ExitsOnce(Finetune):
+    name = "exitsonce"
+    space = Raises.space
+    def direction(self, batch):
+        mark = Path(os.environ["FAULTY_MARK"])
+        if not mark.exists():
+            mark.touch()
+            os._exit(9)
+        return super().direction(batch)
+'''
+
+
+def install_faulty(folder: Path) -> str:
+    """Writes the faulty methods as an installed package would be found; returns the PYTHONPATH that finds it."""
+    info = folder / "faulty-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
+    names = {"raises": "Raises", "nan": "Nan", "hangs": "Hangs", "exitsonce": "ExitsOnce"}
+    lines = "".join(f"{name} = faulty_methods:{cls}\n" for name, cls in names.items())
+    (info / "entry_points.txt").write_text("[raysweep.methods]\n" + lines)
+    (folder / "faulty_methods.py").write_text(FAULTY)
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
+def environment(cache: Path, **more: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "COV_"))}
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return clean | path | {"PYTHONPATH": str(ROOT), "RAYSWEEP_CACHE": str(cache), "RAYSWEEP_DISPLAY": "plain"} | more
+
+
+def start(folder: Path, cache: Path, *arguments: str, **env: str) -> subprocess.Popen:
+    """`python -m raysweep ...` in `folder`, its output in folder/out.log."""
+    out = open(folder / "out.log", "a")  # noqa: SIM115
+    return subprocess.Popen(
+        [sys.executable, "-m", "raysweep", *arguments], cwd=folder, stdout=out, stderr=subprocess.STDOUT,
+        env=environment(cache, **env), start_new_session=True,
+    )  # fmt: skip
+
+
+def log(folder: Path) -> str:
+    return (folder / "out.log").read_text()

@@ -1,0 +1,137 @@
+"""The command line: its surface is frozen, errors are one message and exit code 2, nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from raysweep.cli import main
+
+SURFACE = {
+    "audit": ["MODEL_DIR", "CONFIG", "OVERRIDES", "--json"],
+    "doctor": ["--json"],
+    "export": ["RUN", "TRIAL", "OUT_DIR"],
+    "init": ["NAME", "--task"],
+    "ls": ["WHAT", "--json"],
+    "report": ["RUN"],
+    "run": ["CONFIG", "OVERRIDES", "--dry-run"],
+    "show": ["RUN", "TRIAL", "--json"],
+    "status": ["RUN", "--json"],
+    "validate": ["CONFIG", "OVERRIDES", "--json"],
+}
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_surface_is_frozen():
+    found = {}
+    for name, command in main.commands.items():
+        found[name] = [p.opts[0] if p.param_type_name == "option" else p.name.upper() for p in command.params]
+        assert command.help
+        assert len(command.help.splitlines()) <= 15
+    assert found == SURFACE
+
+
+def test_every_command_helps():
+    for name in SURFACE:
+        result = call(name, "--help")
+        assert result.exit_code == 0
+        assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["run", "absent.yaml"], ["absent.yaml", "no such file"]),
+        (["run", "search.trails=6"], ["command line", "search.trails", "'trials'"]),
+        (["validate", "methods=[salum]"], ["'salun'"]),
+        (["validate", "methods=[salun]", "search.trials=2"], ["salun cannot serve", "class"]),
+        (["validate", "task.copies=0"], ["forget set is empty"]),
+        (["validate", "task=digits-class", "task.forget=11"], ["class 11 is not in the data"]),
+        (["validate", "spaces={rgd: {lamda: {log: [1, 2]}}}"], ["lamda", "'lam'"]),
+        (["validate", "spaces={rgd: {lam: {log: [2, 1]}}}"], ["inverted"]),
+        (["validate", "resources.slots=500"], ["do not fit"]),
+        (["validate", "audit.probe.checks=[fidelity]"], ["missing", "objective"]),
+        (["validate", "task.base=nowhere"], ["nowhere"]),
+        (["run", "--dry-run", "audit.probe.seed=2"], ["overlap"]),
+        (["status", "absent"], ["not a run directory"]),
+        (["report", "absent"], ["not a run directory"]),
+        (["show", "absent", "000"], ["not a run directory"]),
+        (["export", "absent", "000", "out"], ["not a run directory"]),
+        (["audit", "absent"], ["absent", "not a diffusers"]),
+        (["init", "../x"], ["letters"]),
+        (["ls", "nonsense"], ["nonsense"]),
+    ],
+)
+def test_mistakes_exit_2_with_one_message_and_leave_nothing(arguments, parts, tmp_path):
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    for part in parts:
+        assert part in result.output
+    assert "Traceback" not in result.output
+    assert os.listdir(tmp_path) == []
+
+
+def test_validate_says_what_it_read():
+    result = call("validate", "name=abc")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("ok: abc")
+    data = json.loads(call("validate", "--json").output)
+    assert data["config"]["search"]["trials"] == 36
+
+
+def test_validate_reads_a_base_model(tmp_path, points_task):
+    from tiny import tiny_model
+
+    tiny_model(points_task).save(tmp_path / "base")
+    result = call("validate", f"task.base={tmp_path / 'base'}")
+    assert result.exit_code == 2
+    assert "makes images of shape (1, 4, 4)" in result.output
+    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    result = call("validate", f"task.base={tmp_path / 'base'}")
+    assert result.exit_code == 2
+    assert "cannot be read" in result.output
+
+
+def test_init_writes_a_config_that_validates_and_explains(tmp_path):
+    for task in ("digits-picture", "digits-class"):
+        assert call("init", task, "--task", task).exit_code == 0
+        text = Path(f"{task}.yaml").read_text()
+        assert text.count("#") > 30
+        assert call("validate", f"{task}.yaml").exit_code == 0
+    assert call("init", "digits-class").exit_code == 2
+
+
+def test_lists():
+    for what in ("methods", "evaluators", "spaces", "tasks", "runs"):
+        rows = json.loads(call("ls", what, "--json").output)
+        assert (len(rows) > 1) == (what != "runs")
+    assert "arXiv:2412.07808" in call("ls", "methods").output
+
+
+def test_doctor_reports_on_everything():
+    result = call("doctor", "--json")
+    found = {f["name"]: f["level"] for f in json.loads(result.output)}
+    assert {"python", "packages", "torch", "memory", "disk", "/dev/shm", "port 8265", "install", "ray token"} <= set(found)
+    assert result.exit_code == (1 if "fail" in found.values() else 0)
+
+
+def test_dry_run_starts_nothing_and_says_what_is_not_tested(tmp_path):
+    result = call("run", "--dry-run", "search.trials=6")
+    assert result.exit_code == 0, result.output
+    for part in ("nothing was started", "untested", "about", "1 each of", "one step"):
+        assert part in result.output
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,195 @@
+"""Evaluators on tiny models: sanity statements of the audit reference, determinism, and checks that fail loudly."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+
+from evaluators.base import Subject, correlation, judged, without_group
+from evaluators.fidelity import Fidelity, by_torch_fidelity
+from evaluators.judge import Judge, train_judge
+from evaluators.membership import member_scores
+from evaluators.statistics import delong, frechet
+from raysweep.audit.measure import measure
+from raysweep.config import Tier
+from raysweep.models.draws import row_seeds
+from raysweep.registry import EVALUATORS, resolve
+from raysweep.seeds import derive_seed
+
+TIER = Tier(
+    seed=1, judge="probe", checks=tuple(EVALUATORS), groups=5, samples=40, class_samples=20, noises=8, loss_noises=6,
+    loss_images=6, timesteps=4, membership_images=30, relearn_steps=2, injection_steps=4, strips=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def judge(points_task):
+    split = points_task.splits["judge_probe"]
+    return train_judge(split.x, split.groups, seed=0, steps=60)
+
+
+def subject(task, judge, model=None, **sizes):
+    seeds = lambda stream, n: row_seeds(derive_seed(stream), 0, n)  # noqa: E731
+    return Subject(model or tiny_model(task), task, judge, TIER.sizes() | sizes, seeds)
+
+
+def test_every_check_gives_rows_values_and_replicates(points_task, class_task, judge):
+    for task in (points_task, class_task):
+        result = measure(tiny_model(task), task, judge, TIER)
+        checks = {(r["check"], r["status"]) for r in result.rows}
+        for name in EVALUATORS:
+            applies = task.kind in resolve("evaluator", name).kinds
+            assert (name, "ok" if applies else "skipped") in checks
+        assert all(len(r) == TIER.groups for r in result.replicates.values())
+        for row in result.rows:
+            if row["status"] == "ok":
+                assert np.isfinite(row["value"])
+                assert row["n"] > 0
+                assert row["interval"] != "none"
+                assert row["lo"] <= row["value"] + 1e-9
+                assert row["value"] <= row["hi"] + 1e-9
+        for metric in (*task.views, task.quality, "classifier.validity"):
+            assert metric in result.values
+        assert any(name.startswith("strip.") for name in result.scores)
+
+
+def test_measuring_repeats_exactly(points_task, judge):
+    one, two = (measure(tiny_model(points_task), points_task, judge, TIER) for _ in range(2))
+    assert one.values == two.values
+    assert one.replicates == two.replicates
+
+
+def test_a_check_that_raises_becomes_a_failed_row(points_task, judge, monkeypatch):
+    def broken(self, scores, subject):
+        raise RuntimeError("no weights")
+
+    monkeypatch.setattr("evaluators.denoising.Denoising.values", broken)
+    result = measure(tiny_model(points_task), points_task, judge, TIER)
+    failed = [r for r in result.rows if r["status"] == "failed"]
+    assert {r["metric"] if "metric" in r else r["name"] for r in failed} == {"forget_loss", "forget_log_loss", "retain_loss"}
+    assert all("no weights" in r["reason"] and r["value"] is None for r in failed)
+    assert any(r["check"] == "fidelity" and r["status"] == "ok" for r in result.rows)
+
+
+def test_a_model_that_gives_nan_cannot_pass(points_task, judge):
+    model = tiny_model(points_task)
+    with torch.no_grad():
+        next(model.net.parameters()).fill_(float("nan"))
+    result = measure(model, points_task, judge, TIER)
+    assert {r["status"] for r in result.rows if r["check"] in ("reconstruction", "denoising", "fidelity")} == {"failed"}
+
+
+def test_an_image_depends_on_its_seed_alone(points_task, class_task):
+    for task in (points_task, class_task):
+        model = tiny_model(task)
+        seeds = row_seeds(9, 0, 12)
+        cond = None if task.kind == "points" else torch.arange(12) % 6
+        whole = model.sample(cond, seeds, steps=4, guidance=1.5 if cond is not None else 1.0)
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+        shuffled = model.sample(None if cond is None else cond[order], seeds[order], 4, 1.5 if cond is not None else 1.0, batch=5)
+        torch.testing.assert_close(shuffled, whole[order], atol=1e-5, rtol=0)
+
+
+def test_sampling_is_diffusers_own(points_task):
+    from diffusers import DDIMPipeline
+
+    model = tiny_model(points_task)
+    seeds = row_seeds(1, 0, 3)
+    noise = model.noise(seeds)
+    pipeline = DDIMPipeline(model.net, model.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.set_timesteps(4)
+    x = noise
+    with torch.no_grad():
+        for t in pipeline.scheduler.timesteps:
+            x = pipeline.scheduler.step(model.net(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(model.sample(None, seeds, steps=4), x.clamp(-1, 1), atol=1e-6, rtol=0)
+
+
+def test_reconstruction_starts_from_the_noised_image(points_task):
+    model = tiny_model(points_task)
+    x0 = points_task.splits["retain"].x[:4]
+    near = model.reconstruct(x0, row_seeds(2, 0, 4), t=2, steps=1)
+    assert float(correlation(near, x0).min()) > 0.9
+
+
+def test_correlation():
+    x = torch.randn(3, 1, 4, 4)
+    torch.testing.assert_close(correlation(x, 2 * x + 1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(correlation(x, -x), -torch.ones(3, dtype=torch.float64))
+
+
+def test_torch_fidelity_agrees_with_the_plain_distance_and_sees_new_weights(points_task, judge):
+    one = subject(points_task, judge)
+    first = by_torch_fidelity(one)
+    assert first["frechet"] == pytest.approx(frechet(one.features(), one.reference_features()), abs=1e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        other = by_torch_fidelity(subject(points_task, Judge(1, 6).eval()))
+    assert other["frechet"] != pytest.approx(first["frechet"])
+    reference = points_task.splits["retain"].x
+    itself = subject(points_task, judge)
+    itself._cache["samples"] = (reference, None)
+    same = by_torch_fidelity(itself)
+    assert same["frechet"] == pytest.approx(0, abs=1e-4)
+    assert (same["precision"], same["recall"]) == (1.0, 1.0)
+
+
+def test_distance_grows_with_noise(points_task, judge):
+    reference = judged(judge.features, points_task.splits["retain"].x)
+    clean, g = points_task.splits["holdout"].x, torch.Generator().manual_seed(0)
+    values = [
+        frechet(judged(judge.features, clean + s * torch.randn(clean.shape, generator=g)), reference) for s in (0, 0.5, 1.5)
+    ]
+    assert values == sorted(values)
+
+
+def test_leaving_groups_out(points_task, judge):
+    scores = {"a": np.arange(12), "few": np.arange(3)}
+    parts = [without_group(scores, g, 5) for g in range(5)]
+    assert sum(len(p["a"]) for p in parts) == 4 * 12
+    assert all(len(p["few"]) == 3 for p in parts)
+    assert Fidelity().values({"features": subject(points_task, judge).features()}, subject(points_task, judge))["frechet"] > 0
+
+
+def overfitted(task, steps=250):
+    from methods.retrain import Retrain, RetrainSettings
+
+    model = tiny_model(task)
+    method = Retrain(model, RetrainSettings(steps=steps, split="retain", batch_size=36, lr=5e-3, ema=0.9))
+    for step in range(steps):
+        method.step(task.batch(method.draws(), 0, step))
+    method.finish()
+    return model
+
+
+def test_membership_sees_an_overfitted_model_and_nothing_on_a_fresh_one(points_task, judge):
+    few = dataclasses.replace(
+        points_task, splits=points_task.splits | {"retain": points_task.splits["retain"].take(torch.arange(0, 36, 3))}
+    )
+
+    def auc(model):
+        s = subject(few, judge, model, membership_t=(100, 200, 300), membership_noises=8)
+        return delong(member_scores(s, few.splits["retain"], 100), member_scores(s, few.splits["holdout"], 100))[0]
+
+    assert auc(overfitted(few)) > 0.75
+    assert 0.25 < auc(tiny_model(few)) < 0.75
+
+
+def test_membership_scores_do_not_depend_on_the_others_in_the_batch(points_task, judge):
+    s = subject(points_task, judge)
+    images = points_task.splits["retain"]
+    alone = member_scores(s, images.take(torch.tensor([4])), 10)
+    np.testing.assert_allclose(alone[0], member_scores(s, images, 100)[4], rtol=1e-5)
+
+
+def test_judges_are_reproducible_and_good(points_task, judge):
+    split = points_task.splits["judge_probe"]
+    again = train_judge(split.x, split.groups, seed=0, steps=60)
+    assert all(torch.equal(a, b) for a, b in zip(judge.state_dict().values(), again.state_dict().values(), strict=True))
+    held = points_task.splits["holdout"]
+    assert (judged(judge, held.x).argmax(1) == held.groups.numpy()).mean() > 0.9

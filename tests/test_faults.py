@@ -1,0 +1,184 @@
+"""Workers, auditors and the manager die, hang and fail; jobs and audits are done once all the same. Real Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+
+import pytest
+import ray
+import torch
+from small import install_faulty
+from tiny import tiny_model, tiny_task
+
+from evaluators.judge import train_judge
+from raysweep.artifacts import load_tensors, save_tensors
+from raysweep.audit.auditor import Auditor, AuditRequest
+from raysweep.audit.manager import LOG, AuditManager
+from raysweep.config import Tier
+from raysweep.train.groups import ATTEMPTS, NAMESPACE, Broker, Isolated, Warm, start_group
+from raysweep.train.jobs import Job, finished
+
+pytestmark = pytest.mark.timeout(400)
+TIER = Tier(seed=1, judge="probe", groups=5, samples=20, noises=8, loss_noises=6, loss_images=4, timesteps=3, class_samples=10)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a task, a base model and a judge, and a local Ray in which faulty methods can be found."""
+    folder = tmp_path_factory.mktemp("faults")
+    path = install_faulty(folder / "faulty")
+    variables = {"PYTHONPATH": path, "FAULTY_MARK": str(folder / "mark"), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+                 "OMP_NUM_THREADS": "1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # fmt: skip
+    os.environ.update({k: v for k, v in variables.items() if k.startswith("RAY_")})
+    ray.init(num_cpus=4, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE,
+             include_dashboard=True, dashboard_host="127.0.0.1", runtime_env={"env_vars": variables})  # fmt: skip
+    task = tiny_task()
+    (folder / "task").mkdir()
+    task.save(folder / "task")
+    tiny_model(task).save(folder / "base")
+    split = task.splits["judge_probe"]
+    save_tensors(folder / "judge.safetensors", train_judge(split.x, split.groups, 0, 20).state_dict())
+    yield folder
+    ray.shutdown()
+
+
+def job(place, name: str, method: str = "finetune", out: str | None = None, **more) -> Job:
+    return Job(id=name, kind="train", method=method, hyperparameters={"lr": 1e-3, "steps": 3, "batch_size": 8}, seed=1,
+               task=str(place / "task"), base=str(place / "base"), out=str(place / "out" / (out or name)), **more)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def warm(place):
+    """A warm group of one worker."""
+    from ray.train import ScalingConfig
+
+    broker = Broker.remote()
+    start_group(broker, 0, ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}), str(place / "train"))
+    executor = Warm(broker)
+    outcome = executor.run(job(place, "first"))
+    assert outcome.status == "ok", outcome.reason
+    yield executor
+    ray.get(broker.close.remote())
+
+
+def test_warm_jobs_are_done_once_and_found_again(place, warm):
+    started = time.monotonic()
+    one = warm.run(job(place, "a"))
+    assert time.monotonic() - started < 5
+    assert (one.status, warm.run(job(place, "again", out="a"))) == ("ok", one)
+    other = warm.run(job(place, "b"))
+    assert other.digest == one.digest
+
+
+def test_faulty_methods_fail_with_their_reason_and_the_group_goes_on(place, warm):
+    assert warm.run(job(place, "r", "raises")).reason == "RuntimeError: this method is broken"
+    assert "the gradient is not finite" in warm.run(job(place, "n", "nan")).reason
+    assert "not a known method" in warm.run(job(place, "u", "absent")).reason
+    assert warm.run(job(place, "c")).status == "ok"
+    assert not (place / "out" / "r").exists()
+
+
+def test_a_worker_that_dies_gets_its_job_again(place, warm):
+    outcome = warm.run(job(place, "e", "exitsonce"))
+    assert outcome.status == "ok", outcome.reason
+    assert (place / "mark").exists()
+
+
+def test_a_job_that_hangs_is_ended_by_its_budget(place, warm):
+    outcome = warm.run(job(place, "h", "hangs", budget_s=3))
+    assert outcome.status == "failed"
+    assert outcome.reason == "exceeded its budget of 3 s"
+    assert warm.run(job(place, "d")).status == "ok"
+
+
+def test_isolated_gives_what_warm_gives(place, warm):
+    from ray.train import ScalingConfig
+
+    scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
+    outcome = Isolated(scaling, str(place / "train")).run(job(place, "i"))
+    assert outcome.digest == warm.run(job(place, "w")).digest
+
+
+def test_two_train_workers_give_one_workers_weights(place, warm):
+    from ray.train import ScalingConfig
+
+    scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5})
+    assert Isolated(scaling, str(place / "train")).run(job(place, "two")).status == "ok"
+    assert warm.run(job(place, "one")).status == "ok"
+    one, two = (
+        load_tensors(place / "out" / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("one", "two")
+    )
+    flat = [torch.cat([t[k].reshape(-1) for k in sorted(t)]) for t in (one, two)]
+    assert float((flat[0] - flat[1]).norm() / flat[0].norm()) < 1e-5
+
+
+def test_a_job_whose_worker_always_dies_ends_as_failed(tmp_path):
+    """The broker alone, without processes: a group that comes back `fresh` has lost what it did."""
+    broker = Broker.__ray_metadata__.modified_class()
+    poison = Job("p", "train", "m", {}, 0, "t", None, str(tmp_path / "p"))
+
+    async def play():
+        waiting = asyncio.ensure_future(broker.submit(poison))
+        await asyncio.sleep(0)
+        for k in range(ATTEMPTS):
+            assert (await broker.next(0, k > 0)).id == "p"
+        idle = asyncio.ensure_future(broker.next(0, True))
+        outcome = await waiting
+        await broker.close()
+        assert await idle == "stop"
+        return outcome
+
+    assert asyncio.run(play())["reason"] == f"its worker died {ATTEMPTS} times"
+
+
+def test_unfinished_or_foreign_results_are_not_taken_for_done(place, warm):
+    done = job(place, "f")
+    assert warm.run(done).status == "ok"
+    assert finished(done) is not None
+    changed = Job(**{**vars(done), "seed": 2})
+    assert finished(changed) is None
+
+
+def request(place, name: str, run) -> AuditRequest:
+    return AuditRequest(
+        subject=name, method="finetune", model=str(place / "base"), digest="x", tier_name="probe", tier=TIER,
+        judge=str(place / "judge.safetensors"), judge_digest="j", task=str(place / "task"), task_digest="t", run=str(run),
+    )  # fmt: skip
+
+
+def test_auditors_and_manager_are_killed_and_every_audit_is_done_once(place):
+    run = place / "run"
+    run.mkdir()
+    auditors = [Auditor.options(name=f"aud-{i}").remote() for i in range(2)]
+    manager = AuditManager.options(name="mgr").remote(str(run), ["aud-0", "aud-1"], NAMESPACE, 3, 120)
+    pending = [manager.audit.remote(request(place, f"s{k}", run)) for k in range(10)]
+    ray.wait(pending, num_returns=2)
+    ray.kill(auditors[0], no_restart=False)
+    ray.wait(pending, num_returns=5)
+    os.kill(ray.get(manager.pid.remote()), signal.SIGKILL)
+    answers = ray.get(pending, timeout=200)
+    assert {a["status"] for a in answers} == {"ok"}
+    keys = [json.loads(line)["key"] for line in (run / LOG).read_text().splitlines() if line]
+    assert len(keys) == len(set(keys)) == 10
+    assert len(list((run / "rows").glob("*.parquet"))) == 10
+    for actor in (*auditors, manager):
+        ray.kill(actor)
+
+
+def test_an_audit_that_cannot_be_done_is_recorded_and_the_others_go_on(place):
+    run = place / "run2"
+    run.mkdir()
+    auditor = Auditor.options(name="aud-x").remote()
+    manager = AuditManager.remote(str(run), ["aud-x"], NAMESPACE, 2, 120)
+    bad = request(place, "bad", run)
+    bad = AuditRequest(**{**vars(bad), "model": str(place / "absent")})
+    failed, fine = ray.get([manager.audit.remote(r) for r in (bad, request(place, "good", run))])
+    assert failed["status"] == "failed"
+    assert "not a diffusers pipeline folder" in failed["reason"]
+    assert "2 attempts" in failed["reason"]
+    assert fine["status"] == "ok"
+    ray.kill(auditor)

@@ -1,0 +1,71 @@
+"""Residue and damage are anchored by measured models."""
+
+import numpy as np
+import pytest
+
+from raysweep.objectives import VALIDITY, Anchors, Measured, Unmeasured, assess_views, objectives
+
+RNG = np.random.default_rng(0)
+
+
+def measured(recall, loss, distance, noise=0.0, groups=10):
+    values = {"r.recall": recall, "d.loss": loss, "f.frechet": distance, VALIDITY: 0.9}
+    return Measured(values, {k: v + noise * RNG.normal(size=groups) for k, v in values.items()})
+
+
+ANCHORS = Anchors(measured(1.0, -1.0, 4.0, 0.001), (measured(0.0, 1.0, 2.0, 0.001), measured(0.2, 1.0, 2.0, 0.001)),
+                  measured(0.3, 0.9, 32.0, 0.001))  # fmt: skip
+VIEWS = assess_views(ANCHORS, ("r.recall", "d.loss"))
+
+
+def place(*values):
+    return objectives(measured(*values), ANCHORS, VIEWS, "f.frechet")
+
+
+def test_anchors_are_at_their_places():
+    base = objectives(ANCHORS.base, ANCHORS, VIEWS, "f.frechet")
+    assert base.residue == pytest.approx(1.0)
+    destroyed = objectives(ANCHORS.destroyed, ANCHORS, VIEWS, "f.frechet")
+    assert destroyed.damage == pytest.approx(1.0)
+    oracle = place(0.1, 1.0, 2.0)
+    assert (oracle.residue, oracle.damage) == pytest.approx((0.0, 0.0))
+
+
+def test_residue_is_the_worst_view_and_damage_logarithmic():
+    one = place(0.1, 0.0, 8.0)
+    assert one.views == pytest.approx({"r.recall": 0.0, "d.loss": 0.5})
+    assert one.residue == pytest.approx(0.5)
+    assert one.damage == pytest.approx(0.5)
+
+
+def test_beyond_the_oracle_is_damage_not_more_forgetting():
+    over = place(0.1, 2.0, 2.0)
+    assert over.residue == pytest.approx(0.0)
+    assert over.over_forgetting == pytest.approx(0.5)
+    assert over.damage == pytest.approx(0.5)
+
+
+def test_a_view_that_tells_nothing_is_left_out_and_says_why():
+    blurred = measured(0.5, -1.0, 4.0, 0.01)
+    blurred.replicates["r.recall"] = 0.5 + 0.5 * RNG.normal(size=10)
+    noisy = Anchors(blurred, (measured(0.4, 1.0, 2.0, 0.01),), ANCHORS.destroyed)
+    views = {v.metric: v for v in assess_views(noisy, ("r.recall", "d.loss"))}
+    assert not views["r.recall"].informative
+    assert "under 4 x" in views["r.recall"].reason
+    with pytest.raises(Unmeasured, match="nothing to forget"):
+        assess_views(noisy, ("r.recall",))
+
+
+def test_a_missing_or_infinite_measurement_is_an_error():
+    broken = measured(0.5, 0.0, 3.0)
+    del broken.values["d.loss"]
+    with pytest.raises(Unmeasured, match=r"d\.loss was not measured"):
+        objectives(broken, ANCHORS, VIEWS, "f.frechet")
+    with pytest.raises(Unmeasured, match=r"f\.frechet"):
+        objectives(measured(0.5, 0.0, float("nan")), ANCHORS, VIEWS, "f.frechet")
+
+
+def test_standard_errors_come_from_the_groups():
+    sharp, blurred = (objectives(measured(0.5, 0.0, 4.0, n), ANCHORS, VIEWS, "f.frechet") for n in (0.001, 0.05))
+    assert 0 < sharp.residue_se < blurred.residue_se
+    assert sharp.replicates.shape == (10, 2)

@@ -1,0 +1,86 @@
+"""Names, layers and imports: what the tables hold is there, and imports go one way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+import search_spaces
+from evaluators.base import Evaluator
+from methods.base import Method
+from raysweep.registry import EVALUATORS, METHODS, TASKS, UnknownName, names, resolve
+
+
+def test_tables_match_the_files():
+    helpers = {"__init__", "base", "gradients"}
+    assert set(METHODS) == {p.stem for p in (ROOT / "methods").glob("*.py")} - helpers
+    assert set(METHODS) == set(search_spaces.names())
+    helpers = {"__init__", "base", "statistics", "judge"}
+    assert set(EVALUATORS) == {p.stem for p in (ROOT / "evaluators").glob("*.py")} - helpers
+
+
+@pytest.mark.parametrize(("kind", "table", "base"), [("method", METHODS, Method), ("evaluator", EVALUATORS, Evaluator)])
+def test_every_name_resolves_to_what_it_says(kind, table, base):
+    assert list(table) == sorted(table)
+    for name in table:
+        found = resolve(kind, name)
+        assert issubclass(found, base)
+        assert found.name == name
+        assert found.__doc__
+    assert all(hasattr(resolve("task", name), "build") for name in TASKS)
+
+
+def test_a_wrong_name_gets_a_suggestion():
+    with pytest.raises(UnknownName, match=r"'salum' is not a known method; did you mean 'salun'\?"):
+        resolve("method", "salum")
+
+
+def test_other_packages_add_methods_by_entry_point(tmp_path):
+    info = tmp_path / "extra-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[raysweep.methods]\nextra = extra_method:Extra\n")
+    (tmp_path / "extra_method.py").write_text(
+        "from methods.finetune import Finetune\nclass Extra(Finetune):\n    name = 'extra'\n"
+        "    space = {'space': {'lr': {'log': [1e-4, 1e-3]}}, 'fixed': {'steps': 3}}\n"
+    )
+    code = (
+        "from raysweep.listing import listing; from raysweep import spaces\n"
+        "row = next(r for r in listing('methods', None) if r['name'] == 'extra'); assert row['external'], row\n"
+        "assert spaces.load('extra').parameters[0].name == 'lr'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_env(f"{tmp_path}:{ROOT}"), timeout=120)
+
+
+def test_methods_and_evaluators_work_without_the_engine():
+    modules = [f"methods.{m}" for m in METHODS] + [f"evaluators.{e}" for e in EVALUATORS]
+    code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n" + (
+        "bad = {'ray', 'optuna', 'raysweep', 'search_spaces'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
+
+
+def test_helper_processes_of_a_run_stay_light():
+    """Ray imports these in every trial and helper process; torch there would cost seconds and memory each."""
+    code = "import sys, raysweep.trial, raysweep.train.groups, raysweep.audit.manager\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
+
+
+def test_import_contracts():
+    done = subprocess.run(
+        ["lint-imports"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=_env(str(ROOT))
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_names_are_listed():
+    assert names("method") == sorted(METHODS)
+
+
+def _env(path: str) -> dict[str, str]:
+    import os
+
+    return os.environ | {"PYTHONPATH": path, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}

@@ -1,0 +1,94 @@
+"""Plans for a laptop and for H100s, and refusals of what cannot fit; the cluster file against Ray's own schema."""
+
+from __future__ import annotations
+
+import copy
+from importlib.metadata import version
+
+import pytest
+import yaml
+from tiny import ROOT
+
+from raysweep.config import ConfigError, load
+from raysweep.resources import Node, make_plan
+
+
+def plan(nodes, *overrides):
+    return make_plan(nodes, load(None, overrides))
+
+
+def total(p, unit):
+    per_worker, per_auditor = (p.worker_cpus, p.auditor_cpus) if unit == "cpu" else (p.worker_gpus, p.auditor_gpus)
+    return p.slots * p.workers * per_worker + p.auditors * per_auditor
+
+
+def test_two_cpus():
+    p = plan([Node(2)])
+    assert (p.slots, p.workers, p.auditors, p.late_auditors, p.worker_gpus) == (2, 1, 1, 1, 0)
+    assert total(p, "cpu") <= 2
+    assert p.concurrent_trials == 3
+    assert plan([Node(1)]).slots >= 1
+
+
+def test_one_node_of_eight():
+    p = plan([Node(192, 8)])
+    assert (p.slots, p.worker_gpus, p.auditors, p.auditor_gpus) == (6, 1, 2, 1)
+    assert plan([Node(192, 8)], "train.workers=2").slots == 3
+    assert total(p, "gpu") == 8
+
+
+def test_four_nodes_of_eight():
+    nodes = [Node(16, 0, "control"), *[Node(192, 8, "train")] * 3, Node(192, 8, "audit")]
+    p = plan(nodes)
+    assert (p.slots, p.auditors, p.roles) == (24, 8, True)
+    assert plan(nodes, "train.workers=8").slots == 3
+    assert total(p, "gpu") == 32
+    assert total(p, "cpu") <= sum(n.cpus for n in nodes)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "message"),
+    [
+        ([Node(2)], ("resources.slots=8",), "do not fit"),
+        ([Node(2)], ("resources.cpus_per_worker=4",), "largest node"),
+        ([Node(192, 8)], ("train.workers=16",), "do not fit"),
+        ([Node(192, 8)], ("resources.auditors=8",), "do not fit"),
+        ([Node(192, 8)], ("resources.gpus_per_worker=9",), "largest node"),
+    ],
+)
+def test_what_cannot_fit_is_refused(nodes, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(nodes, *overrides)
+
+
+def test_cluster_file():
+    from packaging.requirements import Requirement
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    validate_config(prepare_config(copy.deepcopy(cluster)))
+    types = cluster["available_node_types"]
+    for role in ("train", "audit"):
+        assert types[role]["node_config"]["InstanceType"] == "p5.48xlarge"
+        assert types[role]["resources"] == {"CPU": 192, "GPU": 8}
+        assert types[role]["labels"] == {"role": role}
+    assert types[cluster["head_node_type"]]["resources"].get("GPU", 0) == 0
+    nodes = [Node(16, 0, "control")] + [
+        Node(t["resources"]["CPU"], t["resources"]["GPU"], t["labels"]["role"])
+        for t in (types["train"], types["audit"])
+        for _ in range(t["min_workers"])
+    ]
+    assert plan(nodes).slots == 24
+    commands = " ".join(cluster["setup_commands"])
+    pinned = commands.split("ray[default,train,tune]==")[1].split("'")[0]
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = next(Requirement(d) for d in project if d.startswith("ray["))
+    assert wanted.specifier.contains(pinned)
+    assert version("ray") in wanted.specifier
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        start = " ".join(cluster[key])
+        assert "RAY_AUTH_MODE=token" in start
+        assert "RAY_AUTH_TOKEN_PATH" in start
+    assert "dashboard-host=127.0.0.1" in " ".join(cluster["head_start_ray_commands"])

@@ -1,0 +1,185 @@
+"""A whole sweep through real Ray: killed midway, resumed by the same command, and everything that it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner
+from small import SMALL, install_faulty, log, start
+
+from raysweep.cli import main
+from raysweep.rundir import RunDir
+from raysweep.store import FRONT, ROWS, SCORES, TRIALS, read_table
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder in which a sweep was killed after two trials, and then run again to its end."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "small.yaml").write_text(SMALL)
+    faulty = install_faulty(folder / "faulty")
+    methods = ("methods=[neggrad, siss_no_is, raises]",)
+    first = start(folder, folder / "cache", "run", "small.yaml", *methods, PYTHONPATH=faulty)
+    deadline = time.monotonic() + 400
+    while len(re.findall(r" trial  ", log(folder))) < 2:
+        assert first.poll() is None, log(folder)
+        assert time.monotonic() < deadline, log(folder)
+        time.sleep(0.5)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = {p.parent.name: p.stat().st_mtime_ns for p in (folder / "runs/small/candidates").glob("*/raysweep.json")}
+    (folder / "before.json").write_text(json.dumps(before))
+    _wait_for_ray_to_die()
+    second = start(folder, folder / "cache", "run", "small.yaml", *methods, PYTHONPATH=faulty)
+    assert second.wait(timeout=500) == 0, log(folder)
+    return folder
+
+
+def _wait_for_ray_to_die() -> None:
+    """The killed driver's Ray processes end by themselves."""
+    for _ in range(100):
+        if not any("raylet" in p.name() for p in psutil.process_iter()):
+            return
+        time.sleep(0.2)
+
+
+@pytest.fixture()
+def run(home, monkeypatch) -> RunDir:
+    monkeypatch.chdir(home)
+    return RunDir(home / "runs" / "small")
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_nothing_is_lost_redone_or_done_twice_by_a_kill(home, run):
+    trials = read_table(run.trials, TRIALS).to_pylist()
+    assert [t["trial"] for t in trials] == ["000-neggrad", "001-siss_no_is", "002-raises", "003-neggrad", "004-siss_no_is", "005-raises"]  # fmt: skip  # noqa: E501
+    assert [t["state"] for t in trials] == ["COMPLETE", "COMPLETE", "FAIL"] * 2
+    after = {p.parent.name: p.stat().st_mtime_ns for p in run.candidates.glob("*/raysweep.json")}
+    before = json.loads((home / "before.json").read_text())
+    assert len(before) >= 2
+    assert {k: after[k] for k in before} == before
+    keys = [json.loads(line)["key"] for line in (run.path / "audits.jsonl").read_text().splitlines() if line]
+    assert len(keys) == len(set(keys))
+    assert "resuming" in log(home)
+
+
+def test_a_method_that_raises_is_a_failed_trial_with_its_reason(run):
+    failed = [t for t in read_table(run.trials, TRIALS).to_pylist() if t["method"] == "raises"]
+    assert all(t["reason"] == "RuntimeError: this method is broken" for t in failed)
+    assert "this method is broken" in call("status", "small").output
+
+
+def test_the_directory_is_laid_out_as_promised(run):
+    for name in ("config.yaml", "manifest.json", "study.journal", "tune", "trials.parquet", "rows", "scores", "prepared",
+                 "candidates", "front.json", "front.parquet", "report.html", "figures/front.png"):  # fmt: skip
+        assert (run.path / name).exists(), name
+    assert not [p for p in run.path.rglob("*") if p.name.endswith(".tmp") or "overdue" in p.name or "partial" in p.name]
+    assert list((run.path / "tune").rglob("events.out.tfevents*"))
+    manifest = run.read_manifest()
+    assert manifest["state"] == "done"
+    assert manifest["commit"]
+
+
+def test_every_row_has_its_n_and_its_interval(run):
+    rows = read_table(run.rows, ROWS).to_pylist()
+    assert {r["tier"] for r in rows} == {"probe", "audit"}
+    assert {"base", "oracle-0", "oracle-1", "destroyed", "000-neggrad"} <= {r["subject"] for r in rows}
+    for r in rows:
+        if r["status"] == "ok":
+            assert r["n"] > 0
+            assert r["interval"]
+            assert r["lo"] <= r["hi"]
+    assert {r["status"] for r in rows} == {"ok"}
+    probe, audit = ({r["seed"] for r in rows if r["tier"] == t and not r["paired_with"]} for t in ("probe", "audit"))
+    judges = [{r["judge_digest"] for r in rows if r["tier"] == t and not r["paired_with"]} for t in ("probe", "audit")]
+    assert not probe & audit
+    assert not judges[0] & judges[1]
+    assert read_table(run.scores, SCORES).num_rows > 1000
+    own = [r for r in rows if r["subject"] == "base" and r["paired_with"] == "base"]
+    assert own
+    assert all(abs(r["value"]) < 1e-12 for r in own)
+
+
+def test_front_and_anchors(run):
+    front = json.loads(run.front_json.read_text())
+    points = {p["trial"]: p for p in read_table(run.front_table, FRONT).to_pylist()}
+    assert points["base"]["residue"] == pytest.approx(1.0)
+    assert points["destroyed"]["damage"] == pytest.approx(1.0)
+    assert front["recommended"]["trial"] in front["candidates"]
+    assert front["reference_point"] == [1.1, 1.1]
+    assert front["hypervolume"]["lo"] <= front["hypervolume"]["value"] * 1.05
+    assert sum(bool(p["on_front"]) for p in points.values()) >= 1
+
+
+def test_the_report_is_one_file_without_requests(run):
+    html = run.report.read_text()
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?!data:)[a-z]+:", html)
+    for part in ("Recommended", "Search against audit", "Audit sheets", "Not tested", "Provenance", "oracle-0", "search saw",
+                 "this method is broken", "data:image/png"):  # fmt: skip
+        assert part in html, part
+    assert len(html) < 10_000_000
+
+
+def test_the_report_can_be_rebuilt_and_escapes(run):
+    assert call("report", "small").exit_code == 0
+    from raysweep.report.data import gather, page_context
+
+    data = gather(run)
+    data.trials[0]["trial"] = "<script>alert(1)</script>"
+    data.trials[0]["state"] = "FAIL"
+    context = page_context(data)
+    from jinja2 import Environment, PackageLoader
+
+    template = Environment(loader=PackageLoader("raysweep.report"), autoescape=True).get_template("report.html.j2")
+    assert "<script>alert" not in template.render(context)
+
+
+def test_show_status_export_and_ls(run, tmp_path):
+    status = json.loads(call("status", "small", "--json").output)
+    assert (status["state"], status["exit_code"], status["trials"]) == ("done", 0, {"COMPLETE": 4, "FAIL": 2})
+    shown = call("show", "small", "000-neggrad")
+    assert shown.exit_code == 0
+    assert "reconstruction.correlation" in shown.output
+    assert call("show", "small", "000-neggrd").exit_code == 2
+    exported = call("export", "small", "000-neggrad", str(tmp_path / "out"))
+    assert exported.exit_code == 0, exported.output
+    from diffusers import DDIMPipeline
+
+    DDIMPipeline.from_pretrained(tmp_path / "out")
+    card = json.loads((tmp_path / "out" / "raysweep.json").read_text())
+    assert card["method"] == "neggrad"
+    assert call("export", "small", "000-neggrad", str(tmp_path / "out")).exit_code == 2
+    assert json.loads(call("ls", "runs", "--json").output)[0]["state"] == "done"
+
+
+def test_export_refuses_weights_that_do_not_match_their_card(run, tmp_path):
+    card = run.candidates / "003-neggrad" / "raysweep.json"
+    text = card.read_text()
+    data = json.loads(text)
+    data["outcome"]["digest"] = "0" * 16
+    card.write_text(json.dumps(data))
+    try:
+        result = call("export", "small", "003-neggrad", str(tmp_path / "out"))
+    finally:
+        card.write_text(text)
+    assert result.exit_code == 1
+    assert "not exported" in result.output
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_config_is_refused(run):
+    result = call("run", "small.yaml", "search.trials=8")
+    assert result.exit_code == 2
+    assert "another config" in result.output

@@ -1,0 +1,147 @@
+"""Atomic writes, schema, artifacts and the run directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny import tiny_model
+
+from raysweep import store
+from raysweep.artifacts import load_tensors, save_tensors
+from raysweep.audit.manager import read_log
+from raysweep.config import ConfigError, load
+from raysweep.models.pixel import PixelDDPM
+from raysweep.rundir import RunDir
+from raysweep.store import ROWS, StoreError, digest_state, read_table, write_bytes, write_folder, write_table
+
+ROW = {"subject": "t", "tier": "probe", "check": "c", "metric": "m", "value": 1.0, "n": 3, "status": "ok"}
+
+
+def test_tables_round_trip_and_every_column_is_described(tmp_path):
+    write_table(tmp_path / "a.parquet", [ROW], ROWS)
+    write_table(tmp_path / "b.parquet", [ROW | {"value": None}], ROWS)
+    assert [r["value"] for r in read_table(tmp_path, ROWS).to_pylist()] == [1.0, None]
+    for schema in (store.ROWS, store.SCORES, store.TRIALS, store.FRONT):
+        assert all(field.metadata and field.metadata[b"comment"] for field in schema)
+
+
+def test_another_schema_version_is_refused(tmp_path):
+    table = pa.Table.from_pylist([ROW], schema=ROWS.with_metadata({"schema_version": "99"}))
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(StoreError, match="schema version 99"):
+        read_table(tmp_path, ROWS)
+
+
+def test_a_torn_part_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(StoreError, match=r"a\.parquet"):
+        read_table(tmp_path, ROWS)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_trace(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_bytes(path, b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"a\.json: No space left on device"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_real_full_disk(tmp_path):
+    """/dev/full fails every write, like a disk without room."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb", buffering=0) as f:
+        f.write(b"x")
+    with pytest.raises(StoreError, match="cannot write"):
+        write_bytes(Path("/dev/full/a"), b"x")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def half(folder: Path):
+        (folder / "a").write_text("a")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StoreError, match="No space left"):
+        write_folder(tmp_path / "c", half)
+    assert os.listdir(tmp_path) == []
+    write_folder(tmp_path / "c", lambda folder: (folder / "a").write_text("a"))
+    assert (tmp_path / "c" / "a").read_text() == "a"
+
+
+def test_tensors_only_as_safetensors(tmp_path):
+    save_tensors(tmp_path / "t.safetensors", {"a": torch.arange(3)})
+    assert load_tensors(tmp_path / "t.safetensors")["a"].tolist() == [0, 1, 2]
+    data = (tmp_path / "t.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:-8])
+    torch.save({"a": torch.arange(3)}, tmp_path / "pickle.safetensors")
+    for name in ("cut", "pickle"):
+        with pytest.raises(StoreError, match=f"{name}.safetensors: not a readable safetensors"):
+            load_tensors(tmp_path / f"{name}.safetensors")
+    with pytest.raises(StoreError, match="no such file"):
+        load_tensors(tmp_path / "absent.safetensors")
+
+
+def test_models_are_diffusers_folders_and_never_pickles(tmp_path, points_task, class_task):
+    from diffusers import DDIMPipeline
+
+    for task in (points_task, class_task):
+        model = tiny_model(task)
+        model.save(tmp_path / task.kind)
+        again = PixelDDPM.load(tmp_path / task.kind)
+        assert digest_state(again.net.state_dict()) == digest_state(model.net.state_dict())
+        assert again.null_label == model.null_label
+        assert DDIMPipeline.from_pretrained(tmp_path / task.kind).unet.config.sample_size == 4
+    weights = tmp_path / "points" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        PixelDDPM.load(tmp_path / "points")
+    weights.unlink()
+    torch.save(tiny_model(points_task).net.state_dict(), weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="pickled weights are never loaded"):
+        PixelDDPM.load(tmp_path / "points")
+    with pytest.raises(ValueError, match="not a diffusers pipeline folder"):
+        PixelDDPM.load(tmp_path)
+
+
+def test_the_audit_log_survives_a_torn_line(tmp_path):
+    log = tmp_path / "audits.jsonl"
+    log.write_text('\n{"key": "a", "status": "ok"}\n{"key": "b", "status": "failed"}\n{"key": "c", "sta')
+    assert list(read_log(log)) == ["a"]
+
+
+def test_a_run_directory_belongs_to_one_config_and_one_process(tmp_path):
+    sweep = load(None, (f"storage={tmp_path}",))
+    folder = RunDir.of(sweep)
+    with folder.claim(sweep, {}):
+        with pytest.raises(ConfigError, match="another raysweep run"), RunDir.of(sweep).claim(sweep, {}):
+            pass
+    other = load(None, (f"storage={tmp_path}", "search.trials=42"))
+    with pytest.raises(ConfigError, match=r"another config \(search\.trials: 36 -> 42\)"):
+        RunDir.of(other).check(other)
+    assert folder.sweep().digest == sweep.digest
+    manifest = folder.read_manifest()
+    assert {"torch", "ray", "optuna", "diffusers"} <= set(manifest["versions"])
+    assert manifest["commit"]
+    (tmp_path / "stuff").mkdir()
+    (tmp_path / "stuff" / "x").write_text("x")
+    stuff = load(None, (f"storage={tmp_path}", "name=stuff"))
+    with pytest.raises(ConfigError, match="not empty"):
+        RunDir.of(stuff).check(stuff)
+
+
+def test_storage_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    sweep = load(None, (f"storage={tmp_path / 'file'}",))
+    with pytest.raises(ConfigError, match="cannot be written"), RunDir.of(sweep).claim(sweep, {}):
+        pass
