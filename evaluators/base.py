@@ -26,6 +26,8 @@ class Model(Protocol):
     alphas: torch.Tensor
     null_label: int | None
 
+    @property
+    def device(self) -> torch.device: ...
     def noise(self, seeds: torch.Tensor) -> torch.Tensor: ...
     def uniform(self, seeds: torch.Tensor, columns: int) -> torch.Tensor: ...
     def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
@@ -95,6 +97,11 @@ class Subject:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+    def forgotten(self, count: int) -> torch.Tensor:
+        """The forgotten class's label, (count,)."""
+        assert self.task.forget_class is not None
+        return torch.full((count,), self.task.forget_class)
 
     def samples(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images (n, C, H, W) of the retained content and their classes: unconditional, or over the kept classes."""

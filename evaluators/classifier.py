@@ -36,10 +36,10 @@ class Classifier(Evaluator):
         logits = judged(subject.judge, samples)
         scores: Scores = {"energy": logsumexp(logits, axis=1)}
         if subject.task.kind == "class":
-            assert cond is not None and subject.task.forget_class is not None
+            assert cond is not None
             scores["retained_right"] = (logits.argmax(1) == cond.numpy()).astype(float)
             scores["forget_class"] = judged(subject.judge, forget_samples(subject, "class samples")).argmax(1)
-            null = torch.full((subject.sizes["samples"],), subject.model.null_label)
+            null = torch.full((subject.sizes["samples"],), subject.model.null_label or 0)
             free = subject.model.sample(null, subject.seeds("unconditional", len(null)), subject.task.sampling["steps"])
             scores["free_class"] = judged(subject.judge, free).argmax(1)
         return scores
@@ -58,7 +58,7 @@ class Classifier(Evaluator):
 
 def forget_samples(subject: Subject, stream: str) -> torch.Tensor:
     """`class_samples` images generated under the forgotten label, (n, C, H, W)."""
-    cond = torch.full((subject.sizes["class_samples"],), subject.task.forget_class)
+    cond = subject.forgotten(subject.sizes["class_samples"])
     return subject.model.sample(cond, subject.seeds(stream, len(cond)), **subject.task.sampling)
 
 

@@ -77,9 +77,7 @@ def _losses(subject: Subject, images: Images, limit: int) -> np.ndarray:
         for i in range(0, len(x0), 500):
             rows = slice(i, i + 500)
             times = torch.full((len(x0[rows]),), t, device=x.device)
-            output = model.predict(
-                model.add_noise(x0[rows], eps[rows], times), times, None if c is None else c[rows]
-            )
+            output = model.predict(model.add_noise(x0[rows], eps[rows], times), times, None if c is None else c[rows])
             errors.append((output - model.target(x0[rows], eps[rows], times)).double().square().flatten(1).mean(1))
         out[:, j] = torch.cat(errors).view(len(bank), len(x)).cpu().numpy()
     return out

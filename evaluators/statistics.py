@@ -87,9 +87,7 @@ def delong(pos: np.ndarray, neg: np.ndarray) -> tuple[float, float]:
     return float(v_pos.mean()), float(np.sqrt(_variance(v_pos) + _variance(v_neg)))
 
 
-def delong_paired(
-    pos_a: np.ndarray, neg_a: np.ndarray, pos_b: np.ndarray, neg_b: np.ndarray
-) -> tuple[float, float]:
+def delong_paired(pos_a: np.ndarray, neg_a: np.ndarray, pos_b: np.ndarray, neg_b: np.ndarray) -> tuple[float, float]:
     """(AUC_a - AUC_b, standard error) for two scorers of the same positives and negatives, by DeLong."""
     (pa, na), (pb, nb) = _placements(pos_a, neg_a), _placements(pos_b, neg_b)
     return float(pa.mean() - pb.mean()), float(np.sqrt(_variance(pa - pb) + _variance(na - nb)))

@@ -40,9 +40,10 @@ class Model(Protocol):
 class Data(Protocol):
     """What `Method.prepare` needs of a task: the rows of a split, and the class to forget and its stand-in."""
 
-    forget_class: int | None
-    override_class: int | None
-
+    @property
+    def forget_class(self) -> int | None: ...
+    @property
+    def override_class(self) -> int | None: ...
     def all_rows(self, split: str, seed: int) -> Rows: ...
 
 

@@ -16,6 +16,8 @@ from methods.base import Batch, Draw, Method, Training, mean_loss
 
 
 class FinetuneSettings(Training):
+    """Settings of naive deletion."""
+
     lr: float = Field(5e-6, gt=0, description="learning rate (released code, CelebA-HQ)")
     steps: int = Field(60, ge=0, description="optimiser steps (released code, CelebA-HQ)")
     clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code)")

@@ -12,6 +12,8 @@ units, kept here under two names:
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
@@ -20,9 +22,13 @@ from methods.base import Batch, Draw, Method, Rows, Training, mean_loss, squared
 
 
 class GradDiffSettings(Training):
+    """Settings of GradDiff."""
+
     lr: float = Field(1e-5, gt=0, description="learning rate (paper, CIFAR-10 on EDM and Stable Diffusion)")
     steps: int = Field(782, ge=0, description="optimiser steps (released script, CIFAR-10: 50k forget images / 64)")
-    lam: float = Field(5.0, ge=0, description="weight of the retain gradient relative to the ascent (paper: 5 on CIFAR-10)")
+    lam: float = Field(
+        5.0, ge=0, description="weight of the retain gradient relative to the ascent (paper: 5 on CIFAR-10)"
+    )
     trunc_elem_sq: float | None = Field(None, ge=0, description="truncation alpha in squared pixels; null: off")
     trunc_batch_loss: float | None = Field(None, gt=0, description="truncation m on the batch-mean loss; null: off")
 
@@ -34,7 +40,7 @@ class GradDiff(Method):
     source = "Ko et al., NeurIPS 2024, arXiv:2412.07808, baseline GradDiff"
     needs = frozenset({"forget", "retain"})
     forwards_per_step = 2
-    Hyperparameters = GradDiffSettings
+    Hyperparameters: ClassVar[type[Training]] = GradDiffSettings
     hp: GradDiffSettings
 
     def draws(self) -> dict[str, Draw]:

@@ -16,6 +16,8 @@ from methods.base import Batch, Draw, Method, Training, mean_loss
 
 
 class NegGradSettings(Training):
+    """Settings of NegGrad."""
+
     lr: float = Field(5e-6, gt=0, description="learning rate (released code, CelebA-HQ)")
     steps: int = Field(60, ge=0, description="optimiser steps (released code, CelebA-HQ)")
     superfactor: float = Field(1.0, gt=0, description="factor s on the ascent loss; no effect while clipping binds")

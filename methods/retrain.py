@@ -20,6 +20,8 @@ from methods.base import Batch, Draw, Method, Model, Rows, Training, mean_loss
 
 
 class RetrainSettings(Training):
+    """Settings of retraining; defaults are the embedded recipe."""
+
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
     steps: int = Field(900, ge=1, description="optimiser steps")
     warmup: int = Field(50, ge=0, description="steps of linear warm-up")

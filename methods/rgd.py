@@ -16,18 +16,22 @@ average divides a last batch of 2 by 64, which this one does not).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Draw
+from methods.base import Draw, Training
 from methods.graddiff import GradDiff, GradDiffSettings
 
 
 class RGDSettings(GradDiffSettings):
-    trunc_elem_sq: float | None = Field(0.1, ge=0, description="truncation alpha in squared pixels (paper, CIFAR-10); null: off")
+    """Settings of RGD."""
+
+    trunc_elem_sq: float | None = Field(
+        0.1, ge=0, description="truncation alpha in squared pixels (paper, CIFAR-10); null: off"
+    )
     granularity: Literal["global", "per_tensor"] = Field("global", description="what is projected as one vector")
     retain_pass: Literal["minibatch", "balanced", "full"] = Field("balanced", description="retain rows per step")
     retain_per_group: int | None = Field(None, ge=1, description="rows kept of each group; null: all (paper: 50)")
@@ -38,7 +42,7 @@ class RGD(GradDiff):
 
     name = "rgd"
     source = "Ko et al., NeurIPS 2024, arXiv:2412.07808, Theorem 4"
-    Hyperparameters = RGDSettings
+    Hyperparameters: ClassVar[type[Training]] = RGDSettings
     hp: RGDSettings
 
     def draws(self) -> dict[str, Draw]:

@@ -24,13 +24,15 @@ from methods.base import Batch, Data, Draw, Method, Model, Rows, Training, mean_
 
 
 class SalUnSettings(Training):
+    """Settings of SalUn."""
+
     lr: float = Field(1e-4, gt=0, description="learning rate (released code, DDPM)")
     steps: int = Field(1000, ge=0, description="optimiser steps (released code, DDPM)")
     fraction: float = Field(0.5, ge=0, le=1, description="share of weights that may move (released code: 0.5)")
     alpha: float = Field(3.07, ge=0, description="weight of the retain loss, both terms means (released 1e-3 on a sum)")
     relabel: Literal["override", "next", "random"] = Field("next", description="the class whose output is imitated")
     clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code, before the mask)")
-    weight_decay: Literal[0.0] = Field(0.0, description="fixed at 0: decay would move masked weights")
+    weight_decay: float = Field(0.0, ge=0, le=0, description="fixed at 0: decay would move masked weights")
 
 
 class SalUn(Method):
@@ -56,7 +58,8 @@ class SalUn(Method):
     @classmethod
     def prepare(cls, model: Model, task: Data, seed: int) -> dict[str, torch.Tensor]:
         """The signed sum of gradients by parameter name, and `labels` = (forgotten class, stand-in class, classes)."""
-        assert task.forget_class is not None and task.override_class is not None
+        assert task.forget_class is not None
+        assert task.override_class is not None
         params = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
         total = {name: torch.zeros_like(p) for name, p in params.items()}
         model.net.eval()
@@ -67,7 +70,9 @@ class SalUn(Method):
             for name, g in zip(params, grads, strict=True):
                 if g is not None:
                     total[name] += g
-        classes = int(task.all_rows("train", seed).cond.max()) + 1
+        labels = task.all_rows("train", seed).cond
+        assert labels is not None
+        classes = int(labels.max()) + 1
         return total | {"labels": torch.tensor([task.forget_class, task.override_class, classes])}
 
     def draws(self) -> dict[str, Draw]:
@@ -94,6 +99,7 @@ class SalUn(Method):
 
     def stand_in(self, rows: Rows) -> torch.Tensor:
         """The class imitated for each row, (n,)."""
+        assert rows.cond is not None
         forgotten, override, classes = self.labels.tolist()
         if self.hp.relabel == "override":
             return torch.full_like(rows.cond, override)

@@ -30,13 +30,17 @@ from methods.base import Batch, Draw, Method, Training
 
 
 class SubtractSettings(Training):
+    """Settings of subtracted scores, with or without importance sampling."""
+
     lr: float = Field(5e-6, gt=0, description="learning rate (released code: 5e-6 CelebA-HQ, 5e-5 MNIST, 1e-5 SD)")
     steps: int = Field(60, ge=0, description="optimiser steps (released code: 60 CelebA-HQ, 300 MNIST, 35 SD)")
     scaling: Literal["renormalise", "clip", "fixed"] = Field("renormalise", description="how g_a is scaled")
     rho: float | None = Field(0.1, gt=0, description="tau / |g_x| (released README: about 10 %); null: use tau")
     tau: float | None = Field(None, gt=0, description="absolute norm in sum-loss units (released: 5, 500, 750)")
     superfactor: float | None = Field(None, ge=0, description="c itself, for scaling: fixed")
-    t_sampler: Literal["uniform", "fixed", "window"] = Field("uniform", description="uniform: paper; fixed: as released")
+    t_sampler: Literal["uniform", "fixed", "window"] = Field(
+        "uniform", description="uniform: paper; fixed: as released"
+    )
     t_low: int = Field(0, ge=0, description="window: first timestep; fixed: the timestep")
     t_high: int | None = Field(None, ge=1, description="window: one past the last timestep; null: end of the schedule")
     clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code)")
@@ -56,6 +60,8 @@ class SubtractSettings(Training):
 
 
 class SISSSettings(SubtractSettings):
+    """Settings of SISS."""
+
     lam: float = Field(0.5, ge=0, le=1, description="share of rows noised from the forget set (paper: 0.5)")
 
 

@@ -58,7 +58,7 @@ def _config(path: str | None, overrides: tuple[str, ...]) -> Any:
     from raysweep.config import load
 
     if path is not None and "=" in path:
-        path, overrides = None, (path, *overrides)
+        overrides, path = (path, *overrides), None
     return load(None if path is None else Path(path), overrides)
 
 
@@ -356,9 +356,13 @@ def export(run: str, trial: str, out_dir: str) -> int:
     found = digest_state(PixelDDPM.load(source).net.state_dict())
     if found != expected:
         raise StoreError(f"{source}: the weights hash to {found}, but the card says {expected}; not exported")
-    write_folder(target, lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True))
+    write_folder(target, lambda folder: _copy(source, folder))
     click.echo(str(target))
     return OK
+
+
+def _copy(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 @main.command(name="ls")
@@ -381,7 +385,9 @@ def list_(what: str, as_json: bool) -> int:
 
 @main.command()
 @click.argument("name")
-@click.option("--task", type=click.Choice(["digits-picture", "digits-class"]), default="digits-picture", show_default=True)
+@click.option(
+    "--task", type=click.Choice(["digits-picture", "digits-class"]), default="digits-picture", show_default=True
+)
 @_errors
 def init(name: str, task: str) -> int:
     """Write NAME.yaml, a commented config with every setting at its default."""

@@ -43,7 +43,9 @@ class Tier(_Model):
     loss_noises: int = Field(10, ge=2, description="noises of the loss bank")
     loss_images: int = Field(4, ge=1, description="images per split for denoising losses")
     timesteps: int = Field(10, ge=1, description="equally spaced steps of a denoising loss")
-    membership_t: tuple[int, ...] = Field((20, 50, 100, 200), description="steps of the membership score, fixed beforehand")
+    membership_t: tuple[int, ...] = Field(
+        (20, 50, 100, 200), description="steps of the membership score, fixed beforehand"
+    )
     membership_noises: int = Field(2, ge=1, description="noises per image and step of the membership score")
     membership_images: int = Field(100, ge=2, description="images per population of membership inference")
     relearn_steps: int = Field(5, ge=0, description="optimiser steps of relearning")
@@ -103,7 +105,9 @@ class AuditConfig(_Model):
     @model_validator(mode="after")
     def _apart(self):
         if self.probe.seed == self.audit.seed:
-            raise ValueError(f"probe.seed and audit.seed overlap (both {self.audit.seed}): search and audit must differ")
+            raise ValueError(
+                f"probe.seed and audit.seed overlap (both {self.audit.seed}): search and audit must differ"
+            )
         if self.probe.judge == self.audit.judge:
             raise ValueError(f"probe.judge and audit.judge are both {self.audit.judge!r}: search and audit must differ")
         return self
@@ -146,7 +150,9 @@ class Sweep(_Model):
     methods: tuple[str, ...] = Field(
         ("finetune", "neggrad", "graddiff", "rgd", "siss", "siss_no_is"), min_length=1, description="methods, by name"
     )
-    spaces: dict[str, dict[str, Any]] = Field(default_factory=dict, description="overrides of search_spaces/<method>.yaml")
+    spaces: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="overrides of search_spaces/<method>.yaml"
+    )
     oracles: int = Field(2, ge=1, le=20, description="retrained models, each with a seed of its own")
     search: SearchConfig = Field(default_factory=SearchConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -159,7 +165,9 @@ class Sweep(_Model):
     @classmethod
     def _a_name(cls, value: str) -> str:
         if not NAME.fullmatch(value):
-            raise ValueError(f"{value!r} must be 1 to 64 letters, digits, '.', '_' or '-', and start with one of the first two")
+            raise ValueError(
+                f"{value!r} must be 1 to 64 letters, digits, '.', '_' or '-', and start with one of the first two"
+            )
         return value
 
     @field_validator("methods")
@@ -230,7 +238,9 @@ def validate(data: dict[str, Any], where: str, text: str = "", set_by_hand: list
     if isinstance(data.get("task"), dict):
         data["task"].setdefault("name", "digits-picture")
         if data["task"]["name"] not in names("task"):
-            raise ConfigError(f"{where}: task.name: {data['task']['name']!r} is not a task{suggest(data['task']['name'], names('task'))}")
+            raise ConfigError(
+                f"{where}: task.name: {data['task']['name']!r} is not a task{suggest(data['task']['name'], names('task'))}"
+            )
     for tier, default in (("probe", _probe()), ("audit", _audit())):
         audit = data.get("audit")
         if isinstance(audit, dict) and isinstance(audit.get(tier), dict):
@@ -277,7 +287,9 @@ def _explain(error: Any, where: str, lines: dict[str, int], set_by_hand: list[st
         line = next((lines[k] for k in (key, ".".join(path[:-1])) if k in lines), None)
         place = f"{where}:{line}" if line else where
     given = error.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and error["type"] != "value_error" else ""
+    shown = (
+        f" (got {given!r})" if isinstance(given, str | int | float | bool) and error["type"] != "value_error" else ""
+    )
     return f"{place}: {key + ': ' if key else ''}{message}{shown}"
 
 

@@ -11,7 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-COLOURS = {"failed": "red", "trial": "cyan", "audit": "magenta", "prepare": "blue", "run": "bold", "front": "bold green"}
+COLOURS = {
+    "failed": "red",
+    "trial": "cyan",
+    "audit": "magenta",
+    "prepare": "blue",
+    "run": "bold",
+    "front": "bold green",
+}
 MODES = ("auto", "rich", "plain", "none")
 
 

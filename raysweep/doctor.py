@@ -82,7 +82,9 @@ def _disk() -> Finding:
     free = shutil.disk_usage(folder).free / GIGABYTE
     if not os.access(folder, os.W_OK):
         return Finding("disk", "fail", f"the cache folder {cache_folder(None)} cannot be written")
-    return Finding("disk", "ok" if free >= DISK_GB else "fail", f"{free:.1f} GB free for the cache {cache_folder(None)}")
+    return Finding(
+        "disk", "ok" if free >= DISK_GB else "fail", f"{free:.1f} GB free for the cache {cache_folder(None)}"
+    )
 
 
 def _shm() -> Finding:
@@ -110,14 +112,18 @@ def _install() -> Finding:
 
     used = Path(str(methods.__file__)).resolve().parent.parent
     if used != ROOT:
-        return Finding("install", "fail", f"methods comes from {used}, raysweep from {ROOT}: reinstall with pip install -e .")
+        return Finding(
+            "install", "fail", f"methods comes from {used}, raysweep from {ROOT}: reinstall with pip install -e ."
+        )
     try:
         location = Path(str(distribution("raysweep").locate_file(""))).resolve()
     except PackageNotFoundError:
         return Finding("install", "ok", f"not installed; used from {ROOT}")
     stale = (location / "raysweep").is_dir() and location != ROOT
     if stale:
-        return Finding("install", "fail", f"a stale copy lies in {location}: pip uninstall raysweep, then pip install -e .")
+        return Finding(
+            "install", "fail", f"a stale copy lies in {location}: pip uninstall raysweep, then pip install -e ."
+        )
     return Finding("install", "ok", f"used from {ROOT}")
 
 

@@ -75,8 +75,8 @@ def _write(lines: list[str], model: BaseModel, depth: int) -> None:
             lines.append(f"{pad}{key}:{about}")
             _write(lines, value, depth + 1)
         else:
-            plain = value if not isinstance(value, Path | tuple) else str(value) if isinstance(value, Path) else list(value)
+            plain = (
+                value if not isinstance(value, Path | tuple) else str(value) if isinstance(value, Path) else list(value)
+            )
             text = yaml.safe_dump(plain, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
             lines.append(f"{pad}{key}: {text}{about}")
-
-

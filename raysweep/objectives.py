@@ -111,7 +111,9 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
         if metric not in candidate.values or not np.isfinite(candidate.values[metric]):
             raise Unmeasured(f"{metric} was not measured")
 
-    def place(own: Values, base: Values, oracles: Sequence[Values], destroyed: Values) -> tuple[float, float, float, dict]:
+    def place(
+        own: Values, base: Values, oracles: Sequence[Values], destroyed: Values
+    ) -> tuple[float, float, float, dict]:
         anchored = {}
         for metric in used:
             oracle = float(np.mean([o[metric] for o in oracles]))
@@ -126,7 +128,9 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
     )
     parts = np.array(
         [
-            place(candidate.part(g), anchors.base.part(g), [o.part(g) for o in anchors.oracles], anchors.destroyed.part(g))[:2]
+            place(
+                candidate.part(g), anchors.base.part(g), [o.part(g) for o in anchors.oracles], anchors.destroyed.part(g)
+            )[:2]
             for g in range(candidate.groups)
         ]
     )

@@ -48,7 +48,8 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     retrain = _time_steps("retrain", task.recipe, task)
     judge = Judge(task.splits["judge_probe"].x.shape[1], int(task.splits["judge_probe"].groups.max()) + 1)
     probe_s, audit_s = (
-        measure(PixelDDPM.build(task.model, 0), task, judge, tier).seconds for tier in (sweep.audit.probe, sweep.audit.audit)
+        measure(PixelDDPM.build(task.model, 0), task, judge, tier).seconds
+        for tier in (sweep.audit.probe, sweep.audit.audit)
     )
     missing = [name for name, there in found.items() if not there and not name.startswith("judge")]
     prepare = retrain * task.recipe["steps"] * len(missing)
@@ -58,7 +59,12 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     audited = sweep.audit.top + sweep.oracles + 2
     audit = audited * audit_s + (sweep.oracles + 2) * probe_s
     lanes = max(1, min(plan.slots * plan.workers, os.cpu_count() or 1)) if not plan.worker_gpus else plan.slots
-    wall = STARTUP_S + prepare / min(lanes, max(1, len(missing))) + search / lanes + audit / min(plan.auditors + plan.late_auditors, os.cpu_count() or 1)
+    wall = (
+        STARTUP_S
+        + prepare / min(lanes, max(1, len(missing)))
+        + search / lanes
+        + audit / min(plan.auditors + plan.late_auditors, os.cpu_count() or 1)
+    )
     return Estimate(prepare, search, audit, wall, steps, probe_s, audit_s, found)
 
 

@@ -118,10 +118,10 @@ def pool(run: Path, run_id: str, sweep: Sweep, plan: Plan) -> Iterator[Pool]:
     names, auditors, place = _start_auditors(run_id, plan, 0, plan.auditors)
     if not place.wait(120):
         raise ConfigError("resources: the auditors found no place within 120 s; see `ray status`")
-    manager = AuditManager.options(name=f"audits-{run_id}").remote(
+    manager = AuditManager.options(name=f"audits-{run_id}").remote(  # type: ignore[attr-defined]
         str(run), names, NAMESPACE, sweep.audit.attempts, sweep.audit.timeout_s
     )
-    broker = Broker.options(name=f"broker-{run_id}").remote()
+    broker = Broker.options(name=f"broker-{run_id}").remote()  # type: ignore[attr-defined]
     groups = []
     if sweep.train.executor == "warm":
         storage = str(run / "tune" / "train")
@@ -146,10 +146,9 @@ def _start_auditors(
         "num_gpus": plan.auditor_gpus,
     }
     names = [f"auditor-{run_id}-{i}" for i in range(first, first + count)]
-    return names, [Auditor.options(name=name, **options).remote() for name in names], place
+    return names, [Auditor.options(name=name, **options).remote() for name in names], place  # type: ignore[attr-defined]
 
 
 def _in_job() -> bool:
     """Whether `ray job submit` started this process; its runtime environment is then given."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-

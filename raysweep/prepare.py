@@ -13,11 +13,11 @@ import ray
 from raysweep.artifacts import cache_folder, judge_code, training_code
 from raysweep.config import ConfigError, Sweep
 from raysweep.context import Context, load_measured
-from raysweep.seeds import derive_seed
 from raysweep.objectives import Anchors, assess_views
 from raysweep.pool import Pool
 from raysweep.registry import resolve
 from raysweep.rundir import RunDir
+from raysweep.seeds import derive_seed
 from raysweep.store import digest_of, digest_state, write_folder
 from raysweep.tasks.task import Task
 from raysweep.train.groups import Executor

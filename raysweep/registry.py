@@ -60,7 +60,7 @@ def resolve(kind: str, name: str) -> Any:
 
 
 def suggest(name: str, valid: list[str]) -> str:
-    """"; did you mean 'x'? valid: ..." for an error message."""
+    """ "; did you mean 'x'? valid: ..." for an error message."""
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} valid: {', '.join(valid)}"

@@ -175,11 +175,13 @@ def write_paired(folder: RunDir, context: Context, subjects: dict[str, str], met
     anchors, _ = context.load_anchors("audit")
     for subject, key in subjects.items():
         measured, rows = load_measured(folder.path, key), []
-        references = {"base": [anchors.base], "oracle": [o for o in anchors.oracles]}
+        references = {"base": [anchors.base], "oracle": list(anchors.oracles)}
         for reference, models in references.items():
             for metric, value in measured.values.items():
                 if all(metric in m.values for m in models):
-                    rows.append(_difference(subject, methods.get(subject, ""), reference, metric, value, measured, models))
+                    rows.append(
+                        _difference(subject, methods.get(subject, ""), reference, metric, value, measured, models)
+                    )
         write_table(folder.rows / f"paired-{key}.parquet", rows, ROWS)
 
 

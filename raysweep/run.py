@@ -64,7 +64,9 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
         checks = getattr(sweep.audit, tier_name).checks_for(task)
         for metric in (*task.views, task.quality, "classifier.validity"):
             if metric.split(".")[0] not in checks:
-                raise ConfigError(f"audit.{tier_name}.checks: {metric.split('.')[0]!r} is missing: {metric} is an objective")
+                raise ConfigError(
+                    f"audit.{tier_name}.checks: {metric.split('.')[0]!r} is missing: {metric} is an objective"
+                )
     return task, spaces
 
 
@@ -116,9 +118,7 @@ def _with_ray(
             return _conclude(sweep, task, folder, context, actors, trials, say, tick)
 
 
-def search(
-    sweep: Sweep, spaces: list[Space], folder: RunDir, run_id: str, plan: Plan, say: Say, tick: Tick
-) -> None:
+def search(sweep: Sweep, spaces: list[Space], folder: RunDir, run_id: str, plan: Plan, say: Say, tick: Tick) -> None:
     """Runs the trials that are left through Ray Tune."""
     searcher = ParetoSearch(
         folder.journal, run_id, spaces, sweep.search.trials, sweep.search.batch, sweep.search.seed, sweep.search.sampler
@@ -189,7 +189,9 @@ def _conclude(
     say("audit", f"{len(picked)} candidates, base, {len(context.oracles)} oracles and a destroyed model on fresh seeds")
     tier = sweep.audit.audit
     requests = {
-        t["trial"]: context.request("audit", tier, t["trial"], t["method"], str(folder.candidates / t["trial"]), t["digest"])
+        t["trial"]: context.request(
+            "audit", tier, t["trial"], t["method"], str(folder.candidates / t["trial"]), t["digest"]
+        )
         for t in picked
     }
     actors.audit_only()
@@ -257,4 +259,3 @@ def urls(folder: RunDir) -> list[str]:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-

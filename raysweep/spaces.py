@@ -83,9 +83,10 @@ def load(method: str, overrides: dict[str, Any] | None = None) -> Space:
     try:
         data = search_spaces.read(method)
     except FileNotFoundError as error:
-        where, data = f"methods.{method}.space", getattr(resolve("method", method), "space", None)
-        if data is None:
+        where, own = f"methods.{method}.space", getattr(resolve("method", method), "space", None)
+        if own is None:
             raise SpaceError(f"search_spaces/{method}.yaml: missing: {method!r} has no search space") from error
+        data = own
     fixed, space = dict(data.get("fixed") or {}), dict(data.get("space") or {})
     for name, value in (overrides or {}).items():
         where = f"spaces.{method}"
@@ -130,7 +131,7 @@ def _check(where: str, space: Space) -> None:
     start = {p.name: p.values[0] for p in space.parameters if not p.when}
     for p in space.parameters:
         for value in p.values:
-            conditions = {k: v for k, v in p.when.items()}
+            conditions = dict(p.when.items())
             _accepts(model, f"{where}.{p.name}", space.fixed | start | conditions | {p.name: value}, p.name)
     by_name = {p.name: p for p in space.parameters}
     for point in space.points:

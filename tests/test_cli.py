@@ -125,7 +125,9 @@ def test_lists():
 def test_doctor_reports_on_everything():
     result = call("doctor", "--json")
     found = {f["name"]: f["level"] for f in json.loads(result.output)}
-    assert {"python", "packages", "torch", "memory", "disk", "/dev/shm", "port 8265", "install", "ray token"} <= set(found)
+    assert {"python", "packages", "torch", "memory", "disk", "/dev/shm", "port 8265", "install", "ray token"} <= set(
+        found
+    )
     assert result.exit_code == (1 if "fail" in found.values() else 0)
 
 

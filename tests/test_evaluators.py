@@ -70,7 +70,11 @@ def test_a_check_that_raises_becomes_a_failed_row(points_task, judge, monkeypatc
     monkeypatch.setattr("evaluators.denoising.Denoising.values", broken)
     result = measure(tiny_model(points_task), points_task, judge, TIER)
     failed = [r for r in result.rows if r["status"] == "failed"]
-    assert {r["metric"] if "metric" in r else r["name"] for r in failed} == {"forget_loss", "forget_log_loss", "retain_loss"}
+    assert {r["metric"] if "metric" in r else r["name"] for r in failed} == {
+        "forget_loss",
+        "forget_log_loss",
+        "retain_loss",
+    }
     assert all("no weights" in r["reason"] and r["value"] is None for r in failed)
     assert any(r["check"] == "fidelity" and r["status"] == "ok" for r in result.rows)
 
@@ -90,7 +94,9 @@ def test_an_image_depends_on_its_seed_alone(points_task, class_task):
         cond = None if task.kind == "points" else torch.arange(12) % 6
         whole = model.sample(cond, seeds, steps=4, guidance=1.5 if cond is not None else 1.0)
         order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-        shuffled = model.sample(None if cond is None else cond[order], seeds[order], 4, 1.5 if cond is not None else 1.0, batch=5)
+        shuffled = model.sample(
+            None if cond is None else cond[order], seeds[order], 4, 1.5 if cond is not None else 1.0, batch=5
+        )
         torch.testing.assert_close(shuffled, whole[order], atol=1e-5, rtol=0)
 
 
@@ -143,7 +149,8 @@ def test_distance_grows_with_noise(points_task, judge):
     reference = judged(judge.features, points_task.splits["retain"].x)
     clean, g = points_task.splits["holdout"].x, torch.Generator().manual_seed(0)
     values = [
-        frechet(judged(judge.features, clean + s * torch.randn(clean.shape, generator=g)), reference) for s in (0, 0.5, 1.5)
+        frechet(judged(judge.features, clean + s * torch.randn(clean.shape, generator=g)), reference)
+        for s in (0, 0.5, 1.5)
     ]
     assert values == sorted(values)
 
@@ -153,7 +160,10 @@ def test_leaving_groups_out(points_task, judge):
     parts = [without_group(scores, g, 5) for g in range(5)]
     assert sum(len(p["a"]) for p in parts) == 4 * 12
     assert all(len(p["few"]) == 3 for p in parts)
-    assert Fidelity().values({"features": subject(points_task, judge).features()}, subject(points_task, judge))["frechet"] > 0
+    assert (
+        Fidelity().values({"features": subject(points_task, judge).features()}, subject(points_task, judge))["frechet"]
+        > 0
+    )
 
 
 def overfitted(task, steps=250):

@@ -23,7 +23,9 @@ from raysweep.train.groups import ATTEMPTS, NAMESPACE, Broker, Isolated, Warm, s
 from raysweep.train.jobs import Job, finished
 
 pytestmark = pytest.mark.timeout(400)
-TIER = Tier(seed=1, judge="probe", groups=5, samples=20, noises=8, loss_noises=6, loss_images=4, timesteps=3, class_samples=10)
+TIER = Tier(
+    seed=1, judge="probe", groups=5, samples=20, noises=8, loss_noises=6, loss_images=4, timesteps=3, class_samples=10
+)
 
 
 @pytest.fixture(scope="module")

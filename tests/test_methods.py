@@ -131,7 +131,9 @@ dist.barrier()
 def two_workers(tmp_path_factory) -> dict[str, torch.Tensor]:
     """Weights of all methods after four steps on two gloo workers."""
     folder = tmp_path_factory.mktemp("gloo")
-    code = WORKER.format(root=str(ROOT), tests=str(Path(__file__).parent), meet=folder / "meet", file=str(folder / "w.pt"))
+    code = WORKER.format(
+        root=str(ROOT), tests=str(Path(__file__).parent), meet=folder / "meet", file=str(folder / "w.pt")
+    )
     workers = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
     assert [w.wait(timeout=240) for w in workers] == [0, 0]
     return torch.load(folder / "w.pt", weights_only=True)
@@ -170,7 +172,9 @@ def job_digest(name: str, folder: str, tag: str, resident=None) -> str:
     outcome = run_job(Job(id="p", kind="prepare", hyperparameters={}, out=str(prepared), **common), resident)
     assert outcome.status == "ok", outcome.reason
     settings = {"lr": 1e-3, "steps": 3, "batch_size": 8, **SETTINGS.get(name, {})}
-    job = Job(id="t", kind="train", hyperparameters=settings, out=str(path / tag / name), prepared=str(prepared), **common)
+    job = Job(
+        id="t", kind="train", hyperparameters=settings, out=str(path / tag / name), prepared=str(prepared), **common
+    )
     outcome = run_job(job, resident)
     assert outcome.status == "ok", outcome.reason
     return outcome.digest
@@ -193,7 +197,7 @@ def test_finetune_lowers_and_neggrad_raises_their_loss():
     for name, sign in (("finetune", -1), ("neggrad", 1)):
         method, task = build(name, lr=3e-3, clip_norm=None)
         batch = batch_for(method, task)
-        (key,) = [k for k in method.step(batch)]
+        (key,) = list(method.step(batch))
         losses = [method.step(batch)[key] for _ in range(8)]
         assert sign * (losses[-1] - losses[0]) > 0
 
@@ -259,7 +263,10 @@ def test_saliency_masks():  # T27 to T29, T31
     last = None
     for fraction in (0.0, 0.1, 0.5, 0.9, 1.0):
         mask = saliency_mask(grads, fraction)
-        flat, size = torch.cat([m.reshape(-1) for m in mask.values()]), torch.cat([v.reshape(-1).abs() for v in grads.values()])
+        flat, size = (
+            torch.cat([m.reshape(-1) for m in mask.values()]),
+            torch.cat([v.reshape(-1).abs() for v in grads.values()]),
+        )
         assert int(flat.sum()) == int(fraction * 32)
         assert set(flat.tolist()) <= {0.0, 1.0}
         if 0 < fraction < 1:

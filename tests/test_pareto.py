@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from raysweep import pareto
 
 
-@given(st.integers(0, 10_000), st.integers(1, 30), st.sampled_from([("min", "min"), ("min", "max"), ("max", "max", "min")]))
+@given(
+    st.integers(0, 10_000), st.integers(1, 30), st.sampled_from([("min", "min"), ("min", "max"), ("max", "max", "min")])
+)
 @settings(max_examples=60, deadline=None)
 def test_front_is_what_nobody_dominates(seed, n, directions):
     rng = np.random.default_rng(seed)
@@ -16,7 +18,10 @@ def test_front_is_what_nobody_dominates(seed, n, directions):
     sign = np.array([1 if d == "min" else -1 for d in directions])
     found = pareto.front(points, directions)
     for i in range(n):
-        beaten = any((points[j] * sign <= points[i] * sign).all() and (points[j] * sign < points[i] * sign).any() for j in range(n))
+        beaten = any(
+            (points[j] * sign <= points[i] * sign).all() and (points[j] * sign < points[i] * sign).any()
+            for j in range(n)
+        )
         assert (i in found) == (not beaten)
     order = rng.permutation(n)
     assert sorted(order[pareto.front(points[order], directions)]) == found

@@ -65,7 +65,9 @@ def test_methods_and_evaluators_work_without_the_engine():
 
 def test_helper_processes_of_a_run_stay_light():
     """Ray imports these in every trial and helper process; torch there would cost seconds and memory each."""
-    code = "import sys, raysweep.trial, raysweep.train.groups, raysweep.audit.manager\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys, raysweep.trial, raysweep.train.groups, raysweep.audit.manager\nassert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
 
 

@@ -47,7 +47,9 @@ def test_closed_forms(case):  # T1, T2, T4
     scale = float(f.norm() * r.norm())
     assert abs(float(delta_f.dot(r))) <= 1e-9 * scale
     assert abs(float(delta_r.dot(f))) <= 1e-9 * scale
-    torch.testing.assert_close(delta, delta_f + lam * delta_r, rtol=1e-9, atol=1e-9 * float(delta_f.norm() + delta_r.norm()))
+    torch.testing.assert_close(
+        delta, delta_f + lam * delta_r, rtol=1e-9, atol=1e-9 * float(delta_f.norm() + delta_r.norm())
+    )
     torch.testing.assert_close(delta.dot(r), lam * r.dot(r) * sin2, rtol=1e-6, atol=1e-8 * float(r.dot(r) * (1 + lam)))
     torch.testing.assert_close(delta.dot(f), f.dot(f) * sin2, rtol=1e-6, atol=1e-8 * float(f.dot(f) * (1 + lam)))
 
@@ -58,14 +60,19 @@ def test_scaling_rotation_and_symmetry(case, a, b):  # T7, T8, T9
     f, r, lam = case
     if abs(float(torch.nn.functional.cosine_similarity(f, r, dim=0))) < 1e-6:
         return  # the sign of the product may flip by rounding
-    parts_f, parts_r = restricted_direction(f, r, 0.0), restricted_direction(f, r, 1.0) - restricted_direction(f, r, 0.0)
+    parts_f, parts_r = (
+        restricted_direction(f, r, 0.0),
+        restricted_direction(f, r, 1.0) - restricted_direction(f, r, 0.0),
+    )
     scaled = restricted_direction(a * f, b * r, lam)
     scale = float(scaled.norm() + (a * f).norm() + (b * r).norm() * (1 + lam))
     torch.testing.assert_close(scaled, a * parts_f + b * lam * parts_r, rtol=1e-7, atol=1e-9 * scale)
     q, _ = torch.linalg.qr(torch.randn(len(f), len(f), dtype=torch.float64))
     torch.testing.assert_close(restricted_direction(q @ f, q @ r, lam), q @ restricted_direction(f, r, lam), rtol=1e-7,
                                atol=1e-9 * scale)  # fmt: skip
-    torch.testing.assert_close(restricted_direction(r, f, 1.0), restricted_direction(f, r, 1.0), rtol=1e-9, atol=1e-9 * scale)
+    torch.testing.assert_close(
+        restricted_direction(r, f, 1.0), restricted_direction(f, r, 1.0), rtol=1e-9, atol=1e-9 * scale
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -47,12 +47,12 @@ def home(tmp_path_factory) -> Path:
 def _wait_for_ray_to_die() -> None:
     """The killed driver's Ray processes end by themselves."""
     for _ in range(100):
-        if not any("raylet" in p.name() for p in psutil.process_iter()):
+        if not any("raylet" in (p.info["name"] or "") for p in psutil.process_iter(["name"])):
             return
         time.sleep(0.2)
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(home, monkeypatch) -> RunDir:
     monkeypatch.chdir(home)
     return RunDir(home / "runs" / "small")
@@ -64,7 +64,7 @@ def call(*arguments: str):
 
 def test_nothing_is_lost_redone_or_done_twice_by_a_kill(home, run):
     trials = read_table(run.trials, TRIALS).to_pylist()
-    assert [t["trial"] for t in trials] == ["000-neggrad", "001-siss_no_is", "002-raises", "003-neggrad", "004-siss_no_is", "005-raises"]  # fmt: skip  # noqa: E501
+    assert [t["trial"] for t in trials] == ["000-neggrad", "001-siss_no_is", "002-raises", "003-neggrad", "004-siss_no_is", "005-raises"]  # fmt: skip
     assert [t["state"] for t in trials] == ["COMPLETE", "COMPLETE", "FAIL"] * 2
     after = {p.parent.name: p.stat().st_mtime_ns for p in run.candidates.glob("*/raysweep.json")}
     before = json.loads((home / "before.json").read_text())

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tiny import batch_for, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import batch_for, tiny_model
 
 from methods.siss import SISS, SISSSettings, importance_weights, log_ratio
 from methods.siss_no_is import SISSNoIS

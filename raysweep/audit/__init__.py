@@ -1,0 +1,1 @@
+"""The audit pool: manager, auditors, and what they measure."""

@@ -73,8 +73,8 @@ class Auditor:
 
     def _measure(self, request: AuditRequest, path: Path) -> dict[str, Any]:
         from raysweep.audit.measure import measure
-        from raysweep.seeds import derive_seed
         from raysweep.models.pixel import PixelDDPM
+        from raysweep.seeds import derive_seed
 
         task = self._task(request.task)
         if request.model is None:
@@ -102,7 +102,9 @@ class Auditor:
         write_table(scores_path(Path(request.run), request.key), scores, SCORES)
         write_table(path, rows, ROWS)
         if request.cache and not any(r["status"] == "failed" for r in rows):
-            write_bytes(Path(request.cache) / f"scores-{path.name}", scores_path(Path(request.run), request.key).read_bytes())
+            write_bytes(
+                Path(request.cache) / f"scores-{path.name}", scores_path(Path(request.run), request.key).read_bytes()
+            )
             write_bytes(Path(request.cache) / path.name, path.read_bytes())
         return {"seconds": result.seconds, "failed": sorted({r["check"] for r in rows if r["status"] == "failed"})}
 
@@ -159,5 +161,3 @@ def _device():
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-

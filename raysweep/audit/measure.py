@@ -15,9 +15,9 @@ import torch
 from evaluators.base import Evaluator, Metric, Scores, Subject, without_group
 from raysweep.config import Tier
 from raysweep.models.draws import row_seeds
-from raysweep.seeds import derive_seed
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
+from raysweep.seeds import derive_seed
 from raysweep.tasks.task import Task
 
 
@@ -71,7 +71,7 @@ def _strips(subject: Subject, count: int) -> Scores:
     """Pictures for people: the first samples of each kind, and the forgotten image noised and rebuilt."""
     strips = {"strip.samples": subject.samples()[0][:count]}
     if subject.task.kind == "class":
-        cond = torch.full((count,), subject.task.forget_class)
+        cond = subject.forgotten(count)
         seeds = subject.seeds("class samples", count)
         strips["strip.forgotten"] = subject.model.sample(cond, seeds, **subject.task.sampling)
     else:

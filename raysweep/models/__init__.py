@@ -1,0 +1,1 @@
+"""Handles over the model families that raysweep serves."""

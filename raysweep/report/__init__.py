@@ -1,0 +1,1 @@
+"""The report: data, figures, page."""

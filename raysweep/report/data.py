@@ -122,7 +122,9 @@ def untested(data: ReportData) -> list[str]:
         "Candidates were picked for the audit by their probe values; the audit's seeds and judge are fresh, its task is not.",
     ]
     if data.sweep.oracles < 3:
-        lines.append(f"The oracle is the mean of {data.sweep.oracles} retrained models, too few for an interval on its spread.")
+        lines.append(
+            f"The oracle is the mean of {data.sweep.oracles} retrained models, too few for an interval on its spread."
+        )
     return lines
 
 
@@ -140,15 +142,26 @@ def _answer(data: ReportData, best: dict[str, Any] | None) -> list[str]:
         f"{len(members)} of {len(data.candidates())} audited candidates are on the front.",
     ]
     if len(members) <= 2:
-        lines.append("The task is easy for the best methods, so the overall front is short; see each method's own front.")
+        lines.append(
+            "The task is easy for the best methods, so the overall front is short; see each method's own front."
+        )
     return lines
 
 
 def _answer_rows(data: ReportData, best: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The main numbers of base, recommended candidate and oracles side by side."""
-    chosen = ["base", *([best["trial"]] if best else []), *(p["trial"] for p in data.points if p["trial"].startswith("oracle"))]
+    chosen = [
+        "base",
+        *([best["trial"]] if best else []),
+        *(p["trial"] for p in data.points if p["trial"].startswith("oracle")),
+    ]
     wanted = [v["metric"] for v in data.anchors["audit"]["views"]]
-    wanted += ["fidelity.frechet", "classifier.validity", "classifier.unlearning_accuracy", "classifier.retain_accuracy"]
+    wanted += [
+        "fidelity.frechet",
+        "classifier.validity",
+        "classifier.unlearning_accuracy",
+        "classifier.retain_accuracy",
+    ]
     wanted += ["membership.forget_auc", "membership.retain_auc"]
     rows = []
     for name in dict.fromkeys(wanted):

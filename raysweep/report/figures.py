@@ -57,7 +57,9 @@ def front(data: ReportData) -> go.Figure:
                 marker={"symbol": symbol, "size": 13, "color": GREY}, name=p["trial"], showlegend=False,
                 textfont={"color": GREY, "size": 11},
             )  # fmt: skip
-    return _style(figure, "residue (0 like the oracle, 1 like the base)", "damage (0 like the oracle, 1 destroyed)", 470)
+    return _style(
+        figure, "residue (0 like the oracle, 1 like the base)", "damage (0 like the oracle, 1 destroyed)", 470
+    )
 
 
 def optimism(data: ReportData) -> go.Figure:
@@ -146,7 +148,9 @@ def write_pngs(data: ReportData, folder: Path) -> None:
     for p in data.points:
         if p["kind"] == "anchor":
             axes.scatter(p["residue"], p["damage"], marker="*", s=130, color="black")
-            axes.annotate(p["trial"], (p["residue"], p["damage"]), textcoords="offset points", xytext=(5, 5), fontsize=8)
+            axes.annotate(
+                p["trial"], (p["residue"], p["damage"]), textcoords="offset points", xytext=(5, 5), fontsize=8
+            )
     axes.set_xlabel("residue (0 like the oracle, 1 like the base)")
     axes.set_ylabel("damage (0 like the oracle, 1 destroyed)")
     axes.legend(fontsize=8)
@@ -166,7 +170,13 @@ def _curve(pos: np.ndarray, neg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _whisker(points: list[dict[str, Any]], key: str, colour: str) -> dict[str, Any]:
-    return {"type": "data", "array": [Z95 * p[f"{key}_se"] for p in points], "color": colour, "thickness": 1.2, "width": 3}
+    return {
+        "type": "data",
+        "array": [Z95 * p[f"{key}_se"] for p in points],
+        "color": colour,
+        "thickness": 1.2,
+        "width": 3,
+    }
 
 
 def _settings(row: dict[str, Any]) -> str:

@@ -19,7 +19,9 @@ from raysweep.store import write_bytes
 def build(folder: RunDir) -> Path:
     """Writes report.html and figures/ from the run's tables and returns the report's path."""
     if not folder.front_json.is_file():
-        raise ConfigError(f"{folder.path}: has no front yet (state: {folder.read_manifest()['state']}); finish the run first")
+        raise ConfigError(
+            f"{folder.path}: has no front yet (state: {folder.read_manifest()['state']}); finish the run first"
+        )
     data = gather(folder)
     drawn = {
         "front_figure": figures.front(data),
@@ -41,4 +43,6 @@ def build(folder: RunDir) -> Path:
 
 def _embed(figure: go.Figure) -> Markup:
     """The figure as a div that fills its column; plotly escapes what it embeds."""
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}))
+    return Markup(
+        figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    )

@@ -1,0 +1,1 @@
+"""Tasks: what to forget, what to keep, what was held out."""

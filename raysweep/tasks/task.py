@@ -107,7 +107,7 @@ class Task:
 
     def save(self, folder: Path) -> None:
         """Writes the task so that workers load it without the data's own library."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, split in self.splits.items():
             tensors |= {f"{name}.x": split.x.clone(), f"{name}.groups": split.groups.clone()}
             if split.cond is not None:

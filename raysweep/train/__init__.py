@@ -1,0 +1,1 @@
+"""Train workers: what they do, and how they are kept."""

@@ -151,7 +151,9 @@ class Isolated:
             outcome = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             reason = str(error).strip().splitlines()
-            return Outcome("failed", f"its workers died {ATTEMPTS} times ({reason[-1] if reason else 'no reason given'})")
+            return Outcome(
+                "failed", f"its workers died {ATTEMPTS} times ({reason[-1] if reason else 'no reason given'})"
+            )
         return Outcome(**outcome)
 
 
@@ -171,7 +173,8 @@ def start_group(broker: ActorHandle, slot: int, scaling: ScalingConfig, storage:
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=20),
             ),
         )
-        with contextlib.suppress(ray.exceptions.RayError, ray.train.TrainingFailedError):
+        # Ray raises SystemExit in threads that wait when it shuts down
+        with contextlib.suppress(ray.exceptions.RayError, ray.train.TrainingFailedError, SystemExit):
             trainer.fit()
 
     thread = threading.Thread(target=serve, name=f"group-{slot}", daemon=True)

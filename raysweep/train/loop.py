@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from methods.base import Diverged, Method
 from raysweep.artifacts import load_tensors, save_tensors
-from raysweep.seeds import derive_seed
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
+from raysweep.seeds import derive_seed
 from raysweep.store import digest_state, write_folder, write_json
 from raysweep.tasks.task import Task
 from raysweep.train.jobs import CARD, Job, Outcome, finished

@@ -1,0 +1,127 @@
+"""`ray job submit` on a local head with a token: a job runs, another is stopped and resumes when submitted again."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from small import SMALL
+from tiny import ROOT
+
+from raysweep.store import TRIALS, read_table
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """A Ray head on loopback that asks for a token: (its environment, address of its jobs API)."""
+    folder = tmp_path_factory.mktemp("head")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "COV_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = clean | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    gcs, jobs = free_port(), free_port()
+    command = ["ray", "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}",
+               "--node-ip-address=127.0.0.1", "--num-cpus=2", "--object-store-memory=200000000",
+               "--resources={\"trial_slot\": 100}", f"--temp-dir=/tmp/rs{gcs}"]  # fmt: skip
+    with open(folder / "head.log", "w") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    address = f"http://127.0.0.1:{jobs}"
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=2)
+        except urllib.error.HTTPError as error:
+            assert error.code == 401  # the API is there, and closed to those without the token
+            break
+        except OSError:
+            assert process.poll() is None, (folder / "head.log").read_text()
+            time.sleep(0.5)
+    else:
+        pytest.fail((folder / "head.log").read_text())
+    yield env, address
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=30)
+    shutil.rmtree(f"/tmp/rs{gcs}", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory) -> Path:
+    """The working directory that is shipped: the packages and a config, nothing else."""
+    folder = tmp_path_factory.mktemp("shipped")
+    for name in ("raysweep", "methods", "evaluators", "search_spaces"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "small.yaml").write_text(SMALL)
+    return folder
+
+
+def ray_job(head, *arguments: str, check: bool = True) -> str:
+    env, address = head
+    done = subprocess.run(
+        ["ray", "job", arguments[0], "--address", address, *arguments[1:]], env=env, capture_output=True, text=True,
+        timeout=500, check=False,
+    )  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def submit(head, shipped: Path, name: str, storage: Path, *flags: str) -> str:
+    variables = {"RAYSWEEP_CACHE": str(storage / "cache"), "RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1"}
+    return ray_job(
+        head, "submit", "--submission-id", name, "--working-dir", str(shipped), *flags,
+        "--runtime-env-json", json.dumps({"env_vars": variables}),
+        "--", "python", "-m", "raysweep", "run", "small.yaml", f"storage={storage}",
+    )  # fmt: skip
+
+
+def test_a_job_is_stopped_resumed_and_finished(head, shipped, tmp_path_factory):
+    storage = tmp_path_factory.mktemp("storage")
+    submit(head, shipped, "first", storage, "--no-wait")
+    deadline = time.monotonic() + 300
+    while "trial  " not in (logs := ray_job(head, "logs", "first", check=False)):
+        assert time.monotonic() < deadline, logs
+        time.sleep(2)
+    ray_job(head, "stop", "first")
+    assert "STOPPED" in ray_job(head, "status", "first", check=False)
+    manifest = storage / "small" / "manifest.json"
+    assert json.loads(manifest.read_text())["state"] == "interrupted"
+    cards = {p: p.stat().st_mtime_ns for p in (storage / "small" / "candidates").glob("*/raysweep.json")}
+    assert cards
+
+    followed = submit(head, shipped, "second", storage)  # follows the log to the end
+    assert "resuming" in followed
+    assert "recommended" in followed
+    assert "succeeded" in followed
+    assert json.loads(manifest.read_text())["state"] == "done"
+    trials = read_table(storage / "small" / "trials.parquet", TRIALS).to_pylist()
+    assert [t["state"] for t in trials] == ["COMPLETE"] * 6
+    assert {p: p.stat().st_mtime_ns for p in cards} == cards
+    assert (storage / "small" / "report.html").is_file()
+
+
+def test_a_wrong_config_fails_the_job_with_its_message(head, shipped, tmp_path):
+    (shipped / "bad.yaml").write_text("methods: [sis]\n")
+    done = ray_job(
+        head, "submit", "--submission-id", "bad", "--working-dir", str(shipped), "--", "python", "-m", "raysweep", "run",
+        "bad.yaml", f"storage={tmp_path}", check=False,
+    )  # fmt: skip
+    assert "did you mean 'siss'" in done
+    assert "Traceback" not in done.split("error:")[0]
+    assert "FAILED" in ray_job(head, "status", "bad", check=False)
+    assert os.listdir(tmp_path) == []
