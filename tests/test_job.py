@@ -47,14 +47,17 @@ def head(tmp_path_factory):
     for _ in range(120):
         try:
             urllib.request.urlopen(f"{address}/api/jobs/", timeout=2)
-        except urllib.error.HTTPError as error:
-            assert error.code == 401  # the API is there, and closed to those without the token
+            pytest.fail("the jobs API answers without a token")
+        except urllib.error.HTTPError as refused:
+            code = refused.code
             break
         except OSError:
             assert process.poll() is None, (folder / "head.log").read_text()
             time.sleep(0.5)
     else:
+        code = 0
         pytest.fail((folder / "head.log").read_text())
+    assert code == 401  # the API is there, and closed to those without the token
     yield env, address
     os.killpg(process.pid, signal.SIGTERM)
     process.wait(timeout=30)

@@ -55,6 +55,7 @@ def _wait_for_ray_to_die() -> None:
 @pytest.fixture
 def run(home, monkeypatch) -> RunDir:
     monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(home / "faulty")
     return RunDir(home / "runs" / "small")
 
 

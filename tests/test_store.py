@@ -123,9 +123,12 @@ def test_the_audit_log_survives_a_torn_line(tmp_path):
 def test_a_run_directory_belongs_to_one_config_and_one_process(tmp_path):
     sweep = load(None, (f"storage={tmp_path}",))
     folder = RunDir.of(sweep)
-    with folder.claim(sweep, {}):
-        with pytest.raises(ConfigError, match="another raysweep run"), RunDir.of(sweep).claim(sweep, {}):
-            pass
+    with (
+        folder.claim(sweep, {}),
+        pytest.raises(ConfigError, match="another raysweep run"),
+        RunDir.of(sweep).claim(sweep, {}),
+    ):
+        pass
     other = load(None, (f"storage={tmp_path}", "search.trials=42"))
     with pytest.raises(ConfigError, match=r"another config \(search\.trials: 36 -> 42\)"):
         RunDir.of(other).check(other)
