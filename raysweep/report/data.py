@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
+from safetensors.numpy import load_file
 
 from raysweep.config import Sweep
 from raysweep.results import trial_table
@@ -36,6 +37,8 @@ class ReportData:
     anchors: dict[str, Any]
     styles: dict[str, tuple[str, str]]
     shape: tuple[int, int, int]
+    sensitive: bool
+    original: np.ndarray
 
     def candidates(self) -> list[dict[str, Any]]:
         return [p for p in self.points if p["kind"] == "candidate"]
@@ -71,6 +74,8 @@ def gather(folder: RunDir) -> ReportData:
         anchors={t: json.loads(folder.anchors(t).read_text()) for t in ("probe", "audit")},
         styles=styles,
         shape=(unet["in_channels"], size, size),
+        sensitive=task["sensitive"],
+        original=load_file(folder.task / "splits.safetensors")["forget.x"][:8],
     )
 
 
@@ -250,17 +255,22 @@ def _strips(data: ReportData) -> list[dict[str, Any]]:
         "strip.forgotten": "generated under the forgotten label, same seeds",
         "strip.samples": "generated from the same seeds",
     }
-    groups = []
+    order = sorted(
+        data.points, key=lambda p: (not p["trial"].startswith(("base", "oracle")), p["trial"] == "destroyed")
+    )
+    original = {"subject": "original", "image": _png(data.original)}
+    groups = [{"title": "what must be forgotten", "rows": [original], "sensitive": data.sensitive}]
     for key, title in titles.items():
         rows = []
-        for p in data.points:
+        for p in order:
             images = data.scores.get((p["trial"], key))
             if images is not None:
                 rows.append({"subject": p["trial"], "image": _png(images.reshape(-1, *data.shape))})
         if key == "strip.noised":
             rows = [{"subject": "input", "image": rows[0]["image"]}] if rows else []
         if rows:
-            groups.append({"title": title, "rows": rows, "sensitive": key != "strip.samples"})
+            sensitive = data.sensitive and key in ("strip.rebuilt", "strip.forgotten")
+            groups.append({"title": title, "rows": rows, "sensitive": sensitive})
     return groups
 
 

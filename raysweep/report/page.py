@@ -44,5 +44,5 @@ def build(folder: RunDir) -> Path:
 def _embed(figure: go.Figure) -> Markup:
     """The figure as a div that fills its column; plotly escapes what it embeds."""
     return Markup(
-        figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+        figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
     )

@@ -63,6 +63,7 @@ def picture_task(config: PictureTask) -> Task:
         views=("reconstruction.correlation", "denoising.forget_log_loss", "generation.rate"),
         quality="fidelity.frechet",
         base=None if config.base is None else str(config.base),
+        sensitive=False,
     )
 
 
@@ -108,6 +109,7 @@ def class_task(config: ClassTask) -> Task:
         forget_class=config.forget,
         override_class=config.override,
         base=None if config.base is None else str(config.base),
+        sensitive=False,
     )
 
 

@@ -23,7 +23,7 @@ from raysweep.models.draws import row_seeds
 from raysweep.seeds import derive_seed
 
 _PLAIN = (
-    "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base",
+    "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",
 )  # fmt: skip
 
 
@@ -66,6 +66,7 @@ class Task:
     splits: `train` = `forget` + `retain`; `holdout` and `forget_holdout` were never trained on and match `retain` and
     `forget`; `judge_probe` and `judge_audit` are the disjoint labelled images of the two judges (labels in `groups`).
     views: the metrics whose worst one is the residue; quality: the metric behind the damage.
+    sensitive: pictures of what must be forgotten are blurred in the report until clicked.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Task:
     forget_class: int | None = None
     override_class: int | None = None
     base: str | None = None
+    sensitive: bool = True
 
     def __post_init__(self) -> None:
         trained = set(self.splits["train"].ids)
