@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -90,8 +89,6 @@ def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
     sweep = _config(config, overrides)
     if dry_run:
         return _dry_run(sweep)
-    # Ray Tune saves its state on SIGINT but not on SIGTERM, which is what `ray job stop` and schedulers send
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     from raysweep.display import Display
     from raysweep.run import Interrupted, RunFailed, run_sweep
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +60,10 @@ def connected(sweep: Sweep) -> Iterator[list[Node]]:
             runtime_env={"env_vars": missing | {"PYTHONPATH": path}},
             **options,
         )
+    if threading.current_thread() is threading.main_thread():
+        # Tune stops gracefully on SIGINT but not on SIGTERM, which is what `ray job stop` and schedulers send. Set here,
+        # because ray.init puts a handler of its own in place that aborts the process.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         nodes = [
             Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0), n.get("Labels", {}).get("role", ""))
