@@ -100,12 +100,13 @@ def prepare(
             judges={name: future.result() for name, future in judges.items()}, prepared={},
             cache=str(cache_folder(sweep.cache) / "audits"),
         )  # fmt: skip
-        prepared = {m: threads.submit(executor.run, job) for m, job in _prepare_jobs(sweep, context).items()}
+        prepare_jobs = _prepare_jobs(sweep, context)
+        prepared = {m: threads.submit(executor.run, job) for m, job in prepare_jobs.items()}
         for method, future in prepared.items():
             outcome = future.result()
             if outcome.status != "ok":
                 raise RunFailed(f"preparing {method} failed: {outcome.reason}")
-            context.prepared[method] = str(folder.prepared / f"{method}.safetensors")
+            context.prepared[method] = prepare_jobs[method].out
             say("prepare", f"{method}: prepared in {outcome.seconds:.1f} s")
         context.save()
     return context
@@ -141,13 +142,14 @@ def _prepare_jobs(sweep: Sweep, context: Context) -> dict[str, Job]:
     from methods.base import Method
 
     jobs = {}
+    inputs = {"task": context.task_digest, "base": context.base_digest, "code": training_code()}
     for name in sweep.methods:
         if resolve("method", name).prepare.__func__ is not Method.prepare.__func__:  # type: ignore[attr-defined]
-            inputs = {"task": context.task_digest, "base": context.base_digest, "code": training_code()}
+            path = cache_folder(sweep.cache) / "prepared" / f"{name}-{digest_of(name, inputs)}.safetensors"
             jobs[name] = Job(
                 id=f"{context.run_id}-prepare-{name}", kind="prepare", method=name, hyperparameters={},
                 seed=derive_seed("prepare", name), task=str(context.folder.task), base=context.base,
-                out=str(context.folder.prepared / f"{name}.safetensors"), inputs=inputs,
+                out=str(path), inputs=inputs,
                 budget_s=sweep.train.budget_s,
             )  # fmt: skip
     return jobs

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.util.metrics import Gauge
 
 from raysweep.config import ConfigError, Sweep
 from raysweep.context import Context, load_measured
@@ -145,15 +146,21 @@ def search(sweep: Sweep, spaces: list[Space], folder: RunDir, run_id: str, plan:
 
 
 class _Events(tune.Callback):
-    """Tells of every trial's end and keeps trials.parquet up to date."""
+    """Tells of every trial's end, here and to Ray's metrics."""
 
     def __init__(self, folder: RunDir, run_id: str, sweep: Sweep, say: Say, tick: Tick):
         self.folder, self.run_id, self.sweep, self.say, self.tick = folder, run_id, sweep, say, tick
         self.done = sum(t["state"] != "RUNNING" for t in trial_table(folder, run_id))
+        self.failed = 0
+        self.gauges = {
+            "trials": Gauge("raysweep_trials", "ended trials", ("run", "state")),
+            "residue": Gauge("raysweep_residue", "residue of the last candidate", ("run", "method")),
+            "damage": Gauge("raysweep_damage", "damage of the last candidate", ("run", "method")),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks; a display does not pickle and is of no use elsewhere."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("say", "tick")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("say", "tick", "gauges")}
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.ended(trial.config, trial.last_result or {})
@@ -166,11 +173,16 @@ class _Events(tune.Callback):
         settings = " ".join(f"{k}={_short(v)}" for k, v in config["hyperparameters"].items())
         total = self.sweep.search.trials
         if result.get("reason"):
+            self.failed += 1
             self.say("failed", f"{config['trial']}  {settings}  {result['reason']}")
         else:
             place = f"residue {result['residue']:.2f}  damage {result['damage']:.2f}"
             cost = f"{result['train_s']:.1f} s + {result['audit_s']:.1f} s"
             self.say("trial", f"{config['trial']:<16} {place}  {cost}  {settings}  {self.done}/{total}")
+            for name in ("residue", "damage"):
+                self.gauges[name].set(result[name], {"run": self.run_id, "method": config["method"]})
+        self.gauges["trials"].set(self.failed, {"run": self.run_id, "state": "failed"})
+        self.gauges["trials"].set(self.done, {"run": self.run_id, "state": "ended"})
         self.tick("trials", self.done, total)
 
 

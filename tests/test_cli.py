@@ -137,3 +137,19 @@ def test_dry_run_starts_nothing_and_says_what_is_not_tested(tmp_path):
     for part in ("nothing was started", "untested", "about", "1 each of", "one step"):
         assert part in result.output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("incomplete", "code"), [([], 0), (["012-rgd: membership"], 3)])
+def test_a_missing_check_is_said_and_exits_3(monkeypatch, tmp_path, incomplete, code):
+    import numpy as np
+
+    from raysweep.results import Front
+    from raysweep.run import Result
+    from raysweep.rundir import RunDir
+
+    front = Front([], [], np.zeros((0, 0)), 0.5, 0.4, 0.6, 0.5, None, 0.0)
+    result = Result(RunDir(tmp_path / "x"), front, [{"state": "FAIL"}], incomplete)
+    monkeypatch.setattr("raysweep.run.run_sweep", lambda *_: result)
+    answer = call("run")
+    assert answer.exit_code == code
+    assert ("check missing: 012-rgd: membership" in answer.output) == bool(incomplete)
