@@ -45,6 +45,12 @@ def test_beyond_the_oracle_is_damage_not_more_forgetting():
     assert over.damage == pytest.approx(0.5)
 
 
+def test_over_forgetting_costs_at_most_as_much_as_destruction():
+    far = place(0.1, 9.0, 2.0)
+    assert far.over_forgetting > 3
+    assert far.damage == pytest.approx(1.0)
+
+
 def test_a_view_that_tells_nothing_is_left_out_and_says_why():
     blurred = measured(0.5, -1.0, 4.0, 0.01)
     blurred.replicates["r.recall"] = 0.5 + 0.5 * RNG.normal(size=10)
