@@ -53,6 +53,7 @@ def connected(sweep: Sweep) -> Iterator[list[Node]]:
         ray.init(address="auto", runtime_env={"env_vars": variables}, **options)
     else:
         ray.init(
+            address="local",  # never a cluster that happens to run on this machine
             num_cpus=sweep.resources.cpus,
             resources={TRIAL_SLOT: 10_000},
             object_store_memory=200 * MEGABYTE,
