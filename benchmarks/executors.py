@@ -56,7 +56,7 @@ def main() -> None:
         write_folder(folder / "task", task.save)
         PixelDDPM.build(task.model, 0).save(folder / "base")
         root = str(Path(__file__).resolve().parent.parent)
-        ray.init(log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE, object_store_memory=200 * 2**20,
+        ray.init(address="local", log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE, object_store_memory=200 * 2**20,
                  runtime_env={"env_vars": ENVIRONMENT | {"PYTHONPATH": root}})  # fmt: skip
         scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
         isolated = overheads(Isolated(scaling, str(folder / "train")), folder, "isolated", trials)

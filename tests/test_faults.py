@@ -36,7 +36,7 @@ def place(tmp_path_factory):
     variables = {"PYTHONPATH": path, "FAULTY_MARK": str(folder / "mark"), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
                  "OMP_NUM_THREADS": "1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # fmt: skip
     os.environ.update({k: v for k, v in variables.items() if k.startswith("RAY_")})
-    ray.init(num_cpus=4, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE,
+    ray.init(address="local", num_cpus=4, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE,
              include_dashboard=True, dashboard_host="127.0.0.1", runtime_env={"env_vars": variables})  # fmt: skip
     task = tiny_task()
     (folder / "task").mkdir()
