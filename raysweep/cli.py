@@ -141,7 +141,7 @@ def _nodes(sweep: Any) -> list[Any]:
 
 
 def _dry_run(sweep: Any) -> int:
-    from raysweep.plan import estimate, untested
+    from raysweep.plan import describe
     from raysweep.resources import make_plan
     from raysweep.run import resolve_sweep
     from raysweep.rundir import RunDir
@@ -149,30 +149,10 @@ def _dry_run(sweep: Any) -> int:
     task, spaces = resolve_sweep(sweep)
     RunDir.of(sweep).check(sweep)
     plan = make_plan(_nodes(sweep), sweep)
-    cost = estimate(sweep, task, spaces, plan)
-    share = sweep.search.trials // len(sweep.methods)
-    lines = [
-        ("task", f"{task.name}: forget {len(task.splits['forget'])}, retain {len(task.splits['retain'])} images"),
-        ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
-        ("cluster", plan.describe()),
-        ("prepare", f"{cost.prepare:.0f} s of training; in the cache: {_names(cost.cached) or 'nothing'}"),
-        ("trials", f"{cost.search:.0f} s of work; one step: "
-         + ", ".join(f"{n} {s * 1000:.0f} ms" for n, s in cost.step_seconds.items())),
-        ("audits", f"probe {cost.probe_s:.1f} s per trial, audit {cost.audit_s:.1f} s x up to "
-         f"{sweep.audit.top + sweep.oracles + 2}"),
-        ("total", f"about {cost.wall / 60:.1f} min (estimate: {3} timed steps per method and one timed audit per tier)"),
-        ("seeds", f"probe {sweep.audit.probe.seed}, audit {sweep.audit.audit.seed}; judges and their images disjoint: yes"),
-        ("views", f"residue: worst of {', '.join(task.views)}; damage: {task.quality}"),
-        *(("untested", line) for line in untested(sweep, task)),
-    ]  # fmt: skip
-    for kind, text in lines:
+    for kind, text in describe(sweep, task, spaces, plan):
         click.echo(f"{kind:<9} {text}")
     click.echo("nothing was started")
     return OK
-
-
-def _names(found: dict[str, bool]) -> str:
-    return ", ".join(name for name, there in found.items() if there)
 
 
 @main.command()

@@ -83,6 +83,27 @@ def untested(sweep: Sweep, task: Task) -> list[str]:
     return lines
 
 
+def describe(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> list[tuple[str, str]]:
+    """(topic, text) of everything that a dry run tells."""
+    cost = estimate(sweep, task, spaces, plan)
+    found = ", ".join(name for name, there in cost.cached.items() if there)
+    share = sweep.search.trials // len(sweep.methods)
+    return [
+        ("task", f"{task.name}: forget {len(task.splits['forget'])}, retain {len(task.splits['retain'])} images"),
+        ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
+        ("cluster", plan.describe()),
+        ("prepare", f"{cost.prepare:.0f} s of training; in the cache: {found or 'nothing'}"),
+        ("trials", f"{cost.search:.0f} s of work; one step: "
+         + ", ".join(f"{n} {s * 1000:.0f} ms" for n, s in cost.step_seconds.items())),
+        ("audits", f"probe {cost.probe_s:.1f} s per trial, audit {cost.audit_s:.1f} s x up to "
+         f"{sweep.audit.top + sweep.oracles + 2}"),
+        ("total", f"about {cost.wall / 60:.1f} min (estimate: {STEPS} timed steps per method and one timed audit per tier)"),
+        ("seeds", f"probe {sweep.audit.probe.seed}, audit {sweep.audit.audit.seed}; judges and their images disjoint: yes"),
+        ("views", f"residue: worst of {', '.join(task.views)}; damage: {task.quality}"),
+        *(("untested", line) for line in untested(sweep, task)),
+    ]  # fmt: skip
+
+
 def _typical(space: Space) -> dict[str, Any]:
     """Settings in the middle of a space: the first enqueued point, else the geometric middle of steps."""
     values = dict(space.fixed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,14 +58,19 @@ def test_a_full_disk_leaves_the_old_file_and_no_trace(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_real_full_disk(tmp_path):
-    """/dev/full fails every write, like a disk without room."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full on this system")
-    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb", buffering=0) as f:
-        f.write(b"x")
-    with pytest.raises(StoreError, match="cannot write"):
-        write_bytes(Path("/dev/full/a"), b"x")
+def test_a_write_that_the_system_refuses_midway(tmp_path):
+    """A real refusal, by the limit on file sizes: the same path through the code as a disk without room."""
+    path = tmp_path / "a.json"
+    write_bytes(path, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(StoreError, match=r"cannot write .*a\.json: File too large"):
+            write_bytes(path, b"x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
