@@ -1,20 +1,23 @@
 """The protocol of a method, and what methods see of models and data.
 
 A method is built on a model (a duck-typed handle, see `Model`), asks for rows of the task's splits (`draws`), and
-changes the model's network in place, one optimiser step per `step(batch)`. It never touches the global random state:
-each row carries a seed that decides its noise and its timestep. Each rank of a data-parallel group gets its share of
-one global batch; whatever combines gradients non-linearly reduces each of them first (see `methods.gradients`), so that
-one and several workers give the same weights.
+changes the model's network in place, one `step(batch)` at a time. It never touches the global random state: each row
+carries a seed that decides its noise and its timestep. Each rank of a data-parallel group gets its share of one global
+batch; whatever combines gradients non-linearly reduces each of them first (see `methods.gradients`), so that one and
+several workers give the same weights.
 
-Losses are means over rows and, unless a method says otherwise, means over the elements of an image.
+`Method` is the shape of all of them: iterative ones (`Descent` adds the optimiser), edits in one step, several networks,
+and samplers that train nothing. Losses are means over rows and, unless a method says otherwise, means over the elements
+of an image.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,37 +25,84 @@ from pydantic import BaseModel, ConfigDict, Field
 from methods import gradients
 
 
+SEEDS = "seeds"  # the split of a draw that asks for seeds alone, for methods that need no data
+CHECK_EVERY = 20  # steps between two looks at the numbers on a GPU, where each look waits for the device
+
+Scalars = dict[str, torch.Tensor]
+
+
 class Model(Protocol):
-    """What a method needs of a diffusion model. Shapes: images (n, C, H, W) in [-1, 1], t and seeds (n,)."""
+    """What a method needs of a diffusion model. Shapes: images (n, C, H, W) in [-1, 1], t and seeds (n,).
+
+    `sampler` says how the model is to be sampled: None is its usual sampler, otherwise plain data with a `kind`
+    ("one_step", "safe") that the handle understands and saves with the weights.
+    """
 
     net: Any
     alphas: torch.Tensor
+    null_label: int | None
+    sampler: dict[str, Any] | None
 
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def with_net(self, net: Any) -> Model: ...
+    def unconditional(self, count: int) -> torch.Tensor | None: ...
     def noise(self, seeds: torch.Tensor) -> torch.Tensor: ...
     def uniform(self, seeds: torch.Tensor, columns: int) -> torch.Tensor: ...
     def gamma_sigma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
     def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor: ...
+    def eps(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor: ...
+    def x0(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor: ...
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
     def x0_error_weight(self, t: torch.Tensor) -> torch.Tensor: ...
+    def trajectory(
+        self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float
+    ) -> Iterator[tuple[int, torch.Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a task wants, as far as a method may know it without its images.
+
+    classes: the labels that the base model was trained on, in order; empty where there are none. concept: what a text
+    model must forget, as the tokens of a prompt.
+    """
+
+    kind: Literal["points", "class", "concept"]
+    forget_class: int | None = None
+    override_class: int | None = None
+    classes: tuple[int, ...] = ()
+    concept: tuple[int, ...] | None = None
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The classes that stay."""
+        return tuple(c for c in self.classes if c != self.forget_class)
+
+    def forgotten(self, count: int, device: torch.device) -> torch.Tensor:
+        """The condition of what must go: labels (count,), or tokens (count, length)."""
+        if self.concept is not None:
+            return torch.tensor(self.concept, device=device).expand(count, -1)
+        assert self.forget_class is not None
+        return torch.full((count,), self.forget_class, device=device)
 
 
 class Data(Protocol):
-    """What `Method.prepare` needs of a task: the rows of a split, and the class to forget and its stand-in."""
+    """What `Method.prepare` may ask of a task: its goal, and rows."""
 
     @property
-    def forget_class(self) -> int | None: ...
-    @property
-    def override_class(self) -> int | None: ...
+    def goal(self) -> Goal: ...
     def all_rows(self, split: str, seed: int) -> Rows: ...
+    def batch(self, draws: dict[str, Draw], seed: int, step: int) -> Batch: ...
 
 
 @dataclass(frozen=True)
 class Rows:
     """This rank's share of a global batch.
 
-    x: (n, C, H, W) in [-1, 1]; cond: class labels (n,) or None; seeds: (n,) int64, one per row;
-    total: rows of the global batch over all ranks, the denominator of every mean.
+    x: (n, C, H, W) in [-1, 1], or (n, 0) where only seeds were asked for; cond: class labels (n,) or None; seeds: (n,)
+    int64, one per row; total: rows of the global batch over all ranks, the denominator of every mean.
     """
 
     x: torch.Tensor
@@ -65,17 +115,28 @@ class Rows:
         cond = None if self.cond is None else self.cond.to(device)
         return Rows(self.x.to(device, dtype), cond, self.seeds, self.total)
 
+    def reseeded(self, k: int) -> Rows:
+        """The same rows with other random numbers, for the k-th use of a batch within one step."""
+        return Rows(self.x, self.cond, self.seeds ^ (k * 0x5851F42D4C957F2D % 2**63), self.total)
+
 
 Batch = dict[str, Rows]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A request for rows of a split at every step: `size` rows (None: all of it), balanced over its groups or not."""
+    """A request for rows at every step.
+
+    size: rows of the global batch; None: the whole split, once. balanced: equally many of each group (class).
+    per_group: only so many rows of each group take part. groups: only these take part. split: where the rows come from,
+    if not from the split that the request is named after; SEEDS for seeds without images.
+    """
 
     size: int | None
     balanced: bool = False
     per_group: int | None = None
+    groups: tuple[int, ...] | None = None
+    split: str | None = None
 
 
 class Diverged(RuntimeError):
@@ -103,10 +164,17 @@ class Training(Hyperparameters):
 class Method(ABC):
     """One way to unlearn. Subclasses set the class attributes and say how one step changes the network.
 
+    Attributes of the class:
+        needs: splits of the task that it reads; empty for a method that needs no data.
+        families, kinds: the models and the tasks that it can serve.
+        forwards_per_step: cost of a step in forward passes of one batch, a backward pass counting as two.
+        prepared_by: hyperparameters that `prepare` reads; every other one leaves the prepared tensors as they are.
+
     Args:
         model: the handle whose network is changed in place.
         hyperparameters: an instance of the class attribute `Hyperparameters`.
-        prepared: what `prepare` returned for this model and task, {} where the method prepares nothing.
+        prepared: what `prepare` returned for this model, task and `prepared_by`; {} where the method prepares nothing.
+        goal: what the task wants; None for methods that only look at data.
     """
 
     name: ClassVar[str]
@@ -115,46 +183,65 @@ class Method(ABC):
     families: ClassVar[frozenset[str]] = frozenset({"pixel-ddpm"})
     kinds: ClassVar[frozenset[str]] = frozenset({"points", "class"})
     forwards_per_step: ClassVar[float]
-    Hyperparameters: ClassVar[type[Training]]
+    prepared_by: ClassVar[tuple[str, ...]] = ()
+    Hyperparameters: ClassVar[type[BaseModel]]
 
-    def __init__(self, model: Model, hyperparameters: Training, prepared: dict[str, torch.Tensor] | None = None):
+    def __init__(
+        self,
+        model: Model,
+        hyperparameters: Any,
+        prepared: dict[str, torch.Tensor] | None = None,
+        goal: Goal | None = None,
+    ):
         self.model, self.hp, self.prepared = model, hyperparameters, prepared or {}
-        self.params = [p for p in model.net.parameters() if p.requires_grad]
+        self.goal = goal or Goal("points")
+        chosen = {n: p for n, p in model.net.named_parameters() if p.requires_grad and self.trains(n)}
+        self.names, self.params = list(chosen), list(chosen.values())
         self.start = [p.detach().clone() for p in self.params]
-        self.optimizer = torch.optim.AdamW(
-            self.params,
-            lr=self.hp.lr,
-            betas=(self.hp.beta1, self.hp.beta2),
-            weight_decay=self.hp.weight_decay,
-            fused=True,
-        )
         self.done = 0
 
     @classmethod
-    def prepare(cls, model: Model, task: Data, seed: int) -> dict[str, torch.Tensor]:
-        """Tensors that depend on the base model and the task only, shared by all trials; {} by default."""
+    def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
+        """Tensors that depend on base model, task and `prepared_by` alone, shared by all trials; {} by default.
+
+        Leaves the model as it is.
+        """
         return {}
+
+    @classmethod
+    def choices(cls, name: str, prepared: dict[str, torch.Tensor], hyperparameters: Any) -> list[Any]:
+        """The values that a search may choose for hyperparameter `name` where its space says `choice: from_model`."""
+        raise ValueError(f"{cls.name} offers no choices for {name}")
+
+    @classmethod
+    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+        """Why these settings cannot work on this model and goal, for people; [] if they can."""
+        return []
+
+    @property
+    def steps(self) -> int:
+        """How many times `step` is called."""
+        return self.hp.steps
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this name may change; all of them by default."""
+        return True
 
     @abstractmethod
     def draws(self) -> dict[str, Draw]:
-        """The rows that each step needs, by split ("forget", "retain", "train")."""
+        """The rows that each step needs, by name; a name is its split ("forget", "retain", "train") unless it says so."""
 
     @abstractmethod
-    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-        """The flat vector to descend along, equal on all ranks, and diagnostics."""
+    def step(self, batch: Batch) -> Scalars:
+        """One step. Returns diagnostics; raises Diverged on a value that is not finite."""
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step. Returns diagnostics; raises Diverged on a value that is not finite."""
-        self.model.net.train()
-        flat, scalars = self.direction(batch)
-        if not bool(torch.isfinite(flat).all()):
-            raise Diverged(f"step {self.done}: the gradient is not finite ({_describe(scalars)})")
-        gradients.assign(self.params, flat)
-        if self.hp.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.params, self.hp.clip_norm)
-        self.optimizer.step()
-        self.done += 1
-        return scalars
+    def watch(self, finite: torch.Tensor, scalars: Scalars) -> None:
+        """Raises Diverged if a flag is false; on a GPU it looks at the flags of `CHECK_EVERY` steps at once."""
+        self._finite = finite & getattr(self, "_finite", finite)
+        if finite.device.type == "cpu" or self.done % CHECK_EVERY == 0:
+            if not bool(self._finite):
+                raise Diverged(f"step {self.done}: the gradient is not finite ({_describe(scalars)})")
+            del self._finite
 
     def finish(self) -> dict[str, float]:
         """Completes the candidate and returns diagnostics: the distance to the start, over all weights and per block."""
@@ -162,8 +249,7 @@ class Method(ABC):
             if not bool(torch.isfinite(p).all()):
                 raise Diverged(f"step {self.done}: the weights are not finite ({name})")
         squares: dict[str, float] = {}
-        names = [name for name, p in self.model.net.named_parameters() if p.requires_grad]
-        for name, p, p0 in zip(names, self.params, self.start, strict=True):
+        for name, p, p0 in zip(self.names, self.params, self.start, strict=True):
             block = name.split(".")[0]
             squares[block] = squares.get(block, 0.0) + float((p.detach() - p0).double().square().sum())
         distances = {f"distance/{block}": math.sqrt(total) for block, total in squares.items()}
@@ -171,12 +257,62 @@ class Method(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to continue bit for bit (tensors and plain values only)."""
-        return {"net": self.model.net.state_dict(), "optimizer": self.optimizer.state_dict(), "done": self.done}
+        return {"net": self.model.net.state_dict(), "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.done = state["done"]
+
+
+class Descent(Method):
+    """An iterative method: one AdamW step along `direction` per step."""
+
+    Hyperparameters: ClassVar[type[BaseModel]] = Training
+    hp: Training
+
+    def __init__(
+        self,
+        model: Model,
+        hyperparameters: Any,
+        prepared: dict[str, torch.Tensor] | None = None,
+        goal: Goal | None = None,
+    ):
+        super().__init__(model, hyperparameters, prepared, goal)
+        self.optimizer = self.adam(self.params)
+
+    def adam(self, params: list[torch.Tensor]) -> torch.optim.AdamW:
+        """An optimiser with this method's settings."""
+        hp = self.hp
+        return torch.optim.AdamW(
+            params, lr=hp.lr, betas=(hp.beta1, hp.beta2), weight_decay=hp.weight_decay, fused=True
+        )
+
+    @abstractmethod
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
+        """The flat vector to descend along, equal on all ranks, and diagnostics. The vector may be changed in place."""
+
+    def constrain(self, flat: torch.Tensor) -> None:
+        """Changes the clipped direction in place; a hook for masks."""
+
+    def step(self, batch: Batch) -> Scalars:
+        """One optimiser step. Returns diagnostics; raises Diverged on a value that is not finite."""
+        self.model.net.train()
+        flat, scalars = self.direction(batch)
+        self.watch(torch.isfinite(flat).all(), scalars)
+        if self.hp.clip_norm is not None:
+            gradients.clip(flat, self.hp.clip_norm)
+        self.constrain(flat)
+        gradients.assign(self.params, flat)
+        self.optimizer.step()
+        self.done += 1
+        return scalars
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def timesteps(model: Model, rows: Rows, low: int = 0, high: int | None = None) -> torch.Tensor:
@@ -198,5 +334,5 @@ def mean_loss(model: Model, rows: Rows) -> torch.Tensor:
     return errors.flatten(1).mean(1).sum() / rows.total
 
 
-def _describe(scalars: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in scalars.items())
+def _describe(scalars: Scalars) -> str:
+    return ", ".join(f"{name} {float(value):.3g}" for name, value in scalars.items())

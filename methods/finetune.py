@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Draw, Method, Training, mean_loss
+from methods.base import Batch, Descent, Draw, Scalars, Training, mean_loss
 
 
 class FinetuneSettings(Training):
@@ -25,18 +25,18 @@ class FinetuneSettings(Training):
     beta1: float = Field(0.95, ge=0, lt=1, description="AdamW (released code, pixel models)")
 
 
-class Finetune(Method):
+class Finetune(Descent):
     """Descends the diffusion loss of the retain set; arXiv:2503.01034, naive deletion."""
 
     name = "finetune"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, naive deletion"
     needs = frozenset({"retain"})
-    forwards_per_step = 1
+    forwards_per_step = 3
     Hyperparameters = FinetuneSettings
 
     def draws(self) -> dict[str, Draw]:
         return {"retain": Draw(self.hp.batch_size)}
 
-    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         loss = mean_loss(self.model, batch["retain"])
         return gradients.flat(loss, self.params), gradients.scalars(retain_loss=loss)

@@ -8,17 +8,20 @@ The truncation stops the ascent where the model is already wrong enough. The rel
 units, kept here under two names:
     trunc_elem_sq     (CIFAR/EDM code, alpha): w(t) min((x0_hat - x0)^2, alpha) per element, in squared pixels of [-1, 1]
     trunc_batch_loss  (Stable Diffusion code, m): no ascent at all on a batch whose mean loss exceeds m
+The retain rows of a step are a minibatch, a minibatch balanced over the groups (classes), or all of the retain set; with
+the latter two this is the paper's GradDiffD. Their groups may be chosen (the paper's ablation: two classes near the
+forgotten one against all nine, at equal size).
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from methods import gradients
-from methods.base import Batch, Draw, Method, Rows, Training, mean_loss, squared_errors, timesteps
+from methods.base import Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training, mean_loss, squared_errors, timesteps
 
 
 class GradDiffSettings(Training):
@@ -31,32 +34,49 @@ class GradDiffSettings(Training):
     )
     trunc_elem_sq: float | None = Field(None, ge=0, description="truncation alpha in squared pixels; null: off")
     trunc_batch_loss: float | None = Field(None, gt=0, description="truncation m on the batch-mean loss; null: off")
+    retain_pass: Literal["minibatch", "balanced", "full"] = Field("minibatch", description="retain rows per step")
+    retain_per_group: int | None = Field(None, ge=1, description="rows kept of each group; null: all (paper: 50)")
+    retain_groups: tuple[int, ...] | None = Field(None, min_length=1, description="groups (classes) kept; null: all")
 
 
-class GradDiff(Method):
+class GradDiff(Descent):
     """Descends g_f + lam g_r; arXiv:2412.07808, GradDiff."""
 
     name = "graddiff"
     source = "Ko et al., NeurIPS 2024, arXiv:2412.07808, baseline GradDiff"
     needs = frozenset({"forget", "retain"})
-    forwards_per_step = 2
-    Hyperparameters: ClassVar[type[Training]] = GradDiffSettings
+    forwards_per_step = 6
+    Hyperparameters: ClassVar[type[BaseModel]] = GradDiffSettings
     hp: GradDiffSettings
 
-    def draws(self) -> dict[str, Draw]:
-        return {"forget": Draw(self.hp.batch_size), "retain": Draw(self.hp.batch_size)}
+    @classmethod
+    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+        if goal.kind != "class" or hyperparameters.retain_groups is None:
+            return []
+        unknown = sorted(set(hyperparameters.retain_groups) - set(goal.kept))
+        return [f"retain_groups: {unknown} are not among the retained classes {list(goal.kept)}"] if unknown else []
 
-    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def draws(self) -> dict[str, Draw]:
+        size = None if self.hp.retain_pass == "full" else self.hp.batch_size
+        balanced, hp = self.hp.retain_pass == "balanced", self.hp
+        return {
+            "forget": Draw(hp.batch_size),
+            "retain": Draw(size, balanced=balanced, per_group=hp.retain_per_group, groups=hp.retain_groups),
+        }
+
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         g_forget, forget_loss, truncated = self.forget_gradient(batch["forget"])
         retain_loss = mean_loss(self.model, batch["retain"])
         g_retain = gradients.flat(retain_loss, self.params)
-        cosine = gradients.cosine(g_forget, g_retain)
         scalars = gradients.scalars(forget_loss=forget_loss, retain_loss=retain_loss, truncated=truncated)
-        return self.combine(g_forget, g_retain), scalars | {"cosine": cosine}
+        products = gradients.products(g_forget, g_retain)
+        return self.combine(g_forget, g_retain, products), scalars | {"cosine": gradients.cosine(*products)}
 
-    def combine(self, g_forget: torch.Tensor, g_retain: torch.Tensor) -> torch.Tensor:
-        """The update direction from the two flat gradients of losses that are both minimised."""
-        return g_forget + self.hp.lam * g_retain
+    def combine(
+        self, g_forget: torch.Tensor, g_retain: torch.Tensor, products: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """The update direction from the flat gradients of two losses that are minimised, in the first one's storage."""
+        return g_forget.add_(g_retain, alpha=self.hp.lam)
 
     def forget_gradient(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(flat gradient of the negated truncated loss, this rank's part of the loss, of the truncated share)."""
@@ -66,8 +86,10 @@ class GradDiff(Method):
         errors, cut = truncate_elements(errors, self.model.x0_error_weight(t), self.hp.trunc_elem_sq)
         truncated = cut.double().flatten(1).mean(1).sum() / rows.total
         gradient = gradients.flat(-errors.flatten(1).mean(1).sum() / rows.total, self.params)
-        if self.hp.trunc_batch_loss is not None and gradients.scalars(loss=loss)["loss"] > self.hp.trunc_batch_loss:
-            gradient, truncated = torch.zeros_like(gradient), torch.tensor(len(rows.x) / rows.total)
+        if self.hp.trunc_batch_loss is not None:
+            stop = gradients.scalars(loss=loss)["loss"] > self.hp.trunc_batch_loss
+            gradient.masked_fill_(stop, 0.0)
+            truncated = torch.where(stop, len(rows.x) / rows.total, truncated)
         return gradient, loss, truncated
 
 

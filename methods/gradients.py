@@ -1,33 +1,52 @@
 """Flat gradients, and their sums over the ranks of a data-parallel group.
 
 Each rank differentiates its part of a loss (already divided by the size of the global batch); `flat` returns the sum of
-the parts, the same on every rank.
+the parts, the same on every rank. A flat gradient is the storage that the backward pass itself writes into, so a method
+that combines two of them holds two vectors and nothing else; scalars stay on the device, so no step waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
 
+_alone: list[bool] = []
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside it nothing is summed over ranks: for work that every rank does on all rows, such as a preparation."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums in place over all ranks; the identity outside a process group."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    """Sums in place over all ranks; the identity outside a process group and in `alone`."""
+    if not _alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def flat(loss: torch.Tensor, params: Sequence[torch.Tensor], keep_graph: bool = False) -> torch.Tensor:
-    """The gradient of the global loss as one vector; a parameter that the loss does not reach contributes zeros."""
-    parts = torch.autograd.grad(loss, params, retain_graph=keep_graph, allow_unused=True)
-    vector = torch.cat([_zeros(p) if g is None else g.reshape(-1) for g, p in zip(parts, params, strict=True)])
+    """The gradient of the global loss as one vector; a parameter that the loss does not reach contributes zeros.
+
+    Afterwards the `.grad` of `params` are views of the vector.
+    """
+    vector = torch.zeros(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
+    assign(params, vector)
+    torch.autograd.backward(loss, inputs=list(params), retain_graph=keep_graph)
     return sum_over_ranks(vector)
 
 
 def assign(params: Sequence[torch.Tensor], vector: torch.Tensor) -> None:
-    """Writes consecutive pieces of `vector` into the `.grad` of `params`."""
+    """Makes the `.grad` of `params` views of consecutive pieces of `vector`."""
     for p, piece in zip(params, split(params, vector), strict=True):
         p.grad = piece
 
@@ -38,17 +57,25 @@ def split(params: Sequence[torch.Tensor], vector: torch.Tensor) -> list[torch.Te
     return [piece.view_as(p) for piece, p in zip(pieces, params, strict=True)]
 
 
-def scalars(**parts: torch.Tensor) -> dict[str, float]:
-    """Sums of this rank's scalar parts over all ranks."""
+def clip(vector: torch.Tensor, limit: float) -> None:
+    """Scales `vector` in place to an L2 norm of at most `limit`, as `torch.nn.utils.clip_grad_norm_` does."""
+    vector.mul_((limit / (vector.norm() + 1e-6)).clamp(max=1.0))
+
+
+def scalars(**parts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums of this rank's scalar parts over all ranks, float64 and on the device."""
     values = sum_over_ranks(torch.stack([part.detach().double() for part in parts.values()]))
-    return dict(zip(parts, values.tolist(), strict=True))
+    return dict(zip(parts, values.unbind(), strict=True))
 
 
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Cosine of two flat vectors, 0 where one of them vanishes."""
-    scale = float(a.norm() * b.norm())
-    return float(torch.dot(a, b)) / scale if scale > 0 else 0.0
+def products(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(<a, b>, <a, a>, <b, b>) of flat vectors, at least in single precision."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        a, b = a.float(), b.float()
+    return torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)
 
 
-def _zeros(p: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
+def cosine(dot: torch.Tensor, a_sq: torch.Tensor, b_sq: torch.Tensor) -> torch.Tensor:
+    """Cosine from `products`, 0 where one of the vectors vanishes."""
+    scale = a_sq.sqrt() * b_sq.sqrt()
+    return torch.where(scale > 0, dot / torch.where(scale > 0, scale, 1), 0)

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Draw, Method, Training, mean_loss
+from methods.base import Batch, Descent, Draw, Scalars, Training, mean_loss
 
 
 class NegGradSettings(Training):
@@ -26,19 +26,19 @@ class NegGradSettings(Training):
     beta1: float = Field(0.95, ge=0, lt=1, description="AdamW (released code, pixel models)")
 
 
-class NegGrad(Method):
+class NegGrad(Descent):
     """Ascends the diffusion loss of the forget set; arXiv:2503.01034, NegGrad."""
 
     name = "neggrad"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, NegGrad"
     needs = frozenset({"forget"})
-    forwards_per_step = 1
+    forwards_per_step = 3
     Hyperparameters = NegGradSettings
     hp: NegGradSettings
 
     def draws(self) -> dict[str, Draw]:
         return {"forget": Draw(self.hp.batch_size)}
 
-    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         loss = mean_loss(self.model, batch["forget"])
         return gradients.flat(-self.hp.superfactor * loss, self.params), gradients.scalars(forget_loss=loss)

@@ -16,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Draw, Method, Model, Rows, Training, mean_loss
+from methods.base import Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training, mean_loss
 
 
 class RetrainSettings(Training):
@@ -34,18 +34,24 @@ class RetrainSettings(Training):
     split: str = Field("retain", description="the split that is trained on")
 
 
-class Retrain(Method):
+class Retrain(Descent):
     """Trains a new model on `split`; exact unlearning on the retain set, after arXiv:2006.11239."""
 
     name = "retrain"
     source = "Ho et al., NeurIPS 2020, arXiv:2006.11239"
     needs = frozenset({"retain"})
-    forwards_per_step = 1
+    forwards_per_step = 3
     Hyperparameters = RetrainSettings
     hp: RetrainSettings
 
-    def __init__(self, model: Model, hyperparameters: RetrainSettings, prepared: dict[str, torch.Tensor] | None = None):
-        super().__init__(model, hyperparameters, prepared)
+    def __init__(
+        self,
+        model: Model,
+        hyperparameters: RetrainSettings,
+        prepared: dict[str, torch.Tensor] | None = None,
+        goal: Goal | None = None,
+    ):
+        super().__init__(model, hyperparameters, prepared, goal)
         self.ema = EMAModel(self.params, decay=hyperparameters.ema, use_ema_warmup=True, power=0.75)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
 
@@ -60,7 +66,7 @@ class Retrain(Method):
     def draws(self) -> dict[str, Draw]:
         return {self.hp.split: Draw(self.hp.batch_size)}
 
-    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         loss = mean_loss(self.model, self.drop_labels(batch[self.hp.split]))
         return gradients.flat(loss, self.params), gradients.scalars(loss=loss)
 
@@ -72,7 +78,7 @@ class Retrain(Method):
         drop = self.model.uniform(rows.seeds, 2)[:, 1] < self.hp.label_drop
         return Rows(rows.x, torch.where(drop, torch.full_like(rows.cond, null), rows.cond), rows.seeds, rows.total)
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> Scalars:
         scalars = super().step(batch)
         self.schedule.step()
         self.ema.step(self.params)

@@ -10,31 +10,37 @@ order neither loss rises. The optimiser is Adam, as in the released code, which 
 
 Diversity: the retain rows are balanced over the task's groups (its classes). `retain_pass` says how many enter a step:
 one balanced minibatch, or all of the retain set (released CIFAR code: 50 images of each of the 9 other classes; its
-average divides a last batch of 2 by 64, which this one does not).
+average divides a last batch of 2 by 64, which this one does not). `methods.rg` is the same without the diversity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from methods import gradients
-from methods.base import Draw, Training
 from methods.graddiff import GradDiff, GradDiffSettings
 
 
-class RGDSettings(GradDiffSettings):
-    """Settings of RGD."""
+class RestrictedSettings(GradDiffSettings):
+    """Settings of the restricted gradient."""
 
     trunc_elem_sq: float | None = Field(
         0.1, ge=0, description="truncation alpha in squared pixels (paper, CIFAR-10); null: off"
     )
-    granularity: Literal["global", "per_tensor"] = Field("global", description="what is projected as one vector")
+    granularity: Literal["global", "per_block", "per_tensor"] = Field(
+        "global", description="what is projected as one vector (paper: the whole model)"
+    )
+
+
+class RGDSettings(RestrictedSettings):
+    """Settings of RGD."""
+
     retain_pass: Literal["minibatch", "balanced", "full"] = Field("balanced", description="retain rows per step")
-    retain_per_group: int | None = Field(None, ge=1, description="rows kept of each group; null: all (paper: 50)")
 
 
 class RGD(GradDiff):
@@ -42,18 +48,27 @@ class RGD(GradDiff):
 
     name = "rgd"
     source = "Ko et al., NeurIPS 2024, arXiv:2412.07808, Theorem 4"
-    Hyperparameters: ClassVar[type[Training]] = RGDSettings
-    hp: RGDSettings
+    Hyperparameters: ClassVar[type[BaseModel]] = RGDSettings
+    hp: RestrictedSettings
 
-    def draws(self) -> dict[str, Draw]:
-        size = None if self.hp.retain_pass == "full" else self.hp.batch_size
-        retain = Draw(size, balanced=self.hp.retain_pass == "balanced", per_group=self.hp.retain_per_group)
-        return {"forget": Draw(self.hp.batch_size), "retain": retain}
+    def combine(
+        self, g_forget: torch.Tensor, g_retain: torch.Tensor, products: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        sizes = self.blocks()
+        if len(sizes) == 1:
+            return _combine_in_place(g_forget, g_retain, _coefficients(*products, self.hp.lam))
+        for f, r in zip(g_forget.split(sizes), g_retain.split(sizes), strict=True):
+            _combine_in_place(f, r, _coefficients(*gradients.products(f, r), self.hp.lam))
+        return g_forget
 
-    def combine(self, g_forget: torch.Tensor, g_retain: torch.Tensor) -> torch.Tensor:
-        if self.hp.granularity == "global":
-            return restricted_direction(g_forget, g_retain, self.hp.lam)
-        return _per_tensor(self.params, g_forget, g_retain, self.hp.lam)
+    def blocks(self) -> Sequence[int]:
+        """Lengths of the consecutive pieces of the flat vector that are projected by themselves."""
+        if self.hp.granularity == "per_tensor":
+            return [p.numel() for p in self.params]
+        if self.hp.granularity == "per_block":
+            pairs = zip(self.names, self.params, strict=True)
+            return [sum(p.numel() for _, p in b) for _, b in groupby(pairs, key=lambda pair: pair[0].split(".")[0])]
+        return [sum(p.numel() for p in self.params)]
 
 
 def restricted_direction(g_forget: torch.Tensor, g_retain: torch.Tensor, lam: float) -> torch.Tensor:
@@ -62,13 +77,22 @@ def restricted_direction(g_forget: torch.Tensor, g_retain: torch.Tensor, lam: fl
     g_forget is the gradient of the negated forget loss. A zero vector is never divided by: it leaves the other one
     unprojected. Under conflict the result is a g_f + b g_r with a = 1 - lam s/|g_f|^2 and b = lam - s/|g_r|^2.
     """
-    s = torch.dot(g_forget, g_retain)
-    forget_sq, retain_sq = torch.dot(g_forget, g_forget), torch.dot(g_retain, g_retain)
-    if not (s < 0 and forget_sq > 0 and retain_sq > 0):
-        return g_forget + lam * g_retain
-    return (1 - lam * (s / forget_sq)) * g_forget + (lam - s / retain_sq) * g_retain
+    a, b = _coefficients(*gradients.products(g_forget, g_retain), lam)
+    return a.to(g_forget) * g_forget + b.to(g_forget) * g_retain
 
 
-def _per_tensor(params: Sequence[torch.Tensor], g_f: torch.Tensor, g_r: torch.Tensor, lam: float) -> torch.Tensor:
-    pairs = zip(gradients.split(params, g_f), gradients.split(params, g_r), strict=True)
-    return torch.cat([restricted_direction(f.reshape(-1), r.reshape(-1), lam) for f, r in pairs])
+def _coefficients(
+    s: torch.Tensor, forget_sq: torch.Tensor, retain_sq: torch.Tensor, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a, b) of `restricted_direction`, on the device: no comparison here waits for it."""
+    conflict = (s < 0) & (forget_sq > 0) & (retain_sq > 0)
+    a = torch.where(conflict, 1 - lam * (s / torch.where(conflict, forget_sq, 1)), 1)
+    b = torch.where(conflict, lam - s / torch.where(conflict, retain_sq, 1), lam)
+    return a, b
+
+
+def _combine_in_place(
+    g_forget: torch.Tensor, g_retain: torch.Tensor, coefficients: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    a, b = coefficients
+    return g_forget.mul_(a).add_(g_retain.mul_(b))

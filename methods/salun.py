@@ -14,13 +14,13 @@ differentiates the conditional diffusion loss itself.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Data, Draw, Method, Model, Rows, Training, mean_loss, squared_errors, timesteps
+from methods.base import Batch, Data, Descent, Draw, Goal, Model, Rows, Scalars, Training, mean_loss, squared_errors, timesteps
 
 
 class SalUnSettings(Training):
@@ -28,57 +28,55 @@ class SalUnSettings(Training):
 
     lr: float = Field(1e-4, gt=0, description="learning rate (released code, DDPM)")
     steps: int = Field(1000, ge=0, description="optimiser steps (released code, DDPM)")
-    fraction: float = Field(0.5, ge=0, le=1, description="share of weights that may move (released code: 0.5)")
+    fraction: float = Field(0.5, gt=0, le=1, description="share of weights that may move (released code: 0.5)")
     alpha: float = Field(3.07, ge=0, description="weight of the retain loss, both terms means (released 1e-3 on a sum)")
     relabel: Literal["override", "next", "random"] = Field("next", description="the class whose output is imitated")
     clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code, before the mask)")
     weight_decay: float = Field(0.0, ge=0, le=0, description="fixed at 0: decay would move masked weights")
 
 
-class SalUn(Method):
+class SalUn(Descent):
     """Random-label unlearning on the salient weights; arXiv:2310.12508."""
 
     name = "salun"
     source = "Fan et al., ICLR 2024, arXiv:2310.12508"
     needs = frozenset({"forget", "retain"})
     kinds = frozenset({"class"})
-    forwards_per_step = 3
+    forwards_per_step = 7
     passes = 8  # draws of noise and timestep per forget row when the saliency is summed
     Hyperparameters = SalUnSettings
     hp: SalUnSettings
 
-    def __init__(self, model: Model, hyperparameters: SalUnSettings, prepared: dict[str, torch.Tensor] | None = None):
-        super().__init__(model, hyperparameters, prepared)
-        names = [name for name, p in model.net.named_parameters() if p.requires_grad]
-        saliency = {name: self.prepared[name] for name in names}
-        masks = saliency_mask(saliency, hyperparameters.fraction)
-        self.mask = torch.cat([masks[name].reshape(-1) for name in names]).to(self.params[0])
-        self.labels = self.prepared["labels"]
+    def __init__(
+        self,
+        model: Model,
+        hyperparameters: SalUnSettings,
+        prepared: dict[str, torch.Tensor] | None = None,
+        goal: Goal | None = None,
+    ):
+        super().__init__(model, hyperparameters, prepared, goal)
+        masks = saliency_mask({name: self.prepared[name] for name in self.names}, hyperparameters.fraction)
+        self.mask = torch.cat([masks[name].reshape(-1) for name in self.names]).to(self.params[0])
 
     @classmethod
-    def prepare(cls, model: Model, task: Data, seed: int) -> dict[str, torch.Tensor]:
-        """The signed sum of gradients by parameter name, and `labels` = (forgotten class, stand-in class, classes)."""
-        assert task.forget_class is not None
-        assert task.override_class is not None
+    def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
+        """The signed sum of the forget loss's gradients, by parameter name."""
         params = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
         total = {name: torch.zeros_like(p) for name, p in params.items()}
         model.net.eval()
         for k in range(cls.passes):
-            rows = task.all_rows("forget", seed + k)
+            rows = task.all_rows("forget", seed + k).to(*_place(model))
             errors = squared_errors(model, rows, timesteps(model, rows), model.noise(rows.seeds))
-            grads = torch.autograd.grad(errors.flatten(1).mean(1).mean(), list(params.values()), allow_unused=True)
-            for name, g in zip(params, grads, strict=True):
-                if g is not None:
-                    total[name] += g
-        labels = task.all_rows("train", seed).cond
-        assert labels is not None
-        classes = int(labels.max()) + 1
-        return total | {"labels": torch.tensor([task.forget_class, task.override_class, classes])}
+            flat = gradients.flat(errors.flatten(1).mean(1).mean(), list(params.values()))
+            for sums, g in zip(total.values(), gradients.split(list(params.values()), flat), strict=True):
+                sums += g
+        model.net.zero_grad()
+        return total
 
     def draws(self) -> dict[str, Draw]:
         return {"forget": Draw(self.hp.batch_size), "retain": Draw(self.hp.batch_size)}
 
-    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         forget, model = batch["forget"], self.model
         t = timesteps(model, forget)
         x_t = model.add_noise(forget.x, model.noise(forget.seeds), t)
@@ -90,27 +88,30 @@ class SalUn(Method):
         gradient = gradients.flat(relabel_loss + self.hp.alpha * retain_loss, self.params)
         return gradient, gradients.scalars(relabel_loss=relabel_loss, retain_loss=retain_loss)
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        hook = self.optimizer.register_step_pre_hook(lambda *_: self._apply_mask())
-        try:
-            return super().step(batch)
-        finally:
-            hook.remove()
+    def constrain(self, flat: torch.Tensor) -> None:
+        flat.mul_(self.mask)
 
     def stand_in(self, rows: Rows) -> torch.Tensor:
         """The class imitated for each row, (n,)."""
         assert rows.cond is not None
-        forgotten, override, classes = self.labels.tolist()
-        if self.hp.relabel == "override":
-            return torch.full_like(rows.cond, override)
-        if self.hp.relabel == "next":
-            return torch.full_like(rows.cond, (forgotten + 1) % classes)
-        shift = 1 + (self.model.uniform(rows.seeds, 2)[:, 1] * (classes - 1)).long()
-        return (forgotten + shift) % classes
+        if self.hp.relabel == "random":
+            return other_class(self.model, rows, self.goal)
+        classes, forgotten = self.goal.classes, self.goal.forget_class
+        assert forgotten is not None
+        following = classes[(classes.index(forgotten) + 1) % len(classes)]
+        return torch.full_like(rows.cond, following if self.hp.relabel == "next" else self.goal.override_class)
 
-    def _apply_mask(self) -> None:
-        for p, m in zip(self.params, gradients.split(self.params, self.mask), strict=True):
-            p.grad.mul_(m)
+
+def other_class(model: Model, rows: Rows, goal: Goal) -> torch.Tensor:
+    """A retained class per row, (n,), each equally likely."""
+    kept = torch.tensor(goal.kept)
+    pick = (model.uniform(rows.seeds, 2)[:, 1] * len(kept)).long().clamp(max=len(kept) - 1)
+    return kept.to(pick.device)[pick]
+
+
+def _place(model: Model) -> tuple[torch.device, torch.dtype]:
+    p = next(iter(model.net.parameters()))
+    return p.device, p.dtype
 
 
 def saliency_mask(grads: dict[str, torch.Tensor], fraction: float) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, model_validator
 
 from methods import gradients
-from methods.base import Batch, Draw, Method, Training
+from methods.base import Batch, Descent, Draw, Scalars, Training
 
 
 class SubtractSettings(Training):
@@ -56,6 +56,16 @@ class SubtractSettings(Training):
             raise ValueError("give exactly one of rho and tau (rho: null switches to tau)")
         if self.t_high is not None and self.t_high <= self.t_low:
             raise ValueError(f"t_high must exceed t_low, but {self.t_high} <= {self.t_low}")
+        given = self.model_fields_set
+        for name, unused in (
+            ("superfactor", self.scaling != "fixed"),
+            ("rho", self.scaling == "fixed" and self.rho is not None),
+            ("tau", self.scaling == "fixed" and self.tau is not None),
+            ("t_low", self.t_sampler == "uniform"),
+            ("t_high", self.t_sampler != "window"),
+        ):
+            if name in given and unused and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect with scaling: {self.scaling} and t_sampler: {self.t_sampler}")
         return self
 
 
@@ -65,7 +75,7 @@ class SISSSettings(SubtractSettings):
     lam: float = Field(0.5, ge=0, le=1, description="share of rows noised from the forget set (paper: 0.5)")
 
 
-class SubtractedScores(Method):
+class SubtractedScores(Descent):
     """What SISS and its variant without importance sampling share: draws, timesteps and the combination of gradients."""
 
     needs = frozenset({"forget", "retain"})
@@ -85,18 +95,19 @@ class SubtractedScores(Method):
             low, high = self.hp.t_low, self.hp.t_low + 1
         return (low + (u * (high - low)).long()).clamp(max=end - 1)
 
-    def combine(self, g_x: torch.Tensor, g_a: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """g_x - c g_a, and the scalars that explain it."""
-        norm_x, norm_a = float(g_x.norm()), float(g_a.norm())
+    def combine(self, g_x: torch.Tensor, g_a: torch.Tensor) -> tuple[torch.Tensor, Scalars]:
+        """g_x - c g_a in g_x's storage, and the scalars that explain it."""
+        dot, x_sq, a_sq = gradients.products(g_x, g_a)
+        norm_x, norm_a = x_sq.sqrt(), a_sq.sqrt()
         if self.hp.scaling == "fixed":
-            c = float(self.hp.superfactor or 0.0)
+            c = torch.full_like(norm_x, self.hp.superfactor or 0.0)
         else:
-            tau = self.hp.tau if self.hp.tau is not None else float(self.hp.rho or 0.0) * norm_x
-            c = tau / norm_a if norm_a > 0 else 0.0
+            tau = norm_x * self.hp.rho if self.hp.tau is None else torch.full_like(norm_x, self.hp.tau)
+            c = torch.where(norm_a > 0, tau / torch.where(norm_a > 0, norm_a, 1), 0)
             if self.hp.scaling == "clip":
-                c = min(1.0, c)
-        scalars = {"norm_x": norm_x, "norm_a": norm_a, "c": c, "cosine": gradients.cosine(g_x, g_a)}
-        return g_x - c * g_a, scalars
+                c = c.clamp(max=1.0)
+        scalars = {"norm_x": norm_x, "norm_a": norm_a, "c": c, "cosine": gradients.cosine(dot, x_sq, a_sq)}
+        return g_x.addcmul_(g_a, c, value=-1), scalars
 
 
 class SISS(SubtractedScores):
@@ -104,11 +115,11 @@ class SISS(SubtractedScores):
 
     name = "siss"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, SISS"
-    forwards_per_step = 1.5  # one forward pass, two backward passes
+    forwards_per_step = 5  # one forward pass and two backward passes; two forward passes under two conditions
     Hyperparameters = SISSSettings
     hp: SISSSettings
 
-    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         retain, forget, model = batch["retain"], batch["forget"], self.model
         u = model.uniform(retain.seeds, 2)
         t, from_forget = self.draw_t(u[:, 0]), u[:, 1] < self.hp.lam

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from methods import gradients
-from methods.base import Batch, squared_errors
+from methods.base import Batch, Scalars, squared_errors
 from methods.siss import SubtractedScores, SubtractSettings
 
 
@@ -21,10 +21,10 @@ class SISSNoIS(SubtractedScores):
 
     name = "siss_no_is"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, SISS (No IS)"
-    forwards_per_step = 2
+    forwards_per_step = 6
     Hyperparameters = SubtractSettings
 
-    def direction(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         retain, forget = batch["retain"], batch["forget"]
         t, eps = self.draw_t(self.model.uniform(retain.seeds, 2)[:, 0]), self.model.noise(retain.seeds)
         losses = [

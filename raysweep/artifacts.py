@@ -5,10 +5,12 @@ An artifact's key hashes everything that it is made from, the source code includ
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,9 +37,26 @@ def code_digest(*patterns: str) -> str:
     return sha.hexdigest()[:16]
 
 
-def training_code() -> str:
-    """Hash of the code that training depends on."""
-    return code_digest("methods/*.py", "raysweep/models/*.py", "raysweep/tasks/task.py")
+@cache
+def training_code(module: str) -> str:
+    """Hash of the code that training by the method in `module` depends on: its file, what it imports of `methods`, the
+    model handles and the task. Other methods may change without making its artifacts stale."""
+    files, waiting = dict[str, bytes](), [module]
+    while waiting:
+        name = waiting.pop()
+        spec = None if name in files else find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        files[name] = Path(spec.origin).read_bytes()
+        for node in ast.walk(ast.parse(files[name])):
+            if isinstance(node, ast.ImportFrom) and node.module == "methods":
+                waiting += [f"methods.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("methods."):
+                waiting.append(str(node.module))
+    sha = hashlib.sha256(code_digest("raysweep/models/*.py", "raysweep/tasks/task.py").encode())
+    for name in sorted(files):
+        sha.update(name.encode() + files[name])
+    return sha.hexdigest()[:16]
 
 
 def judge_code() -> str:
@@ -47,7 +66,7 @@ def judge_code() -> str:
 
 def audit_code() -> str:
     """Hash of the code that a measurement depends on."""
-    return code_digest("evaluators/*.py", "raysweep/models/*.py", "raysweep/audit/measure.py")
+    return code_digest("evaluators/*.py", "raysweep/models/*.py", "raysweep/audit/measure.py", "methods/sld.py")
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

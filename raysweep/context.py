@@ -13,8 +13,9 @@ from raysweep.artifacts import audit_code, training_code
 from raysweep.audit.auditor import AuditRequest, rows_path
 from raysweep.config import Sweep, Tier
 from raysweep.objectives import Anchors, Measured, View
+from raysweep.registry import module_of
 from raysweep.rundir import RunDir
-from raysweep.store import ROWS, read_table, write_json
+from raysweep.store import ROWS, digest_of, read_table, write_json
 from raysweep.train.jobs import Job
 
 
@@ -30,7 +31,7 @@ class Context:
     base_digest: str
     oracles: dict[str, tuple[str, str]]  # name -> (folder, digest)
     judges: dict[str, tuple[str, str]]  # probe, audit -> (file, digest)
-    prepared: dict[str, str]  # method -> file
+    prepared: dict[str, dict[str, Any]]  # method -> {"by": what it depends on and its defaults, "files": {key: file}}
     cache: str  # folder of the anchors' audits
 
     def save(self) -> None:
@@ -58,12 +59,19 @@ class Context:
             task=str(self.folder.task),
             base=self.base,
             out=str(self.folder.candidates / config["trial"]),
-            prepared=self.prepared.get(config["method"]),
+            prepared=self.prepared_file(config["method"], config["hyperparameters"]),
             budget_s=sweep.train.budget_s,
             checkpoint_s=sweep.train.checkpoint_s,
-            inputs={"task": self.task_digest, "base": self.base_digest, "code": training_code()},
+            inputs={"task": self.task_digest, "base": self.base_digest, "code": training_code(module_of("method", config["method"]))},
             card=card | {"run": self.run_id, "base_digest": self.base_digest, "task_digest": self.task_digest},
         )
+
+    def prepared_file(self, method: str, hyperparameters: dict[str, Any]) -> str | None:
+        """The prepared tensors that belong to a trial's settings; None for a method that prepares nothing."""
+        if method not in self.prepared:
+            return None
+        entry = self.prepared[method]
+        return entry["files"][prepared_key(entry["by"], hyperparameters)]
 
     def request(
         self,
@@ -99,6 +107,11 @@ class Context:
 
     def save_anchors(self, tier_name: str, keys: dict[str, str], views: list[View]) -> None:
         write_json(self.folder.anchors(tier_name), {"keys": keys, "views": [asdict(v) for v in views]})
+
+
+def prepared_key(defaults: dict[str, Any], hyperparameters: dict[str, Any]) -> str:
+    """Names a preparation by the settings that it depends on."""
+    return digest_of({name: hyperparameters.get(name, value) for name, value in defaults.items()})
 
 
 def load_measured(run: Path, key: str) -> Measured:

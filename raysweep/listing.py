@@ -33,7 +33,7 @@ def _method(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "source": method.source,
-        "needs": "needs " + ", ".join(sorted(method.needs)),
+        "needs": "needs " + (", ".join(sorted(f"{n} images" for n in method.needs)) or "no data"),
         "forgets": "forgets " + " or ".join(sorted(method.kinds)),
         "families": ", ".join(sorted(method.families)),
         "cost": f"{method.forwards_per_step:g} forward units per step",

@@ -21,6 +21,7 @@ from raysweep.spaces import Space
 from raysweep.tasks.task import Task
 
 STEPS = 3
+CHEAP = {"stage1_steps": 1, "replay_per_class": 2, "fisher_per_class": 1, "fisher_timesteps": 2, "passes": 1}
 STARTUP_S = 30.0  # processes of Ray and their imports on two cores; see benchmarks/README.md
 
 
@@ -54,7 +55,7 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     missing = [name for name, there in found.items() if not there and not name.startswith("judge")]
     prepare = retrain * task.recipe["steps"] * len(missing)
     trials = sweep.search.trials // len(spaces)
-    train = sum(trials * steps[s.method] * _typical(s)["steps"] for s in spaces)
+    train = sum(trials * steps[s.method] * _typical(s).get("steps", 1) for s in spaces)
     search = train + sweep.search.trials * probe_s
     audited = sweep.audit.top + sweep.oracles + 2
     audit = audited * audit_s + (sweep.oracles + 2) * probe_s
@@ -108,6 +109,8 @@ def _typical(space: Space) -> dict[str, Any]:
     """Settings in the middle of a space: the first enqueued point, else the geometric middle of steps."""
     values = dict(space.fixed)
     for p in space.parameters:
+        if p.open:
+            continue
         values[p.name] = p.values[0]
         if p.name == "steps":
             values[p.name] = round((p.values[0] * p.values[-1]) ** 0.5)
@@ -115,13 +118,14 @@ def _typical(space: Space) -> dict[str, Any]:
 
 
 def _time_steps(name: str, settings: dict[str, Any], task: Task) -> float:
-    """Median seconds of a step, after one that warms up."""
+    """Median seconds of a step, after one that warms up; 0 for a method without steps."""
     method_class: type[Method] = resolve("method", name)
-    model = PixelDDPM.build(task.model, 0)
-    method = method_class(model, method_class.Hyperparameters(**settings), method_class.prepare(model, task, 0))
+    model, hp = PixelDDPM.build(task.model, 0), method_class.Hyperparameters(**settings)
+    cheap = hp.model_copy(update={k: v for k, v in CHEAP.items() if k in method_class.prepared_by})
+    method = method_class(model, hp, method_class.prepare(model, task, 0, cheap), task.goal)
     times = []
-    for step in range(STEPS + 1):
+    for step in range(min(method.steps, STEPS + 1)):
         started = time.perf_counter()
         method.step(task.batch(method.draws(), 0, step))
         times.append(time.perf_counter() - started)
-    return sorted(times[1:])[STEPS // 2]
+    return sorted(times[1:] or [0.0])[len(times[1:]) // 2]

@@ -10,14 +10,16 @@ from typing import Any
 
 import ray
 
-from raysweep.artifacts import cache_folder, judge_code, training_code
+from methods.base import Method
+from raysweep.artifacts import cache_folder, judge_code, load_tensors, training_code
 from raysweep.config import ConfigError, Sweep
-from raysweep.context import Context, load_measured
+from raysweep.context import Context, load_measured, prepared_key
 from raysweep.objectives import Anchors, assess_views
 from raysweep.pool import Pool
-from raysweep.registry import resolve
+from raysweep.registry import module_of, resolve
 from raysweep.rundir import RunDir
 from raysweep.seeds import derive_seed
+from raysweep.spaces import Space
 from raysweep.store import digest_of, digest_state, write_folder
 from raysweep.tasks.task import Task
 from raysweep.train.groups import Executor
@@ -49,7 +51,7 @@ def check_model(path: str, task: Task, key: str = "task.base") -> str:
         raise ConfigError(f"{key}: {path} makes images of shape {model.shape}, but the task's are {shape}")
     if (model.null_label is not None) != (task.kind == "class"):
         raise ConfigError(f"{key}: {path} must be {'class-conditional' if task.kind == 'class' else 'unconditional'}")
-    return digest_state(model.net.state_dict())
+    return model.digest
 
 
 def retrain_jobs(sweep: Sweep, task: Task, task_folder: Path) -> dict[str, Job]:
@@ -59,7 +61,7 @@ def retrain_jobs(sweep: Sweep, task: Task, task_folder: Path) -> dict[str, Job]:
     jobs = {}
     for subject, (split, seed) in subjects.items():
         settings = task.recipe | {"split": split}
-        inputs = {"task": task.digest, "code": training_code()}
+        inputs = {"task": task.digest, "code": training_code(module_of("method", "retrain"))}
         key = digest_of(settings, seed, inputs)
         out = cache_folder(sweep.cache) / "models" / f"{task.name}-{subject}-{key}"
         jobs[subject] = Job(
@@ -81,7 +83,15 @@ def judge_files(sweep: Sweep, task: Task) -> dict[str, tuple[Path, int, str]]:
 
 
 def prepare(
-    sweep: Sweep, task: Task, folder: RunDir, run_id: str, executor: Executor, actors: Pool, say: Say, tick: Tick
+    sweep: Sweep,
+    task: Task,
+    spaces: list[Space],
+    folder: RunDir,
+    run_id: str,
+    executor: Executor,
+    actors: Pool,
+    say: Say,
+    tick: Tick,
 ) -> Context:
     """Makes or finds everything, measures the anchors with the probe, and leaves the run's context on disk."""
     with ThreadPoolExecutor(max_workers=16) as threads:
@@ -100,14 +110,18 @@ def prepare(
             judges={name: future.result() for name, future in judges.items()}, prepared={},
             cache=str(cache_folder(sweep.cache) / "audits"),
         )  # fmt: skip
-        prepare_jobs = _prepare_jobs(sweep, context)
-        prepared = {m: threads.submit(executor.run, job) for m, job in prepare_jobs.items()}
-        for method, future in prepared.items():
-            outcome = future.result()
-            if outcome.status != "ok":
-                raise RunFailed(f"preparing {method} failed: {outcome.reason}")
-            context.prepared[method] = prepare_jobs[method].out
-            say("prepare", f"{method}: prepared in {outcome.seconds:.1f} s")
+        jobs = _prepare_jobs(sweep, spaces, context)
+        futures = {job.id: threads.submit(executor.run, job) for made in jobs.values() for job in made.values()}
+        for method, made in jobs.items():
+            for job in made.values():
+                outcome = futures[job.id].result()
+                if outcome.status != "ok":
+                    raise RunFailed(f"preparing {method} failed: {outcome.reason}")
+                say("prepare", f"{method}: prepared in {outcome.seconds:.1f} s")
+            context.prepared[method] = {
+                "by": _defaults(resolve("method", method)),
+                "files": {key: job.out for key, job in made.items()},
+            }
         context.save()
     return context
 
@@ -137,20 +151,48 @@ def folder_path(context: Context) -> Path:
 Tick = Callable[[str, int, int], None]
 
 
-def _prepare_jobs(sweep: Sweep, context: Context) -> dict[str, Job]:
-    """The preparation of each method that has one."""
-    from methods.base import Method
+def prepares(method: type[Method]) -> bool:
+    """Whether a method has something to prepare."""
+    return method.prepare.__func__ is not Method.prepare.__func__  # type: ignore[attr-defined]
 
-    jobs = {}
-    inputs = {"task": context.task_digest, "base": context.base_digest, "code": training_code()}
-    for name in sweep.methods:
-        if resolve("method", name).prepare.__func__ is not Method.prepare.__func__:  # type: ignore[attr-defined]
-            path = cache_folder(sweep.cache) / "prepared" / f"{name}-{digest_of(name, inputs)}.safetensors"
-            jobs[name] = Job(
-                id=f"{context.run_id}-prepare-{name}", kind="prepare", method=name, hyperparameters={},
+
+def open_choices(space: Space, context: Context) -> Space:
+    """The space with the choices that the prepared method offers."""
+    if not any(p.open for p in space.parameters):
+        return space
+    method = resolve("method", space.method)
+    settings = method.Hyperparameters(**space.fixed)
+    files = context.prepared[space.method]["files"].values()
+
+    def choices(name: str) -> list[Any]:
+        offered = [method.choices(name, load_tensors(Path(file)), settings) for file in files]
+        return list(dict.fromkeys(value for values in offered for value in values))
+
+    return space.resolved(choices)
+
+
+def _defaults(method: type[Method]) -> dict[str, Any]:
+    """The settings that a preparation depends on, at their defaults."""
+    return {name: method.Hyperparameters.model_fields[name].default for name in method.prepared_by}
+
+
+def _prepare_jobs(sweep: Sweep, spaces: list[Space], context: Context) -> dict[str, dict[str, Job]]:
+    """Method -> key -> the preparation of each method that has one, for every setting that it depends on."""
+    jobs: dict[str, dict[str, Job]] = {}
+    for space in spaces:
+        name, method = space.method, resolve("method", space.method)
+        if not prepares(method):
+            continue
+        code = training_code(module_of("method", name))
+        inputs = {"task": context.task_digest, "base": context.base_digest, "code": code}
+        for settings in space.variants(method.prepared_by):
+            settings = _defaults(method) | settings
+            key = prepared_key(settings, settings)
+            out = cache_folder(sweep.cache) / "prepared" / f"{name}-{digest_of(name, key, inputs)}.safetensors"
+            jobs.setdefault(name, {})[key] = Job(
+                id=f"{context.run_id}-prepare-{name}-{key}", kind="prepare", method=name, hyperparameters=settings,
                 seed=derive_seed("prepare", name), task=str(context.folder.task), base=context.base,
-                out=str(path), inputs=inputs,
-                budget_s=sweep.train.budget_s,
+                out=str(out), inputs=inputs, budget_s=max(3600.0, sweep.train.budget_s),
             )  # fmt: skip
     return jobs
 
@@ -163,8 +205,6 @@ def _model(subject: str, job: Job, outcome: Outcome) -> tuple[str, str]:
 
 def _judge(actors: Pool, i: int, folder: RunDir, path: Path, seed: int, split: str) -> tuple[str, str]:
     if path.is_file():
-        from raysweep.artifacts import load_tensors
-
         return str(path), digest_state(load_tensors(path))
     auditor = actors.auditors[i % len(actors.auditors)]
     return str(path), ray.get(auditor.train_judge.remote(str(folder.task), seed, split, str(path)))

@@ -8,14 +8,24 @@ from importlib.metadata import entry_points
 from typing import Any
 
 METHODS = {
+    "bernoulli": "methods.bernoulli:Bernoulli",
+    "erasediff": "methods.erasediff:EraseDiff",
+    "erasediff_siss": "methods.erasediff_siss:EraseDiffSISS",
+    "esd": "methods.esd:ESD",
     "finetune": "methods.finetune:Finetune",
     "graddiff": "methods.graddiff:GradDiff",
     "neggrad": "methods.neggrad:NegGrad",
     "retrain": "methods.retrain:Retrain",
+    "rg": "methods.rg:RG",
     "rgd": "methods.rgd:RGD",
     "salun": "methods.salun:SalUn",
+    "selective_amnesia": "methods.selective_amnesia:SelectiveAmnesia",
+    "sfd": "methods.sfd:SFD",
+    "sfd_two_stage": "methods.sfd_two_stage:SFDTwoStage",
     "siss": "methods.siss:SISS",
     "siss_no_is": "methods.siss_no_is:SISSNoIS",
+    "sld": "methods.sld:SLD",
+    "slug": "methods.slug:SLUG",
 }
 
 EVALUATORS = {
@@ -57,6 +67,11 @@ def resolve(kind: str, name: str) -> Any:
         raise UnknownName(f"{name!r} is not a known {kind}{suggest(name, names(kind))}")
     module, attribute = target.split(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def module_of(kind: str, name: str) -> str:
+    """The module that `name` stands for, without importing it."""
+    return (_TABLES[kind].get(name) or external(kind)[name]).split(":")[0]
 
 
 def suggest(name: str, valid: list[str]) -> str:

@@ -11,11 +11,13 @@ import ray
 from ray import tune
 from ray.util.metrics import Gauge
 
+from methods.base import Method
 from raysweep.config import ConfigError, Sweep
 from raysweep.context import Context, load_measured
+from raysweep.models.pixel import PixelDDPM
 from raysweep.objectives import Unmeasured, objectives
 from raysweep.pool import Pool, connected, has_trial_slots, pool
-from raysweep.prepare import RunFailed, Say, Tick, check_model, measure_anchors, prepare, save_task
+from raysweep.prepare import RunFailed, Say, Tick, check_model, measure_anchors, open_choices, prepare, save_task
 from raysweep.registry import resolve
 from raysweep.resources import TRIAL_SLOT, Plan, make_plan
 from raysweep.results import Front, audited_front, pick_for_audit, trial_table, write_front, write_paired, write_trials
@@ -50,17 +52,16 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
         raise ConfigError(f"task: {error}") from error
     spaces = []
     for name in sweep.methods:
-        method = resolve("method", name)
-        reasons = []
-        if task.kind not in method.kinds:
-            reasons.append(f"it forgets {' or '.join(sorted(method.kinds))}, and the task is of kind {task.kind!r}")
-        reasons += [f"it needs the {need} set" for need in sorted(method.needs - set(task.splits))]
+        reasons = refusals(resolve("method", name), task)
         if reasons:
             raise ConfigError(f"methods: {name} cannot serve the task {task.name}: {'; '.join(reasons)}")
         try:
-            spaces.append(load_space(name, sweep.spaces.get(name)))
+            spaces.append(load_space(name, sweep.spaces.get(name), task.kind))
         except SpaceError as error:
             raise ConfigError(str(error)) from error
+        reasons = misfits(spaces[-1], task)
+        if reasons:
+            raise ConfigError("\n".join(f"spaces.{name}: {reason}" for reason in reasons))
     for tier_name in ("probe", "audit"):
         checks = getattr(sweep.audit, tier_name).checks_for(task)
         for metric in (*task.views, task.quality, "classifier.validity"):
@@ -69,6 +70,26 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
                     f"audit.{tier_name}.checks: {metric.split('.')[0]!r} is missing: {metric} is an objective"
                 )
     return task, spaces
+
+
+def refusals(method: type[Method], task: Task) -> list[str]:
+    """Why a method cannot serve a task at all."""
+    reasons = []
+    if task.family not in method.families:
+        reasons.append(f"it works on {' or '.join(sorted(method.families))} models, and the task's is {task.family}")
+    if task.kind not in method.kinds:
+        reasons.append(f"it forgets {' or '.join(sorted(method.kinds))}, and the task is of kind {task.kind!r}")
+    return reasons + [f"it needs the {need} set" for need in sorted(method.needs - set(task.splits))]
+
+
+def misfits(space: Space, task: Task) -> list[str]:
+    """Why values of a space cannot work on a task's model; each reason once."""
+    method, model = resolve("method", space.method), PixelDDPM.build(task.model, 0)
+    start = space.fixed | {p.name: p.values[0] for p in space.parameters if not p.open and not p.when}
+    trials = [start | {p.name: v} for p in space.parameters if not p.open and not p.when for v in p.values]
+    trials += [start | point.values for point in space.points]
+    found = [reason for values in trials for reason in method.unsuited(method.Hyperparameters(**values), model, task.goal)]
+    return list(dict.fromkeys(found))
 
 
 def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
@@ -112,8 +133,9 @@ def _with_ray(
             say("url", line)
         with pool(folder.path, run_id, sweep, plan) as actors:
             executor = make_executor(str(folder.path), run_id, sweep, plan)
-            context = prepare(sweep, task, folder, run_id, executor, actors, say, tick)
+            context = prepare(sweep, task, spaces, folder, run_id, executor, actors, say, tick)
             measure_anchors(sweep, task, context, actors, "probe", say)
+            spaces = [open_choices(space, context) for space in spaces]
             search(sweep, spaces, folder, run_id, plan, say, tick)
             trials = write_trials(folder, run_id)
             return _conclude(sweep, task, folder, context, actors, trials, say, tick)
@@ -245,7 +267,7 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> dict[str, An
         plan = make_plan(nodes, sweep, has_trial_slots())
         with pool(folder.path, run_id, sweep, plan) as actors:
             executor = make_executor(str(folder.path), run_id, sweep, plan)
-            context = prepare(sweep, task, folder, run_id, executor, actors, say, tick)
+            context = prepare(sweep, task, [], folder, run_id, executor, actors, say, tick)
             measure_anchors(sweep, task, context, actors, "audit", say)
             request = context.request("audit", sweep.audit.audit, model.name, "", str(model.absolute()), digest)
             answer = ray.get(actors.manager.audit.remote(request))

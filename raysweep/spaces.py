@@ -1,14 +1,17 @@
 """Search spaces, checked: distributions over a method's hyperparameters, and the points that are tried first.
 
 A YAML file has `method`, `fixed` (values of every trial), `space` (name -> one of the distributions below, optionally
-with `when`), and `enqueue` (points with their `source`). A method from another package has the same as its attribute `space`.
+with `when`), and `enqueue` (points with their `source`, and with the `kind` of task that they are for, if not for all). A method from another package has the same as its attribute `space`.
     {log: [a, b]}  {uniform: [a, b]}  {int: [a, b]}  {logint: [a, b]}  {choice: [x, y, ...]}
+    {choice: from_model}   what the method offers for the prepared base model (SLUG's layers)
     when: {other: value}   the parameter exists only where `other` took `value`; `other` stands earlier in the file
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import optuna
@@ -18,6 +21,7 @@ import search_spaces
 from raysweep.registry import resolve, suggest
 
 KINDS = ("log", "uniform", "int", "logint", "choice")
+FROM_MODEL = "from_model"
 
 
 class SpaceError(ValueError):
@@ -43,16 +47,24 @@ class Parameter:
             return trial.suggest_int(key, low, high, log=self.kind == "logint")
         return trial.suggest_float(key, low, high, log=self.kind == "log")
 
+    @property
+    def open(self) -> bool:
+        """Whether its choices are known only once the method has been prepared."""
+        return self.values == (FROM_MODEL,)
+
     def contains(self, value: Any) -> bool:
+        if self.open:
+            return True
         return value in self.values if self.kind == "choice" else self.values[0] <= value <= self.values[1]
 
 
 @dataclass(frozen=True)
 class Point:
-    """Settings tried before any sampling, and where they come from."""
+    """Settings tried before any sampling, where they come from, and the kind of task that they are for (None: any)."""
 
     source: str
     values: dict[str, Any]
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +84,37 @@ class Space:
                 chosen[p.name] = p.ask(trial, self.method)
         return chosen | point
 
+    def resolved(self, choices: Callable[[str], list[Any]]) -> Space:
+        """The space with the choices that the model offers filled in."""
+        parameters = tuple(replace(p, values=tuple(choices(p.name))) if p.open else p for p in self.parameters)
+        return replace(self, parameters=parameters)
 
-def load(method: str, overrides: dict[str, Any] | None = None) -> Space:
+    def variants(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Every combination of values that the hyperparameters `names` take in this space, where it sets them.
+
+        Raises SpaceError for a range: each value of it would have to be prepared.
+        """
+        values: dict[str, list[Any]] = {k: [self.fixed[k]] for k in names if k in self.fixed}
+        for p in self.parameters:
+            if p.name in names and p.kind != "choice":
+                raise SpaceError(
+                    f"search_spaces/{self.method}.yaml.{p.name}: decides what is prepared, so it must be fixed or a choice"
+                )
+            if p.name in names:
+                values[p.name] = list(p.values)
+        keys = [k for k in names if k in values]
+        found = [dict(zip(keys, combination, strict=True)) for combination in product(*(values[k] for k in keys))]
+        for point in self.points:
+            start = {k: values[k][0] for k in keys}
+            mine = start | {k: v for k, v in point.values.items() if k in names}
+            found += [] if mine in found else [mine]
+        return found
+
+
+def load(method: str, overrides: dict[str, Any] | None = None, kind: str | None = None) -> Space:
     """Reads the space of a method, with a sweep's overrides: a distribution, or a plain value that is then fixed.
+
+    `kind` leaves out the points that are for another kind of task.
 
     Raises:
         SpaceError: an unknown hyperparameter, an inverted range, or a value that the method refuses.
@@ -99,10 +139,12 @@ def load(method: str, overrides: dict[str, Any] | None = None) -> Space:
     parameters = tuple(_parameter(where, name, value) for name, value in space.items())
     points = []
     for entry in data.get("enqueue") or []:
-        values = {k: v for k, v in entry.items() if k != "source" and k not in (overrides or {})}
-        points.append(Point(entry.get("source", ""), values))
+        values = {k: v for k, v in entry.items() if k not in ("source", "kind") and k not in (overrides or {})}
+        if kind is None or entry.get("kind", kind) == kind:
+            points.append(Point(entry.get("source", ""), values, entry.get("kind")))
     result = Space(method, fixed, parameters, tuple(points))
     _check(where, result)
+    result.variants(getattr(resolve("method", method), "prepared_by", ()))
     return result
 
 
@@ -111,6 +153,8 @@ def _parameter(where: str, name: str, value: Any) -> Parameter:
     if len(kinds) != 1 or kinds[0] not in KINDS:
         raise SpaceError(f"{where}.{name}: must be one of {', '.join(f'{{{k}: [...]}}' for k in KINDS)}, not {value!r}")
     kind, given = kinds[0], value[kinds[0]]
+    if kind == "choice" and given == FROM_MODEL:
+        given = [FROM_MODEL]
     if not isinstance(given, list) or not given:
         raise SpaceError(f"{where}.{name}: {kind} takes a list, not {given!r}")
     if kind != "choice":
@@ -128,9 +172,9 @@ def _parameter(where: str, name: str, value: Any) -> Parameter:
 def _check(where: str, space: Space) -> None:
     """Has the method itself accept the ends of every range, every choice, and every enqueued point."""
     model = resolve("method", space.method).Hyperparameters
-    start = {p.name: p.values[0] for p in space.parameters if not p.when}
+    start = {p.name: p.values[0] for p in space.parameters if not p.when and not p.open}
     for p in space.parameters:
-        for value in p.values:
+        for value in () if p.open else p.values:
             conditions = dict(p.when.items())
             _accepts(model, f"{where}.{p.name}", space.fixed | start | conditions | {p.name: value}, p.name)
     by_name = {p.name: p for p in space.parameters}

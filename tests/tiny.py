@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from methods.base import Batch
+from methods.base import Batch, Goal, Rows
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.task import Split, Task, concat
 
@@ -71,3 +71,109 @@ def batch_for(method, task: Task, step: int = 0, seed: int = 3, rank: int = 0, w
     dtype = method.params[0].dtype
     batch = task.batch(method.draws(), seed, step, rank, world)
     return {k: v.to(torch.device("cpu"), dtype) for k, v in batch.items()}
+
+
+class TinyText(PixelDDPM):
+    """A text-conditional diffusion model of the libraries' own classes: a CLIP text encoder and a U-Net that attends to it.
+
+    `net` holds both, so methods can move either; a condition is the tokens of a prompt, (n, 4).
+    """
+
+    family = "text-ddpm"
+
+    @classmethod
+    def tiny(cls, seed: int = 0, dtype: torch.dtype = torch.float32) -> TinyText:
+        from diffusers import DDIMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        torch.manual_seed(seed)
+        text = CLIPTextModel(
+            CLIPTextConfig(vocab_size=12, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           max_position_embeddings=4, bos_token_id=0, eos_token_id=11, pad_token_id=11)
+        )  # fmt: skip
+        unet = UNet2DConditionModel(
+            sample_size=4, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=8, attention_head_dim=4,
+        )  # fmt: skip
+        net = torch.nn.ModuleDict({"unet": unet, "text_encoder": text}).to(dtype)
+        return cls(net, DDIMScheduler(**SCHEDULER), None)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 1, 4, 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.net.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def unconditional(self, count: int) -> torch.Tensor:
+        return torch.tensor([0, 11, 11, 11]).expand(count, -1)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        tokens = self.unconditional(len(x_t)) if cond is None else cond
+        return self.net["unet"](x_t, t, self.net["text_encoder"](tokens).last_hidden_state).sample
+
+
+class TinyClip:
+    """open_clip's own model class, tiny: images (n, 3, 8, 8), captions as tokens (n, 6)."""
+
+    family = "clip"
+    sampler = None
+
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32):
+        import open_clip
+
+        torch.manual_seed(seed)
+        vision = {"image_size": 8, "patch_size": 4, "width": 16, "layers": 3, "head_width": 8}
+        text = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 3}
+        self.net = open_clip.CLIP(8, vision, text).to(dtype)
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        return self.net.logit_scale.exp()
+
+    def encode_image(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net.encode_image(x)
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.net.encode_text(tokens)
+
+
+PROMPTS = {c: (0, 1 + c, 8, 11) for c in range(6)}  # "a thing of class c", in TinyText's vocabulary
+
+
+def text_task(seed: int = 0) -> Task:
+    """`tiny_task("class")` with prompts in place of labels; class 2 is the concept to forget."""
+    from dataclasses import replace
+
+    task = tiny_task("class", seed)
+    prompts = torch.tensor([PROMPTS[c] for c in range(6)])
+    splits = {n: Split(s.x, None if s.cond is None else prompts[s.cond], s.groups) for n, s in task.splits.items()}
+    return replace(task, name="tiny-text", family="text-ddpm", splits=splits)
+
+
+class Pairs:
+    """Images with captions for TinyClip, as `Method.prepare` and batches want them: six captions, the second is to go."""
+
+    def __init__(self, per_caption: int = 6, seed: int = 0):
+        g = torch.Generator().manual_seed(seed)
+        captions = torch.randint(1, 18, (6, 6), generator=g)
+        captions[:, -1] = 19
+        centres = torch.rand((6, 3, 8, 8), generator=g) * 2 - 1
+        labels = torch.arange(6).repeat_interleave(per_caption)
+        x = (centres[labels] + 0.1 * torch.randn((len(labels), 3, 8, 8), generator=g)).clamp(-1, 1)
+        self.rows = {"forget": (x[labels == 1], captions[labels[labels == 1]]),
+                     "retain": (x[labels != 1], captions[labels[labels != 1]])}  # fmt: skip
+        self.goal = Goal("concept", concept=tuple(captions[1].tolist()))
+
+    def all_rows(self, split: str, seed: int) -> Rows:
+        x, cond = self.rows[split]
+        return Rows(x, cond, torch.arange(len(x)) + seed % 1000, len(x))
+
+    def batch(self, draws, seed: int, step: int) -> Batch:
+        return {name: self.all_rows(name, seed + step) for name in draws}

@@ -4,16 +4,28 @@
 (epsilon or v prediction), draws every random number from per-row seeds, and samples with diffusers' own DDIM scheduler.
 Symbols: alphas[t] is the cumulative product (often written with a bar), gamma = sqrt(alphas), sigma = sqrt(1 - alphas),
 x_t = gamma x0 + sigma eps.
+
+A model is its weights and the way it is sampled. Usually that is DDIM; a method may leave another sampler, which is saved
+in `raysweep_sampler.json` beside the weights:
+    {"kind": "one_step", "t": t}          a generator: x0 predicted once, from noise of step t
+    {"kind": "safe", "concept": c, ...}   DDIM that steers away from class c (see `methods.sld`)
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
+from methods.sld import SafetyGuidance
 from raysweep.models.draws import normal_rows, uniform_rows
+from raysweep.store import digest_of, digest_state
+
+SAMPLER = "raysweep_sampler.json"
 
 
 class PixelDDPM:
@@ -23,12 +35,19 @@ class PixelDDPM:
         net: predicts epsilon or v for x_t of shape (n, C, H, W) and t of shape (n,).
         scheduler: a DDIM scheduler; its `prediction_type` says what `net` predicts ("epsilon" or "v_prediction").
         null_label: the class index that stands for "no class"; None for an unconditional network.
+        sampler: how it is sampled, as plain data; None for DDIM.
     """
 
     family = "pixel-ddpm"
 
-    def __init__(self, net: UNet2DModel, scheduler: DDIMScheduler, null_label: int | None = None):
-        self.net, self.scheduler, self.null_label = net, scheduler, null_label
+    def __init__(
+        self,
+        net: Any,
+        scheduler: DDIMScheduler,
+        null_label: int | None = None,
+        sampler: dict[str, Any] | None = None,
+    ):
+        self.net, self.scheduler, self.null_label, self.sampler = net, scheduler, null_label, sampler
         self.prediction: str = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type {self.prediction!r} is not supported; valid: epsilon, v_prediction")
@@ -59,18 +78,40 @@ class PixelDDPM:
             raise ValueError(f"{unet}: cannot be read: {str(error).splitlines()[0]}") from error
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         classes = net.config.num_class_embeds
-        return cls(net, scheduler, classes - 1 if classes else None)
+        special = folder / SAMPLER
+        sampler = json.loads(special.read_text()) if special.is_file() else None
+        if sampler is not None and sampler.get("kind") not in ("one_step", "safe"):
+            raise ValueError(f"{special}: kind {sampler.get('kind')!r} is not a sampler; valid: one_step, safe")
+        return cls(net, scheduler, classes - 1 if classes else None, sampler)
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that `DDIMPipeline.from_pretrained` reads."""
+        """Writes a folder that `DDIMPipeline.from_pretrained` reads, and the sampler beside it if it is not DDIM."""
         DDIMPipeline(unet=self.net, scheduler=self.scheduler).save_pretrained(folder, safe_serialization=True)
+        if self.sampler is not None:
+            (Path(folder) / SAMPLER).write_text(json.dumps(self.sampler, indent=2))
+
+    def with_net(self, net: Any) -> PixelDDPM:
+        """Another network of the same architecture, on the same schedule and with the usual sampler."""
+        other = type(self)(net, self.scheduler, self.null_label)
+        other.alphas = self.alphas
+        return other
+
+    def unconditional(self, count: int) -> torch.Tensor | None:
+        """The condition of the unconditional branch for `count` rows; None where there is none to choose."""
+        return None if self.null_label is None else torch.full((count,), self.null_label, device=self.device)
+
+    @property
+    def digest(self) -> str:
+        """Content hash of weights and sampler."""
+        weights = digest_state(self.net.state_dict())
+        return weights if self.sampler is None else digest_of(weights, self.sampler)
 
     def fresh(self, seed: int) -> PixelDDPM:
         """The same architecture with newly drawn weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = UNet2DModel.from_config(self.net.config)
-        return PixelDDPM(net.to(self.dtype), self.scheduler, self.null_label)
+        return self.with_net(net.to(self.dtype))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -126,6 +167,12 @@ class PixelDDPM:
         gamma, sigma = self.gamma_sigma(t)
         return gamma * output + sigma * x_t
 
+    def x0(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """Predicted clean image, whatever the parameterisation; not clipped."""
+        output = self.predict(x_t, t, cond)
+        gamma, sigma = self.gamma_sigma(t)
+        return (x_t - sigma * output) / gamma if self.prediction == "epsilon" else gamma * x_t - sigma * output
+
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What `predict` is trained to give: eps, or v = gamma eps - sigma x0."""
         if self.prediction == "epsilon":
@@ -142,13 +189,21 @@ class PixelDDPM:
     def sample(
         self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float = 1.0, batch: int = 250
     ) -> torch.Tensor:
-        """DDIM samples in [-1, 1], shape (n, C, H, W); image i depends only on seeds[i] and cond[i]."""
+        """Samples in [-1, 1], shape (n, C, H, W); image i depends only on seeds[i] and cond[i].
+
+        By DDIM in `steps` with classifier-free `guidance`, unless the model has a sampler of its own: a one-step
+        generator ignores both.
+        """
+        self.net.eval()
         parts = []
         for start in range(0, len(seeds), batch):
             rows = slice(start, start + batch)
-            x = self.noise(seeds[rows])
             labels = None if cond is None else cond[rows].to(self.device)
-            parts.append(self._ddim(x, self._sampler(steps), None, labels, guidance).cpu())
+            if self.sampler is not None and self.sampler["kind"] == "one_step":
+                x = self._one_step(seeds[rows], labels)
+            else:
+                x = self._ddim(self.noise(seeds[rows]), self._scheduler(steps), None, labels, guidance)
+            parts.append(x.clamp(-1, 1).cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -156,34 +211,67 @@ class PixelDDPM:
         self, x0: torch.Tensor, seeds: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Noises x0 (n, C, H, W) to step t (rounded down to the sampler's grid) and denoises it in about `steps`."""
-        scheduler = self._sampler(max(1, round(len(self.alphas) * steps / t)))
+        self.net.eval()
+        scheduler = self._scheduler(max(1, round(len(self.alphas) * steps / t)))
         start = int(scheduler.timesteps[scheduler.timesteps <= t][0])
         eps = self.noise(seeds)
         x_t = self.add_noise(x0.to(eps), eps, torch.full((len(x0),), start, device=self.device))
-        return self._ddim(x_t, scheduler, start, None if cond is None else cond.to(self.device), 1.0).cpu()
+        labels = None if cond is None else cond.to(self.device)
+        return self._ddim(x_t, scheduler, start, labels, 1.0).clamp(-1, 1).cpu()
 
-    def _sampler(self, steps: int) -> DDIMScheduler:
+    @torch.no_grad()
+    def trajectory(
+        self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float = 1.0
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(t, x_t) before each step of a DDIM run from noise, (n, C, H, W)."""
+        self.net.eval()
+        for t, x, _ in self._run(self.noise(seeds), self._scheduler(steps), None, cond, guidance):
+            yield t, x
+
+    def _one_step(self, seeds: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        assert self.sampler is not None
+        t = torch.full((len(seeds),), self.sampler["t"], device=self.device)
+        _, sigma = self.gamma_sigma(t)
+        return self.x0(sigma * self.noise(seeds), t, cond)
+
+    def _scheduler(self, steps: int) -> DDIMScheduler:
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(steps)
         return scheduler
 
     def _ddim(
-        self,
-        x: torch.Tensor,
-        scheduler: DDIMScheduler,
-        start: int | None,
-        cond: torch.Tensor | None,
-        guidance: float,
+        self, x: torch.Tensor, scheduler: DDIMScheduler, start: int | None, cond: torch.Tensor | None, guidance: float
     ) -> torch.Tensor:
         """Denoises x from step `start` (None: the first) to 0 on the scheduler's grid."""
-        self.net.eval()
-        for t in scheduler.timesteps:
-            if start is not None and t > start:
-                continue
-            times = torch.full((len(x),), int(t), device=x.device)
-            output = self.predict(x, times, cond)
-            if guidance != 1.0 and cond is not None and self.null_label is not None:
-                free = self.predict(x, times, torch.full_like(cond, self.null_label))
-                output = free + guidance * (output - free)
-            x = scheduler.step(output, t, x).prev_sample
-        return x.clamp(-1, 1)
+        for _, _, after in self._run(x, scheduler, start, cond, guidance):
+            x = after
+        return x
+
+    def _run(
+        self, x: torch.Tensor, scheduler: DDIMScheduler, start: int | None, cond: torch.Tensor | None, guidance: float
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(t, x before, x after) of each step."""
+        times = [int(t) for t in scheduler.timesteps if start is None or t <= start]
+        safe = None
+        if self.sampler is not None and self.sampler["kind"] == "safe":
+            safe = SafetyGuidance(self.sampler, len(times))
+        for t in times:
+            output = self._guided(x, torch.full((len(x),), t, device=x.device), cond, guidance, safe)
+            after = scheduler.step(output, t, x).prev_sample
+            yield t, x, after
+            x = after
+
+    def _guided(
+        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None, guidance: float, safe: SafetyGuidance | None
+    ) -> torch.Tensor:
+        """The network's output at x under classifier-free guidance, and safety guidance if there is one."""
+        output = self.predict(x, t, cond)
+        null = None if cond is None else self.unconditional(len(cond))
+        if cond is None or null is None or (guidance == 1.0 and safe is None):
+            return output
+        free = self.predict(x, t, null)
+        if safe is None:
+            return free + guidance * (output - free)
+        concept = self.predict(x, t, torch.full_like(cond, safe.hp["concept"]))
+        unit = 1.0 if self.prediction == "epsilon" else self.gamma_sigma(t)[0]  # v differs from epsilon by 1/gamma
+        return safe(output, free, concept, guidance, unit)

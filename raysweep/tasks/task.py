@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from methods.base import Batch, Draw, Rows
+from methods.base import SEEDS, Batch, Draw, Goal, Rows
 from raysweep.models.draws import row_seeds
 from raysweep.seeds import derive_seed
 
 _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",
+    "family",
 )  # fmt: skip
 
 
@@ -81,6 +82,7 @@ class Task:
     override_class: int | None = None
     base: str | None = None
     sensitive: bool = True
+    family: str = "pixel-ddpm"
 
     def __post_init__(self) -> None:
         trained = set(self.splits["train"].ids)
@@ -97,6 +99,13 @@ class Task:
         ):
             if a & b:
                 raise ValueError(f"task {self.name}: {len(a & b)} images are both in {first} and in {second}")
+
+    @cached_property
+    def goal(self) -> Goal:
+        """What methods may know without the images; the classes are those of the training labels."""
+        cond = self.splits["train"].cond
+        classes = () if cond is None else tuple(torch.unique(cond).tolist())
+        return Goal(self.kind, self.forget_class, self.override_class, classes)
 
     @cached_property
     def digest(self) -> str:
@@ -135,25 +144,35 @@ class Task:
         return self._rows(split, Draw(None), seed, 0, 0, 1)
 
     def _rows(self, name: str, draw: Draw, seed: int, step: int, rank: int, world: int) -> Rows:
-        pool = self._pool(name, draw.per_group, seed)
-        stream = derive_seed("rows", seed, name)
+        source, stream = draw.split or name, derive_seed("rows", seed, name)
+        if source == SEEDS:
+            assert draw.size is not None
+            low, high = rank * draw.size // world, (rank + 1) * draw.size // world
+            seeds = row_seeds(stream, step * draw.size + low, high - low)
+            return Rows(torch.empty(high - low, 0), None, seeds, draw.size)
+        pool = self._pool(source, draw, seed)
         size = len(pool) if draw.size is None else draw.size
         if draw.size is None:
             index = np.arange(size)
         else:
-            index = self._positions(self.splits[name].groups[pool].numpy(), draw, stream, step)
+            index = self._positions(self.splits[source].groups[pool].numpy(), draw, stream, step)
         low, high = rank * size // world, (rank + 1) * size // world
-        part = self.splits[name].take(torch.from_numpy(pool[index[low:high]]))
+        part = self.splits[source].take(torch.from_numpy(pool[index[low:high]]))
         return Rows(part.x, part.cond, row_seeds(stream, step * size + low, high - low), size)
 
-    def _pool(self, name: str, per_group: int | None, seed: int) -> np.ndarray:
-        """Indices into the split that may be drawn: all, or `per_group` of each group."""
+    def _pool(self, name: str, draw: Draw, seed: int) -> np.ndarray:
+        """Indices into the split that may be drawn: all, or those of some groups, or so many of each group."""
         groups = self.splits[name].groups.numpy()
-        if per_group is None:
-            return np.arange(len(groups))
-        rng = np.random.Generator(np.random.Philox(derive_seed("pool", seed, name)))
-        chosen = [rng.permutation(np.flatnonzero(groups == g))[:per_group] for g in np.unique(groups)]
-        return np.sort(np.concatenate(chosen))
+        wanted = np.unique(groups) if draw.groups is None else np.array(draw.groups)
+        if draw.per_group is None:
+            found = np.flatnonzero(np.isin(groups, wanted))
+        else:
+            rng = np.random.Generator(np.random.Philox(derive_seed("pool", seed, name)))
+            shuffled = {g: rng.permutation(np.flatnonzero(groups == g)) for g in np.unique(groups)}
+            found = np.sort(np.concatenate([shuffled[g][: draw.per_group] for g in wanted if g in shuffled] or [[]]))
+        if len(found) == 0:
+            raise ValueError(f"no row of {name} is in the groups {sorted(wanted.tolist())}")
+        return found.astype(np.int64)
 
     @staticmethod
     def _positions(groups: np.ndarray, draw: Draw, stream: int, step: int) -> np.ndarray:

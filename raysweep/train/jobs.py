@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,9 +55,24 @@ class Outcome:
 
 
 def finished(job: Job) -> Outcome | None:
-    """The outcome of a job that was done before, read from what it left; None if there is nothing or something else."""
+    """The outcome of a job that was done before, read from what it left; None if there is nothing or something else.
+
+    Prepared tensors live in a cache that others write to as well: a file that is not the one the card tells of (cut short,
+    replaced) counts as nothing, and is made again.
+    """
     path = Path(job.out) / CARD if job.kind == "train" else Path(job.out).with_suffix(".json")
     if not path.is_file() or not Path(job.out).exists():
         return None
-    card = json.loads(path.read_text())
-    return Outcome(**card["outcome"]) if card.get("job_digest") == job.digest else None
+    try:
+        card = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return None
+    if card.get("job_digest") != job.digest or (job.kind == "prepare" and card["sha256"] != file_digest(Path(job.out))):
+        return None
+    return Outcome(**card["outcome"])
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from methods import gradients
 from methods.base import Diverged, Method
 from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.models.pixel import PixelDDPM
@@ -26,9 +27,10 @@ from raysweep.registry import resolve
 from raysweep.seeds import derive_seed
 from raysweep.store import digest_state, write_folder, write_json
 from raysweep.tasks.task import Task
-from raysweep.train.jobs import CARD, Job, Outcome, finished
+from raysweep.train.jobs import CARD, Job, Outcome, file_digest, finished
 
 Progress = Callable[[str, int, int, float], None]
+TELL_EVERY = 25  # steps between two reports of progress; each one waits for the device
 
 
 class Resident:
@@ -51,7 +53,7 @@ class Resident:
         if job.base not in self._models:
             self._models[job.base] = PixelDDPM.load(job.base).to(self.device)
         kept = self._models[job.base]
-        return PixelDDPM(copy.deepcopy(kept.net), kept.scheduler, kept.null_label).to(self.device)
+        return kept.with_net(copy.deepcopy(kept.net))
 
 
 def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outcome:
@@ -67,14 +69,14 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
         method_class: type[Method] = resolve("method", job.method)
         if job.kind == "prepare":
             return _prepare(job, method_class, resident.model(job, task), task, rank, started)
-        method = _build(job, method_class, resident.model(job, task))
+        method = _build(job, method_class, resident.model(job, task), task)
         step_seconds, diagnostics = _train(job, method, task, rank, world, progress)
         diagnostics |= method.finish()
     except Diverged as error:
         return Outcome("failed", str(error), seconds=time.monotonic() - started)
     except Exception as error:  # whatever a method raises must end as a recorded failure of its trial alone
         return Outcome("failed", f"{type(error).__name__}: {error}", seconds=time.monotonic() - started)
-    digest = digest_state(method.model.net.state_dict())
+    digest = method.model.digest  # type: ignore[attr-defined]
     outcome = Outcome("ok", "", digest, time.monotonic() - started, step_seconds, diagnostics)
     if rank == 0:
         card = job.card | {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome)}
@@ -88,9 +90,9 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
     return outcome
 
 
-def _build(job: Job, method_class: type[Method], model: PixelDDPM) -> Method:
+def _build(job: Job, method_class: type[Method], model: PixelDDPM, task: Task) -> Method:
     prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
-    return method_class(model, method_class.Hyperparameters(**job.hyperparameters), prepared)
+    return method_class(model, method_class.Hyperparameters(**job.hyperparameters), prepared, task.goal)
 
 
 def _train(
@@ -99,30 +101,34 @@ def _train(
     """Steps the method to its end, from its last checkpoint if there is one."""
     path = _partial(job)
     if path.is_file():
-        state = torch.load(path, weights_only=True, map_location=method.params[0].device)
+        state = torch.load(path, weights_only=True, map_location=next(iter(method.model.net.parameters())).device)
         if state.pop("job_digest") == job.digest:
             method.load_state_dict(state)
-    seed, saved, scalars = derive_seed("trial", job.seed), time.monotonic(), dict[str, float]()
-    steps, began, first = method.hp.steps, time.monotonic(), method.done
-    weight = method.params[0]
+    seed, saved, scalars = derive_seed("trial", job.seed), time.monotonic(), dict[str, torch.Tensor]()
+    steps, began, first = method.steps, time.monotonic(), method.done
+    weight = next(iter(method.model.net.parameters()))
     while method.done < steps:
         batch = task.batch(method.draws(), seed, method.done, rank, world)
         scalars = method.step({name: rows.to(weight.device, weight.dtype) for name, rows in batch.items()})
-        if progress is not None and rank == 0:
-            progress(job.id, method.done, steps, next(iter(scalars.values()), 0.0))
+        if progress is not None and rank == 0 and (method.done % TELL_EVERY == 0 or method.done == steps):
+            progress(job.id, method.done, steps, float(next(iter(scalars.values()), 0.0)))
         if rank == 0 and time.monotonic() - saved > job.checkpoint_s:
             _checkpoint(path, method.state_dict() | {"job_digest": job.digest})
             saved = time.monotonic()
     done = max(1, method.done - first)
-    return (time.monotonic() - began) / done, {f"last/{k}": v for k, v in scalars.items()}
+    return (time.monotonic() - began) / done, {f"last/{k}": float(v) for k, v in scalars.items()}
 
 
 def _prepare(job: Job, method_class: type[Method], model: PixelDDPM, task: Task, rank: int, started: float) -> Outcome:
-    tensors = method_class.prepare(model, task, derive_seed("prepare", job.seed))
+    settings = method_class.Hyperparameters(**job.hyperparameters)
+    with gradients.alone():  # every rank works on all rows, and rank 0 keeps the result
+        tensors = method_class.prepare(model, task, derive_seed("prepare", job.seed), settings)
     outcome = Outcome("ok", digest=digest_state(tensors), seconds=time.monotonic() - started)
     if rank == 0:
-        save_tensors(Path(job.out), tensors)
-        write_json(Path(job.out).with_suffix(".json"), {"job_digest": job.digest, "outcome": asdict(outcome)})
+        out = Path(job.out)
+        save_tensors(out, tensors)
+        card = {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome), "sha256": file_digest(out)}
+        write_json(out.with_suffix(".json"), card)
     return outcome
 
 

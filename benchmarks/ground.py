@@ -1,0 +1,161 @@
+"""What the method benchmarks stand on: a task with its base, oracles, judges and anchors, made by the engine's own code.
+
+Everything expensive is found in the cache that `raysweep run` uses, or made once. Trials run in this process, without Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from methods.base import Diverged, Method
+from raysweep.artifacts import load_tensors, save_tensors
+from raysweep.audit.auditor import load_judge
+from raysweep.audit.measure import Measurement, measure
+from raysweep.config import Sweep, Tier, load
+from raysweep.models.pixel import PixelDDPM
+from raysweep.objectives import Anchors, Measured, Objectives, View, assess_views, objectives
+from raysweep.prepare import judge_files, prepares, retrain_jobs
+from raysweep.registry import resolve
+from raysweep.seeds import derive_seed
+from raysweep.store import write_folder
+from raysweep.tasks.task import Task
+from raysweep.train.loop import Resident
+from raysweep.train.loop import run as run_job
+
+
+@dataclass
+class Candidate:
+    """A model, what making it cost, and its method's diagnostics."""
+
+    model: PixelDDPM
+    seconds: float
+    diagnostics: dict[str, float]
+
+
+class Ground:
+    """One task and everything that measurements on it need.
+
+    Args:
+        overrides: changes to the default sweep, as on the command line, for example ("task=digits-class",).
+    """
+
+    def __init__(self, *overrides: str):
+        torch.set_num_threads(1)
+        self.sweep: Sweep = load(None, overrides)
+        self.task: Task = self.sweep.task.build()
+        self._prepared: dict[str, dict[str, torch.Tensor]] = {}
+        self._models: dict[str, PixelDDPM] = {}
+
+    @cached_property
+    def folders(self) -> dict[str, str]:
+        """Folders of base and oracles, trained if they are not in the cache."""
+        folder = Path(tempfile.mkdtemp(prefix="raysweep-")) / "task"
+        write_folder(folder, self.task.save)
+        jobs = retrain_jobs(self.sweep, self.task, folder)
+        for job in jobs.values():
+            outcome = run_job(job, Resident())
+            assert outcome.status == "ok", outcome.reason
+        return {subject: job.out for subject, job in jobs.items()}
+
+    def model(self, subject: str) -> PixelDDPM:
+        """A fresh copy of "base", "oracle-K" or "destroyed"."""
+        if subject == "destroyed":
+            return PixelDDPM.build(self.task.model, derive_seed("destroyed"))
+        return PixelDDPM.load(self.folders[subject])
+
+    def judge(self, name: str) -> torch.nn.Module:
+        """The judge of a tier, trained if it is not in the cache."""
+        path, seed, split = judge_files(self.sweep, self.task)[name]
+        if not path.is_file():
+            from evaluators.judge import train_judge
+
+            save_tensors(path, train_judge(self.task.splits[split].x, self.task.splits[split].groups, seed).state_dict())
+        return load_judge(path)
+
+    def tier(self, name: str) -> Tier:
+        """The sweep's tier "probe" or "audit"."""
+        return getattr(self.sweep.audit, name)
+
+    @cached_property
+    def judges(self) -> dict[str, torch.nn.Module]:
+        return {name: self.judge(name) for name in ("probe", "audit")}
+
+    def measure(self, model: PixelDDPM, tier: str) -> Measurement:
+        """All checks of a tier."""
+        return measure(model, self.task, self.judges[self.tier(tier).judge], self.tier(tier))
+
+    def anchors(self, tier: str) -> tuple[Anchors, list[View]]:
+        """Base, oracles and a destroyed model as a tier measures them, and the views that tell them apart."""
+        if tier not in self.__dict__.setdefault("_anchors", {}):
+            found = {s: as_measured(self.measure(self.model(s), tier)) for s in (*self.folders, "destroyed")}
+            oracles = tuple(m for s, m in found.items() if s.startswith("oracle"))
+            anchors = Anchors(found["base"], oracles, found["destroyed"])
+            self._anchors[tier] = anchors, assess_views(anchors, self.task.views)
+        return self._anchors[tier]
+
+    def place(self, measured: Measurement, tier: str) -> Objectives:
+        """Residue and damage."""
+        return objectives(as_measured(measured), *self.anchors(tier), self.task.quality)
+
+    def prepared(self, method: type[Method], settings: Any) -> dict[str, torch.Tensor]:
+        """The method's prepared tensors, made once per setting that they depend on."""
+        if not prepares(method):
+            return {}
+        key = repr((method.name, [getattr(settings, n) for n in method.prepared_by]))
+        if key not in self._prepared:
+            seed = derive_seed("prepare", derive_seed("prepare", method.name))
+            self._prepared[key] = method.prepare(self.model("base"), self.task, seed, settings)
+        return self._prepared[key]
+
+    def make(self, name: str, hyperparameters: dict[str, Any], seed: int) -> Candidate | str:
+        """A candidate by method `name`, or the reason why there is none."""
+        method_class: type[Method] = resolve("method", name)
+        settings = method_class.Hyperparameters(**hyperparameters)
+        prepared = self.prepared(method_class, settings)
+        started = time.perf_counter()
+        try:
+            method = method_class(self.model("base"), settings, prepared, self.task.goal)
+            for step in range(method.steps):
+                method.step(self.task.batch(method.draws(), derive_seed("trial", seed), step))
+            diagnostics = method.finish()
+        except Diverged as error:
+            return str(error)
+        model = method.model
+        assert isinstance(model, PixelDDPM)
+        return Candidate(model, time.perf_counter() - started, diagnostics)
+
+
+def as_measured(measurement: Measurement) -> Measured:
+    """Values and replicates as objectives take them."""
+    import numpy as np
+
+    return Measured(measurement.values, {k: np.asarray(v) for k, v in measurement.replicates.items()})
+
+
+def machine() -> dict[str, str]:
+    """Where a benchmark ran, for its output."""
+    import platform
+
+    from raysweep.rundir import versions
+
+    found = {k: v for k, v in versions().items() if k in ("python", "torch", "diffusers", "commit")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}", "gpu": gpu} | found
+
+
+def save_lines(path: Path, lines: list[str]) -> None:
+    """Writes a text file in one piece."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n")
+    os.replace(temporary, path)
+
+
+__all__ = ["Candidate", "Ground", "as_measured", "load_tensors", "machine", "save_lines"]

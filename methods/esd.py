@@ -1,0 +1,120 @@
+"""ESD: erased stable diffusion, by the model's own negative guidance.
+
+Source: Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, arXiv:2303.07345, and the released code.
+    target  y = eps0(x_t, null) - eta * (eps0(x_t, c) - eps0(x_t, null)),   eps0 the frozen base model
+    minimise  mean |eps_theta(x_t, c) - y|^2
+No image is read: x_t comes from sampling under c with guidance up to a random point of a DDIM run, and t is uniform inside
+that step of the run. It is sampled from the model being trained (paper, first release) or from the frozen base (current
+release). The current release writes the target as eps_c - eta' (eps_c - eps_null): eta' = eta + 1.
+
+What moves, `layers`: x is cross-attention (concepts tied to their name), x_strict its keys and values only, u everything
+else (concepts that appear unbidden), full is all. A class-conditional network has no cross-attention; there x is the class
+embedding, the one place where the condition enters.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from methods import gradients
+from methods.base import SEEDS, Batch, Descent, Draw, Goal, Model, Scalars, Training
+
+
+class ESDSettings(Training):
+    """Settings of ESD."""
+
+    lr: float = Field(1e-5, gt=0, description="learning rate (paper: 1e-5; current release: 5e-5)")
+    steps: int = Field(1000, ge=0, description="optimiser steps (paper: 1000; current release: 200)")
+    batch_size: int = Field(1, ge=1, description="rows per step (paper: 1)")
+    eta: float = Field(1.0, gt=0, description="strength of the negative guidance (paper: 1)")
+    layers: Literal["x", "x_strict", "u", "full"] = Field("full", description="which weights move")
+    guidance: float = Field(3.0, ge=0, description="guidance while sampling x_t (released: 3)")
+    sampler_steps: int = Field(50, ge=1, description="length of the DDIM run (released: 50)")
+    sample_from: Literal["trained", "base"] = Field("trained", description="the model that x_t is sampled from")
+
+
+class ESD(Descent):
+    """Regresses the concept's prediction to negative guidance; arXiv:2303.07345."""
+
+    name = "esd"
+    source = "Gandikota et al., ICCV 2023, arXiv:2303.07345"
+    needs = frozenset()
+    families = frozenset({"pixel-ddpm", "text-ddpm"})
+    kinds = frozenset({"class", "concept"})
+    forwards_per_step = 5  # two of the base, three of the model; and two per step of the DDIM run, half of it on average
+    Hyperparameters = ESDSettings
+    hp: ESDSettings
+
+    def __init__(
+        self,
+        model: Model,
+        hyperparameters: ESDSettings,
+        prepared: dict[str, torch.Tensor] | None = None,
+        goal: Goal | None = None,
+    ):
+        self.moves = moving(list(dict(model.net.named_parameters())), hyperparameters.layers)
+        super().__init__(model, hyperparameters, prepared, goal)
+        self.base = model.with_net(copy.deepcopy(model.net).requires_grad_(False).eval())
+
+    @classmethod
+    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+        reasons = [] if model.unconditional(1) is not None else ["it needs a model with an unconditional branch"]
+        names = list(dict(model.net.named_parameters()))
+        if not moving(names, hyperparameters.layers):
+            valid = [v for v in ("x", "x_strict", "u", "full") if moving(names, v)]
+            reasons.append(f"layers: {hyperparameters.layers} names no weight of this model; valid: {', '.join(valid)}")
+        return reasons
+
+    def trains(self, name: str) -> bool:
+        return name in self.moves
+
+    def draws(self) -> dict[str, Draw]:
+        return {"forget": Draw(self.hp.batch_size, split=SEEDS)}
+
+    def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
+        rows, model = batch["forget"], self.model
+        with torch.no_grad():
+            x_t, t = self.partial_samples(rows.seeds)
+            cond, null = self.goal.forgotten(len(t), t.device), model.unconditional(len(t))
+            y = target(self.base.eps(x_t, t, cond), self.base.eps(x_t, t, null), self.hp.eta)
+        model.net.train()
+        loss = (model.eps(x_t, t, cond) - y).square().flatten(1).mean(1).sum() / rows.total
+        return gradients.flat(loss, self.params), gradients.scalars(loss=loss)
+
+    def partial_samples(self, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_t, t): each row sampled under the concept up to a random step of the run, t uniform inside that step."""
+        hp, model = self.hp, self.model if self.hp.sample_from == "trained" else self.base
+        u = model.uniform(seeds, 2)
+        stop = (u[:, 0] * hp.sampler_steps).long().clamp(max=hp.sampler_steps - 1)
+        cond = self.goal.forgotten(len(seeds), u.device)
+        x_t, times, last = None, [], int(stop.max())
+        for i, (t, x) in enumerate(model.trajectory(cond, seeds, hp.sampler_steps, hp.guidance)):
+            here = (stop == i).view(-1, *[1] * (x.dim() - 1))
+            x_t = torch.where(here, x, torch.zeros_like(x) if x_t is None else x_t)
+            times.append(t)
+            if len(times) > last + 1:
+                break
+        assert x_t is not None
+        edges = torch.tensor([*times, 0], device=u.device)
+        high, low = edges[stop], edges[stop + 1]
+        return x_t, low + (u[:, 1] * (high - low).clamp(min=1)).long()
+
+
+def target(eps_cond: torch.Tensor, eps_uncond: torch.Tensor, eta: float) -> torch.Tensor:
+    """eps_uncond - eta (eps_cond - eps_uncond): what the concept's prediction becomes."""
+    return eps_uncond - eta * (eps_cond - eps_uncond)
+
+
+def moving(names: list[str], layers: str) -> set[str]:
+    """The parameter names that `layers` lets move."""
+    cross = {n for n in names if "attn2" in n}
+    entry = cross or {n for n in names if "class_embedding" in n}
+    if layers == "full":
+        return set(names)
+    if layers == "x_strict":
+        return {n for n in cross if ".to_k." in n or ".to_v." in n}
+    return entry if layers == "x" else set(names) - entry

@@ -1,0 +1,68 @@
+"""What a model knows of the forget set, by the model itself: losses and accuracies of diffusion and contrastive models.
+
+A contrastive model (CLIP) has `encode_image(x)` and `encode_text(cond)` in place of a noise schedule; its rows carry
+images and the tokens of their captions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from methods.base import Goal, Model, Rows, mean_loss, squared_errors, timesteps
+
+
+def contrastive(model: Any) -> bool:
+    """Whether the model compares images with captions instead of denoising."""
+    return hasattr(model, "encode_image")
+
+
+def forget_loss(model: Any, rows: Rows) -> torch.Tensor:
+    """Mean over rows of what unlearning raises: 1 - cos(image, caption), or the diffusion loss."""
+    if not contrastive(model):
+        return mean_loss(model, rows)
+    return (1 - F.cosine_similarity(model.encode_image(rows.x), model.encode_text(rows.cond))).mean()
+
+
+def retain_loss(model: Any, rows: Rows) -> torch.Tensor:
+    """Mean over rows of what must stay low: symmetric InfoNCE within the batch, or the diffusion loss."""
+    if not contrastive(model):
+        return mean_loss(model, rows)
+    v, t = (F.normalize(e, dim=-1) for e in (model.encode_image(rows.x), model.encode_text(rows.cond)))
+    logits, own = model.logit_scale * v @ t.T, torch.arange(len(v), device=v.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+@torch.no_grad()
+def recall(model: Model, forget: Rows, retain: Rows, goal: Goal) -> float:
+    """The share of forget rows that the model still knows.
+
+    Contrastive: an image counts if its own caption is the closest of all distinct captions. With classes: if the
+    forgotten class's label gives the lowest denoising loss of all labels (a diffusion classifier, arXiv:2303.16203).
+    Otherwise: if its denoising loss is below the mean of the retain rows'.
+    """
+    model.net.eval()
+    if contrastive(model):
+        assert forget.cond is not None
+        assert retain.cond is not None
+        captions, own = torch.unique(torch.cat([forget.cond, retain.cond]), dim=0, return_inverse=True)
+        v = F.normalize(model.encode_image(forget.x), dim=-1)  # type: ignore[attr-defined]
+        t = F.normalize(model.encode_text(captions), dim=-1)  # type: ignore[attr-defined]
+        return float(((v @ t.T).argmax(1) == own[: len(v)]).double().mean())
+    if goal.kind == "class":
+        losses = torch.stack([_losses(model, forget, c) for c in goal.classes], 1)
+        return float((losses.argmin(1) == goal.classes.index(goal.forget_class)).double().mean())  # type: ignore[arg-type]
+    return float((_losses(model, forget) < _losses(model, retain).mean()).double().mean())
+
+
+def _losses(model: Model, rows: Rows, label: int | None = None, draws: int = 8) -> torch.Tensor:
+    """Denoising loss per row, (n,), over a few draws of noise and timestep that every label shares."""
+    cond = rows.cond if label is None else torch.full((len(rows.x),), label, device=rows.x.device)
+    total = torch.zeros(len(rows.x), dtype=torch.float64, device=rows.x.device)
+    for k in range(draws):
+        again = Rows(rows.x, cond, rows.reseeded(k).seeds, rows.total)
+        errors = squared_errors(model, again, timesteps(model, again), model.noise(again.seeds))
+        total += errors.double().flatten(1).mean(1)
+    return total / draws

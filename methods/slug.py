@@ -1,0 +1,253 @@
+"""SLUG: single layer unlearning gradient, one tensor moved once along one stored gradient.
+
+Source: Cai et al., "Targeted Unlearning with Single Layer Unlearning Gradient", ICML 2025, arXiv:2407.11867, and the
+released code. At the base weights theta, two passes give g_f, the gradient of the loss on the forget set, and g_r, that of
+the loss on the retain set, each a mean over samples. A "layer" is one named tensor l:
+    importance(l) = |g_f,l| / |theta_l|,   alignment(l) = |cos(g_f,l, g_r,l)| (released; the paper writes it signed)
+    Pareto layers: those to which no other is strictly better in both (more important, less aligned), per tower
+    theta_l <- theta_l + lam g_f,l,   lam = step |theta_l| / |g_f,l| > 0
+so `step` is |Delta theta_l| / |theta_l| and the forget loss *rises*. The released code ascends for CLIP and, by its signs,
+descends in the Stable Diffusion and VLM searches: `direction` names both. Gradients of several concepts are taken on the
+original weights and their edits added (`edited`).
+
+Losses: for CLIP, forget = 1 - cos(image, caption), retain = symmetric InfoNCE (its batch size matters); for a diffusion
+model, the diffusion loss on both sets, in `passes` draws of noise and timestep per row. Weights are in evaluation mode,
+gradients are cleared between batches, retain captions are the data set's own; the release's Hugging Face path does none
+of these. Eligible tensors are those of two dimensions and more whose name holds none of `layers.EXCLUDED`.
+
+`bisection` > 0 finds the step by the paper's search instead: that many evaluations of the model's own forget accuracy,
+doubling until it has forgotten, halving the bracket afterwards; the smallest step that forgot is kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from methods import gradients
+from methods.base import Batch, Data, Draw, Goal, Hyperparameters, Method, Model, Scalars
+from methods.layers import depth, eligible, gradient_pass, group, tower
+from methods.recall import contrastive, forget_loss, recall, retain_loss
+
+RULES = ("deepest", "importance", "alignment")
+
+
+class SLUGSettings(Hyperparameters):
+    """Settings of SLUG."""
+
+    layer: str = Field("deepest", description="a tensor by name, or a rule over the Pareto layers (released: deepest)")
+    group: Literal["tensor", "block"] = Field("tensor", description="block: q, k, v or both MLP tensors move together")
+    step: float = Field(0.1, gt=0, le=8, description="|change| / |tensor| (released: the search starts at 0.1 or 0.4)")
+    direction: Literal["ascent", "descent"] = Field("ascent", description="of the forget loss; descent: as released, HF")
+    alignment: Literal["absolute", "signed"] = Field("absolute", description="cosine as released, or as in the paper")
+    candidates: Literal["pareto", "all"] = Field("pareto", description="tensors that `layer: from_model` offers")
+    bisection: int = Field(0, ge=0, le=30, description="evaluations of the paper's step search (paper: 10); 0: off")
+    target: float = Field(0.0, ge=0, lt=1, description="forget accuracy at which the search counts as done (released: 0)")
+    batch_size: int = Field(16, ge=1, description="rows per batch of the two passes, and of an evaluation (released: 16)")
+    passes: int = Field(8, ge=1, description="draws of noise and timestep per row, for diffusion models")
+
+
+class SLUG(Method):
+    """One tensor, one gradient, one step; arXiv:2407.11867."""
+
+    name = "slug"
+    source = "Cai et al., ICML 2025, arXiv:2407.11867"
+    needs = frozenset({"forget", "retain"})
+    families = frozenset({"pixel-ddpm", "text-ddpm", "clip"})
+    kinds = frozenset({"class", "concept"})
+    forwards_per_step = 0  # two gradient passes in all, shared by every trial
+    prepared_by = ("batch_size", "passes")
+    Hyperparameters = SLUGSettings
+    hp: SLUGSettings
+
+    def __init__(
+        self,
+        model: Model,
+        hyperparameters: SLUGSettings,
+        prepared: dict[str, torch.Tensor] | None = None,
+        goal: Goal | None = None,
+    ):
+        super().__init__(model, hyperparameters, prepared, goal)
+        self.theta = dict(zip(self.names, self.params, strict=True))
+        self.before = dict(zip(self.names, self.start, strict=True))
+        self.chosen = group(choose(self.prepared, hyperparameters), list(self.theta), hyperparameters.group)
+        lead = self.chosen[0]
+        norm, size = self.before[lead].norm(), self.prepared[f"forget/{lead}"].norm()
+        self.unit = float(norm / size) * (1 if hyperparameters.direction == "ascent" else -1)
+        self.bracket = Bracket(hyperparameters.step)
+
+    @classmethod
+    def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
+        """`forget/NAME` for each eligible tensor, and `statistics/NAME` = (|theta|^2, |g_f|^2, <g_f, g_r>, |g_r|^2)."""
+        names = eligible(model)
+        theta = dict(model.net.named_parameters())
+        passes = 1 if contrastive(model) else hyperparameters.passes
+        g_f, g_r = (
+            gradient_pass(model, task, split, loss, names, hyperparameters.batch_size, passes, seed)
+            for split, loss in (("forget", forget_loss), ("retain", retain_loss))
+        )
+        tensors = {}
+        for name in names:
+            f, r, w = (v.double().reshape(-1) for v in (g_f[name], g_r[name], theta[name].detach()))
+            tensors[f"forget/{name}"] = g_f[name]
+            tensors[f"statistics/{name}"] = torch.stack([w @ w, f @ f, f @ r, r @ r])
+        if not any(float(tensors[f"statistics/{n}"][1]) > 0 for n in names):
+            raise ValueError("the forget gradient vanishes in every eligible tensor")
+        return tensors
+
+    @classmethod
+    def choices(cls, name: str, prepared: dict[str, torch.Tensor], hyperparameters: Any) -> list[Any]:
+        """The rules, and the names of the candidates that no rule picks, the most important first."""
+        if name != "layer":
+            return super().choices(name, prepared, hyperparameters)
+        picked = {choose(prepared, hyperparameters.model_copy(update={"layer": rule})) for rule in RULES}
+        return [*RULES, *(c for c in candidates(prepared, hyperparameters) if c not in picked)]
+
+    @classmethod
+    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+        names, layer = eligible(model), hyperparameters.layer
+        if layer in (*RULES, *names):
+            return []
+        near = difflib.get_close_matches(layer, names, n=3, cutoff=0.3)
+        return [f"layer: {layer!r} is not an eligible tensor of this model; near: {', '.join(near) or 'none'}; "
+                f"or a rule: {', '.join(RULES)}"]  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.hp.bisection)
+
+    def draws(self) -> dict[str, Draw]:
+        return {s: Draw(self.hp.batch_size) for s in ("forget", "retain")} if self.hp.bisection else {}
+
+    def step(self, batch: Batch) -> Scalars:
+        """Without a search the one edit; with it, one evaluation of the next step size."""
+        size = self.bracket.size if self.hp.bisection else self.hp.step
+        self.apply(size)
+        scalars = {"step": torch.tensor(size, dtype=torch.float64)}
+        if self.hp.bisection:
+            accuracy = recall(self.model, batch["forget"], batch["retain"], self.goal)
+            self.bracket.tell(accuracy <= self.hp.target)
+            scalars["forget_accuracy"] = torch.tensor(accuracy, dtype=torch.float64)
+        self.done += 1
+        return scalars
+
+    def apply(self, size: float) -> None:
+        """Sets the chosen tensors to their base values plus a change of relative norm `size`; never cumulative."""
+        with torch.no_grad():
+            for name in self.chosen:
+                d = self.prepared[f"forget/{name}"].to(self.theta[name])
+                self.theta[name].copy_(self.before[name]).add_(d, alpha=size * self.unit)
+
+    def finish(self) -> dict[str, float]:
+        found = {}
+        if self.hp.bisection:
+            size = self.bracket.size if self.bracket.high is None else self.bracket.high
+            self.apply(size)
+            found = {"step": size, "bracketed": float(self.bracket.high is not None), "noisy": float(self.bracket.noisy)}
+        return super().finish() | found
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"bracket": vars(self.bracket)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        vars(self.bracket).update(state["bracket"])
+
+
+class Bracket:
+    """The paper's search for the smallest step that forgets: doubling up to the first success, bisection after it.
+
+    size: the step to evaluate next; low: the largest step below `high` that did not forget; high: the smallest that did,
+    None before the first. noisy: a success was seen at or below a failure, so the outcome is not monotone.
+    """
+
+    def __init__(self, first: float):
+        self.size, self.low, self.high = first, 0.0, None
+        self.noisy = False
+
+    high: float | None
+
+    def tell(self, forgot: bool) -> None:
+        """Takes the outcome at `size` and moves on."""
+        if forgot:
+            self.high = self.size
+        else:
+            self.low = self.size
+        self.noisy |= self.high is not None and self.high <= self.low
+        self.size = 2 * self.size if self.high is None else (self.low + self.high) / 2
+
+
+def importance(g_forget: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """|g_forget| / |theta| over a whole tensor, a scalar; 0 where theta vanishes."""
+    norm = theta.norm()
+    return torch.where(norm > 0, g_forget.norm() / torch.where(norm > 0, norm, 1), 0)
+
+
+def alignment(g_forget: torch.Tensor, g_retain: torch.Tensor, signed: bool = False) -> torch.Tensor:
+    """|cos(g_forget, g_retain)| over a whole tensor, a scalar in [0, 1]; 0 where one of them vanishes. signed: the cosine."""
+    cosine = gradients.cosine(*gradients.products(g_forget.reshape(-1), g_retain.reshape(-1))).clamp(-1, 1)
+    return cosine if signed else cosine.abs()
+
+
+def pareto_layers(importance: dict[str, Any], alignment: dict[str, Any]) -> list[str]:
+    """The names to which no other is strictly better in both: more important and less aligned. In the order given.
+
+    A tie in either keeps both. O(n log n).
+    """
+    order = sorted(importance, key=lambda n: (float(alignment[n]), -float(importance[n])))
+    kept, best, i = set(), float("-inf"), 0
+    while i < len(order):
+        tied = [n for n in order[i:] if float(alignment[n]) == float(alignment[order[i]])]
+        kept |= {n for n in tied if float(importance[n]) >= best}
+        best = max(best, *(float(importance[n]) for n in tied))
+        i += len(tied)
+    return [name for name in importance if name in kept]
+
+
+def edited(theta: dict[str, torch.Tensor], edits: list[tuple[str, float, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """`theta` with lam * d added to the named tensor for every edit (name, lam, d); other tensors are the same objects.
+
+    Several concepts, each with a gradient of the original weights, add up in any order.
+    """
+    changed: dict[str, torch.Tensor] = {}
+    for name, lam, d in edits:
+        changed[name] = changed.get(name, torch.zeros_like(d)) + lam * d
+    return theta | {name: theta[name] + change for name, change in changed.items()}
+
+
+def candidates(prepared: dict[str, torch.Tensor], hp: Any) -> list[str]:
+    """The tensors to choose from, the most important first; one whose gradient or weight vanishes is none."""
+    scores, cosines = {}, {}
+    for key, value in prepared.items():
+        if key.startswith("statistics/"):
+            w_sq, f_sq, dot, r_sq = value.tolist()
+            if w_sq > 0 and f_sq > 0:
+                name = key.removeprefix("statistics/")
+                cosine = dot / (f_sq * r_sq) ** 0.5 if r_sq > 0 else 0.0
+                scores[name], cosines[name] = (f_sq / w_sq) ** 0.5, cosine if hp.alignment == "signed" else abs(cosine)
+    names = list(scores)
+    if hp.candidates == "pareto":
+        fronts = [[n for n in scores if tower(n) == t] for t in ("vision", "language", "unet")]
+        names = [n for f in fronts for n in pareto_layers({n: scores[n] for n in f}, {n: cosines[n] for n in f})]
+    return sorted(names, key=lambda n: (-scores[n], n))
+
+
+def choose(prepared: dict[str, torch.Tensor], hp: Any) -> str:
+    """The tensor that `layer` means."""
+    if hp.layer not in RULES:
+        return hp.layer
+    found = candidates(prepared, hp)
+    if hp.layer == "importance":
+        return found[0]
+    if hp.layer == "deepest":
+        return max(found, key=depth)
+
+    def cosine(name: str) -> float:
+        _, f_sq, dot, r_sq = prepared[f"statistics/{name}"].tolist()
+        value = dot / (f_sq * r_sq) ** 0.5 if r_sq > 0 else 0.0
+        return value if hp.alignment == "signed" else abs(value)
+
+    return min(found, key=cosine)

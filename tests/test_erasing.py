@@ -1,0 +1,293 @@
+"""ESD, Selective Amnesia, EraseDiff (both forms), the Bernoulli variant and safe sampling: reference statements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import PROMPTS, TinyText, batch_for, text_task, tiny_model
+
+from methods.base import SEEDS, Draw, Goal, Rows, squared_errors, timesteps
+from methods.bernoulli import Bernoulli
+from methods.erasediff import EraseDiff, EraseDiffSettings, adaptive_weight
+from methods.erasediff_siss import EraseDiffSISS, weight
+from methods.esd import ESD, ESDSettings, moving, target
+from methods.selective_amnesia import SelectiveAmnesia, diagonal_fisher, ewc_penalty
+from methods.siss import SISS
+from methods.siss_no_is import SISSNoIS
+from methods.sld import SLD, SafetyGuidance, SLDSettings, scale
+from raysweep.store import digest_state
+
+D = torch.float64
+SMALL = {"replay_per_class": 6, "fisher_per_class": 3, "fisher_timesteps": 5, "sampler_steps": 3}
+
+
+def build(cls, task, model=None, **more):
+    model = model or tiny_model(task, dtype=D)
+    fields = cls.Hyperparameters.model_fields
+    hp = cls.Hyperparameters(**{k: v for k, v in {"lr": 1e-3, "steps": 3, "batch_size": 8}.items() if k in fields} | more)
+    return cls(model, hp, cls.prepare(model, task, 0, hp), task.goal)
+
+
+@given(st.integers(0, 1000), st.floats(0.1, 3.0))
+@settings(max_examples=30, deadline=None)
+def test_esd_target_in_both_forms(seed, eta):  # T34, T35
+    c, u = torch.randn((2, 3, 1, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=D)
+    y = target(c, u, eta)
+    torch.testing.assert_close(y, u - eta * (c - u))
+    torch.testing.assert_close(y, c - (eta + 1) * (c - u))
+    torch.testing.assert_close((y - c).square().mean(), (1 + eta) ** 2 * (c - u).square().mean())
+
+
+def test_esd_starts_at_the_loss_that_its_target_implies(class_task):  # T34
+    method = build(ESD, class_task, eta=1.5, sampler_steps=4)
+    method.model.net.eval()
+    rows = batch_for(method, class_task)["forget"]
+    x_t, t = method.partial_samples(rows.seeds)
+    with torch.no_grad():
+        c = method.base.eps(x_t, t, torch.full_like(t, 2))
+        u = method.base.eps(x_t, t, torch.full_like(t, 6))
+    _, scalars = method.direction(batch_for(method, class_task))
+    assert float(scalars["loss"]) == pytest.approx(2.5**2 * float((c - u).square().mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("layers", ["x", "x_strict", "u", "full"])
+def test_esd_moves_the_layers_it_says(layers):  # T36
+    task, model = text_task(), TinyText.tiny(dtype=D)
+    task.__dict__["goal"] = Goal("concept", concept=PROMPTS[2])
+    before = {n: p.detach().clone() for n, p in model.net.named_parameters()}
+    method = build(ESD, task, model, layers=layers, sampler_steps=3)
+    for step in range(2):
+        method.step(batch_for(method, task, step))
+    changed = {n for n, p in model.net.named_parameters() if not torch.equal(p, before[n])}
+    cross = {n for n in before if "attn2" in n}
+    assert changed
+    if layers.startswith("x"):
+        assert changed <= cross
+        assert layers == "x" or all(".to_k." in n or ".to_v." in n for n in changed)
+    elif layers == "u":
+        assert not changed & cross
+    assert digest_state(method.base.net.state_dict()) == digest_state(before)
+
+
+def test_esd_layers_of_a_class_model(class_task):
+    names = [n for n, _ in tiny_model(class_task).net.named_parameters()]
+    assert moving(names, "x") == {"class_embedding.weight"}
+    assert moving(names, "u") == set(names) - {"class_embedding.weight"}
+    (reason,) = ESD.unsuited(ESDSettings(layers="x_strict"), tiny_model(class_task), class_task.goal)
+    assert "valid: x, u, full" in reason
+
+
+def test_esd_samples_up_to_a_point_inside_its_step(class_task):
+    method = build(ESD, class_task, sampler_steps=4, batch_size=64)
+    x_t, t = method.partial_samples(batch_for(method, class_task)["forget"].seeds)
+    grid = [step for step, _ in method.model.trajectory(torch.full((1,), 2), torch.zeros(1, dtype=torch.long), 4, 3.0)]
+    assert x_t.shape == (64, 1, 4, 4)
+    assert int(t.max()) < grid[0]
+    for low, high in zip([*grid[1:], 0], grid, strict=True):
+        assert bool(((t >= low) & (t < high)).any())
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_penalty(seed):  # T37
+    theta, theta0, fisher = torch.randn((3, 9), generator=torch.Generator().manual_seed(seed), dtype=D)
+    fisher = fisher.square()
+    theta.requires_grad_(True)
+    penalty = ewc_penalty(theta, theta0, fisher)
+    (g,) = torch.autograd.grad(penalty, theta)
+    torch.testing.assert_close(g, 2 * fisher * (theta.detach() - theta0))
+    assert float(ewc_penalty(theta0, theta0, fisher)) == 0
+
+
+def test_penalty_enters_the_direction_with_its_gradient(class_task):  # T37
+    with_, without = (build(SelectiveAmnesia, class_task, lam=lam, **SMALL) for lam in (3.0, 0.0))
+    batch = batch_for(with_, class_task)
+    for method in (with_, without):
+        with torch.no_grad():
+            for p in method.params:
+                p.add_(0.01)
+    theta = torch.cat([p.detach().reshape(-1) for p in with_.params])
+    difference = with_.direction(batch)[0] - without.direction(batch)[0]
+    torch.testing.assert_close(difference, 2 * 3.0 * with_.fisher * (theta - with_.theta0), rtol=1e-6, atol=1e-9)
+
+
+def test_fisher(class_task):  # T38
+    model = tiny_model(class_task, dtype=D)
+    x = class_task.splits["train"].x[:2].to(D)
+    rows = Rows(x, torch.tensor([0, 1]), torch.tensor([5, 6]), 2)
+    fisher = diagonal_fisher(model, rows, 3)
+    assert all(bool((f >= 0).all()) for f in fisher.values())
+    singles = [diagonal_fisher(model, Rows(x[i : i + 1], rows.cond[i : i + 1], rows.seeds[i : i + 1], 1), 3) for i in (0, 1)]
+    for name, f in fisher.items():
+        torch.testing.assert_close(f, (singles[0][name] + singles[1][name]) / 2)
+    one = diagonal_fisher(model, Rows(x[:1], rows.cond[:1], rows.seeds[:1], 1), 1)
+    t, row = torch.tensor([500]), Rows(x[:1], rows.cond[:1], rows.seeds[:1], 1)
+    model.net.eval()
+    loss = squared_errors(model, row, t, model.noise(row.seeds)).sum() * 1000
+    for (name, _), g in zip(
+        model.net.named_parameters(), torch.autograd.grad(loss, list(model.net.parameters()), allow_unused=True), strict=True
+    ):
+        torch.testing.assert_close(one[name], torch.zeros_like(one[name]) if g is None else g.square())
+
+
+def test_replay_holds_no_forgotten_label_and_is_generated(class_task):  # T39
+    method = build(SelectiveAmnesia, class_task, **SMALL)
+    rows = class_task.batch({"replay": Draw(200, split=SEEDS)}, 0, 0)["replay"]
+    replay = method.generated(rows, method.kept)
+    assert 2 not in replay.cond
+    assert set(replay.cond.tolist()) == {0, 1, 3, 4, 5}
+    surrogate = method.surrogate_rows(batch_for(method, class_task)["forget"])
+    assert set(surrogate.cond.tolist()) == {2}
+    assert float(surrogate.x.min()) < -0.5
+    assert float(surrogate.x.abs().max()) <= 1
+    other = build(SelectiveAmnesia, class_task, surrogate="override", **SMALL)
+    shown = other.surrogate_rows(batch_for(other, class_task)["forget"])
+    members = other.x[other.cond == 4]
+    assert all(any(torch.equal(x, m) for m in members) for x in shown.x)
+
+
+def test_erasediff_looks_ahead_and_comes_back(points_task, class_task):  # T40
+    for task in (points_task, class_task):
+        method = build(EraseDiff, task, inner_steps=3, lr=1e-2)
+        before = [p.detach().clone() for p in method.params]
+        reached = method.look_ahead(batch_for(method, task)["forget"])
+        assert all(torch.equal(p, b) for p, b in zip(method.params, before, strict=True))
+        assert float(reached) > 0
+        assert not method.optimizer.state  # its own moments stay as they were
+    shared = build(EraseDiff, points_task, inner_steps=2, inner_moments="shared")
+    shared.look_ahead(batch_for(shared, points_task)["forget"])
+    assert shared.optimizer.state
+
+
+def test_erasediff_direction(class_task):  # T40
+    fixed = build(EraseDiff, class_task, weight=0.7)
+    batch = batch_for(fixed, class_task)
+    only_retain = build(EraseDiff, class_task, weight=0.0)
+    unit = build(EraseDiff, class_task, weight=1.0)
+    g, g_r, g_1 = (m.direction(batch)[0] for m in (fixed, only_retain, unit))
+    torch.testing.assert_close(g, g_r + 0.7 * (g_1 - g_r), rtol=1e-6, atol=1e-9)
+    cosines = torch.linspace(-1, 1, 21, dtype=D)
+    lam = adaptive_weight(cosines, 0.1)
+    assert bool(((lam >= 0) & (lam <= 1.1)).all())
+    assert not lam[cosines >= 0.1].any()
+    with pytest.raises(ValueError, match="eta has no effect"):
+        EraseDiffSettings(mode="fixed", eta=0.1)
+    assert EraseDiff.unsuited(EraseDiffSettings(target="relabel"), tiny_model(class_task), Goal("points"))
+
+
+@given(st.integers(0, 10_000), st.floats(1e-3, 2.0))
+@settings(max_examples=100, deadline=None)
+def test_one_level_erasediff_always_descends_the_noise_term(seed, eta):  # E1
+    x, a = torch.randn((2, 7), generator=torch.Generator().manual_seed(seed), dtype=D)
+    dot, a_sq = x @ a, a @ a
+    c = weight(dot, a_sq, eta)
+    g = x + c * a
+    assert float(g @ a) == pytest.approx(max(eta * float(a_sq), float(dot)), rel=1e-9)
+    assert (float(c) == 0) == (float(dot) >= eta * float(a_sq))
+    assert float(weight(dot, torch.zeros_like(a_sq), eta)) == 0
+
+
+def test_noise_target(points_task):  # E2
+    method = build(EraseDiffSISS, points_task, batch_size=400)
+    seeds = [batch_for(method, points_task, step)["forget"].seeds for step in (0, 1)]
+    first, second = (method.noise_target(s) for s in seeds)
+    assert bool(((first >= 0) & (first < 1)).all())
+    assert float(first.mean()) == pytest.approx(0.5, abs=0.02)
+    assert not torch.equal(first, second)
+    normal = build(EraseDiffSISS, points_task, batch_size=400, target="normal").noise_target(seeds[0])
+    assert float(normal.mean()) == pytest.approx(0, abs=0.05)
+
+
+def test_bernoulli_uses_each_row_once(points_task):  # G5, G8
+    method = build(Bernoulli, points_task, lam=0.3, batch_size=16)
+    batch, calls = batch_for(method, points_task), []
+    handle = method.model.net.register_forward_hook(lambda *_: calls.append(1))
+    _, scalars = method.direction(batch)
+    handle.remove()
+    assert len(calls) == 1
+    model, retain, forget = method.model, batch["retain"], batch["forget"]
+    rows_a = model.uniform(retain.seeds, 2)[:, 1] < 0.3
+    eps = model.noise(retain.seeds)
+    with torch.no_grad():
+        t = timesteps(model, retain)
+        losses = [squared_errors(model, r, t, eps).flatten(1).sum(1) for r in (retain, forget)]
+    assert float(scalars["loss_x"]) == pytest.approx(float(losses[0][~rows_a].sum()) / 0.7 / 16)
+    assert float(scalars["loss_a"]) == pytest.approx(float(losses[1][rows_a].sum()) / 16)
+
+
+def test_saturated_siss_is_bernoulli(points_task):  # G5
+    """At the lowest timestep two images hardly overlap: weights are 0 or 1/lam, and both methods take the same step."""
+    more = {"t_sampler": "fixed", "t_low": 0, "lam": 0.5, "batch_size": 16, "clip_norm": None}
+    siss, bernoulli = build(SISS, points_task, **more), build(Bernoulli, points_task, **more)
+    batch = batch_for(siss, points_task)
+    g, scalars = siss.direction(batch)
+    assert float(scalars["activity"]) < 1e-6
+    torch.testing.assert_close(g, bernoulli.direction(batch)[0], rtol=1e-5, atol=1e-7)
+
+
+def test_naive_deletion_from_the_whole_set(points_task):  # G3
+    """N/(N-K) L_X - K/(N-K) L_A is the loss of X without A, with its gradient, on a finite set."""
+    model = tiny_model(points_task, dtype=D)
+    x = points_task.splits["train"].x.to(D)
+    k = len(points_task.splits["forget"])
+    seeds = torch.arange(len(x))
+    model.net.eval()
+
+    def loss(part: slice) -> torch.Tensor:
+        rows = Rows(x[part], None, seeds[part], len(x[part]))
+        return squared_errors(model, rows, timesteps(model, rows), model.noise(rows.seeds)).flatten(1).sum(1).mean()
+
+    n, p = len(x), next(iter(model.net.parameters()))
+    whole, kept, forgotten = loss(slice(0, n)), loss(slice(0, n - k)), loss(slice(n - k, n))
+    split = n / (n - k) * whole - k / (n - k) * forgotten
+    torch.testing.assert_close(split, kept)
+    torch.testing.assert_close(torch.autograd.grad(split, p)[0], torch.autograd.grad(kept, p)[0])
+
+
+def test_two_passes_where_both_terms_have_their_own_image(points_task):  # G8
+    for cls, passes in ((SISSNoIS, 2), (EraseDiffSISS, 2)):
+        method, calls = build(cls, points_task), []
+        handle = method.model.net.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        method.direction(batch_for(method, points_task))
+        handle.remove()
+        assert len(calls) == passes
+
+
+def test_safety_scale():
+    d = torch.tensor([-1.0, -1e-4, 0.0, 0.005, 0.02, 1.0], dtype=D)
+    assert scale(d, 1000.0, 0.01, "at_most_one").tolist() == [1.0, pytest.approx(0.1), 0.0, 1.0, 0.0, 0.0]
+    assert scale(d, 1000.0, 0.01, "at_least_one").tolist() == [1000.0, 1.0, 1.0, 5.0, 0.0, 0.0]
+
+
+def test_safety_guidance_follows_its_recursion():
+    g = torch.Generator().manual_seed(0)
+    hp = SLDSettings(scale=2.0, threshold=0.5, momentum=0.3, beta=0.4, warmup=0.5).model_dump()
+    safe, nu = SafetyGuidance(hp, 4), torch.zeros(3, dtype=D)
+    for i in range(4):
+        p, u, s = torch.randn((3, 3), generator=g, dtype=D)
+        mu = torch.where(p - s < 0.5, (2.0 * (p - s).abs()).clamp(max=1), 0)
+        step = mu * (s - u) + 0.3 * nu
+        nu = 0.4 * nu + 0.6 * step
+        expected = u + 7.5 * (p - u - (step if i >= 2 else 0))
+        torch.testing.assert_close(safe(p, u, s, 7.5), expected)
+
+
+def test_safe_sampling_changes_samples_and_no_weight(class_task):
+    model = tiny_model(class_task)
+    before, digest = digest_state(model.net.state_dict()), model.digest
+    cond, seeds = torch.tensor([2, 0, 6]), torch.arange(3)
+    plain = model.sample(cond, seeds, 4, 1.5)
+    hp = SLDSettings(mu="at_least_one", scale=1.0, warmup=0.0)
+    method = SLD(model, hp, {}, class_task.goal)
+    assert method.steps == 0
+    assert method.finish()["distance"] == 0
+    assert digest_state(model.net.state_dict()) == before
+    assert model.digest != digest
+    safe = model.sample(cond, seeds, 4, 1.5)
+    assert not torch.equal(safe[0], plain[0])
+    assert torch.isfinite(safe).all()
+    # under the concept itself the at-most-one rule sees no difference and does nothing
+    model.sampler = {"kind": "safe", "concept": 2} | SLDSettings(warmup=0.0).model_dump()
+    torch.testing.assert_close(model.sample(cond, seeds, 4, 1.5)[0], plain[0])
