@@ -235,13 +235,13 @@ class Method(ABC):
     def step(self, batch: Batch) -> Scalars:
         """One step. Returns diagnostics; raises Diverged on a value that is not finite."""
 
-    def watch(self, finite: torch.Tensor, scalars: Scalars) -> None:
-        """Raises Diverged if a flag is false; on a GPU it looks at the flags of `CHECK_EVERY` steps at once."""
-        self._finite = finite & getattr(self, "_finite", finite)
-        if finite.device.type == "cpu" or self.done % CHECK_EVERY == 0:
-            if not bool(self._finite):
+    def watch(self, norm: torch.Tensor, scalars: Scalars) -> None:
+        """Raises Diverged if the norm of a gradient is not finite; on a GPU it looks at `CHECK_EVERY` steps at once."""
+        self._norms = norm + getattr(self, "_norms", 0.0)
+        if norm.device.type == "cpu" or self.done % CHECK_EVERY == 0:
+            if not math.isfinite(self._norms):
                 raise Diverged(f"step {self.done}: the gradient is not finite ({_describe(scalars)})")
-            del self._finite
+            del self._norms
 
     def finish(self) -> dict[str, float]:
         """Completes the candidate and returns diagnostics: the distance to the start, over all weights and per block."""
@@ -279,6 +279,7 @@ class Descent(Method):
     ):
         super().__init__(model, hyperparameters, prepared, goal)
         self.optimizer = self.adam(self.params)
+        self._room: dict[int, torch.Tensor] = {}
 
     def adam(self, params: list[torch.Tensor]) -> torch.optim.AdamW:
         """An optimiser with this method's settings."""
@@ -286,6 +287,13 @@ class Descent(Method):
         return torch.optim.AdamW(
             params, lr=hp.lr, betas=(hp.beta1, hp.beta2), weight_decay=hp.weight_decay, fused=True
         )
+
+    def gradient(self, loss: torch.Tensor, which: int = 0, keep_graph: bool = False) -> torch.Tensor:
+        """The flat gradient of the global loss. A method that needs several at once numbers them: each number has its
+        own memory, used again at every step, and the vector may be changed in place."""
+        if which not in self._room:
+            self._room[which] = gradients.empty(self.params)
+        return gradients.flat(loss, self.params, keep_graph, self._room[which])
 
     @abstractmethod
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
@@ -298,9 +306,10 @@ class Descent(Method):
         """One optimiser step. Returns diagnostics; raises Diverged on a value that is not finite."""
         self.model.net.train()
         flat, scalars = self.direction(batch)
-        self.watch(torch.isfinite(flat).all(), scalars)
+        norm = flat.norm()
+        self.watch(norm, scalars)
         if self.hp.clip_norm is not None:
-            gradients.clip(flat, self.hp.clip_norm)
+            gradients.clip(flat, norm, self.hp.clip_norm)
         self.constrain(flat)
         gradients.assign(self.params, flat)
         self.optimizer.step()

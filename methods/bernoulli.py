@@ -46,8 +46,8 @@ class Bernoulli(SubtractedScores):
         errors = squared_errors(self.model, rows, t, self.model.noise(rows.seeds)).flatten(1).sum(1)
         loss_x = torch.where(from_forget, 0, errors).sum() / (1 - self.hp.lam) / rows.total
         loss_a = torch.where(from_forget, errors, 0).sum() / rows.total
-        g_x = gradients.flat(loss_x, self.params, keep_graph=True)
-        g_a = gradients.flat(loss_a, self.params)
+        g_x = self.gradient(loss_x, 0, keep_graph=True)
+        g_a = self.gradient(loss_a, 1)
         stats = gradients.scalars(loss_x=loss_x, loss_a=loss_a, share_a=from_forget.sum() / rows.total)
         direction, scalars = self.combine(g_x, g_a)
         return direction, stats | scalars

@@ -74,9 +74,9 @@ class EraseDiff(Descent):
         retain, forget = batch["retain"], batch["forget"]
         reached = self.look_ahead(forget)
         forget_loss = self.forget_loss(forget)
-        g_f = gradients.flat(forget_loss, self.params)
+        g_f = self.gradient(forget_loss, 1)
         retain_loss = mean_loss(self.model, retain)
-        g_r = gradients.flat(retain_loss, self.params)
+        g_r = self.gradient(retain_loss)
         cosine = gradients.cosine(*gradients.products(g_r, g_f))
         if self.hp.mode == "fixed":
             lam = torch.full_like(cosine, DEFAULT if self.hp.weight is None else self.hp.weight)
@@ -95,7 +95,7 @@ class EraseDiff(Descent):
         losses = []
         for k in range(self.hp.inner_steps):
             loss = self.forget_loss(rows.reseeded(k + 1))
-            gradients.assign(self.params, gradients.flat(loss, self.params))
+            gradients.assign(self.params, self.gradient(loss))
             optimizer.step()
             losses.append(loss.detach())
         with torch.no_grad():

@@ -48,10 +48,10 @@ class EraseDiffSISS(Descent):
         retain, forget, model = batch["retain"], batch["forget"], self.model
         t, eps = timesteps(model, retain), model.noise(retain.seeds)
         loss_x = squared_errors(model, retain, t, eps).flatten(1).sum(1).sum() / retain.total
-        g_x = gradients.flat(loss_x, self.params)
+        g_x = self.gradient(loss_x)
         output = model.eps(model.add_noise(forget.x, eps, t), t, forget.cond)
         loss_a = (output - self.noise_target(forget.seeds)).square().flatten(1).sum(1).sum() / forget.total
-        g_a = gradients.flat(loss_a, self.params)
+        g_a = self.gradient(loss_a, 1)
         dot, x_sq, a_sq = gradients.products(g_x, g_a)
         c = weight(dot, a_sq, self.hp.eta)
         scalars = gradients.scalars(loss_x=loss_x, loss_a=loss_a)

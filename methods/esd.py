@@ -83,7 +83,7 @@ class ESD(Descent):
             y = target(self.base.eps(x_t, t, cond), self.base.eps(x_t, t, null), self.hp.eta)
         model.net.train()
         loss = (model.eps(x_t, t, cond) - y).square().flatten(1).mean(1).sum() / rows.total
-        return gradients.flat(loss, self.params), gradients.scalars(loss=loss)
+        return self.gradient(loss), gradients.scalars(loss=loss)
 
     def partial_samples(self, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_t, t): each row sampled under the concept up to a random step of the run, t uniform inside that step."""

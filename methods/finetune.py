@@ -39,4 +39,4 @@ class Finetune(Descent):
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         loss = mean_loss(self.model, batch["retain"])
-        return gradients.flat(loss, self.params), gradients.scalars(retain_loss=loss)
+        return self.gradient(loss), gradients.scalars(retain_loss=loss)

@@ -67,7 +67,7 @@ class GradDiff(Descent):
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         g_forget, forget_loss, truncated = self.forget_gradient(batch["forget"])
         retain_loss = mean_loss(self.model, batch["retain"])
-        g_retain = gradients.flat(retain_loss, self.params)
+        g_retain = self.gradient(retain_loss, 1)
         scalars = gradients.scalars(forget_loss=forget_loss, retain_loss=retain_loss, truncated=truncated)
         products = gradients.products(g_forget, g_retain)
         return self.combine(g_forget, g_retain, products), scalars | {"cosine": gradients.cosine(*products)}
@@ -85,7 +85,7 @@ class GradDiff(Descent):
         loss = errors.detach().flatten(1).mean(1).sum() / rows.total
         errors, cut = truncate_elements(errors, self.model.x0_error_weight(t), self.hp.trunc_elem_sq)
         truncated = cut.double().flatten(1).mean(1).sum() / rows.total
-        gradient = gradients.flat(-errors.flatten(1).mean(1).sum() / rows.total, self.params)
+        gradient = self.gradient(-errors.flatten(1).mean(1).sum() / rows.total)
         if self.hp.trunc_batch_loss is not None:
             stop = gradients.scalars(loss=loss)["loss"] > self.hp.trunc_batch_loss
             gradient.masked_fill_(stop, 0.0)

@@ -34,15 +34,22 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def flat(loss: torch.Tensor, params: Sequence[torch.Tensor], keep_graph: bool = False) -> torch.Tensor:
+def flat(
+    loss: torch.Tensor, params: Sequence[torch.Tensor], keep_graph: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The gradient of the global loss as one vector; a parameter that the loss does not reach contributes zeros.
 
-    Afterwards the `.grad` of `params` are views of the vector.
+    The vector is `out`, overwritten, if it is given. Afterwards the `.grad` of `params` are views of it.
     """
-    vector = torch.zeros(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
+    vector = empty(params).zero_() if out is None else out.zero_()
     assign(params, vector)
     torch.autograd.backward(loss, inputs=list(params), retain_graph=keep_graph)
     return sum_over_ranks(vector)
+
+
+def empty(params: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Room for one flat gradient of `params`."""
+    return torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
 
 
 def assign(params: Sequence[torch.Tensor], vector: torch.Tensor) -> None:
@@ -57,9 +64,9 @@ def split(params: Sequence[torch.Tensor], vector: torch.Tensor) -> list[torch.Te
     return [piece.view_as(p) for piece, p in zip(pieces, params, strict=True)]
 
 
-def clip(vector: torch.Tensor, limit: float) -> None:
-    """Scales `vector` in place to an L2 norm of at most `limit`, as `torch.nn.utils.clip_grad_norm_` does."""
-    vector.mul_((limit / (vector.norm() + 1e-6)).clamp(max=1.0))
+def clip(vector: torch.Tensor, norm: torch.Tensor, limit: float) -> None:
+    """Scales `vector` of L2 norm `norm` in place to at most `limit`, as `torch.nn.utils.clip_grad_norm_` does."""
+    vector.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def scalars(**parts: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from methods.recall import contrastive
 
 EXCLUDED = {
     "clip": ("bias", "logit_scale", "position", "embedding", "norm", "ln_"),
-    "diffusion": ("bias", "position", "norm", "time_emb"),
+    "diffusion": ("bias", "position", "norm", "time_embedding"),
 }
 
 

@@ -41,4 +41,4 @@ class NegGrad(Descent):
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         loss = mean_loss(self.model, batch["forget"])
-        return gradients.flat(-self.hp.superfactor * loss, self.params), gradients.scalars(forget_loss=loss)
+        return self.gradient(-self.hp.superfactor * loss), gradients.scalars(forget_loss=loss)

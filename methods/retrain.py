@@ -68,7 +68,7 @@ class Retrain(Descent):
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         loss = mean_loss(self.model, self.drop_labels(batch[self.hp.split]))
-        return gradients.flat(loss, self.params), gradients.scalars(loss=loss)
+        return self.gradient(loss), gradients.scalars(loss=loss)
 
     def drop_labels(self, rows: Rows) -> Rows:
         """`rows` with the null label in place of a share `label_drop` of the labels."""

@@ -85,7 +85,7 @@ class SalUn(Descent):
         errors = (model.predict(x_t, t, forget.cond) - teacher).square()
         relabel_loss = errors.flatten(1).mean(1).sum() / forget.total
         retain_loss = mean_loss(model, batch["retain"])
-        gradient = gradients.flat(relabel_loss + self.hp.alpha * retain_loss, self.params)
+        gradient = self.gradient(relabel_loss + self.hp.alpha * retain_loss)
         return gradient, gradients.scalars(relabel_loss=relabel_loss, retain_loss=retain_loss)
 
     def constrain(self, flat: torch.Tensor) -> None:

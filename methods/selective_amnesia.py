@@ -92,7 +92,7 @@ class SelectiveAmnesia(Descent):
             squared_errors(self.model, rows, timesteps(self.model, rows), self.model.noise(rows.seeds)).sum() / rows.total
             for rows in (forget, replay)
         ]
-        flat = gradients.flat(losses[0] + self.hp.gamma * losses[1], self.params)
+        flat = self.gradient(losses[0] + self.hp.gamma * losses[1])
         theta = torch.cat([p.detach().reshape(-1) for p in self.params])
         penalty = ewc_penalty(theta, self.theta0, self.fisher)
         flat.addcmul_(self.fisher, theta.sub_(self.theta0), value=2 * self.hp.lam)

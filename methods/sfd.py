@@ -84,6 +84,7 @@ class SFD(Method):
             torch.optim.Adam(params, lr=lr, betas=betas, fused=True)
             for params, lr in ((self.fake_params, hyperparameters.lr_fake), (self.params, hyperparameters.lr))
         ]
+        self.room = [gradients.empty(params) for params in (self.fake_params, self.params)]
         self.ema = [p.detach().clone() for p in self.params]
 
     @classmethod
@@ -136,8 +137,8 @@ class SFD(Method):
     def update(self, which: int, parts: list[torch.Tensor], scalars: Scalars) -> None:
         """One Adam step of the fake score (0) or the generator (1) along the sum of this rank's parts of a loss."""
         params = (self.fake_params, self.params)[which]
-        flat = gradients.flat(torch.stack(parts).sum(), params)
-        self.watch(torch.isfinite(flat).all(), scalars)
+        flat = gradients.flat(torch.stack(parts).sum(), params, out=self.room[which])
+        self.watch(flat.norm(), scalars)
         if self.hp.clip_value is not None:
             flat.clamp_(-self.hp.clip_value, self.hp.clip_value)
         gradients.assign(params, flat)

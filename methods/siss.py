@@ -136,8 +136,8 @@ class SISS(SubtractedScores):
             errors = (output - target).square().flatten(1).sum(1)
             # where the weight underflows to 0 the error can be huge; its product is 0, never NaN
             losses.append(torch.where(weight > 0, weight.to(errors.dtype) * errors, 0.0).sum() / rows.total)
-        g_x = gradients.flat(losses[0], self.params, keep_graph=True)
-        g_a = gradients.flat(losses[1], self.params)
+        g_x = self.gradient(losses[0], 0, keep_graph=True)
+        g_a = self.gradient(losses[1], 1)
         p = w_a * self.hp.lam
         stats = gradients.scalars(
             loss_x=losses[0],

@@ -30,7 +30,7 @@ class SISSNoIS(SubtractedScores):
         losses = [
             squared_errors(self.model, rows, t, eps).flatten(1).sum(1).sum() / rows.total for rows in (retain, forget)
         ]
-        g_x, g_a = (gradients.flat(loss, self.params) for loss in losses)
+        g_x, g_a = (self.gradient(loss, k) for k, loss in enumerate(losses))
         stats = gradients.scalars(loss_x=losses[0], loss_a=losses[1])
         direction, scalars = self.combine(g_x, g_a)
         return direction, stats | scalars

@@ -11,7 +11,8 @@ descends in the Stable Diffusion and VLM searches: `direction` names both. Gradi
 original weights and their edits added (`edited`).
 
 Losses: for CLIP, forget = 1 - cos(image, caption), retain = symmetric InfoNCE (its batch size matters); for a diffusion
-model, the diffusion loss on both sets, in `passes` draws of noise and timestep per row. Weights are in evaluation mode,
+model, the diffusion loss on both sets, in `passes` draws of noise and timestep per forget row and about as many rows of
+the retain set. Weights are in evaluation mode,
 gradients are cleared between batches, retain captions are the data set's own; the release's Hugging Face path does none
 of these. Eligible tensors are those of two dimensions and more whose name holds none of `layers.EXCLUDED`.
 
@@ -47,7 +48,7 @@ class SLUGSettings(Hyperparameters):
     bisection: int = Field(0, ge=0, le=30, description="evaluations of the paper's step search (paper: 10); 0: off")
     target: float = Field(0.0, ge=0, lt=1, description="forget accuracy at which the search counts as done (released: 0)")
     batch_size: int = Field(16, ge=1, description="rows per batch of the two passes, and of an evaluation (released: 16)")
-    passes: int = Field(8, ge=1, description="draws of noise and timestep per row, for diffusion models")
+    passes: int = Field(32, ge=1, description="draws of noise and timestep per forget row, for diffusion models")
 
 
 class SLUG(Method):
@@ -84,11 +85,12 @@ class SLUG(Method):
         """`forget/NAME` for each eligible tensor, and `statistics/NAME` = (|theta|^2, |g_f|^2, <g_f, g_r>, |g_r|^2)."""
         names = eligible(model)
         theta = dict(model.net.named_parameters())
-        passes = 1 if contrastive(model) else hyperparameters.passes
-        g_f, g_r = (
-            gradient_pass(model, task, split, loss, names, hyperparameters.batch_size, passes, seed)
-            for split, loss in (("forget", forget_loss), ("retain", retain_loss))
-        )
+        size, passes, count = hyperparameters.batch_size, (1, 1), (len(task.all_rows(s, seed).x) for s in ("forget", "retain"))
+        if not contrastive(model):
+            forget, retain = count
+            passes = hyperparameters.passes, -(-hyperparameters.passes * forget // retain)
+        g_f = gradient_pass(model, task, "forget", forget_loss, names, size, passes[0], seed)
+        g_r = gradient_pass(model, task, "retain", retain_loss, names, size, passes[1], seed)
         tensors = {}
         for name in names:
             f, r, w = (v.double().reshape(-1) for v in (g_f[name], g_r[name], theta[name].detach()))

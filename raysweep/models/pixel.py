@@ -120,13 +120,14 @@ class PixelDDPM:
         height, width = (size, size) if isinstance(size, int) else size
         return self.net.config.in_channels, height, width
 
+    # diffusers' own `dtype` walks through every module at each look, a tenth of a step of a small network
     @property
     def dtype(self) -> torch.dtype:
-        return self.net.dtype
+        return next(self.net.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return self.net.device
+        return next(self.net.parameters()).device
 
     def to(self, device: torch.device) -> PixelDDPM:
         """Moves the network and its schedule in place."""

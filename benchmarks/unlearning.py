@@ -1,14 +1,14 @@
 """Do they unlearn? Every method with equal budgets and several seeds, next to base, oracle and two controls.
 
-    python benchmarks/methods.py class            # forget a digit
-    python benchmarks/methods.py points           # forget a memorised picture
-    python benchmarks/methods.py class --methods rgd,siss --trials 6 --seeds 3 --jobs 2
+    python benchmarks/unlearning.py class            # forget a digit
+    python benchmarks/unlearning.py points           # forget a memorised picture
+    python benchmarks/unlearning.py class --methods rgd,siss --trials 4 --seeds 3 --jobs 2
 
 For each (method, seed) a study of `--trials` trials runs as a sweep would: the method's search space, the papers' settings
 first, then Optuna's TPE on residue and damage of the probe. The best trial by the probe is audited on fresh seeds by the
 other judge, and so are two controls made from it: each changed tensor moved by as much in a random direction, and in the
 opposite direction. "Best" is the largest min(UA, RA) for a class and the smallest max(residue, damage) for a picture, and
-a candidate beats a control if it is better in the same sense. Results go to `benchmarks/results/methods-KIND.json`, where
+a candidate beats a control if it is better in the same sense. Results go to `benchmarks/results/unlearning-KIND.json`, where
 finished (method, seed) pairs are found again, and are printed as a table: mean over seeds, 95 % Student-t interval.
 """
 
@@ -155,13 +155,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=sorted(TASKS))
     parser.add_argument("--methods", help="comma-separated; default: all that serve the task")
-    parser.add_argument("--trials", type=int, default=6)
+    parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     serving = [m for m in method_names() if args.kind in resolve("method", m).kinds]
     wanted = args.methods.split(",") if args.methods else serving
-    path = RESULTS / f"methods-{args.kind}.json"
+    path = RESULTS / f"unlearning-{args.kind}.json"
     RESULTS.mkdir(exist_ok=True)
     kept = json.loads(path.read_text())["results"] if path.is_file() else []
     done = {(r["method"], r["seed"]) for r in kept}
