@@ -88,7 +88,7 @@ class Context:
         return AuditRequest(
             subject=subject, method=method, model=model, digest=digest, tier_name=tier_name, tier=tier, judge=judge,
             judge_digest=judge_digest, task=str(self.folder.task), task_digest=self.task_digest, run=self.run,
-            code=audit_code(), cache=cache,
+            code=audit_code(), cache=cache, references=str(Path(self.cache).parent / "references"),
         )  # fmt: skip
 
     def anchor_requests(self, tier_name: str, tier: Tier) -> dict[str, AuditRequest]:

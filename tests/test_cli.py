@@ -25,6 +25,9 @@ SURFACE = {
 }
 
 
+ONE = ["validate", "task=digits-class", "search.trials=2"]
+
+
 def call(*arguments: str):
     return CliRunner().invoke(main, list(arguments))
 
@@ -62,6 +65,20 @@ def test_every_command_helps():
         (["validate", "task=digits-class", "task.forget=11"], ["class 11 is not in the data"]),
         (["validate", "spaces={rgd: {lamda: {log: [1, 2]}}}"], ["lamda", "'lam'"]),
         (["validate", "spaces={rgd: {lam: {log: [2, 1]}}}"], ["inverted"]),
+        (["validate", "spaces={rgd: {lam: -1}}"], ["spaces.rgd", "lam", "greater than or equal to 0"]),
+        (["validate", "spaces={siss: {lam: 1.5}}"], ["spaces.siss", "lam", "less than or equal to 1"]),
+        ([*ONE, "methods=[sfd]", "spaces={sfd: {alpha: 0}}"], ["spaces.sfd", "alpha", "greater than 0"]),
+        ([*ONE, "methods=[salun]", "spaces={salun: {fraction: 0}}"], ["spaces.salun", "fraction", "greater than 0"]),
+        ([*ONE, "methods=[sfd]", "task.override=3"], ["override", "must differ from the forgotten class 3"]),
+        ([*ONE, "methods=[slug]", "spaces={slug: {layer: mid_block.resnets.0.conv1.wight}}"],
+         ["spaces.slug", "layer", "mid_block.resnets.0.conv1.weight"]),
+        ([*ONE, "methods=[esd]", "spaces={esd: {layers: x_strict}}"], ["spaces.esd", "x_strict", "valid: x, u, full"]),
+        ([*ONE, "methods=[rgd]", "spaces={rgd: {retain_groups: [3]}}"], ["retain_groups", "[3]", "not among the retained"]),
+        (["validate", "methods=[erasediff]", "search.trials=2", "spaces={erasediff: {target: relabel}}"],
+         ["target", "needs classes", "valid here"]),
+        ([*ONE, "methods=[selective_amnesia]", "spaces={selective_amnesia: {guidance: {uniform: [1, 2]}}}"],
+         ["guidance", "decides what is prepared", "fixed or a choice"]),
+        (["validate", "methods=[slug]", "search.trials=2"], ["slug cannot serve", "class or concept", "'points'"]),
         (["validate", "resources.slots=500"], ["do not fit"]),
         (["validate", "audit.probe.checks=[fidelity]"], ["missing", "objective"]),
         (["validate", "task.base=nowhere"], ["nowhere"]),

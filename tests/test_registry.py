@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from tiny import ROOT
@@ -11,11 +12,13 @@ from tiny import ROOT
 import search_spaces
 from evaluators.base import Evaluator
 from methods.base import Method
+from raysweep.artifacts import training_code
 from raysweep.registry import EVALUATORS, METHODS, TASKS, UnknownName, names, resolve
+from raysweep.run import refusals
 
 
 def test_tables_match_the_files():
-    helpers = {"__init__", "base", "gradients"}
+    helpers = {"__init__", "base", "gradients", "layers", "recall"}
     assert set(METHODS) == {p.stem for p in (ROOT / "methods").glob("*.py")} - helpers
     assert set(METHODS) == set(search_spaces.names())
     helpers = {"__init__", "base", "statistics", "judge"}
@@ -53,6 +56,41 @@ def test_other_packages_add_methods_by_entry_point(tmp_path):
         "assert spaces.load('extra').parameters[0].name == 'lr'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=_env(f"{tmp_path}:{ROOT}"), timeout=120)
+
+
+def test_a_method_for_other_models_is_refused_with_every_reason(class_task):
+    class TextOnly(Method):
+        name = "text_only"
+        families = frozenset({"clip"})
+        kinds = frozenset({"concept"})
+        needs = frozenset({"forget", "prompts"})
+
+    reasons = refusals(TextOnly, class_task)
+    assert reasons == [
+        "it works on clip models, and the task's is pixel-ddpm",
+        "it forgets concept, and the task is of kind 'class'",
+        "it needs the prompts set",
+    ]
+
+
+def test_other_methods_do_not_make_artifacts_stale(monkeypatch, tmp_path):
+    """The code that a method's artifacts depend on is its own, what it imports, the handles and the task."""
+    before = {m: training_code(f"methods.{m}") for m in METHODS}
+    assert len(set(before.values())) == len(METHODS)
+    real, rgd = find_spec, tmp_path / "rgd.py"
+    rgd.write_text((ROOT / "methods" / "rgd.py").read_text() + "# changed\n")
+
+    def changed(name):
+        spec = real(name)
+        if name == "methods.rgd":
+            spec.origin = str(rgd)
+        return spec
+
+    monkeypatch.setattr("raysweep.artifacts.find_spec", changed)
+    training_code.cache_clear()
+    after = {m: training_code(f"methods.{m}") for m in METHODS}
+    training_code.cache_clear()
+    assert {m for m in METHODS if after[m] != before[m]} == {"rgd", "rg"}
 
 
 def test_methods_and_evaluators_work_without_the_engine():

@@ -10,14 +10,15 @@ from typing import Any
 import ray
 
 from raysweep.config import Tier
-from raysweep.store import ROWS, SCORES, digest_of, read_table, write_bytes, write_table
+from raysweep.store import ROWS, SCORES, StoreError, digest_of, read_table, write_bytes, write_table
 
 
 @dataclass(frozen=True)
 class AuditRequest:
     """One model to be measured in one tier. model: its folder, or None for a freshly initialised (destroyed) one.
 
-    cache: folder where the audits of anchors outlive the run.
+    cache: folder where the audits of anchors outlive the run. references: folder of features of real images, which all
+    models under one judge are compared with.
     """
 
     subject: str
@@ -33,6 +34,7 @@ class AuditRequest:
     run: str
     code: str = ""
     cache: str | None = None
+    references: str | None = None
 
     @property
     def key(self) -> str:
@@ -81,7 +83,8 @@ class Auditor:
             model = PixelDDPM.build(task.model, derive_seed("destroyed"))
         else:
             model = PixelDDPM.load(request.model)
-        result = measure(model.to(_device()), task, self._judge(request.judge), request.tier)
+        judge = self._judge(request.judge)
+        result = measure(model.to(_device()), task, judge, request.tier, self._reference(request, task, judge))
         common = {
             "subject": request.subject, "method": request.method, "subject_digest": request.digest,
             "tier": request.tier_name, "paired_with": "", "level": 0.95, "seed": request.tier.seed,
@@ -114,6 +117,27 @@ class Auditor:
         if folder not in self.kept:
             self.kept[folder] = Task.load(Path(folder))
         return self.kept[folder]
+
+    def _reference(self, request: AuditRequest, task: Any, judge: Any):
+        """The judge's features of the retained images: from memory, else from the cache, else computed and kept there."""
+        from evaluators.base import judged
+        from raysweep.artifacts import load_tensors, save_tensors
+
+        key = digest_of(request.task_digest, request.judge_digest, request.code)
+        path = None if request.references is None else Path(request.references) / f"{key}.safetensors"
+        if key not in self.kept:
+            features = None
+            if path is not None and path.is_file():
+                with contextlib.suppress(StoreError, KeyError):  # cut short or foreign: made again
+                    features = load_tensors(path)["features"].numpy()
+            if features is None:
+                features = judged(judge.features, task.splits["retain"].x)
+                if path is not None:
+                    import torch
+
+                    save_tensors(path, {"features": torch.from_numpy(features)})
+            self.kept[key] = features
+        return self.kept[key]
 
     def _judge(self, path: str):
         if path not in self.kept:

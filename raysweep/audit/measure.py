@@ -37,14 +37,21 @@ class Measurement:
     seconds: float = 0.0
 
 
-def measure(model: PixelDDPM, task: Task, judge: torch.nn.Module, tier: Tier) -> Measurement:
-    """All checks of `tier` on `model`. Deterministic in (model, task, judge, tier)."""
+def measure(
+    model: PixelDDPM, task: Task, judge: torch.nn.Module, tier: Tier, reference: np.ndarray | None = None
+) -> Measurement:
+    """All checks of `tier` on `model`. Deterministic in (model, task, judge, tier).
+
+    `reference`: the judge's features of the retained images, if they are at hand.
+    """
     started = time.monotonic()
 
     def seeds(stream: str, count: int) -> torch.Tensor:
         return row_seeds(derive_seed("audit", tier.seed, stream), 0, count)
 
     subject = Subject(model, task, judge.eval(), tier.sizes(), seeds)  # type: ignore[arg-type]
+    if reference is not None:
+        subject.once("reference", lambda: reference)
     result = Measurement()
     for name in tier.checks_for(task):
         evaluator: Evaluator = resolve("evaluator", name)()
