@@ -44,6 +44,7 @@ _grounds: dict[str, Ground] = {}
 
 
 def ground(kind: str) -> Ground:
+    """This process's ground."""
     if kind not in _grounds:
         _grounds[kind] = Ground(f"task=digits-{'class' if kind == 'class' else 'picture'}", "oracles=3")
     return _grounds[kind]
@@ -70,8 +71,11 @@ def verdict(differences: list[float], margin: float = 0.0) -> dict[str, Any]:
 
 
 def rg_beats_graddiff() -> dict[str, Any]:
+    """Both methods over a grid of lam; damage interpolated at equal residue."""
     lams, settings = (8.0, 4.0, 2.0, 1.0, 0.5), {"lr": 1.5e-4, "steps": 24, "batch_size": 64, "trunc_elem_sq": None}
-    curves = {m: [[made("points", m, settings | {"lam": lam}, s) for lam in lams] for s in SEEDS] for m in ("graddiff", "rg")}
+    curves = {
+        m: [[made("points", m, settings | {"lam": lam}, s) for lam in lams] for s in SEEDS] for m in ("graddiff", "rg")
+    }
 
     def at(curve: list[dict[str, float]], residue: float) -> float:
         points = sorted((c["residue"], c["damage"]) for c in curve)
@@ -82,6 +86,7 @@ def rg_beats_graddiff() -> dict[str, Any]:
 
 
 def balanced_beats_near() -> dict[str, Any]:
+    """The ablation of the retain set: two near classes against nine, 162 rows in both."""
     common = {"lr": 1e-3, "steps": 20, "batch_size": 64, "lam": 1.0, "trunc_elem_sq": 1.0, "retain_pass": "balanced"}
     near = [made("class", "rgd", common | {"retain_groups": (5, 8), "retain_per_group": 81}, s) for s in SEEDS]
     nine = [made("class", "rgd", common | {"retain_per_group": 18}, s) for s in SEEDS]
@@ -99,6 +104,7 @@ def _siss(lam: float, seed: int) -> dict[str, float]:
 
 
 def siss_on_the_front() -> dict[str, Any]:
+    """SISS between its two extremes."""
     naive = [made("points", "finetune", {"lr": 4e-4, "steps": 24, "batch_size": 64}, s) for s in SEEDS]
     ascent = [made("points", "neggrad", {"lr": 3e-4, "steps": 10, "batch_size": 64}, s) for s in SEEDS]
     middle = [_siss(0.5, s) for s in SEEDS]
@@ -110,18 +116,34 @@ def siss_on_the_front() -> dict[str, Any]:
 
 
 def siss_middle_lam() -> dict[str, Any]:
+    """The defensive mixture against its ends."""
     found = {str(lam): [_siss(lam, s) for s in SEEDS] for lam in (0.0, 0.5, 1.0)}
     worst = {lam: [max(f["residue"], f["damage"]) for f in each] for lam, each in found.items()}
     ends = {e: verdict([a - b for a, b in zip(worst[e], worst["0.5"], strict=True)]) for e in ("0.0", "1.0")}
     kinds = {v["verdict"] for v in ends.values()}
     outcome = "confirmed" if kinds == {"confirmed"} else "contradicted" if "contradicted" in kinds else "undecided"
-    return {"verdict": outcome, "what": "max(residue, damage) of an end minus the middle's", "ends": ends, "models": found}
+    return {
+        "verdict": outcome,
+        "what": "max(residue, damage) of an end minus the middle's",
+        "ends": ends,
+        "models": found,
+    }
 
 
-SFD = {"steps": 80, "batch_size": 32, "forget_batch_size": 8, "lr": 5e-4, "lr_fake": 1e-3, "t_min": 38, "t_max": 980, "ema": 0.97}
+SFD = {
+    "steps": 80,
+    "batch_size": 32,
+    "forget_batch_size": 8,
+    "lr": 5e-4,
+    "lr_fake": 1e-3,
+    "t_min": 38,
+    "t_max": 980,
+    "ema": 0.97,
+}
 
 
 def sfd_keeps_quality() -> dict[str, Any]:
+    """One-step generators distilled with and without forgetting, equal steps."""
     plain = [made("class", "sfd", SFD | {"forget": 0.0, "fake_forget": 0.0}, s) for s in SEEDS]
     forgot = [made("class", "sfd", SFD | {"forget": 1.0, "fake_forget": 1.0}, s) for s in SEEDS]
     start = made("class", "sfd", SFD | {"steps": 0}, 0)
@@ -133,14 +155,25 @@ def sfd_keeps_quality() -> dict[str, Any]:
 
 
 def two_stage_is_sooner() -> dict[str, Any]:
+    """Unlearning accuracy after few steps, from the base model and from a distilled generator."""
     common = SFD | {"forget": 0.3, "fake_forget": 1.0, "ema": 0.0}
-    stage1 = {"stage1_steps": 80, "stage1_batch_size": 32, "stage1_lr": 5e-4, "stage1_lr_fake": 1e-3, "stage1_ema": 0.97}
+    stage1 = {
+        "stage1_steps": 80,
+        "stage1_batch_size": 32,
+        "stage1_lr": 5e-4,
+        "stage1_lr_fake": 1e-3,
+        "stage1_ema": 0.97,
+    }
     counts = (4, 8, 16, 32)
     one = [[made("class", "sfd", common | {"steps": k}, s) for k in counts] for s in SEEDS]
     two = [[made("class", "sfd_two_stage", common | stage1 | {"steps": k}, s) for k in counts] for s in SEEDS]
     mean = lambda run: float(np.mean([m["ua"] for m in run]))  # noqa: E731
     differences = [mean(b) - mean(a) for a, b in zip(one, two, strict=True)]
-    return verdict(differences) | {"what": f"UA averaged over {counts} steps, two stages minus one", "one": one, "two": two}
+    return verdict(differences) | {
+        "what": f"UA averaged over {counts} steps, two stages minus one",
+        "one": one,
+        "two": two,
+    }
 
 
 def _layers(prepared: dict[str, torch.Tensor], hp: SLUGSettings, score: Callable[[str], float]) -> dict[str, Any]:
@@ -155,6 +188,7 @@ def _layers(prepared: dict[str, torch.Tensor], hp: SLUGSettings, score: Callable
 
 
 def slug_pareto_layers() -> dict[str, Any]:
+    """Every eligible tensor of the U-Net edited by itself, at three steps."""
     g, hp = ground("class"), SLUGSettings(batch_size=64)
     prepared = g.prepared(SLUG, hp)
     tier = Tier(seed=3, judge="probe", checks=("classifier",), samples=90, class_samples=50, groups=5)
@@ -171,6 +205,7 @@ def slug_pareto_layers() -> dict[str, Any]:
 
 
 def slug_pareto_on_clip() -> dict[str, Any]:
+    """Every eligible tensor of a CLIP edited by itself, at six steps, for each of ten digits."""
     from clip_digits import WORDS, Digits
 
     digits, hp, found = Digits(), SLUGSettings(batch_size=128), {}
@@ -181,7 +216,9 @@ def slug_pareto_on_clip() -> dict[str, Any]:
         def score(layer: str, prepared: dict[str, torch.Tensor] = prepared) -> float:
             best = 0.0
             for step in (0.03, 0.1, 0.2, 0.4, 0.8, 1.6):
-                method = SLUG(digits.copy(), SLUGSettings(layer=layer, step=step, batch_size=128), prepared, digits.goal)
+                method = SLUG(
+                    digits.copy(), SLUGSettings(layer=layer, step=step, batch_size=128), prepared, digits.goal
+                )
                 method.step({})
                 forget, others = digits.accuracy(method.model)
                 best = max(best, min(1 - forget, others))
@@ -198,11 +235,16 @@ def slug_pareto_on_clip() -> dict[str, Any]:
 
 
 def salun_mask_helps() -> dict[str, Any]:
+    """Random labels with half of the weights masked, and with none."""
     common = {"lr": 1e-3, "steps": 20, "batch_size": 32, "alpha": 1.0, "relabel": "random"}
     found = {str(f): [made("class", "salun", common | {"fraction": f}, s) for s in SEEDS] for f in (0.5, 1.0)}
     quality = [float(np.log(a["frechet"] / b["frechet"])) for a, b in zip(found["1.0"], found["0.5"], strict=True)]
     forgets = [b["ua"] - a["ua"] for a, b in zip(found["1.0"], found["0.5"], strict=True)]
-    return verdict(quality) | {"what": "log Frechet distance without minus with the mask", "ua": verdict(forgets), "models": found}
+    return verdict(quality) | {
+        "what": "log Frechet distance without minus with the mask",
+        "ua": verdict(forgets),
+        "models": found,
+    }
 
 
 CLAIMS = (

@@ -77,12 +77,17 @@ class Ground:
         if not path.is_file():
             from evaluators.judge import train_judge
 
-            save_tensors(path, train_judge(self.task.splits[split].x, self.task.splits[split].groups, seed).state_dict())
+            save_tensors(
+                path, train_judge(self.task.splits[split].x, self.task.splits[split].groups, seed).state_dict()
+            )
         return load_judge(path)
 
     def tier(self, name: str) -> Tier:
-        """The sweep's tier "probe" or "audit"."""
-        return getattr(self.sweep.audit, name)
+        """The sweep's tier "probe" or "audit", with no more checks than the benchmarks show."""
+        tier = getattr(self.sweep.audit, name)
+        objectives = tier.model_copy(update={"checks": None}).checks_for(self.task)
+        checks = objectives if name == "probe" else (*objectives, "membership")
+        return tier.model_copy(update={"checks": checks, "full_fidelity": False, "samples": min(400, tier.samples)})
 
     @cached_property
     def judges(self) -> dict[str, torch.nn.Module]:

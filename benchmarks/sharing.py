@@ -14,9 +14,9 @@ import sys
 import time
 from typing import Any
 
-import methods.slug
 from ground import Ground, machine
 
+import methods.slug
 from methods.slug import SLUG, SLUGSettings
 
 PASSES = 32
@@ -49,7 +49,9 @@ def edit(ground: Ground, prepared: dict[str, Any], layer: str, step: float) -> f
     """Seconds of one trial's edit."""
     model = ground.model("base")
     started = time.perf_counter()
-    method = SLUG(model, SLUGSettings(layer=layer, step=min(step, 8.0), batch_size=64, passes=PASSES), prepared, ground.task.goal)
+    method = SLUG(
+        model, SLUGSettings(layer=layer, step=min(step, 8.0), batch_size=64, passes=PASSES), prepared, ground.task.goal
+    )
     method.step({})
     method.finish()
     return time.perf_counter() - started

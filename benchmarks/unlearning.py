@@ -137,10 +137,18 @@ def table(kind: str, results: list[dict[str, Any]], anchors: dict[str, list[dict
     head = ["model", *names, "seconds", "goal", "beats random", "beats opposite"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, found in anchors.items():
-        lines.append("| " + " | ".join([name, *(interval([f[n] for f in found if n in f]) for n in names), "", "", "", ""]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([name, *(interval([f[n] for f in found if n in f]) for n in names), "", "", "", ""])
+            + " |"
+        )
     for method in sorted({r["method"] for r in results}):
         mine = [r for r in results if r["method"] == method and "audit" in r]
-        row = [method, *(interval([r["audit"][n] for r in mine]) for n in names), interval([r["seconds"] for r in mine])]
+        row = [
+            method,
+            *(interval([r["audit"][n] for r in mine]) for n in names),
+            interval([r["seconds"] for r in mine]),
+        ]
         row.append(f"{sum(reached(kind, r['audit']) for r in mine)}/{len(mine)}")
         for how in ("random", "opposite"):
             with_control = [r for r in mine if how in r]
@@ -176,7 +184,11 @@ def main() -> None:
             kept.append(future.result())
             last = kept[-1]
             print(f"{last['method']} seed {last['seed']}: {json.dumps(last.get('audit', {}))}", flush=True)
-            data = {"about": machine() | {"trials": args.trials, "goal": GOALS[args.kind]}, "anchors": anchors, "results": kept}
+            data = {
+                "about": machine() | {"trials": args.trials, "goal": GOALS[args.kind]},
+                "anchors": anchors,
+                "results": kept,
+            }
             save_lines(path, [json.dumps(data, indent=1, default=_plain)])
     print(table(args.kind, [r for r in kept if r["method"] in wanted], anchors))
 

@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from methods import gradients
 
-
 SEEDS = "seeds"  # the split of a draw that asks for seeds alone, for methods that need no data
 CHECK_EVERY = 20  # steps between two looks at the numbers on a GPU, where each look waits for the device
 
@@ -74,6 +73,12 @@ class Goal:
     override_class: int | None = None
     classes: tuple[int, ...] = ()
     concept: tuple[int, ...] | None = None
+
+    @property
+    def override(self) -> int:
+        """The class that stands in for the forgotten one."""
+        assert self.override_class is not None
+        return self.override_class
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -284,9 +289,7 @@ class Descent(Method):
     def adam(self, params: list[torch.Tensor]) -> torch.optim.AdamW:
         """An optimiser with this method's settings."""
         hp = self.hp
-        return torch.optim.AdamW(
-            params, lr=hp.lr, betas=(hp.beta1, hp.beta2), weight_decay=hp.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(params, lr=hp.lr, betas=(hp.beta1, hp.beta2), weight_decay=hp.weight_decay, fused=True)
 
     def gradient(self, loss: torch.Tensor, which: int = 0, keep_graph: bool = False) -> torch.Tensor:
         """The flat gradient of the global loss. A method that needs several at once numbers them: each number has its

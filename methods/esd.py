@@ -45,7 +45,9 @@ class ESD(Descent):
     needs = frozenset()
     families = frozenset({"pixel-ddpm", "text-ddpm"})
     kinds = frozenset({"class", "concept"})
-    forwards_per_step = 5  # two of the base, three of the model; and two per step of the DDIM run, half of it on average
+    forwards_per_step = (
+        5  # two of the base, three of the model; and two per step of the DDIM run, half of it on average
+    )
     Hyperparameters = ESDSettings
     hp: ESDSettings
 

@@ -21,7 +21,19 @@ import torch
 from pydantic import BaseModel, Field
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training, mean_loss, squared_errors, timesteps
+from methods.base import (
+    Batch,
+    Descent,
+    Draw,
+    Goal,
+    Model,
+    Rows,
+    Scalars,
+    Training,
+    mean_loss,
+    squared_errors,
+    timesteps,
+)
 
 
 class GradDiffSettings(Training):
@@ -72,9 +84,7 @@ class GradDiff(Descent):
         products = gradients.products(g_forget, g_retain)
         return self.combine(g_forget, g_retain, products), scalars | {"cosine": gradients.cosine(*products)}
 
-    def combine(
-        self, g_forget: torch.Tensor, g_retain: torch.Tensor, products: tuple[torch.Tensor, ...]
-    ) -> torch.Tensor:
+    def combine(self, g_forget: torch.Tensor, g_retain: torch.Tensor, products: gradients.Products) -> torch.Tensor:
         """The update direction from the flat gradients of two losses that are minimised, in the first one's storage."""
         return g_forget.add_(g_retain, alpha=self.hp.lam)
 

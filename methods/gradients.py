@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _alone: list[bool] = []
 
@@ -75,7 +76,7 @@ def scalars(**parts: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(parts, values.unbind(), strict=True))
 
 
-def products(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def products(a: torch.Tensor, b: torch.Tensor) -> Products:
     """(<a, b>, <a, a>, <b, b>) of flat vectors, at least in single precision."""
     if a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()

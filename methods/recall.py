@@ -53,7 +53,7 @@ def recall(model: Model, forget: Rows, retain: Rows, goal: Goal) -> float:
         return float(((v @ t.T).argmax(1) == own[: len(v)]).double().mean())
     if goal.kind == "class":
         losses = torch.stack([_losses(model, forget, c) for c in goal.classes], 1)
-        return float((losses.argmin(1) == goal.classes.index(goal.forget_class)).double().mean())  # type: ignore[arg-type]
+        return float((losses.argmin(1) == goal.classes.index(goal.forget_class)).double().mean())
     return float((_losses(model, forget) < _losses(model, retain).mean()).double().mean())
 
 

@@ -51,9 +51,7 @@ class RGD(GradDiff):
     Hyperparameters: ClassVar[type[BaseModel]] = RGDSettings
     hp: RestrictedSettings
 
-    def combine(
-        self, g_forget: torch.Tensor, g_retain: torch.Tensor, products: tuple[torch.Tensor, ...]
-    ) -> torch.Tensor:
+    def combine(self, g_forget: torch.Tensor, g_retain: torch.Tensor, products: gradients.Products) -> torch.Tensor:
         sizes = self.blocks()
         if len(sizes) == 1:
             return _combine_in_place(g_forget, g_retain, _coefficients(*products, self.hp.lam))

@@ -20,7 +20,20 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Data, Descent, Draw, Goal, Model, Rows, Scalars, Training, mean_loss, squared_errors, timesteps
+from methods.base import (
+    Batch,
+    Data,
+    Descent,
+    Draw,
+    Goal,
+    Model,
+    Rows,
+    Scalars,
+    Training,
+    mean_loss,
+    squared_errors,
+    timesteps,
+)
 
 
 class SalUnSettings(Training):
@@ -99,7 +112,7 @@ class SalUn(Descent):
         classes, forgotten = self.goal.classes, self.goal.forget_class
         assert forgotten is not None
         following = classes[(classes.index(forgotten) + 1) % len(classes)]
-        return torch.full_like(rows.cond, following if self.hp.relabel == "next" else self.goal.override_class)
+        return torch.full_like(rows.cond, following if self.hp.relabel == "next" else self.goal.override)
 
 
 def other_class(model: Model, rows: Rows, goal: Goal) -> torch.Tensor:

@@ -23,7 +23,20 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import SEEDS, Batch, Data, Descent, Draw, Goal, Model, Rows, Scalars, Training, squared_errors, timesteps
+from methods.base import (
+    SEEDS,
+    Batch,
+    Data,
+    Descent,
+    Draw,
+    Goal,
+    Model,
+    Rows,
+    Scalars,
+    Training,
+    squared_errors,
+    timesteps,
+)
 
 
 class SelectiveAmnesiaSettings(Training):
@@ -67,8 +80,8 @@ class SelectiveAmnesia(Descent):
         self.fisher = torch.cat([self.prepared[f"fisher/{name}"].reshape(-1) for name in self.names]).to(place)
         self.theta0 = torch.cat([p.reshape(-1) for p in self.start])
         self.x, self.cond = self.prepared["x"].to(place), self.prepared["cond"].to(place.device)
-        self.kept = (self.cond != self.goal.forget_class).nonzero()[:, 0]
-        self.surrogates = (self.cond == self.goal.override_class).nonzero()[:, 0]
+        self.kept = torch.ne(self.cond, self.goal.forgotten(1, place.device)).nonzero()[:, 0]
+        self.surrogates = torch.eq(self.cond, self.goal.override).nonzero()[:, 0]
 
     @classmethod
     def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
@@ -89,7 +102,8 @@ class SelectiveAmnesia(Descent):
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         forget, replay = self.surrogate_rows(batch["forget"]), self.generated(batch["replay"], self.kept)
         losses = [
-            squared_errors(self.model, rows, timesteps(self.model, rows), self.model.noise(rows.seeds)).sum() / rows.total
+            squared_errors(self.model, rows, timesteps(self.model, rows), self.model.noise(rows.seeds)).sum()
+            / rows.total
             for rows in (forget, replay)
         ]
         flat = self.gradient(losses[0] + self.hp.gamma * losses[1])

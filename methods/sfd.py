@@ -52,7 +52,9 @@ class SFDSettings(Hyperparameters):
     beta1: float = Field(0.0, ge=0, lt=1, description="Adam's first-moment decay (paper: 0)")
     beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second-moment decay (paper: 0.999)")
     clip_value: float | None = Field(1.0, gt=0, description="gradients are clipped to +- this (released: 1)")
-    ema: float = Field(0.9999, ge=0, lt=1, description="decay of the generator's moving average; 0: off (paper: 0.9999)")
+    ema: float = Field(
+        0.9999, ge=0, lt=1, description="decay of the generator's moving average; 0: off (paper: 0.9999)"
+    )
     diff_instruct: bool = Field(False, description="released switch: no gradient through p and s")
 
 
@@ -108,7 +110,9 @@ class SFD(Method):
         for k in range(hp.fake_steps):
             self.model.net.eval()
             self.fake.net.train()
-            self.update(0, [w * self.fake_loss(rows.reseeded(2 * k + 1), c1) for _, rows, c1, _, _, w in branches if w], {})
+            self.update(
+                0, [w * self.fake_loss(rows.reseeded(2 * k + 1), c1) for _, rows, c1, _, _, w in branches if w], {}
+            )
         self.fake.net.eval()
         self.model.net.train()
         parts, gaps = [], {}
@@ -130,7 +134,7 @@ class SFD(Method):
             rows = batch["forget"]
             c_f = self.goal.forgotten(len(rows.seeds), c_r.device)
             fixed = hp.override == "fixed"
-            c_o = torch.full_like(c_f, self.goal.override_class) if fixed else self.pick(rows, 1)
+            c_o = torch.full_like(c_f, self.goal.override) if fixed else self.pick(rows, 1)
             found.append(("forget_gap", rows, c_f, c_o, hp.forget, hp.fake_forget))
         return found
 
@@ -199,7 +203,11 @@ class SFD(Method):
         return super().finish()
 
     def state_dict(self) -> dict[str, Any]:
-        mine = {"fake": self.fake.net.state_dict(), "ema": self.ema, "optimizers": [o.state_dict() for o in self.optimizers]}
+        mine = {
+            "fake": self.fake.net.state_dict(),
+            "ema": self.ema,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }
         return super().state_dict() | mine
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -24,8 +24,12 @@ from methods.sfd import SFD, SFDSettings
 class SFDTwoStageSettings(SFDSettings):
     """Settings of two-stage SFD."""
 
-    forget: float = Field(0.1, ge=0, description="weight of the forgotten class for the generator (value not published)")
-    fake_forget: float = Field(0.1, ge=0, description="weight of the forgotten class for the fake score (not published)")
+    forget: float = Field(
+        0.1, ge=0, description="weight of the forgotten class for the generator (value not published)"
+    )
+    fake_forget: float = Field(
+        0.1, ge=0, description="weight of the forgotten class for the fake score (not published)"
+    )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the moving average of stage 2; 0: off (paper)")
     lr_fake: float = Field(3e-5, gt=0, description="learning rate of the fake score (released: 3e-5)")
     stage1_steps: int = Field(50_000, ge=1, description="steps of stage 1 (released: 50k)")

@@ -102,7 +102,7 @@ class SubtractedScores(Descent):
         if self.hp.scaling == "fixed":
             c = torch.full_like(norm_x, self.hp.superfactor or 0.0)
         else:
-            tau = norm_x * self.hp.rho if self.hp.tau is None else torch.full_like(norm_x, self.hp.tau)
+            tau = norm_x * (self.hp.rho or 0.0) if self.hp.tau is None else torch.full_like(norm_x, self.hp.tau)
             c = torch.where(norm_a > 0, tau / torch.where(norm_a > 0, norm_a, 1), 0)
             if self.hp.scaling == "clip":
                 c = c.clamp(max=1.0)

@@ -42,12 +42,18 @@ class SLUGSettings(Hyperparameters):
     layer: str = Field("deepest", description="a tensor by name, or a rule over the Pareto layers (released: deepest)")
     group: Literal["tensor", "block"] = Field("tensor", description="block: q, k, v or both MLP tensors move together")
     step: float = Field(0.1, gt=0, le=8, description="|change| / |tensor| (released: the search starts at 0.1 or 0.4)")
-    direction: Literal["ascent", "descent"] = Field("ascent", description="of the forget loss; descent: as released, HF")
+    direction: Literal["ascent", "descent"] = Field(
+        "ascent", description="of the forget loss; descent: as released, HF"
+    )
     alignment: Literal["absolute", "signed"] = Field("absolute", description="cosine as released, or as in the paper")
     candidates: Literal["pareto", "all"] = Field("pareto", description="tensors that `layer: from_model` offers")
     bisection: int = Field(0, ge=0, le=30, description="evaluations of the paper's step search (paper: 10); 0: off")
-    target: float = Field(0.0, ge=0, lt=1, description="forget accuracy at which the search counts as done (released: 0)")
-    batch_size: int = Field(16, ge=1, description="rows per batch of the two passes, and of an evaluation (released: 16)")
+    target: float = Field(
+        0.0, ge=0, lt=1, description="forget accuracy at which the search counts as done (released: 0)"
+    )
+    batch_size: int = Field(
+        16, ge=1, description="rows per batch of the two passes, and of an evaluation (released: 16)"
+    )
     passes: int = Field(32, ge=1, description="draws of noise and timestep per forget row, for diffusion models")
 
 
@@ -85,7 +91,11 @@ class SLUG(Method):
         """`forget/NAME` for each eligible tensor, and `statistics/NAME` = (|theta|^2, |g_f|^2, <g_f, g_r>, |g_r|^2)."""
         names = eligible(model)
         theta = dict(model.net.named_parameters())
-        size, passes, count = hyperparameters.batch_size, (1, 1), (len(task.all_rows(s, seed).x) for s in ("forget", "retain"))
+        size, passes, count = (
+            hyperparameters.batch_size,
+            (1, 1),
+            (len(task.all_rows(s, seed).x) for s in ("forget", "retain")),
+        )
         if not contrastive(model):
             forget, retain = count
             passes = hyperparameters.passes, -(-hyperparameters.passes * forget // retain)
@@ -148,7 +158,11 @@ class SLUG(Method):
         if self.hp.bisection:
             size = self.bracket.size if self.bracket.high is None else self.bracket.high
             self.apply(size)
-            found = {"step": size, "bracketed": float(self.bracket.high is not None), "noisy": float(self.bracket.noisy)}
+            found = {
+                "step": size,
+                "bracketed": float(self.bracket.high is not None),
+                "noisy": float(self.bracket.noisy),
+            }
         return super().finish() | found
 
     def state_dict(self) -> dict[str, Any]:

@@ -62,7 +62,11 @@ class Context:
             prepared=self.prepared_file(config["method"], config["hyperparameters"]),
             budget_s=sweep.train.budget_s,
             checkpoint_s=sweep.train.checkpoint_s,
-            inputs={"task": self.task_digest, "base": self.base_digest, "code": training_code(module_of("method", config["method"]))},
+            inputs={
+                "task": self.task_digest,
+                "base": self.base_digest,
+                "code": training_code(module_of("method", config["method"])),
+            },
             card=card | {"run": self.run_id, "base_digest": self.base_digest, "task_digest": self.task_digest},
         )
 

@@ -88,7 +88,9 @@ def misfits(space: Space, task: Task) -> list[str]:
     start = space.fixed | {p.name: p.values[0] for p in space.parameters if not p.open and not p.when}
     trials = [start | {p.name: v} for p in space.parameters if not p.open and not p.when for v in p.values]
     trials += [start | point.values for point in space.points]
-    found = [reason for values in trials for reason in method.unsuited(method.Hyperparameters(**values), model, task.goal)]
+    found = [
+        reason for values in trials for reason in method.unsuited(method.Hyperparameters(**values), model, task.goal)
+    ]
     return list(dict.fromkeys(found))
 
 

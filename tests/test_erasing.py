@@ -26,7 +26,9 @@ SMALL = {"replay_per_class": 6, "fisher_per_class": 3, "fisher_timesteps": 5, "s
 def build(cls, task, model=None, **more):
     model = model or tiny_model(task, dtype=D)
     fields = cls.Hyperparameters.model_fields
-    hp = cls.Hyperparameters(**{k: v for k, v in {"lr": 1e-3, "steps": 3, "batch_size": 8}.items() if k in fields} | more)
+    hp = cls.Hyperparameters(
+        **{k: v for k, v in {"lr": 1e-3, "steps": 3, "batch_size": 8}.items() if k in fields} | more
+    )
     return cls(model, hp, cls.prepare(model, task, 0, hp), task.goal)
 
 
@@ -119,7 +121,9 @@ def test_fisher(class_task):  # T38
     rows = Rows(x, torch.tensor([0, 1]), torch.tensor([5, 6]), 2)
     fisher = diagonal_fisher(model, rows, 3)
     assert all(bool((f >= 0).all()) for f in fisher.values())
-    singles = [diagonal_fisher(model, Rows(x[i : i + 1], rows.cond[i : i + 1], rows.seeds[i : i + 1], 1), 3) for i in (0, 1)]
+    singles = [
+        diagonal_fisher(model, Rows(x[i : i + 1], rows.cond[i : i + 1], rows.seeds[i : i + 1], 1), 3) for i in (0, 1)
+    ]
     for name, f in fisher.items():
         torch.testing.assert_close(f, (singles[0][name] + singles[1][name]) / 2)
     one = diagonal_fisher(model, Rows(x[:1], rows.cond[:1], rows.seeds[:1], 1), 1)
@@ -127,7 +131,9 @@ def test_fisher(class_task):  # T38
     model.net.eval()
     loss = squared_errors(model, row, t, model.noise(row.seeds)).sum() * 1000
     for (name, _), g in zip(
-        model.net.named_parameters(), torch.autograd.grad(loss, list(model.net.parameters()), allow_unused=True), strict=True
+        model.net.named_parameters(),
+        torch.autograd.grad(loss, list(model.net.parameters()), allow_unused=True),
+        strict=True,
     ):
         torch.testing.assert_close(one[name], torch.zeros_like(one[name]) if g is None else g.square())
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tiny import PROMPTS, ROOT, Pairs, TinyClip, TinyText, batch_for, text_task, tiny_model, tiny_task
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import gradients
 from methods.base import Diverged, Goal, Method
@@ -133,9 +134,13 @@ def test_nan_is_named(name):
         method.params[0].fill_(float("nan"))
         if name == "slug":
             method.before[method.chosen[0]].fill_(float("nan"))
-    with pytest.raises(Diverged, match="not finite"):
+
+    def go():
         method.step(batch_for(method, task))
         method.finish()
+
+    with pytest.raises(Diverged, match="not finite"):
+        go()
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -289,6 +294,54 @@ def test_a_second_trial_in_a_warm_worker_equals_a_fresh_process(tmp_path):
     assert warm == json.loads(done.stdout.strip().splitlines()[-1])
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses to bring a number to the host, which on a GPU waits for everything before it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a step waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [n for n in STEPPED if n not in ("esd", "sfd", "sfd_two_stage")])
+def test_directions_do_not_wait_for_the_device(name):
+    method, task = build(name)
+    batch = batch_for(method, task)
+    method.model.net.train()
+    with NoWaiting():
+        method.direction(batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "forwards", "backwards"),
+    [("finetune", 1, 1), ("siss", 1, 2), ("bernoulli", 1, 2), ("siss_no_is", 2, 2), ("graddiff", 2, 2), ("rgd", 2, 2)],
+)
+def test_steps_use_the_fewest_passes(name, forwards, backwards, monkeypatch):
+    method, task = build(name)
+    batch, seen, real = batch_for(method, task), {"forward": 0, "backward": 0}, torch.autograd.backward
+
+    def counted(*args, **kwargs):
+        seen["backward"] += 1
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "backward", counted)
+    method.model.net.register_forward_hook(lambda *_: seen.__setitem__("forward", seen["forward"] + 1))
+    method.step(batch)
+    assert seen == {"forward": forwards, "backward": backwards}
+
+
+def test_gradients_are_views_of_two_vectors_at_most():
+    """One stored gradient and the live one: nothing else of the size of the weights survives a step."""
+    for name in ("rgd", "siss"):
+        method, task = build(name)
+        method.step(batch_for(method, task))
+        kept = {p.grad.untyped_storage().data_ptr() for p in method.params}
+        assert len(kept) == 1
+        assert len(method._room) == 2
+        first = [v.data_ptr() for v in method._room.values()]
+        method.step(batch_for(method, task, 1))
+        assert [v.data_ptr() for v in method._room.values()] == first
+
+
 def test_finetune_lowers_and_neggrad_raises_their_loss():
     for name, sign in (("finetune", -1), ("neggrad", 1)):
         method, task = build(name, lr=3e-3, clip_norm=None)
@@ -334,7 +387,10 @@ def test_truncation_stops_the_ascent_alone():  # T16 to T18
     }.items():  # fmt: skip
         method, _ = build("graddiff", task, **settings)
         batch = batch_for(method, task)
-        batches[name] = (method.forget_gradient(batch["forget"])[0].clone(), float(method.direction(batch)[1]["retain_loss"]))
+        batches[name] = (
+            method.forget_gradient(batch["forget"])[0].clone(),
+            float(method.direction(batch)[1]["retain_loss"]),
+        )
     for same in ("alpha inf", "m high"):
         assert torch.equal(batches["plain"][0], batches[same][0])
     for stopped in ("alpha 0", "m"):

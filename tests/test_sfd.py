@@ -68,10 +68,18 @@ def test_signal_at_the_start(class_task, alpha):  # 2, 3
     # frozen and trained layers may run through other kernels, so equal networks agree up to rounding
     assert float(loss.detach()) == pytest.approx(0, abs=1e-12)
     assert float(gap) == pytest.approx(0, abs=1e-12)
-    assert all(float(g.abs().max()) < 1e-12 for g in torch.autograd.grad(loss, method.params, allow_unused=True) if g is not None)
+    assert all(
+        float(g.abs().max()) < 1e-12
+        for g in torch.autograd.grad(loss, method.params, allow_unused=True)
+        if g is not None
+    )
     loss, _ = method.loss(rows, same, other)
     assert abs(float(loss.detach())) > 1e-6
-    assert any(float(g.abs().max()) > 1e-6 for g in torch.autograd.grad(loss, method.params, allow_unused=True) if g is not None)
+    assert any(
+        float(g.abs().max()) > 1e-6
+        for g in torch.autograd.grad(loss, method.params, allow_unused=True)
+        if g is not None
+    )
 
 
 def test_without_forgetting_it_is_plain_distillation(class_task):  # 4
@@ -101,7 +109,9 @@ def test_input_noise_level_of_the_published_schedules():  # 5
     assert nearest_timestep(linear, 2.5) == 440
     assert abs(float(((1 - linear[440]) / linear[440]).sqrt()) - 2.5) < 0.003
     assert float((1 - linear[440]).sqrt()) == pytest.approx(0.9286, abs=1e-4)
-    scaled = DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod.double()
+    scaled = DDPMScheduler(
+        1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    ).alphas_cumprod.double()
     assert nearest_timestep(scaled, 2.5) == 625
     assert abs(float(((1 - scaled[625]) / scaled[625]).sqrt()) - 2.5) < 0.002
 
@@ -227,7 +237,9 @@ def test_fake_loss_is_the_weighted_prediction_error(class_task):  # 14
 
 def test_gradients_are_clipped_by_value_after_both_terms(class_task, monkeypatch):  # 15
     method, seen = build(class_task, clip_value=1e-3), []
-    monkeypatch.setattr(method.optimizers[1], "step", lambda: seen.append(torch.cat([p.grad.reshape(-1) for p in method.params])))
+    monkeypatch.setattr(
+        method.optimizers[1], "step", lambda: seen.append(torch.cat([p.grad.reshape(-1) for p in method.params]))
+    )
     method.step(batch_for(method, class_task))
     assert float(seen[0].abs().max()) == pytest.approx(1e-3)
 
@@ -264,7 +276,9 @@ def test_moving_average_is_what_is_kept(class_task, tmp_path):  # 17, 20
     method.finish()
     assert torch.equal(flat(method.params), average)
     method.model.save(tmp_path / "candidate")
-    files = sorted(str(p.relative_to(tmp_path / "candidate")) for p in (tmp_path / "candidate").rglob("*") if p.is_file())
+    files = sorted(
+        str(p.relative_to(tmp_path / "candidate")) for p in (tmp_path / "candidate").rglob("*") if p.is_file()
+    )
     assert [f for f in files if f.endswith(".safetensors")] == ["unet/diffusion_pytorch_model.safetensors"]
     again = PixelDDPM.load(tmp_path / "candidate")
     assert again.sampler == {"kind": "one_step", "t": method.t_init}
@@ -313,7 +327,9 @@ def test_losses_are_means_over_the_whole_batch(class_task):  # 22
     c = torch.full((6,), 1)
     whole = batch_for(method, class_task)["remain"]
     halves = [batch_for(method, class_task, rank=r, world=2)["remain"] for r in range(2)]
-    total = torch.autograd.grad(method.loss(whole, c, c)[0] + method.fake_loss(whole, c), method.params, allow_unused=True)
+    total = torch.autograd.grad(
+        method.loss(whole, c, c)[0] + method.fake_loss(whole, c), method.params, allow_unused=True
+    )
     parts = [torch.autograd.grad(method.loss(h, c[:3], c[:3])[0], method.params, allow_unused=True) for h in halves]
     for w, a, b in zip(total, *parts, strict=True):
         if w is not None:

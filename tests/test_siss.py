@@ -125,7 +125,12 @@ def test_settings_name_what_is_missing():
         SISSSettings(rho=0.1, tau=5.0)
     with pytest.raises(ValueError, match="t_high"):
         SISSSettings(t_sampler="window", t_low=500, t_high=400)
-    for unused in ({"superfactor": 1.0}, {"t_low": 5}, {"t_sampler": "fixed", "t_high": 7}, {"scaling": "fixed", "superfactor": 1.0, "rho": 0.2}):
+    for unused in (
+        {"superfactor": 1.0},
+        {"t_low": 5},
+        {"t_sampler": "fixed", "t_high": 7},
+        {"scaling": "fixed", "superfactor": 1.0, "rho": 0.2},
+    ):
         with pytest.raises(ValueError, match="has no effect"):
             SISSSettings(**unused)
 

@@ -161,7 +161,14 @@ def test_rules_and_groups():  # S1, S2
     assert choose(prepared, SLUGSettings(layer="alignment")) == second
     assert choose(prepared, SLUGSettings(layer="deepest")) == second
     assert choose({k: v for k, v in prepared.items() if "0" in k}, SLUGSettings(layer="deepest")) == first
-    names = ["a.0.to_q.weight", "a.0.to_k.weight", "a.0.to_v.weight", "a.0.fc1.weight", "a.0.fc2.weight", "a.1.out.weight"]
+    names = [
+        "a.0.to_q.weight",
+        "a.0.to_k.weight",
+        "a.0.to_v.weight",
+        "a.0.fc1.weight",
+        "a.0.fc2.weight",
+        "a.1.out.weight",
+    ]
     assert set(group(names[1], names, "block")) == set(names[:3])
     assert group(names[1], names, "block")[0] == names[1]
     assert set(group(names[3], names, "block")) == set(names[3:5])
@@ -171,7 +178,7 @@ def test_rules_and_groups():  # S1, S2
 
 
 def test_one_tensor_moves_by_the_step_asked_for():  # U1 to U5, U9
-    task, model, method = clip_slug(layer="importance", step=0.2)
+    _, model, method = clip_slug(layer="importance", step=0.2)
     before = {n: p.detach().clone() for n, p in model.net.named_parameters()}
     method.step({})
     (name,) = method.chosen
@@ -216,7 +223,9 @@ def test_several_concepts_add_up_in_any_order():  # U6
 
 
 def test_unknown_layer_gets_near_matches(points_task):
-    (reason,) = SLUG.unsuited(SLUGSettings(layer="down_blocks.0.resnets.0.conv1.wieght"), tiny_model(points_task), Goal("points"))
+    (reason,) = SLUG.unsuited(
+        SLUGSettings(layer="down_blocks.0.resnets.0.conv1.wieght"), tiny_model(points_task), Goal("points")
+    )
     assert "down_blocks.0.resnets.0.conv1.weight" in reason
     assert not SLUG.unsuited(SLUGSettings(layer="deepest"), tiny_model(points_task), Goal("points"))
 

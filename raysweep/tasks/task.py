@@ -169,10 +169,11 @@ class Task:
         else:
             rng = np.random.Generator(np.random.Philox(derive_seed("pool", seed, name)))
             shuffled = {g: rng.permutation(np.flatnonzero(groups == g)) for g in np.unique(groups)}
-            found = np.sort(np.concatenate([shuffled[g][: draw.per_group] for g in wanted if g in shuffled] or [[]]))
+            parts = [shuffled[g][: draw.per_group] for g in wanted if g in shuffled]
+            found = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
         if len(found) == 0:
             raise ValueError(f"no row of {name} is in the groups {sorted(wanted.tolist())}")
-        return found.astype(np.int64)
+        return found
 
     @staticmethod
     def _positions(groups: np.ndarray, draw: Draw, stream: int, step: int) -> np.ndarray:

@@ -1,0 +1,145 @@
+"""Prepared tensors: made once per setting that matters, shared by trials, made again when they are not what the card says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_task
+
+import methods.slug
+from raysweep import spaces
+from raysweep.artifacts import load_tensors
+from raysweep.context import Context, prepared_key
+from raysweep.prepare import _defaults, open_choices, prepares
+from raysweep.registry import METHODS, resolve
+from raysweep.spaces import Parameter, Point, Space, SpaceError
+from raysweep.store import digest_state
+from raysweep.train.jobs import Job, finished
+from raysweep.train.loop import Resident, run
+
+
+@pytest.fixture
+def place(tmp_path):
+    task = tiny_task("class")
+    (tmp_path / "task").mkdir()
+    task.save(tmp_path / "task")
+    tiny_model(task, seed=1).save(tmp_path / "base")
+    return tmp_path
+
+
+def job(place, kind: str, name: str, out: str, **more) -> Job:
+    return Job(id=out, kind=kind, method=name, seed=3, task=str(place / "task"), base=str(place / "base"),
+               out=str(place / out), **{"hyperparameters": {}} | more)  # fmt: skip
+
+
+def test_a_hundred_edits_cost_two_gradient_passes(place, monkeypatch):
+    passes, real = [], methods.slug.gradient_pass
+    monkeypatch.setattr(methods.slug, "gradient_pass", lambda *a: (passes.append(a[2]), real(*a))[1])
+    resident, settings = Resident(), {"passes": 2}
+    prepared = job(place, "prepare", "slug", "p.safetensors", hyperparameters=settings)
+    assert run(prepared, resident).status == "ok"
+    layers = resolve("method", "slug").choices(
+        "layer", load_tensors(place / "p.safetensors"), resolve("method", "slug").Hyperparameters(candidates="all")
+    )
+    digests = set()
+    for k in range(100):
+        hp = settings | {"layer": layers[k % len(layers)], "step": 0.01 * 1.05**k}
+        outcome = run(job(place, "train", "slug", f"t{k}", hyperparameters=hp, prepared=prepared.out), resident)
+        assert outcome.status == "ok", outcome.reason
+        digests.add(outcome.digest)
+    assert passes == ["forget", "retain"]
+    assert len(digests) == 100
+
+
+def test_a_file_that_is_not_what_the_card_says_is_made_again(place):
+    prepared = job(place, "prepare", "salun", "p.safetensors")
+    assert finished(prepared) is None
+    first = run(prepared, Resident())
+    assert finished(prepared) == first
+    path = place / "p.safetensors"
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        path.write_bytes(broken)
+        assert finished(prepared) is None
+        assert run(prepared, Resident()).digest == first.digest
+        assert path.read_bytes() == whole
+    other = job(place, "prepare", "salun", "p.safetensors", inputs={"base": "another"})
+    assert finished(other) is None
+    card = json.loads((place / "p.json").read_text())
+    assert card["job"]["method"] == "salun"
+    assert card["outcome"]["digest"] == first.digest == digest_state(load_tensors(path))
+    (place / "p.json").write_text("{")
+    assert finished(prepared) is None
+
+
+def test_settings_that_matter_decide_what_is_prepared():
+    space = Space(
+        "selective_amnesia",
+        {"replay_per_class": 4},
+        (Parameter("guidance", "choice", (1.0, 2.0), {}), Parameter("lr", "log", (1e-4, 1e-3), {})),
+        (Point("a", {"guidance": 2.0, "fisher_per_class": 3}), Point("b", {"lr": 1e-4})),
+    )
+    by = resolve("method", "selective_amnesia").prepared_by
+    assert space.variants(by) == [
+        {"replay_per_class": 4, "guidance": 1.0},
+        {"replay_per_class": 4, "guidance": 2.0},
+        {"replay_per_class": 4, "guidance": 2.0, "fisher_per_class": 3},
+    ]
+    ranged = Space("slug", {}, (Parameter("passes", "int", (1, 8), {}),), ())
+    with pytest.raises(SpaceError, match="decides what is prepared"):
+        ranged.variants(("passes",))
+
+
+def test_every_shipped_space_prepares_what_its_trials_ask_for():
+    for name in METHODS:
+        method, space = resolve("method", name), spaces.load(name)
+        if not prepares(method):
+            continue
+        defaults = _defaults(method)
+        made = {prepared_key(defaults, v) for v in space.variants(method.prepared_by)}
+        for point in space.points:
+            assert prepared_key(defaults, space.fixed | point.values) in made
+
+
+def test_choices_come_from_the_prepared_model(place):
+    space = spaces.load("slug", {"passes": 2})
+    assert any(p.open for p in space.parameters)
+    prepared = job(place, "prepare", "slug", "p.safetensors", hyperparameters={"passes": 2, "batch_size": 64})
+    assert run(prepared, Resident()).status == "ok"
+    defaults = _defaults(resolve("method", "slug"))
+    files = {prepared_key(defaults, {"passes": 2, "batch_size": 64}): prepared.out}
+    context = Context(
+        run=str(place), run_id="r", task_digest="", quality="", base="", base_digest="", oracles={}, judges={},
+        prepared={"slug": {"by": defaults, "files": files}}, cache="",
+    )  # fmt: skip
+    layer = next(p for p in open_choices(space, context).parameters if p.name == "layer")
+    assert layer.values[:3] == ("deepest", "importance", "alignment")
+    names = {n for n, _ in tiny_model(tiny_task("class")).net.named_parameters()}
+    assert set(layer.values[3:]) <= names
+    assert context.prepared_file("slug", space.fixed | {"layer": "deepest"}) == prepared.out
+    assert context.prepared_file("rgd", {}) is None
+
+
+def test_reference_features_are_computed_once(place, monkeypatch):
+    import evaluators.base
+    from evaluators.judge import Judge
+    from raysweep.audit.auditor import Auditor
+
+    auditor_class = Auditor.__ray_metadata__.modified_class
+    calls, real = [], evaluators.base.judged
+    monkeypatch.setattr(evaluators.base, "judged", lambda *a: (calls.append(1), real(*a))[1])
+
+    class Request:
+        task_digest, judge_digest, code, references = "t", "j", "c", str(place / "references")
+
+    task, judge = tiny_task("class"), Judge(1, 6)
+    first = auditor_class()._reference(Request, task, judge)
+    again = auditor_class()._reference(Request, task, judge)
+    assert len(calls) == 1
+    assert torch.equal(torch.from_numpy(first), torch.from_numpy(again))
+    (path,) = (place / "references").iterdir()
+    path.write_bytes(b"cut")
+    auditor_class()._reference(Request, task, judge)
+    assert len(calls) == 2
