@@ -185,8 +185,8 @@ class Method(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[frozenset[str]]
-    families: ClassVar[frozenset[str]] = frozenset({"pixel-ddpm"})
-    kinds: ClassVar[frozenset[str]] = frozenset({"points", "class"})
+    families: ClassVar[frozenset[str]] = frozenset({"pixel-ddpm", "text-ddpm"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"points", "class", "concept"})
     forwards_per_step: ClassVar[float]
     prepared_by: ClassVar[tuple[str, ...]] = ()
     Hyperparameters: ClassVar[type[BaseModel]]

@@ -41,7 +41,8 @@ class Bernoulli(SubtractedScores):
         x = torch.where(from_forget.view(-1, 1, 1, 1), forget.x, retain.x)
         cond = None
         if retain.cond is not None and forget.cond is not None:
-            cond = torch.where(from_forget, forget.cond, retain.cond)
+            shape = (-1,) + (1,) * (forget.cond.dim() - 1)
+            cond = torch.where(from_forget.view(shape), forget.cond, retain.cond)
         rows = Rows(x, cond, retain.seeds, retain.total)
         errors = squared_errors(self.model, rows, t, self.model.noise(rows.seeds)).flatten(1).sum(1)
         loss_x = torch.where(from_forget, 0, errors).sum() / (1 - self.hp.lam) / rows.total

@@ -43,7 +43,6 @@ class ESD(Descent):
     name = "esd"
     source = "Gandikota et al., ICCV 2023, arXiv:2303.07345"
     needs = frozenset()
-    families = frozenset({"pixel-ddpm", "text-ddpm"})
     kinds = frozenset({"class", "concept"})
     forwards_per_step = (
         5  # two of the base, three of the model; and two per step of the DDIM run, half of it on average

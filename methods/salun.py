@@ -54,6 +54,7 @@ class SalUn(Descent):
     name = "salun"
     source = "Fan et al., ICLR 2024, arXiv:2310.12508"
     needs = frozenset({"forget", "retain"})
+    families = frozenset({"pixel-ddpm"})
     kinds = frozenset({"class"})
     forwards_per_step = 7
     passes = 8  # draws of noise and timestep per forget row when the saliency is summed

@@ -62,6 +62,7 @@ class SelectiveAmnesia(Descent):
     name = "selective_amnesia"
     source = "Heng & Soh, NeurIPS 2023, arXiv:2305.10120"
     needs = frozenset()
+    families = frozenset({"pixel-ddpm"})
     kinds = frozenset({"class"})
     forwards_per_step = 6
     prepared_by = ("replay_per_class", "fisher_per_class", "fisher_timesteps", "sampler_steps", "guidance")

@@ -64,6 +64,7 @@ class SFD(Method):
     name = "sfd"
     source = "Chen, Zhang, Zhou, ICLR 2025, arXiv:2409.11219"
     needs = frozenset()
+    families = frozenset({"pixel-ddpm"})
     kinds = frozenset({"class"})
     forwards_per_step = 22  # per branch: 4 for the fake score (1 + 3), 7 for the generator (3 + 2 + 2)
     Hyperparameters = SFDSettings

@@ -39,6 +39,7 @@ class SLD(Method):
     name = "sld"
     source = "Schramowski et al., CVPR 2023, arXiv:2211.05105"
     needs = frozenset()
+    families = frozenset({"pixel-ddpm"})
     kinds = frozenset({"class"})
     forwards_per_step = 0
     Hyperparameters = SLDSettings

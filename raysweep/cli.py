@@ -184,8 +184,8 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     searched = {s.method: ", ".join(p.name for p in s.parameters) for s in spaces}
     click.echo(f"ok: {sweep.name} (config {sweep.digest}, task {task.digest})")
     for method, parameters in searched.items():
-        click.echo(f"  {method:<12} searches {parameters}")
-    click.echo(f"  cluster      {plan.describe()}")
+        click.echo(f"  {method:<18} searches {parameters}")
+    click.echo(f"  cluster            {plan.describe()}")
     return OK
 
 
@@ -356,7 +356,7 @@ def list_(what: str, as_json: bool) -> int:
         return OK
     for row in rows:
         name, *rest = row.values()
-        click.echo(f"{name:<16} " + "  ".join(str(v) for v in rest))
+        click.echo(f"{name:<18} " + "  ".join(str(v) for v in rest))
     return OK
 
 

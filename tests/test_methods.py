@@ -408,6 +408,14 @@ def test_full_retain_pass_is_the_mean_over_the_set():  # T22
     assert torch.equal(torch.cat([h.seeds for h in halves]), rows.seeds)
 
 
+def test_published_settings_and_units():  # T20, T33
+    assert resolve("method", "graddiff").Hyperparameters().steps == -(-50_000 // 64) == 782
+    errors = torch.rand((5, 3, 32, 32), dtype=D, generator=torch.Generator().manual_seed(0))
+    summed, mean = errors.flatten(1).sum(1).mean(), errors.mean()
+    assert float(1e-3 * summed) == pytest.approx(float(3.072 * mean))
+    assert resolve("method", "salun").Hyperparameters().alpha == pytest.approx(3.072, rel=1e-3)
+
+
 def test_salun_moves_salient_weights_only():  # T30
     method, task = build("salun", fraction=0.3, weight_decay=0.0)
     before, mask = weights(method), method.mask.bool()
