@@ -117,6 +117,11 @@ def _say_answer(result: Any, say: Callable[[str, str], None]) -> None:
         say("front", f"recommended: {best['trial']}  residue {best['residue']:.3f} +- {best['residue_se']:.3f}  "
             f"damage {best['damage']:.3f} +- {best['damage_se']:.3f}")  # fmt: skip
         say("front", f"export it: raysweep export {_short(result.folder.path)} {best['trial']} OUT_DIR")
+    if best is None:
+        say(
+            "front",
+            "no candidate is recommended: each forgot no more than the base or is as damaged as a destroyed model",
+        )
     say("front", f"report: {_short(result.folder.report)}")
 
 

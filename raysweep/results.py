@@ -91,7 +91,7 @@ class Front:
     hypervolume_lo: float
     hypervolume_hi: float
     probe_hypervolume: float
-    recommended: str | None
+    recommended: str | None  # None: every candidate forgets no more than the base or is as damaged as a destroyed model
     recommended_share: float
 
 
@@ -118,7 +118,8 @@ def audited_front(folder: RunDir, context: Context, task: Task, keys: dict[str, 
         p_dominates = pareto.dominance_probability(draws)
         low, high = pareto.hypervolume_interval(draws)
         k = pareto.balanced(points)
-        recommended, share = names[k], float(np.mean([pareto.balanced(d) == k for d in draws]))
+        if points[k].max() < 1:  # else it is no better than the base in one objective or a destroyed model in the other
+            recommended, share = names[k], float(np.mean([pareto.balanced(d) == k for d in draws]))
     rows = []
     for k, n in enumerate(names):
         t, place = by_trial[n], places[n]

@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict] = {
     "sfd_two_stage": {"lr_fake": 1e-3, "stage1_steps": 2, "stage1_batch_size": 8, "ema": 0.5},
     "siss": {"rho": 0.5},
     "siss_no_is": {"rho": 0.5},
-    "slug": {"bisection": 4, "passes": 1},
+    "slug": {"bisection": 3, "passes": 1},
 }
 ALL = sorted(METHODS)
 TRAINED = [name for name in ALL if name != "sld"]  # SLD is a sampler: it has no steps and changes no weight
@@ -48,7 +48,7 @@ def task_for(name: str):
 
 
 def settings_for(name: str, **more) -> dict:
-    common = {"lr": 1e-3, "steps": 4, "batch_size": 12}
+    common = {"lr": 1e-3, "steps": 3, "batch_size": 12}
     fields = resolve("method", name).Hyperparameters.model_fields
     return {k: v for k, v in common.items() if k in fields} | SETTINGS.get(name, {}) | more
 
@@ -67,7 +67,7 @@ def weights(method: Method) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in method.model.net.parameters()])
 
 
-def run(method: Method, task, start: int = 0, stop: int = 4) -> torch.Tensor:
+def run(method: Method, task, start: int = 0, stop: int = 3) -> torch.Tensor:
     for step in range(start, min(stop, method.steps)):
         method.step(batch_for(method, task, step))
     return weights(method)
@@ -114,7 +114,7 @@ def test_resume_is_bit_exact(name):  # T45, R2
         for p in second.params:
             p.zero_()
     second.load_state_dict(state)
-    assert torch.equal(run(second, task, 2, 4), expected)
+    assert torch.equal(run(second, task, 2, 3), expected)
 
 
 def through_a_file(state):
@@ -218,7 +218,7 @@ out = {{}}
 for name in t.TRAINED:
     for dtype in (torch.float64, torch.float32):
         method, task = t.build(name, dtype=dtype, **t.slow(name))
-        for step in range(4):
+        for step in range(3):
             method.step(t.batch_for(method, task, step, rank=rank, world=2))
         out[f"{{name}}-{{dtype}}"] = t.weights(method)
 if rank == 0:

@@ -134,8 +134,13 @@ def untested(data: ReportData) -> list[str]:
 
 
 def _answer(data: ReportData, best: dict[str, Any] | None) -> list[str]:
-    if best is None:
+    if best is None and not data.candidates():
         return ["No candidate was audited."]
+    if best is None:
+        return [
+            f"None of the {len(data.candidates())} audited candidates is recommended: each has forgotten no more than the "
+            "base (residue 1) or is as damaged as a destroyed model (damage 1)."
+        ]
     share = data.front["recommended"]["share_of_resamples"]
     members = [p for p in data.candidates() if p["on_front"]]
     settings = ", ".join(f"{k} {_short(v)}" for k, v in json.loads(best["hyperparameters"]).items())
