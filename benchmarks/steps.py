@@ -198,7 +198,7 @@ def latent_step(name: str, small: bool, compiled: bool, batch_size: int, repeats
     """Step time, images/s, memory and share of the card's measured bf16 peak for one method."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-    size = {"sample_size": 16, "block_out_channels": (32, 64), "cross_attention_dim": 64, "layers_per_block": 1,
+    size = {"sample_size": 8, "block_out_channels": (32, 64), "cross_attention_dim": 64, "layers_per_block": 1,
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
             } if small else {"sample_size": 64, "cross_attention_dim": 768}  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
