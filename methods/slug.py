@@ -91,16 +91,13 @@ class SLUG(Method):
         """`forget/NAME` for each eligible tensor, and `statistics/NAME` = (|theta|^2, |g_f|^2, <g_f, g_r>, |g_r|^2)."""
         names = eligible(model)
         theta = dict(model.net.named_parameters())
-        size, passes, count = (
-            hyperparameters.batch_size,
-            (1, 1),
-            (len(task.all_rows(s, seed).x) for s in ("forget", "retain")),
-        )
+        size, forget_passes, retain_passes = hyperparameters.batch_size, 1, 1
         if not contrastive(model):
-            forget, retain = count
-            passes = hyperparameters.passes, -(-hyperparameters.passes * forget // retain)
-        g_f = gradient_pass(model, task, "forget", forget_loss, names, size, passes[0], seed)
-        g_r = gradient_pass(model, task, "retain", retain_loss, names, size, passes[1], seed)
+            forget, retain = (len(task.all_rows(split, seed).x) for split in ("forget", "retain"))
+            forget_passes = hyperparameters.passes
+            retain_passes = -(-forget_passes * forget // max(1, retain))
+        g_f = gradient_pass(model, task, "forget", forget_loss, names, size, forget_passes, seed)
+        g_r = gradient_pass(model, task, "retain", retain_loss, names, size, max(1, retain_passes), seed)
         tensors = {}
         for name in names:
             f, r, w = (v.double().reshape(-1) for v in (g_f[name], g_r[name], theta[name].detach()))
