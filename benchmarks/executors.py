@@ -25,7 +25,7 @@ from raysweep.models.pixel import PixelDDPM
 from raysweep.pool import ENVIRONMENT
 from raysweep.rundir import versions
 from raysweep.store import write_folder
-from raysweep.train.groups import NAMESPACE, Broker, Executor, Isolated, Warm, start_group
+from raysweep.train.groups import NAMESPACE, Broker, Executor, Isolated, Warm, start_group, stop_groups
 from raysweep.train.jobs import Job
 
 STEPS = 5
@@ -61,9 +61,9 @@ def main() -> None:
         scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
         isolated = overheads(Isolated(scaling, str(folder / "train")), folder, "isolated", trials)
         broker = Broker.remote()
-        start_group(broker, 0, scaling, str(folder / "train"))
+        group = start_group(broker, 0, scaling, str(folder / "train"))
         warm = overheads(Warm(broker), folder, "warm", 4 * trials + 1)
-        ray.get(broker.close.remote())
+        stop_groups(broker, [group])
         ray.shutdown()
     first, warm = warm[0], warm[1:]
     print(json.dumps({

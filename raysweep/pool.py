@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from raysweep.audit.auditor import Auditor
 from raysweep.audit.manager import AuditManager
 from raysweep.config import ConfigError, Sweep
 from raysweep.resources import TRIAL_SLOT, Node, Plan
-from raysweep.train.groups import NAMESPACE, Broker, start_group
+from raysweep.train.groups import NAMESPACE, Broker, start_group, stop_groups
 from raysweep.trial import scaling
 
 # Settings of Ray that a run needs in every one of its processes.
@@ -95,11 +94,7 @@ class Pool:
 
     def stop_training(self) -> None:
         """Lets the worker groups end."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self.broker.close.remote(), timeout=5)
-        deadline = time.monotonic() + 10
-        for thread in self.groups:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        stop_groups(self.broker, self.groups)
 
     def audit_only(self) -> None:
         """Ends training and gives its resources to more auditors: after the search nothing else would use them."""

@@ -19,7 +19,7 @@ from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.audit.auditor import Auditor, AuditRequest
 from raysweep.audit.manager import LOG, AuditManager
 from raysweep.config import Tier
-from raysweep.train.groups import ATTEMPTS, NAMESPACE, Broker, Isolated, Warm, start_group
+from raysweep.train.groups import ATTEMPTS, NAMESPACE, Broker, Isolated, Warm, start_group, stop_groups
 from raysweep.train.jobs import Job, finished
 
 pytestmark = pytest.mark.timeout(400)
@@ -59,12 +59,15 @@ def warm(place):
     from ray.train import ScalingConfig
 
     broker = Broker.remote()
-    start_group(broker, 0, ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}), str(place / "train"))
+    group = start_group(
+        broker, 0, ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}), str(place / "train")
+    )
     executor = Warm(broker)
     outcome = executor.run(job(place, "first"))
     assert outcome.status == "ok", outcome.reason
     yield executor
-    ray.get(broker.close.remote())
+    stop_groups(broker, [group])
+    assert not group.is_alive()
 
 
 def test_warm_jobs_are_done_once_and_found_again(place, warm):
