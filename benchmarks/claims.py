@@ -34,7 +34,7 @@ from scipy.stats import mannwhitneyu
 
 from evaluators.statistics import t_interval
 from methods.slug import SLUG, SLUGSettings, candidates
-from raysweep.audit.measure import measure
+from raysweep.audit.measure import measure, subject_of
 from raysweep.config import Tier
 from raysweep.seeds import derive_seed
 
@@ -197,7 +197,7 @@ def slug_pareto_layers() -> dict[str, Any]:
         best = 0.0
         for step in (0.3, 1.0, 3.0):
             candidate = g.make("slug", {"layer": layer, "step": step, "batch_size": 64}, 0)
-            v = measure(candidate.model, g.task, g.judges["probe"], tier).values  # type: ignore[union-attr]
+            v = measure(subject_of(candidate.model, g.task, g.judges["probe"], tier), tier).values  # type: ignore[union-attr]
             best = max(best, min(1 - v["classifier.recognised"], v["classifier.retain_accuracy"]))
         return best
 

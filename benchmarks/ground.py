@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from evaluators.base import Subject
 from methods.base import Diverged, Method
 from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.audit.auditor import load_judge
-from raysweep.audit.measure import Measurement, measure
+from raysweep.audit.measure import Measurement, measure, subject_of
 from raysweep.config import Sweep, Tier, load
 from raysweep.models.pixel import PixelDDPM
 from raysweep.objectives import Anchors, Measured, Objectives, View, assess_views, objectives
@@ -86,7 +87,7 @@ class Ground:
         """The sweep's tier "probe" or "audit", with no more checks than the benchmarks show."""
         tier = getattr(self.sweep.audit, name)
         objectives = tier.model_copy(update={"checks": None}).checks_for(self.task)
-        checks = objectives if name == "probe" else (*objectives, "membership")
+        checks = objectives if name == "probe" else (*objectives, "loss")
         return tier.model_copy(update={"checks": checks, "full_fidelity": False, "samples": min(400, tier.samples)})
 
     @cached_property
@@ -95,12 +96,28 @@ class Ground:
 
     def measure(self, model: PixelDDPM, tier: str) -> Measurement:
         """All checks of a tier."""
-        return measure(model, self.task, self.judges[self.tier(tier).judge], self.tier(tier))
+        subject = self.subject(model, tier)
+        subject.peers = self.peers(tier)
+        return measure(subject, self.tier(tier))
+
+    def subject(self, model: PixelDDPM, tier: str) -> Subject:
+        """What the checks of a tier see of a model."""
+        return subject_of(model, self.task, self.judges[self.tier(tier).judge], self.tier(tier))
+
+    def peers(self, tier: str) -> dict[str, Subject]:
+        """Base and oracles, which checks compare a model with."""
+        if tier not in self.__dict__.setdefault("_peers", {}):
+            peers = {name: self.subject(self.model(name), tier) for name in self.folders}
+            for peer in peers.values():
+                peer.peers = peers
+            self._peers[tier] = peers
+        return self._peers[tier]
 
     def anchors(self, tier: str) -> tuple[Anchors, list[View]]:
         """Base, oracles and a destroyed model as a tier measures them, and the views that tell them apart."""
         if tier not in self.__dict__.setdefault("_anchors", {}):
-            found = {s: as_measured(self.measure(self.model(s), tier)) for s in (*self.folders, "destroyed")}
+            found = {s: as_measured(measure(peer, self.tier(tier))) for s, peer in self.peers(tier).items()}
+            found["destroyed"] = as_measured(self.measure(self.model("destroyed"), tier))
             oracles = tuple(m for s, m in found.items() if s.startswith("oracle"))
             anchors = Anchors(found["base"], oracles, found["destroyed"])
             self._anchors[tier] = anchors, assess_views(anchors, self.task.views)

@@ -54,9 +54,8 @@ def figures(g: Ground, model: PixelDDPM, tier: str) -> dict[str, float]:
     found = {"residue": place.residue, "damage": place.damage, "frechet": v["fidelity.frechet"]}
     if "classifier.recognised" in v:
         found |= {"ua": 1 - v["classifier.recognised"], "ra": v["classifier.retain_accuracy"]}
-    if "membership.forget_auc" in v:
-        oracles = [o.values["membership.forget_auc"] for o in g.anchors(tier)[0].oracles]
-        found["membership_gap"] = v["membership.forget_auc"] - float(np.mean(oracles))
+    if "loss.gap" in v:
+        found["membership_gap"] = v["loss.gap"]
     return found
 
 

@@ -8,15 +8,20 @@ out, without a model. Samples are drawn once per subject and shared by all evalu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T")
 Scores = dict[str, np.ndarray]
 Direction = Literal["min", "max", "target"]
+
+
+class Inapplicable(ValueError):
+    """A check cannot be done on this subject for want of something; its rows are `skipped` with this reason."""
 
 
 class Model(Protocol):
@@ -28,11 +33,16 @@ class Model(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
     def noise(self, seeds: torch.Tensor) -> torch.Tensor: ...
     def uniform(self, seeds: torch.Tensor, columns: int) -> torch.Tensor: ...
     def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor: ...
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
+    def eps(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor: ...
+    def gamma_sigma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def reduced(self, cond: torch.Tensor) -> list[torch.Tensor]: ...
     def sample(
         self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float = 1.0
     ) -> torch.Tensor: ...
@@ -49,6 +59,8 @@ class Images(Protocol):
     groups: torch.Tensor
 
     def __len__(self) -> int: ...
+    def distinct(self) -> Images: ...
+    def take(self, index: torch.Tensor) -> Images: ...
 
 
 class Task(Protocol):
@@ -83,6 +95,8 @@ class Subject:
     judge: a classifier with `features(x)` (n, d) and `__call__(x)` logits (n, classes).
     sizes: `samples`, `noises`, `timesteps`, ... as the tier sets them.
     seeds: (stream name, count) -> int64 seeds (count,); equal for every model of the tier, so comparisons are paired.
+    peers: the anchors by name, "base" and "oracle-K", that the subject is compared with; itself never among them unless it
+        is the base.
     """
 
     model: Model
@@ -90,6 +104,7 @@ class Subject:
     judge: Any
     sizes: dict[str, Any]
     seeds: Callable[[str, int], torch.Tensor]
+    peers: Mapping[str, Subject] = field(default_factory=dict)
     _cache: dict[str, Any] = field(default_factory=dict)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
@@ -98,10 +113,23 @@ class Subject:
             self._cache[key] = make()
         return self._cache[key]
 
+    def oracles(self) -> list[Subject]:
+        """The oracles that it is compared with, itself left out."""
+        return [peer for name, peer in sorted(self.peers.items()) if name.startswith("oracle") and peer is not self]
+
     def forgotten(self, count: int) -> torch.Tensor:
         """The forgotten class's label, (count,)."""
         assert self.task.forget_class is not None
         return torch.full((count,), self.task.forget_class)
+
+    def generate(self, cond: torch.Tensor | None, seeds: torch.Tensor, **sampling: Any) -> torch.Tensor:
+        """Images (n, C, H, W) as the task samples them, or as `sampling` says instead."""
+        how = {**self.task.sampling, **sampling}
+
+        def part(rows: slice) -> torch.Tensor:
+            return self.model.sample(None if cond is None else cond[rows], seeds[rows], **how)
+
+        return torch.cat(BATCHES.map(part, len(seeds)))
 
     def samples(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images (n, C, H, W) of the retained content and their classes: unconditional, or over the kept classes."""
@@ -112,7 +140,7 @@ class Subject:
             if self.task.kind == "class":
                 kept = torch.unique(self.task.splits["retain"].cond)
                 cond = kept[torch.arange(n) % len(kept)]
-            return self.model.sample(cond, self.seeds("samples", n), **self.task.sampling), cond
+            return self.generate(cond, self.seeds("samples", n)), cond
 
         return self.once("samples", make)
 
@@ -129,12 +157,15 @@ class Evaluator(ABC):
     """One family of checks.
 
     directions: metric name -> which way is better; `target` means "like the oracle".
+    needs, cost: what it takes, in words; controls: the models whose value for the same check gives its numbers a meaning.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[frozenset[str]] = frozenset({"points", "class"})
     directions: ClassVar[dict[str, Direction]]
     needs: ClassVar[str]
+    cost: ClassVar[str]
+    controls: ClassVar[tuple[str, ...]] = ("base", "oracles")
 
     @abstractmethod
     def scores(self, subject: Subject) -> Scores:
@@ -149,11 +180,37 @@ class Evaluator(ABC):
         """Metrics with intervals. `replicates`: each metric recomputed without each group of units in turn (groups,)."""
 
 
+class Batches:
+    """How many rows go through a network at once: as many as fit, found by halving when memory runs out.
+
+    Results do not depend on it, because every row has a seed of its own. The size stays halved for the process.
+    """
+
+    def __init__(self, size: int = 500):
+        self.size, self.halved = size, 0
+
+    def map(self, function: Callable[[slice], T], count: int) -> list[T]:
+        """`function(rows)` for consecutive slices of `count` rows, in order."""
+        parts, start = [], 0
+        while start < count:
+            try:
+                parts.append(function(slice(start, min(count, start + self.size))))
+            except torch.OutOfMemoryError:
+                if self.size == 1:
+                    raise
+                self.size, self.halved = self.size // 2, self.halved + 1
+                continue
+            start += self.size
+        return parts
+
+
+BATCHES = Batches()
+
+
 @torch.no_grad()
 def judged(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> np.ndarray:
     """`network(x)` in float64, evaluated in batches."""
-    parts = [network(x[i : i + 500].float()).double() for i in range(0, len(x), 500)]
-    return torch.cat(parts).cpu().numpy()
+    return torch.cat(BATCHES.map(lambda rows: network(x[rows].float()).double().cpu(), len(x))).numpy()
 
 
 def without_group(scores: Scores, group: int, groups: int) -> Scores:

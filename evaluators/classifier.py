@@ -29,7 +29,8 @@ class Classifier(Evaluator):
         "retain_accuracy": "max",
         "leak": "target",
     }
-    needs = "judge; the shared samples; for a class, `class_samples` under its label and `samples` without a label"
+    needs = "judge; for a class its labels"
+    cost = "the shared samples; for a class, `class_samples` under its label and `samples` without a label"
 
     def scores(self, subject: Subject) -> Scores:
         samples, cond = subject.samples()
@@ -40,7 +41,7 @@ class Classifier(Evaluator):
             scores["retained_right"] = (logits.argmax(1) == cond.numpy()).astype(float)
             scores["forget_class"] = judged(subject.judge, forget_samples(subject, "class samples")).argmax(1)
             null = torch.full((subject.sizes["samples"],), subject.model.null_label or 0)
-            free = subject.model.sample(null, subject.seeds("unconditional", len(null)), subject.task.sampling["steps"])
+            free = subject.generate(null, subject.seeds("unconditional", len(null)), guidance=1.0)
             scores["free_class"] = judged(subject.judge, free).argmax(1)
         return scores
 
@@ -59,7 +60,7 @@ class Classifier(Evaluator):
 def forget_samples(subject: Subject, stream: str) -> torch.Tensor:
     """`class_samples` images generated under the forgotten label, (n, C, H, W)."""
     cond = subject.forgotten(subject.sizes["class_samples"])
-    return subject.model.sample(cond, subject.seeds(stream, len(cond)), **subject.task.sampling)
+    return subject.generate(cond, subject.seeds(stream, len(cond)))
 
 
 def _hits(scores: Scores, subject: Subject) -> dict[str, np.ndarray]:

@@ -19,7 +19,8 @@ class Denoising(Evaluator):
 
     name = "denoising"
     directions = {"forget_loss": "target", "forget_log_loss": "target", "retain_loss": "min"}
-    needs = "forget and retain sets; `loss_noises` x `timesteps` forward passes per image"
+    needs = "forget and retain sets"
+    cost = "`loss_noises` x `timesteps` passes per image"
 
     def scores(self, subject: Subject) -> Scores:
         forget, retain = subject.task.splits["forget"].distinct(), subject.task.splits["retain"]

@@ -27,7 +27,8 @@ class Fidelity(Evaluator):
 
     name = "fidelity"
     directions = {"frechet": "min", "kid": "min", "precision": "max", "recall": "max"}
-    needs = "retain set; the shared samples"
+    needs = "retain set"
+    cost = "the shared samples"
 
     def scores(self, subject: Subject) -> Scores:
         return {"features": subject.features()}

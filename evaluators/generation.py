@@ -20,7 +20,8 @@ class Generation(Evaluator):
     name = "generation"
     kinds = frozenset({"points"})
     directions = {"rate": "target"}
-    needs = "forget set; the shared samples"
+    needs = "forget set"
+    cost = "the shared samples"
 
     def scores(self, subject: Subject) -> Scores:
         samples, _ = subject.samples()

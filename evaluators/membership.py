@@ -1,75 +1,333 @@
-"""Loss-based membership inference: are forgotten (and retained) images told from images never trained on?
+"""Membership inference: are forgotten images told from images that were never trained on?
 
-Score of an image: minus its denoising loss at timesteps fixed beforehand (`membership_t`, the low ones, where training
-leaves its mark), averaged over one noise bank shared by all images and models (Matsumoto et al., arXiv:2302.03262). The
-timesteps are never picked by result. AUC by mid-ranks, interval by DeLong. Forgotten images are compared with their own
-matched holdout, retained ones with theirs. An AUC below one half is not "safer": the attacker flips the sign; what counts
-is the gap to the oracle.
+One evaluator per attack of `evaluators.attacks`, all reduced in the same way.
+
+- Four populations: forgotten images against their own matched holdout, retained ones against theirs.
+- Steps and sign are never picked by the result. The whole grid of steps is kept in the scores; the step that is reported
+  and its sign are those at which the base model tells one half of the retained images best from one half of their holdout.
+  What is reported about retained images comes from the other halves.
+- An AUC below one half is not safe: the attacker flips the sign. `leak` = |AUC - 0.5|, and what counts is `gap`, the paired
+  difference to the mean of the oracles on the same images and noises: its error holds the images (DeLong) and the oracles'
+  own spread. `equivalence_p` is the p-value of "not within 0.05 of the oracles".
+- True positive rates at 1 % and 0.1 % need 1,000 and 10,000 non-members; with fewer there is no number.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import ClassVar
+
 import numpy as np
 import torch
 
-from evaluators.base import Evaluator, Images, Metric, Scores, Subject
-from evaluators.statistics import clopper_pearson, delong, normal_interval
+from evaluators import attacks
+from evaluators.base import Direction, Evaluator, Images, Inapplicable, Metric, Scores, Subject
+from evaluators.statistics import (
+    advantage,
+    clopper_pearson,
+    delong,
+    equivalence,
+    normal_interval,
+    paired_gap,
+    tpr_at_fpr,
+)
+
+MARGIN = 0.05  # of the AUC, within which a model counts as equivalent to the oracles
+POPULATIONS = {"forget": "forget", "forget_holdout": "forget_holdout", "retain": "retain", "holdout": "holdout"}
 
 
-class Membership(Evaluator):
-    """AUC of the loss attack on forgotten and on retained images; arXiv:2302.03262."""
+class Attack(Evaluator):
+    """What all attacks share; `score` is the attack."""
 
-    name = "membership"
-    directions = {"forget_auc": "target", "retain_auc": "target"}
-    needs = "forget, retain and both holdout sets; `membership_noises` x 4 forward passes per image"
+    directions: ClassVar[dict[str, Direction]] = {
+        "auc": "target", "retain_auc": "target", "leak": "min", "gap": "target", "equivalence_p": "min",
+        "advantage": "target", "tpr_at_1": "target", "tpr_at_01": "target",
+    }  # fmt: skip
+    needs = "forget and retain sets and the holdout of each; `gap` needs oracles"
+    controls = ("base", "oracles")
+
+    @abstractmethod
+    def score(self, subject: Subject, images: Images) -> np.ndarray:
+        """Scores (n, steps) of images under the subject's model."""
+
+    def raw(self, subject: Subject) -> Scores:
+        """Scores of each population, made once per model; the halves of the retained ones apart."""
+
+        def make() -> Scores:
+            splits, limit = subject.task.splits, subject.sizes["membership_images"]
+            found = {}
+            for name in POPULATIONS:
+                images = splits[name].distinct()
+                found[name] = self.score(subject, images.take(torch.arange(min(limit, len(images)))))
+            for name in ("retain", "holdout"):
+                found[f"{name}_calibration"], found[name] = found[name][::2], found[name][1::2]
+            return found
+
+        return subject.once(f"{self.name}.raw", make)
 
     def scores(self, subject: Subject) -> Scores:
-        limit = subject.sizes["membership_images"]
-        splits = subject.task.splits
-        return {
-            "forget": member_scores(subject, splits["forget"].distinct(), limit),
-            "forget_holdout": member_scores(subject, splits["forget_holdout"], limit),
-            "retain": member_scores(subject, splits["retain"], limit),
-            "retain_holdout": member_scores(subject, splits["holdout"], limit),
-        }
+        base = self.raw(subject.peers.get("base", subject))
+        step, sign = calibrate(base["retain_calibration"], base["holdout_calibration"])
+        found = dict(self.raw(subject)) | {"calibration": np.array([[step, sign]], dtype=float)}
+        oracles = [self.raw(o) for o in subject.oracles()]
+        if oracles:
+            for name in ("forget", "forget_holdout"):
+                found[f"oracle_{name}"] = np.stack([o[name][:, step] for o in oracles], 1)
+        return found
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
-        return {
-            "forget_auc": delong(scores["forget"], scores["forget_holdout"])[0],
-            "retain_auc": delong(scores["retain"], scores["retain_holdout"])[0],
-        }
+        pos, neg = _reported(scores, "forget"), _reported(scores, "forget_holdout")
+        auc = delong(pos, neg)[0]
+        found = {"auc": auc, "leak": abs(auc - 0.5), "advantage": advantage(pos, neg)}
+        if "retain" in scores:
+            found["retain_auc"] = delong(_reported(scores, "retain"), _reported(scores, "holdout"))[0]
+        if "oracle_forget" in scores:
+            found["gap"] = paired_gap(pos, neg, *_oracles(scores))[0]
+        return found
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
-        rows = []
-        for name, pos, neg in (
-            ("forget_auc", scores["forget"], scores["forget_holdout"]),
-            ("retain_auc", scores["retain"], scores["retain_holdout"]),
-        ):
-            auc, se = delong(pos, neg)
-            if len(pos) == 1:  # the rank of one image among the holdout: a proportion, its interval exact
-                lo, hi = clopper_pearson(int((neg < pos[0]).sum()), len(neg))
-                reason = "one distinct forgotten image: uncertainty is over holdout images only"
-                metric = Metric(name, auc, 1, None, lo, hi, "clopper-pearson over holdout images", reason=reason)
+        pos, neg = _reported(scores, "forget"), _reported(scores, "forget_holdout")
+        values = self.values(scores, subject)
+        rows = [_auc("auc", pos, neg)]
+        if "retain" in scores:
+            rows.append(_auc("retain_auc", _reported(scores, "retain"), _reported(scores, "holdout")))
+        low, high = rows[0].lo or 0.0, rows[0].hi or 0.0
+        least = 0.0 if low <= 0.5 <= high else min(abs(low - 0.5), abs(high - 0.5))
+        most = max(abs(low - 0.5), abs(high - 0.5))
+        n = len(pos)
+        rows.append(Metric("leak", values["leak"], n, rows[0].se, least, most, rows[0].interval, "min"))
+        rows.append(Metric("advantage", values["advantage"], n, reason="largest over thresholds, so above 0 by chance"))
+        for name, rate in (("tpr_at_1", 0.01), ("tpr_at_01", 0.001)):
+            value, reason = tpr_at_fpr(pos, neg, rate)
+            if value is None:
+                rows.append(Metric(name, None, n, status="skipped", reason=reason))
             else:
-                lo, hi = normal_interval(auc, se)
-                metric = Metric(name, auc, len(pos), se, max(0.0, lo), min(1.0, hi), "delong")
-            rows.append(metric)
+                lo, hi = clopper_pearson(round(value * n), n)
+                rows.append(Metric(name, value, n, None, lo, hi, "clopper-pearson"))
+        if "oracle_forget" in scores:
+            delta, se = paired_gap(pos, neg, *_oracles(scores))
+            lo, hi = normal_interval(delta, se)
+            method = "paired delong and spread of oracles"
+            rows.append(Metric("gap", delta, n, se, lo, hi, method))
+            p = equivalence(delta, se, MARGIN)
+            reason = f"small: within {MARGIN} of the oracles' AUC (two one-sided tests)"
+            rows.append(Metric("equivalence_p", p, n, direction="min", reason=reason))
+        else:
+            for name in ("gap", "equivalence_p"):
+                rows.append(Metric(name, None, n, status="skipped", reason="there is no oracle to compare with"))
         return rows
 
 
-def member_scores(subject: Subject, images: Images, limit: int) -> np.ndarray:
-    """Minus the mean loss per image (n,), higher for members."""
-    model = subject.model
-    bank = model.noise(subject.seeds("membership", subject.sizes["membership_noises"]))
-    x = images.x[:limit].to(bank)
-    cond = None if images.cond is None else images.cond[:limit].to(x.device)
-    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    model.net.eval()
-    with torch.no_grad():
-        for t in subject.sizes["membership_t"]:
-            times = torch.full((len(x),), t, device=x.device)
-            for eps in bank:
-                noise = eps.expand_as(x)
-                output = model.predict(model.add_noise(x, noise, times), times, cond)
-                total += (output - model.target(x, noise, times)).double().square().flatten(1).mean(1)
-    return -(total / (len(bank) * len(subject.sizes["membership_t"]))).cpu().numpy()
+class Loss(Attack):
+    """Minus the denoising loss on a shared bank of noises; arXiv:2302.03262."""
+
+    name = "loss"
+    cost = "`membership_noises` passes per image and step"
+
+    def score(self, subject: Subject, images: Images) -> np.ndarray:
+        return attacks.loss(subject.model, images.x, images.cond, subject.sizes["membership_t"], bank(subject))
+
+
+class SecMI(Attack):
+    """t-error of SecMI; arXiv:2302.01316."""
+
+    name = "secmi"
+    cost = "largest step / 10 + steps passes per image"
+
+    def score(self, subject: Subject, images: Images) -> np.ndarray:
+        return attacks.secmi(subject.model, images.x, images.cond, subject.sizes["membership_t"])
+
+
+class PIA(Attack):
+    """Proximal initialisation; arXiv:2305.18355."""
+
+    name = "pia"
+    cost = "steps + 1 passes per image, no noise"
+    normalised: ClassVar[bool] = False
+
+    def score(self, subject: Subject, images: Images) -> np.ndarray:
+        grid = subject.sizes["membership_t"]
+        return attacks.pia(subject.model, images.x, images.cond, grid, normalised=self.normalised)
+
+
+class PIAN(PIA):
+    """Proximal initialisation, normalised; arXiv:2305.18355."""
+
+    name = "pian"
+    normalised = True
+
+
+class SimA(Attack):
+    """Magnitude of the predicted noise at the image itself; arXiv:2509.25003."""
+
+    name = "sima"
+    cost = "one pass per image and step, no noise"
+
+    def score(self, subject: Subject, images: Images) -> np.ndarray:
+        return attacks.sima(subject.model, images.x, images.cond, subject.sizes["membership_t"])
+
+
+class CLiD(Attack):
+    """Conditional likelihood discrepancy; arXiv:2405.14800. Its weight is picked on the calibration halves of the base."""
+
+    name = "clid"
+    kinds = frozenset({"class", "concept"})
+    needs = "conditions; forget and retain sets and the holdout of each; `gap` needs oracles"
+    cost = "`membership_noises` passes per image, step and condition, own and reduced"
+
+    def score(self, subject: Subject, images: Images) -> np.ndarray:
+        own, discrepancy = self._parts(subject, images)
+        weight, like = subject.peers.get("base", subject).once("clid.mix", lambda: self._mix(subject))
+        columns = [
+            attacks.robust_mix(own[:, t], discrepancy[:, t], weight[t], (like[0][:, t], like[1][:, t]))
+            for t in range(own.shape[1])
+        ]
+        return np.stack(columns, 1)
+
+    def _parts(self, subject: Subject, images: Images) -> tuple[np.ndarray, np.ndarray]:
+        assert images.cond is not None
+        model = subject.model
+        reduced = model.reduced(images.cond)
+        return attacks.clid(model, images.x, images.cond, reduced, subject.sizes["membership_t"], bank(subject))
+
+    def _mix(self, subject: Subject) -> tuple[list[float], tuple[np.ndarray, np.ndarray]]:
+        """Per step the weight in 0, 0.1, ..., 1 that tells the base's retained images best from their holdout."""
+        base, limit = subject.peers.get("base", subject), subject.sizes["membership_images"]
+        halves = [self._parts(base, base.task.splits[name].distinct().take(torch.arange(0, limit, 2)))
+                  for name in ("retain", "holdout")]  # fmt: skip
+        weights = []
+        for t in range(halves[0][0].shape[1]):
+            like = (halves[1][0][:, t], halves[1][1][:, t])
+            auc = [
+                delong(*(attacks.robust_mix(own[:, t], other[:, t], w / 10, like) for own, other in halves))[0]
+                for w in range(11)
+            ]
+            weights.append(int(np.argmax(np.abs(np.array(auc) - 0.5))) / 10)
+        return weights, halves[1]
+
+
+class Quantile(Attack):
+    """Excess of the loss score over the 90 % quantile that small networks expect; arXiv:2312.05140.
+
+    Step and sign are those of `loss`. The networks learn from the calibration half of the retained content's holdout.
+    """
+
+    name = "quantile"
+    cost = "that of `loss`, and five small networks"
+
+    def raw(self, subject: Subject) -> Scores:
+        def make() -> Scores:
+            step, sign = _of_loss(subject)
+            loss = {name: sign * scores[:, step] for name, scores in Loss().raw(subject).items()}
+            splits, limit = subject.task.splits, subject.sizes["membership_images"]
+            images = {name: splits[name].distinct().x[:limit] for name in POPULATIONS}
+            for name in ("retain", "holdout"):
+                images[f"{name}_calibration"], images[name] = images[name][::2], images[name][1::2]
+            seed = int(subject.seeds("quantile", 1)[0]) % 2**31
+            population = "holdout_calibration"
+            expected = attacks.expected_quantile(images[population], loss[population], seed=seed)
+            return {name: (scores - expected(images[name]))[:, None] for name, scores in loss.items()}
+
+        return subject.once("quantile.raw", make)
+
+    def score(self, subject: Subject, images: Images) -> np.ndarray:
+        raise NotImplementedError("the scores of a population depend on the others; see `raw`")
+
+
+class _ByOracles(Attack):
+    """An attack that takes the oracles as models known not to have seen the forgotten images.
+
+    Step and sign are those of `loss`. It says nothing about retained images, which the oracles have seen.
+    """
+
+    least: ClassVar[int] = 1
+    cost = "that of `loss`, on the oracles too"
+
+    @abstractmethod
+    def combine(self, own: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
+        """Scores (n,) of one population."""
+
+    def score(self, subject: Subject, images: Images) -> np.ndarray:
+        raise NotImplementedError("the scores of a population depend on the oracles; see `scores`")
+
+    def scores(self, subject: Subject) -> Scores:
+        oracles = subject.oracles()
+        if len(oracles) < self.least:
+            raise Inapplicable(f"needs {self.least} oracles besides the model itself; there are {len(oracles)}")
+        step, sign = _of_loss(subject)
+        own, others = Loss().raw(subject), [Loss().raw(o) for o in oracles]
+        found = {"calibration": np.array([[0, 1.0]])}
+        for name in ("forget", "forget_holdout"):
+            found[name] = self.combine(own, others, name, step, sign)[:, None]
+            if len(others) > self.least:  # each oracle against the rest
+                columns = [
+                    self.combine(o, others[:k] + others[k + 1 :], name, step, sign) for k, o in enumerate(others)
+                ]
+                found[f"oracle_{name}"] = np.stack(columns, 1)
+        return found
+
+
+class LiRA(_ByOracles):
+    """Likelihood ratio, offline: against the oracles' scores of the same image; arXiv:2112.03570."""
+
+    name = "lira"
+    least = 2
+    needs = "forget set and its holdout; two oracles"
+
+    def combine(self, own: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
+        out = sign * np.stack([o[name][:, step] for o in oracles], 1)
+        return attacks.lira_offline(sign * own[name][:, step], out)
+
+
+class RMIA(_ByOracles):
+    """Robust membership inference with the oracles as reference and the retained content's holdout as population;
+    arXiv:2312.03262."""
+
+    name = "rmia"
+    needs = "forget set, its holdout and the population; an oracle"
+
+    def combine(self, own: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
+        def reference(part: str) -> np.ndarray:
+            return sign * np.mean([o[part][:, step] for o in oracles], axis=0)
+
+        return attacks.rmia(
+            sign * own[name][:, step], reference(name), sign * own["holdout"][:, step], reference("holdout")
+        )
+
+
+def bank(subject: Subject) -> torch.Tensor:
+    """The noises (k, C, H, W) that all images and models of a tier share."""
+    return subject.model.noise(subject.seeds("membership", subject.sizes["membership_noises"]))
+
+
+def calibrate(members: np.ndarray, others: np.ndarray) -> tuple[int, int]:
+    """(column, sign) at which scores (n, columns) of known members differ most from those of known non-members."""
+    aucs = np.array([delong(members[:, t], others[:, t])[0] for t in range(members.shape[1])])
+    step = int(np.argmax(np.abs(aucs - 0.5)))
+    return step, 1 if aucs[step] >= 0.5 else -1
+
+
+def _of_loss(subject: Subject) -> tuple[int, int]:
+    """Step and sign of `loss`."""
+    base = Loss().raw(subject.peers.get("base", subject))
+    return calibrate(base["retain_calibration"], base["holdout_calibration"])
+
+
+def _reported(scores: Scores, name: str) -> np.ndarray:
+    step, sign = scores["calibration"][0]
+    return sign * scores[name][:, int(step)]
+
+
+def _oracles(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    sign = scores["calibration"][0][1]
+    return sign * scores["oracle_forget"], sign * scores["oracle_forget_holdout"]
+
+
+def _auc(name: str, pos: np.ndarray, neg: np.ndarray) -> Metric:
+    auc, se = delong(pos, neg)
+    if len(pos) == 1:  # the rank of one image among the holdout: a proportion, its interval exact
+        lo, hi = clopper_pearson(int((neg < pos[0]).sum()), len(neg))
+        reason = "one distinct forgotten image: uncertainty is over holdout images only"
+        return Metric(name, auc, 1, None, lo, hi, "clopper-pearson over holdout images", reason=reason)
+    lo, hi = normal_interval(auc, se)
+    return Metric(name, auc, len(pos), se, max(0.0, lo), min(1.0, hi), "delong")

@@ -21,7 +21,8 @@ class Reconstruction(Evaluator):
     name = "reconstruction"
     kinds = frozenset({"points"})
     directions = {"correlation": "target", "hits": "target"}
-    needs = "forget set; `noises` x `injection_steps` forward passes per distinct image"
+    needs = "forget set"
+    cost = "`noises` x `injection_steps` passes per distinct image"
 
     def scores(self, subject: Subject) -> Scores:
         images = subject.task.splits["forget"].distinct().x

@@ -25,7 +25,8 @@ class Relearning(Evaluator):
 
     name = "relearning"
     directions = {"recognised": "target", "correlation": "target"}
-    needs = "forget set; `relearn_steps` optimiser steps of 32 rows, then samples"
+    needs = "forget set"
+    cost = "`relearn_steps` optimiser steps of 32 rows, then samples"
 
     def scores(self, subject: Subject) -> Scores:
         taught = Subject(relearned(subject), subject.task, subject.judge, subject.sizes, subject.seeds)

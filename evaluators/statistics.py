@@ -1,4 +1,4 @@
-"""Intervals and distances. NumPy arrays in, plain numbers out.
+"""Intervals, tests, sample sizes and distances. NumPy arrays in, plain numbers out.
 
 SciPy and torch-fidelity are imported where they are used: the cheap functions here serve processes without torch, too.
 """
@@ -18,6 +18,102 @@ def clopper_pearson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]
 
     interval = stats.binomtest(int(k), int(n)).proportion_ci(confidence_level=level, method="exact")
     return float(interval.low), float(interval.high)
+
+
+def wilson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, k successes of n: shorter than the exact one, and right on average."""
+    from scipy import stats
+
+    interval = stats.binomtest(int(k), int(n)).proportion_ci(confidence_level=level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def anytime_interval(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of a proportion that holds at every n at once, so sampling may stop as soon as it decides.
+
+    The rates p that a uniform mixture over all rates does not beat by 1/(1 - level) to one in likelihood (Robbins, 1970,
+    by Ville's inequality): B(k + 1, n - k + 1) < p^k (1 - p)^(n - k) / (1 - level).
+    """
+    from scipy import optimize, special
+
+    bound = special.betaln(k + 1, n - k + 1) + np.log(1 - level)
+
+    def excess(p: float) -> float:
+        return float(special.xlogy(k, p) + special.xlog1py(n - k, -p) - bound)
+
+    at = k / n if n else 0.5
+    low = 0.0 if k == 0 else float(optimize.brentq(excess, 1e-300, at))
+    high = 1.0 if k == n else float(optimize.brentq(excess, at, 1 - 1e-16))
+    return low, high
+
+
+def zero_hits_needed(rate: float, level: float = LEVEL, sequential: bool = False) -> int:
+    """The fewest samples without a single hit that show the true rate to be below `rate` (one-sided if not sequential).
+
+    A fixed n needs (1 - rate)^n <= 1 - level; with `sequential` the claim may be checked after every sample.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"rate: {rate} is not between 0 and 1")
+    if not sequential:
+        return int(np.ceil(np.log1p(-level) / np.log1p(-rate)))
+    n = 1
+    while anytime_interval(0, n, level)[1] > rate:
+        n *= 2
+    low = n // 2
+    while n - low > 1:
+        middle = (low + n) // 2
+        low, n = (low, middle) if anytime_interval(0, middle, level)[1] <= rate else (middle, n)
+    return n
+
+
+def cluster_interval(
+    values: np.ndarray, clusters: np.ndarray, level: float = LEVEL, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(standard error, low, high) of the mean of `values` (n,), drawing whole clusters (n,) with replacement.
+
+    For images that share a prompt or a latent. Bias-corrected and accelerated bootstrap by SciPy; needs two clusters.
+    """
+    from scipy import stats
+
+    _, index = np.unique(clusters, return_inverse=True)
+    sums, counts = np.bincount(index, weights=values), np.bincount(index)
+    if len(sums) < 2:
+        raise ValueError("an interval over clusters needs at least two of them")
+    if np.ptp(values) == 0:
+        return 0.0, float(values[0]), float(values[0])
+
+    def ratio(s: np.ndarray, c: np.ndarray, axis: int = -1) -> np.ndarray:
+        return s.sum(axis) / c.sum(axis)
+
+    found = stats.bootstrap(
+        (sums, counts.astype(float)), ratio, n_resamples=draws, paired=True, vectorized=True, confidence_level=level,
+        rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(found.standard_error), float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def corrected_shares(shares: np.ndarray, confusion: np.ndarray) -> np.ndarray:
+    """True class shares (c,) behind the shares that an erring classifier sees (Rogan and Gladen, 1978).
+
+    confusion[i, j]: the share of real images of class j that it takes for class i. Solved by least squares within the
+    simplex, so that shares stay shares.
+    """
+    from scipy import optimize
+
+    n = confusion.shape[1]
+    weight = 1e3  # the shares sum to one: a row of its own, heavy enough to hold to 1e-6
+    a = np.vstack([confusion, np.full((1, n), weight)])
+    found, _ = optimize.nnls(a, np.append(np.asarray(shares, dtype=float), weight))
+    return found / found.sum()
+
+
+def equivalence(delta: float, se: float, margin: float) -> float:
+    """p-value of two one-sided z-tests of |true difference| >= margin: small means "the same, within the margin"."""
+    from scipy import stats
+
+    if se == 0:
+        return 0.0 if abs(delta) < margin else 1.0
+    return float(max(stats.norm.cdf((delta - margin) / se), stats.norm.sf((delta + margin) / se)))
 
 
 def normal_interval(value: float, se: float, level: float = LEVEL) -> tuple[float, float]:
@@ -91,6 +187,61 @@ def delong_paired(pos_a: np.ndarray, neg_a: np.ndarray, pos_b: np.ndarray, neg_b
     """(AUC_a - AUC_b, standard error) for two scorers of the same positives and negatives, by DeLong."""
     (pa, na), (pb, nb) = _placements(pos_a, neg_a), _placements(pos_b, neg_b)
     return float(pa.mean() - pb.mean()), float(np.sqrt(_variance(pa - pb) + _variance(na - nb)))
+
+
+def paired_gap(pos: np.ndarray, neg: np.ndarray, pos_ref: np.ndarray, neg_ref: np.ndarray) -> tuple[float, float]:
+    """(AUC - mean AUC of reference models, standard error) on the same positives (n,) and negatives (m,).
+
+    pos_ref (n, k), neg_ref (m, k): scores by k references. The error holds what the images leave open (DeLong on the
+    paired placements) and, from two references on, what their own spread leaves open about the mean of such models.
+    """
+    own_pos, own_neg = _placements(pos, neg)
+    references = [_placements(pos_ref[:, k], neg_ref[:, k]) for k in range(pos_ref.shape[1])]
+    gap_pos = own_pos - np.mean([p for p, _ in references], axis=0)
+    gap_neg = own_neg - np.mean([n for _, n in references], axis=0)
+    spread = 0.0
+    if len(references) > 1:
+        spread = float(np.var([p.mean() for p, _ in references], ddof=1) / len(references))
+    return float(gap_pos.mean()), float(np.sqrt(_variance(gap_pos) + _variance(gap_neg) + spread))
+
+
+def tpr_at_fpr(pos: np.ndarray, neg: np.ndarray, fpr: float) -> tuple[float | None, str]:
+    """(true positive rate, "") at a false positive rate of at most `fpr`, or (None, why it cannot be told).
+
+    The threshold lets exactly floor(fpr m) of the m negatives pass, none by ties; no interpolation. With fewer than
+    10 / fpr negatives the realised rate may be several times as large as asked, so no number is given.
+    """
+    needed = int(np.ceil(10 / fpr))
+    if len(neg) < needed:
+        return None, f"needs {needed:,} non-members to speak of {fpr:.1%} false positives; there are {len(neg):,}"
+    allowed = int(np.floor(fpr * len(neg)))
+    threshold = np.sort(neg)[::-1][allowed]
+    return float((pos > threshold).mean()), ""
+
+
+def advantage(pos: np.ndarray, neg: np.ndarray) -> float:
+    """Largest |true - false positive rate| over thresholds, the two-sided Kolmogorov-Smirnov distance."""
+    from scipy import stats
+
+    return float(stats.ks_2samp(pos, neg, method="asymp").statistic)
+
+
+def detectable_auc(positives: int, negatives: int, power: float = 0.8, level: float = LEVEL) -> float:
+    """The smallest |AUC - 0.5| that a two-sided test at `level` finds with `power`; scores without a difference have an
+    AUC with variance (n + m + 1) / (12 n m)."""
+    return _units(power, level) * float(np.sqrt((positives + negatives + 1) / (12 * positives * negatives)))
+
+
+def detectable_proportion(n: int, rate: float, power: float = 0.8, level: float = LEVEL) -> float:
+    """The smallest difference between two proportions near `rate`, n samples each, found with `power`."""
+    return _units(power, level) * float(np.sqrt(2 * max(rate * (1 - rate), 1 / (4 * n)) / n))
+
+
+def _units(power: float, level: float) -> float:
+    """Standard errors between no difference and one that is found with `power`."""
+    from scipy import stats
+
+    return float(stats.norm.ppf(0.5 + level / 2) + stats.norm.ppf(power))
 
 
 def _placements(pos: np.ndarray, neg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

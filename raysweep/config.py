@@ -44,9 +44,9 @@ class Tier(_Model):
     loss_images: int = Field(4, ge=1, description="images per split for denoising losses")
     timesteps: int = Field(10, ge=1, description="equally spaced steps of a denoising loss")
     membership_t: tuple[int, ...] = Field(
-        (20, 50, 100, 200), description="steps of the membership score, fixed beforehand"
+        (20, 50, 100, 200, 300), min_length=1, description="grid of steps of membership inference"
     )
-    membership_noises: int = Field(2, ge=1, description="noises per image and step of the membership score")
+    membership_noises: int = Field(8, ge=1, description="noises per image and step of the membership score")
     membership_images: int = Field(100, ge=2, description="images per population of membership inference")
     relearn_steps: int = Field(5, ge=0, description="optimiser steps of relearning")
     strips: int = Field(0, ge=0, le=32, description="samples kept as pictures for the report")

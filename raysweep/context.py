@@ -93,6 +93,7 @@ class Context:
             subject=subject, method=method, model=model, digest=digest, tier_name=tier_name, tier=tier, judge=judge,
             judge_digest=judge_digest, task=str(self.folder.task), task_digest=self.task_digest, run=self.run,
             code=audit_code(), cache=cache, references=str(Path(self.cache).parent / "references"),
+            anchors=(("base", self.base, self.base_digest), *((n, *where) for n, where in sorted(self.oracles.items()))),
         )  # fmt: skip
 
     def anchor_requests(self, tier_name: str, tier: Tier) -> dict[str, AuditRequest]:

@@ -47,6 +47,8 @@ def _evaluator(name: str) -> dict[str, Any]:
         "name": name,
         "metrics": ", ".join(f"{m} ({d})" for m, d in evaluator.directions.items()),
         "needs": evaluator.needs,
+        "cost": evaluator.cost,
+        "controls": ", ".join(evaluator.controls),
         "kinds": ", ".join(sorted(evaluator.kinds)),
         "external": name in external("evaluator"),
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from methods.base import Method
-from raysweep.audit.measure import measure
+from raysweep.audit.measure import measure, subject_of
 from raysweep.config import Sweep
 from raysweep.models.pixel import PixelDDPM
 from raysweep.prepare import cached
@@ -49,7 +49,7 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     retrain = _time_steps("retrain", task.recipe, task)
     judge = Judge(task.splits["judge_probe"].x.shape[1], int(task.splits["judge_probe"].groups.max()) + 1)
     probe_s, audit_s = (
-        measure(PixelDDPM.build(task.model, 0), task, judge, tier).seconds
+        measure(subject_of(PixelDDPM.build(task.model, 0), task, judge, tier), tier).seconds
         for tier in (sweep.audit.probe, sweep.audit.audit)
     )
     missing = [name for name, there in found.items() if not there and not name.startswith("judge")]

@@ -30,12 +30,20 @@ METHODS = {
 
 EVALUATORS = {
     "classifier": "evaluators.classifier:Classifier",
+    "clid": "evaluators.membership:CLiD",
     "denoising": "evaluators.denoising:Denoising",
     "fidelity": "evaluators.fidelity:Fidelity",
     "generation": "evaluators.generation:Generation",
-    "membership": "evaluators.membership:Membership",
+    "lira": "evaluators.membership:LiRA",
+    "loss": "evaluators.membership:Loss",
+    "pia": "evaluators.membership:PIA",
+    "pian": "evaluators.membership:PIAN",
+    "quantile": "evaluators.membership:Quantile",
     "reconstruction": "evaluators.reconstruction:Reconstruction",
     "relearning": "evaluators.relearning:Relearning",
+    "rmia": "evaluators.membership:RMIA",
+    "secmi": "evaluators.membership:SecMI",
+    "sima": "evaluators.membership:SimA",
 }
 
 TASKS = {

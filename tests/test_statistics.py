@@ -5,14 +5,24 @@ import pytest
 from scipy import stats
 
 from evaluators.statistics import (
+    advantage,
+    anytime_interval,
     clopper_pearson,
+    cluster_interval,
+    corrected_shares,
     delong,
     delong_paired,
+    detectable_auc,
+    detectable_proportion,
+    equivalence,
     frechet,
     jackknife,
     jackknife_se,
     kid,
     normal_interval,
+    tpr_at_fpr,
+    wilson,
+    zero_hits_needed,
 )
 
 
@@ -98,3 +108,121 @@ def test_kid_is_unbiased_at_zero():
     rng = np.random.default_rng(7)
     values = [kid(rng.normal(size=(100, 8)), rng.normal(size=(100, 8))) for _ in range(40)]
     assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(40)
+
+
+def test_interval_coverage_of_proportions():
+    rng = np.random.default_rng(8)
+    averages = []
+    for rate, n in ((0.05, 100), (0.1, 80), (0.3, 60), (0.5, 100), (0.9, 200)):
+        counts, weights = np.unique(rng.binomial(n, rate, 4000), return_counts=True)
+        for interval in (wilson, clopper_pearson):
+            inside = [lo <= rate <= hi for lo, hi in (interval(int(k), n) for k in counts)]
+            averages.append((interval, np.average(inside, weights=weights)))
+    assert 0.93 <= np.mean([c for i, c in averages if i is wilson]) <= 0.97  # right on average over rates
+    assert min(c for i, c in averages if i is clopper_pearson) >= 0.94  # never too short
+
+
+def test_an_anytime_interval_holds_at_every_look():
+    rng = np.random.default_rng(9)
+    missed, looks = 0, range(10, 400, 10)
+    for _ in range(150):
+        hits = np.cumsum(rng.random(400) < 0.2)
+        missed += any(not low <= 0.2 <= high for low, high in (anytime_interval(int(hits[n - 1]), n) for n in looks))
+    assert missed / 150 <= 0.05
+    assert anytime_interval(0, 0) == (0.0, 1.0)
+
+
+def test_zero_hits():
+    n = zero_hits_needed(0.01)
+    assert 0.99**n <= 0.05 < 0.99 ** (n - 1)
+    m = zero_hits_needed(0.01, sequential=True)
+    assert anytime_interval(0, m)[1] <= 0.01 < anytime_interval(0, m - 1)[1]
+    assert m > n
+    with pytest.raises(ValueError, match="not between 0 and 1"):
+        zero_hits_needed(0.0)
+
+
+def test_clusters_widen_the_interval_as_they_should():
+    rng = np.random.default_rng(10)
+    covered = naive = 0
+    for _ in range(150):
+        prompts = rng.normal(size=30)
+        values = np.repeat(prompts, 8) + 0.5 * rng.normal(size=240)
+        _, low, high = cluster_interval(values, np.repeat(np.arange(30), 8), draws=500)
+        covered += low <= 0 <= high
+        se = values.std(ddof=1) / np.sqrt(240)
+        naive += abs(values.mean()) <= 1.96 * se
+    assert 0.88 <= covered / 150 <= 0.99
+    assert naive / 150 < 0.7
+    with pytest.raises(ValueError, match="at least two"):
+        cluster_interval(np.ones(4), np.zeros(4))
+    assert cluster_interval(np.ones(4), np.arange(4)) == (0.0, 1.0, 1.0)
+
+
+def test_shares_behind_an_erring_classifier():
+    confusion = np.array([[0.9, 0.2, 0.0], [0.1, 0.7, 0.1], [0.0, 0.1, 0.9]])
+    true = np.array([0.5, 0.0, 0.5])
+    np.testing.assert_allclose(corrected_shares(confusion @ true, confusion), true, atol=1e-6)
+    found = corrected_shares(np.array([1.0, 0.0, 0.0]), confusion)  # more than a pure class 0 could give
+    assert found.min() >= 0
+    assert found.sum() == pytest.approx(1)
+
+
+def test_equivalence_needs_precision_and_not_just_no_difference():
+    assert equivalence(0.0, 0.1, 0.05) > 0.05
+    assert equivalence(0.0, 0.01, 0.05) < 0.001
+    assert equivalence(0.06, 0.01, 0.05) > 0.5
+    assert (equivalence(0.0, 0.0, 0.05), equivalence(0.1, 0.0, 0.05)) == (0.0, 1.0)
+    rng = np.random.default_rng(11)
+    wrong = [equivalence(d, 0.02, 0.05) < 0.05 for d in rng.normal(0.05, 0.02, 2000)]  # truly at the margin
+    assert 0.03 <= np.mean(wrong) <= 0.07
+
+
+def test_rates_at_low_false_positives():
+    rng = np.random.default_rng(12)
+    neg = rng.normal(size=1000)
+    value, reason = tpr_at_fpr(rng.normal(2, 1, 500), neg, 0.01)
+    assert reason == ""
+    threshold = np.sort(neg)[-11]
+    assert (neg > threshold).sum() == 10
+    assert value is not None
+    assert value == pytest.approx(stats.norm.sf(threshold - 2), abs=0.06)
+    assert tpr_at_fpr(np.zeros(5), np.zeros(1000), 0.01)[0] == 0.0  # ties never pass
+    assert tpr_at_fpr(np.zeros(5), np.zeros(999), 0.01)[0] is None
+    assert "10,000" in tpr_at_fpr(np.zeros(5), np.zeros(1000), 0.001)[1]
+
+
+def test_advantage_is_the_largest_gap_between_the_rates():
+    pos, neg = np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.5, 2.5])
+    rates = [abs((pos > c).mean() - (neg > c).mean()) for c in np.linspace(-1, 4, 501)]
+    assert advantage(pos, neg) == pytest.approx(max(rates))
+
+
+@pytest.mark.parametrize("n", [60, 250])
+def test_what_a_sample_size_can_detect(n):
+    rng = np.random.default_rng(13)
+    effect = detectable_auc(n, n)
+    shift = np.sqrt(2) * stats.norm.ppf(0.5 + effect)
+    found = 0
+    for _ in range(400):
+        auc, se = delong(rng.normal(shift, 1, n), rng.normal(size=n))
+        found += abs(auc - 0.5) > 1.96 * se
+    assert 0.7 <= found / 400 <= 0.9
+    delta = detectable_proportion(n, 0.3)
+    a, b = rng.binomial(n, 0.3, 2000) / n, rng.binomial(n, 0.3 + delta, 2000) / n
+    se = np.sqrt(a * (1 - a) / n + b * (1 - b) / n)
+    assert 0.7 <= np.mean(np.abs(b - a) > 1.96 * se) <= 0.9
+
+
+def test_coverage_of_the_jackknife_of_frechet():
+    """Of differences between two models on the same units, where the bias of the distance cancels."""
+    rng = np.random.default_rng(14)
+    reference = rng.normal(size=(400, 8))
+    large = rng.normal(size=(40_000, 8))
+    expected = [frechet(part, reference) for part in np.split(large, 100)]
+    target, covered = np.mean(expected), 0
+    for _ in range(100):
+        value, se = jackknife(lambda v: frechet(v, reference), np.split(rng.normal(size=(400, 8)), 20))
+        lo, hi = normal_interval(value, se)
+        covered += lo <= target <= hi
+    assert covered >= 90

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from raysweep.config import Tier
 from raysweep.store import ROWS, SCORES, StoreError, digest_of, read_table, write_bytes, write_table
+
+if TYPE_CHECKING:
+    from evaluators.base import Subject
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,8 @@ class AuditRequest:
     """One model to be measured in one tier. model: its folder, or None for a freshly initialised (destroyed) one.
 
     cache: folder where the audits of anchors outlive the run. references: folder of features of real images, which all
-    models under one judge are compared with.
+    models under one judge are compared with. anchors: (name, folder, digest) of the base and the oracles, which checks
+    compare the model with.
     """
 
     subject: str
@@ -33,6 +39,7 @@ class AuditRequest:
     task_digest: str
     run: str
     code: str = ""
+    anchors: tuple[tuple[str, str, str], ...] = ()
     cache: str | None = None
     references: str | None = None
 
@@ -40,7 +47,24 @@ class AuditRequest:
     def key(self) -> str:
         """Names the audit: equal keys are the same work."""
         parts = (self.subject, self.digest, self.tier_name, self.tier.digest, self.judge_digest, self.task_digest)
-        return f"{self.subject}-{self.tier_name}-{digest_of(*parts, self.code)}"
+        peers = [(name, digest) for name, _, digest in self.anchors]
+        return f"{self.subject}-{self.tier_name}-{digest_of(*parts, self.code, peers)}"
+
+
+class Peers(Mapping[str, Any]):
+    """Anchors by name, loaded when a check first asks for them."""
+
+    def __init__(self, makers: dict[str, Callable[[], Any]]):
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> Any:
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
 
 
 @ray.remote(num_cpus=0.5, max_restarts=-1, max_task_retries=0)
@@ -75,16 +99,8 @@ class Auditor:
 
     def _measure(self, request: AuditRequest, path: Path) -> dict[str, Any]:
         from raysweep.audit.measure import measure
-        from raysweep.models.pixel import PixelDDPM
-        from raysweep.seeds import derive_seed
 
-        task = self._task(request.task)
-        if request.model is None:
-            model = PixelDDPM.build(task.model, derive_seed("destroyed"))
-        else:
-            model = PixelDDPM.load(request.model)
-        judge = self._judge(request.judge)
-        result = measure(model.to(_device()), task, judge, request.tier, self._reference(request, task, judge))
+        result = measure(self._subject(request), request.tier)
         common = {
             "subject": request.subject, "method": request.method, "subject_digest": request.digest,
             "tier": request.tier_name, "paired_with": "", "level": 0.95, "seed": request.tier.seed,
@@ -110,6 +126,32 @@ class Auditor:
             )
             write_bytes(Path(request.cache) / path.name, path.read_bytes())
         return {"seconds": result.seconds, "failed": sorted({r["check"] for r in rows if r["status"] == "failed"})}
+
+    def _subject(self, request: AuditRequest) -> Subject:
+        """The model under audit with its peers: anchors keep what was computed for them, candidates do not stay."""
+        from raysweep.audit.measure import subject_of
+        from raysweep.models.pixel import PixelDDPM
+        from raysweep.seeds import derive_seed
+
+        task, judge = self._task(request.task), self._judge(request.judge)
+        reference = self._reference(request, task, judge)
+
+        def made(folder: str | None) -> Subject:
+            model = PixelDDPM.build(task.model, derive_seed("destroyed")) if folder is None else PixelDDPM.load(folder)
+            subject = subject_of(model.to(_device()), task, judge, request.tier)
+            subject.once("reference", lambda: reference)
+            subject.peers = peers
+            return subject
+
+        def anchor(folder: str, digest: str) -> Subject:
+            key = digest_of("anchor", digest, request.tier.digest, request.judge_digest, request.task_digest)
+            if key not in self.kept:
+                self.kept[key] = made(folder)
+            return self.kept[key]
+
+        peers = Peers({name: partial(anchor, folder, digest) for name, folder, digest in request.anchors})
+        own = next((folder for _, folder, digest in request.anchors if digest == request.digest), None)
+        return made(request.model) if own is None else anchor(own, request.digest)
 
     def _task(self, folder: str):
         from raysweep.tasks.task import Task

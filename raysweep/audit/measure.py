@@ -7,12 +7,13 @@ A check that raises becomes a row with status `failed` and its reason; one that 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from evaluators.base import Evaluator, Metric, Scores, Subject, without_group
+from evaluators.base import BATCHES, Evaluator, Inapplicable, Metric, Scores, Subject, without_group
 from raysweep.config import Tier
 from raysweep.models.draws import row_seeds
 from raysweep.models.pixel import PixelDDPM
@@ -37,21 +38,19 @@ class Measurement:
     seconds: float = 0.0
 
 
-def measure(
-    model: PixelDDPM, task: Task, judge: torch.nn.Module, tier: Tier, reference: np.ndarray | None = None
-) -> Measurement:
-    """All checks of `tier` on `model`. Deterministic in (model, task, judge, tier).
-
-    `reference`: the judge's features of the retained images, if they are at hand.
-    """
-    started = time.monotonic()
+def subject_of(model: PixelDDPM, task: Task, judge: torch.nn.Module, tier: Tier) -> Subject:
+    """What the checks of `tier` see of `model`."""
 
     def seeds(stream: str, count: int) -> torch.Tensor:
         return row_seeds(derive_seed("audit", tier.seed, stream), 0, count)
 
-    subject = Subject(model, task, judge.eval(), tier.sizes(), seeds)  # type: ignore[arg-type]
-    if reference is not None:
-        subject.once("reference", lambda: reference)
+    return Subject(model, task, judge.eval(), tier.sizes(), seeds)  # type: ignore[arg-type]
+
+
+def measure(subject: Subject, tier: Tier) -> Measurement:
+    """All checks of `tier` on `subject`. Deterministic in its model, task and judge, the tier, and its peers."""
+    started = time.monotonic()
+    task: Any = subject.task
     result = Measurement()
     for name in tier.checks_for(task):
         evaluator: Evaluator = resolve("evaluator", name)()
@@ -59,11 +58,18 @@ def measure(
             reason = f"does not apply to a task of kind {task.kind!r}"
             result.rows += _absent(evaluator, "skipped", reason)
             continue
+        halved = BATCHES.halved
         try:
             metrics, values, replicates, scores = _check(evaluator, subject, tier.groups)
+        except Inapplicable as error:
+            result.rows += _absent(evaluator, "skipped", str(error))
+            continue
         except Exception as error:  # any fault of a check must end up in the record, not end the audit
             result.rows += _absent(evaluator, "failed", f"{type(error).__name__}: {error}")
             continue
+        if BATCHES.halved > halved:
+            note = f"memory ran out: batches of {BATCHES.size}"
+            metrics = [replace(m, reason="; ".join(filter(None, (m.reason, note)))) for m in metrics]
         result.rows += [{"check": name} | asdict(metric) for metric in metrics]
         result.values |= {f"{name}.{k}": v for k, v in values.items()}
         result.replicates |= {f"{name}.{k}": v.tolist() for k, v in replicates.items()}
@@ -80,7 +86,7 @@ def _strips(subject: Subject, count: int) -> Scores:
     if subject.task.kind == "class":
         cond = subject.forgotten(count)
         seeds = subject.seeds("class samples", count)
-        strips["strip.forgotten"] = subject.model.sample(cond, seeds, **subject.task.sampling)
+        strips["strip.forgotten"] = subject.generate(cond, seeds)
     else:
         x0, t = subject.task.splits["forget"].distinct().x[:1].expand(count, -1, -1, -1), subject.sizes["injection_t"]
         seeds = subject.seeds("injection", count)

@@ -100,6 +100,11 @@ class PixelDDPM:
         """The condition of the unconditional branch for `count` rows; None where there is none to choose."""
         return None if self.null_label is None else torch.full((count,), self.null_label, device=self.device)
 
+    def reduced(self, cond: torch.Tensor) -> list[torch.Tensor]:
+        """Conditions that say less than `cond` (n, ...): here the null label alone."""
+        null = self.unconditional(len(cond))
+        return [] if null is None else [null]
+
     @property
     def digest(self) -> str:
         """Content hash of weights and sampler."""

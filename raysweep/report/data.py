@@ -84,7 +84,7 @@ def _scores(folder: RunDir, subjects: set[str]) -> dict[tuple[str, str], np.ndar
     table = read_table(folder.scores, SCORES)
     wanted: dict[tuple[str, str], list[tuple[int, list[float]]]] = {}
     for row in table.to_pylist():
-        drawn = row["score"].startswith(("strip.", "membership."))
+        drawn = row["score"].startswith(("strip.", "loss."))
         if row["tier"] == "audit" and row["subject"] in subjects and drawn:
             wanted.setdefault((row["subject"], row["score"]), []).append((row["unit"], row["values"]))
     return {key: np.array([v for _, v in sorted(units)]) for key, units in wanted.items()}
@@ -172,7 +172,7 @@ def _answer_rows(data: ReportData, best: dict[str, Any] | None) -> list[dict[str
         "classifier.unlearning_accuracy",
         "classifier.retain_accuracy",
     ]
-    wanted += ["membership.forget_auc", "membership.retain_auc"]
+    wanted += ["loss.auc", "loss.gap", "loss.retain_auc"]
     rows = []
     for name in dict.fromkeys(wanted):
         cells = [_value(data.metric(subject, name)) for subject in chosen]

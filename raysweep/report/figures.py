@@ -104,16 +104,17 @@ def effects(data: ReportData) -> go.Figure:
 
 
 def roc(data: ReportData) -> go.Figure:
-    """Membership of retained and of forgotten images against their holdouts, log axes, with the chance line."""
-    kinds = [("forget", "forgotten images"), ("retain", "retained images")]
-    figure = make_subplots(1, 2, subplot_titles=[title for _, title in kinds])
-    for column, (kind, _) in enumerate(kinds, 1):
+    """The loss attack on forgotten and on retained images against their holdouts, log axes, with the chance line."""
+    kinds = [("forget", "forget_holdout", "forgotten images"), ("retain", "holdout", "retained images")]
+    figure = make_subplots(1, 2, subplot_titles=[title for *_, title in kinds])
+    for column, (kind, against, _) in enumerate(kinds, 1):
         for p in data.points:
-            pos = data.scores.get((p["trial"], f"membership.{kind}"))
-            neg = data.scores.get((p["trial"], f"membership.{kind}_holdout"))
-            if pos is None or neg is None or p["trial"] == "destroyed":
+            calibration = data.scores.get((p["trial"], "loss.calibration"))
+            if calibration is None or p["trial"] == "destroyed":
                 continue
-            fpr, tpr = _curve(pos.ravel(), neg.ravel())
+            step, sign = int(calibration[0][0]), calibration[0][1]
+            pos, neg = (sign * data.scores[(p["trial"], f"loss.{part}")][:, step] for part in (kind, against))
+            fpr, tpr = _curve(pos, neg)
             anchor = p["kind"] == "anchor"
             colour = GREY if anchor else data.styles[p["method"]][0]
             figure.add_scatter(
