@@ -30,7 +30,9 @@ class Model(Protocol):
     net: Any
     alphas: torch.Tensor
     null_label: int | None
+    sampler: dict[str, Any] | None
 
+    def with_net(self, net: Any) -> Model: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -44,7 +46,14 @@ class Model(Protocol):
     def gamma_sigma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
     def reduced(self, cond: torch.Tensor) -> list[torch.Tensor]: ...
     def sample(
-        self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float = 1.0
+        self,
+        cond: torch.Tensor | None,
+        seeds: torch.Tensor,
+        steps: int,
+        guidance: float = 1.0,
+        *,
+        eta: float = 0.0,
+        noise_scale: float = 1.0,
     ) -> torch.Tensor: ...
     def reconstruct(
         self, x0: torch.Tensor, seeds: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None = None

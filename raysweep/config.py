@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from raysweep.registry import METHODS, names, suggest
+from raysweep.registry import ATTACKS, METHODS, names, suggest
 from raysweep.tasks.digits import ClassTask, PictureTask
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class Tier(_Model):
     )
     membership_noises: int = Field(8, ge=1, description="noises per image and step of the membership score")
     membership_images: int = Field(100, ge=2, description="images per population of membership inference")
-    relearn_steps: int = Field(5, ge=0, description="optimiser steps of relearning")
+    relearn_steps: tuple[int, ...] = Field((5,), min_length=1, description="optimiser steps of relearning, each tried")
+    inversion_steps: int = Field(150, ge=1, description="optimiser steps of the inversion of a class embedding")
     strips: int = Field(0, ge=0, le=32, description="samples kept as pictures for the report")
     full_fidelity: bool = Field(True, description="KID, precision and recall besides the Frechet distance")
 
@@ -88,8 +89,15 @@ def _probe() -> Tier:
 
 def _audit() -> Tier:
     return Tier(
-        seed=2, judge="audit", checks=tuple(names("evaluator")), groups=20, samples=800, class_samples=200, noises=60,
-        loss_noises=20, loss_images=10, strips=8,
+        seed=2, judge="audit", checks=tuple(n for n in names("evaluator") if n not in ATTACKS[1:]), groups=20, samples=800,
+        class_samples=200, noises=60, loss_noises=20, loss_images=10, strips=8,
+    )  # fmt: skip
+
+
+def _durability() -> Tier:
+    return Tier(
+        seed=3, judge="audit", checks=ATTACKS, groups=10, class_samples=100, noises=40, relearn_steps=(5, 25),
+        full_fidelity=False,
     )  # fmt: skip
 
 
@@ -98,15 +106,18 @@ class AuditConfig(_Model):
 
     probe: Tier = Field(default_factory=_probe, description="cheap tier that steers the search")
     audit: Tier = Field(default_factory=_audit, description="full tier for front candidates, base and oracle")
+    durability: Tier = Field(default_factory=_durability, description="attacks on the finalists, base and oracles")
     top: int = Field(8, ge=1, description="at most this many candidates are audited")
+    finalists: int = Field(3, ge=0, description="at most this many of the audited are attacked, the best first")
     attempts: int = Field(3, ge=1, description="tries per audit before it is recorded as failed")
     timeout_s: float = Field(600, gt=0, description="seconds after which an audit counts as hung")
 
     @model_validator(mode="after")
     def _apart(self):
-        if self.probe.seed == self.audit.seed:
+        if len({self.probe.seed, self.audit.seed, self.durability.seed}) < 3:
             raise ValueError(
-                f"probe.seed and audit.seed overlap (both {self.audit.seed}): search and audit must differ"
+                f"probe.seed {self.probe.seed}, audit.seed {self.audit.seed} and durability.seed {self.durability.seed} "
+                "overlap: search, audit and attacks must differ"
             )
         if self.probe.judge == self.audit.judge:
             raise ValueError(f"probe.judge and audit.judge are both {self.audit.judge!r}: search and audit must differ")
@@ -241,7 +252,7 @@ def validate(data: dict[str, Any], where: str, text: str = "", set_by_hand: list
             raise ConfigError(
                 f"{where}: task.name: {data['task']['name']!r} is not a task{suggest(data['task']['name'], names('task'))}"
             )
-    for tier, default in (("probe", _probe()), ("audit", _audit())):
+    for tier, default in (("probe", _probe()), ("audit", _audit()), ("durability", _durability())):
         audit = data.get("audit")
         if isinstance(audit, dict) and isinstance(audit.get(tier), dict):
             audit[tier] = default.model_dump(mode="json") | audit[tier]

@@ -103,6 +103,10 @@ class Context:
         subjects["destroyed"] = (None, "fresh")
         return {name: self.request(tier_name, tier, name, "", *where, self.cache) for name, where in subjects.items()}
 
+    def control_requests(self, tier_name: str, tier: Tier) -> dict[str, AuditRequest]:
+        """The audits of the base and the oracles, the controls of an attack."""
+        return {n: r for n, r in self.anchor_requests(tier_name, tier).items() if n != "destroyed"}
+
     def load_anchors(self, tier_name: str) -> tuple[Anchors, list[View]]:
         """A tier's anchors and views, as `save_anchors` left them."""
         data = json.loads(self.folder.anchors(tier_name).read_text())

@@ -15,6 +15,8 @@ COLOURS = {
     "failed": "red",
     "trial": "cyan",
     "audit": "magenta",
+    "attack": "magenta",
+    "verdict": "bold",
     "prepare": "blue",
     "run": "bold",
     "front": "bold green",

@@ -3,8 +3,8 @@
 residue  the worst over the task's views of (candidate - oracle)/(base - oracle): 0 like the oracle, 1 like the untouched
          base. A view whose gap between base and oracle is under four standard errors says nothing and is left out.
 damage   the larger of log(F/F_oracle)/log(F_destroyed/F_oracle), with F the Frechet distance on retained content, and of
-         over-forgetting, the farthest that any view lies beyond the oracle in units of the gap between base and oracle,
-         at most 1: 0 like the oracle, 1 like a destroyed model.
+         over-forgetting, the farthest that any view lies beyond the oracle in units of its distance to the base or to a
+         destroyed model, whichever is larger, at most 1: 0 like the oracle, 1 like a destroyed model.
 Both are cut at 0. The oracle is the mean over retrained models.
 """
 
@@ -115,11 +115,13 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
     def place(
         own: Values, base: Values, oracles: Sequence[Values], destroyed: Values
     ) -> tuple[float, float, float, dict]:
-        anchored = {}
+        anchored, past = {}, []
         for metric in used:
             oracle = float(np.mean([o[metric] for o in oracles]))
-            anchored[metric] = (own[metric] - oracle) / (base[metric] - oracle)
-        beyond = max(0.0, *(-a for a in anchored.values()))
+            gap = base[metric] - oracle
+            anchored[metric] = (own[metric] - oracle) / gap
+            past.append(-anchored[metric] * min(1.0, abs(gap / (destroyed[metric] - oracle or gap))))
+        beyond = max(0.0, *past)
         best, worst = float(np.mean([o[quality] for o in oracles])), destroyed[quality]
         damage = float(np.log(max(own[quality], 1e-12) / best) / np.log(worst / best))
         return max(0.0, *anchored.values()), max(min(1.0, beyond), damage, 0.0), beyond, anchored

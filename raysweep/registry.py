@@ -33,18 +33,32 @@ EVALUATORS = {
     "clid": "evaluators.membership:CLiD",
     "denoising": "evaluators.denoising:Denoising",
     "fidelity": "evaluators.fidelity:Fidelity",
+    "finetuning": "evaluators.durability:FineTuning",
     "generation": "evaluators.generation:Generation",
+    "interpolation": "evaluators.durability:Interpolation",
+    "inversion": "evaluators.durability:Inversion",
+    "latent_noise": "evaluators.durability:LatentNoise",
     "lira": "evaluators.membership:LiRA",
     "loss": "evaluators.membership:Loss",
+    "partial_diffusion": "evaluators.durability:PartialDiffusion",
     "pia": "evaluators.membership:PIA",
     "pian": "evaluators.membership:PIAN",
     "quantile": "evaluators.membership:Quantile",
+    "quantisation": "evaluators.durability:Quantisation",
     "reconstruction": "evaluators.reconstruction:Reconstruction",
-    "relearning": "evaluators.relearning:Relearning",
+    "relearning": "evaluators.durability:Relearning",
     "rmia": "evaluators.membership:RMIA",
+    "sampler_removal": "evaluators.durability:SamplerRemoval",
     "secmi": "evaluators.membership:SecMI",
     "sima": "evaluators.membership:SimA",
+    "weight_noise": "evaluators.durability:WeightNoise",
 }
+
+# Evaluators that attack the model; the others measure it as it is.
+ATTACKS = (
+    "relearning", "finetuning", "quantisation", "weight_noise", "latent_noise", "partial_diffusion", "inversion",
+    "interpolation", "sampler_removal",
+)  # fmt: skip
 
 TASKS = {
     "digits-class": "raysweep.tasks.digits:ClassTask",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,16 @@ import optuna
 
 from evaluators.statistics import jackknife_se, normal_interval
 from raysweep import pareto
+from raysweep.audit.auditor import rows_path
 from raysweep.config import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.objectives import Measured, Objectives, objectives
+from raysweep.registry import ATTACKS, resolve
 from raysweep.rundir import RunDir
 from raysweep.search import open_study
-from raysweep.store import FRONT, ROWS, TRIALS, write_json, write_table
+from raysweep.store import FRONT, ROWS, TRIALS, read_table, write_json, write_table
 from raysweep.tasks.task import Task
+from raysweep.verdict import Verdict, verdict
 
 
 def trial_table(folder: RunDir, name: str) -> list[dict[str, Any]]:
@@ -93,6 +96,31 @@ class Front:
     probe_hypervolume: float
     recommended: str | None  # None: every candidate forgets no more than the base or is as damaged as a destroyed model
     recommended_share: float
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+    def finalists(self, count: int) -> list[str]:
+        """The best audited candidates: the recommended one, then the front, then the others, by the worse objective."""
+        rows = [r for r in self.rows if r["kind"] == "candidate"]
+        best = sorted(
+            rows, key=lambda r: (r["trial"] != self.recommended, not r["on_front"], max(r["residue"], r["damage"]))
+        )
+        return [r["trial"] for r in best[:count]]
+
+
+def judged_by_attacks(folder: RunDir, front: Front, keys: dict[str, str]) -> dict[str, Verdict]:
+    """Verdicts by subject. keys: subject -> key of its audit in the durability tier."""
+    measured = read_table(folder.rows, ROWS).to_pylist()
+    validity = {
+        r["subject"]: r["value"]
+        for r in measured
+        if (r["check"], r["metric"], r["tier"], r["paired_with"]) == ("classifier", "validity", "audit", "")
+    }
+    oracle = float(np.mean([v for name, v in validity.items() if name.startswith("oracle")]))
+    reach = {name: resolve("evaluator", name).reach for name in ATTACKS}
+    return {
+        subject: verdict(read_table(rows_path(folder.path, key), ROWS).to_pylist(), reach, validity[subject], oracle)
+        for subject, key in keys.items()
+    }
 
 
 def audited_front(folder: RunDir, context: Context, task: Task, keys: dict[str, str], trials: list[dict]) -> Front:
@@ -146,7 +174,8 @@ def audited_front(folder: RunDir, context: Context, task: Task, keys: dict[str, 
 
 def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
     """Writes front.json and front.parquet."""
-    write_table(folder.front_table, front.rows, FRONT)
+    said = {name: v.label for name, v in front.verdicts.items()}
+    write_table(folder.front_table, [r | {"verdict": said.get(r["trial"], "")} for r in front.rows], FRONT)
     write_json(
         folder.front_json,
         {
@@ -158,6 +187,7 @@ def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
             "probe_hypervolume": front.probe_hypervolume,
             "recommended": {"trial": front.recommended, "share_of_resamples": front.recommended_share},
             "candidates": front.candidates,
+            "verdicts": {name: v.plain() | {"sentence": v.sentence()} for name, v in front.verdicts.items()},
             "p_dominates": front.p_dominates.tolist(),
             "points": [
                 {k: json.loads(v) if k in ("views", "hyperparameters") and v else v for k, v in row.items()}

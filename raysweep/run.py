@@ -12,6 +12,7 @@ from ray import tune
 from ray.util.metrics import Gauge
 
 from methods.base import Method
+from raysweep.audit.auditor import AuditRequest
 from raysweep.config import ConfigError, Sweep
 from raysweep.context import Context, load_measured
 from raysweep.models.pixel import PixelDDPM
@@ -20,7 +21,16 @@ from raysweep.pool import Pool, connected, has_trial_slots, pool
 from raysweep.prepare import RunFailed, Say, Tick, check_model, measure_anchors, open_choices, prepare, save_task
 from raysweep.registry import resolve
 from raysweep.resources import TRIAL_SLOT, Plan, make_plan
-from raysweep.results import Front, audited_front, pick_for_audit, trial_table, write_front, write_paired, write_trials
+from raysweep.results import (
+    Front,
+    audited_front,
+    judged_by_attacks,
+    pick_for_audit,
+    trial_table,
+    write_front,
+    write_paired,
+    write_trials,
+)
 from raysweep.rundir import RunDir
 from raysweep.search import ParetoSearch
 from raysweep.spaces import Space, SpaceError
@@ -233,26 +243,54 @@ def _conclude(
     actors.audit_only()
     pending = {actors.manager.audit.remote(r): name for name, r in requests.items()}
     measure_anchors(sweep, task, context, actors, "audit", say)
-    incomplete, keys = [], {}
-    while pending:
-        ready, _ = ray.wait(list(pending), num_returns=1)
-        name = pending.pop(ready[0])
-        answer = ray.get(ready[0])
-        tick("audits", len(requests) - len(pending), len(requests))
-        if answer["status"] == "ok":
-            keys[name] = requests[name].key
-        incomplete += [f"{name}: {check}" for check in answer["failed"]]
-        if answer["status"] != "ok":
-            incomplete.append(f"{name}: {answer['reason']}")
-            say("failed", f"audit of {name}: {answer['reason']}")
+    keys, incomplete = _gather(pending, requests, say, tick)
     say("audit", f"done in {time.monotonic() - started:.0f} s")
-    keys = {t["trial"]: keys[t["trial"]] for t in picked if t["trial"] in keys}
     front = audited_front(folder, context, task, keys, trials)
+    finalists = front.finalists(sweep.audit.finalists)
+    if finalists:
+        started = time.monotonic()
+        say("attack", f"{', '.join(finalists)}, base and {len(context.oracles)} oracles")
+        tier_attacks = sweep.audit.durability
+        by_trial = {t["trial"]: t for t in picked}
+        attacks = context.control_requests("durability", tier_attacks) | {
+            name: context.request(
+                "durability", tier_attacks, name, by_trial[name]["method"], str(folder.candidates / name),
+                by_trial[name]["digest"],
+            )
+            for name in finalists
+        }  # fmt: skip
+        pending = {actors.manager.audit.remote(r): name for name, r in attacks.items()}
+        attacked, missing = _gather(pending, attacks, say, tick)
+        incomplete += missing
+        front.verdicts = judged_by_attacks(folder, front, attacked)
+        say("attack", f"done in {time.monotonic() - started:.0f} s")
+        for name in finalists:
+            if name in front.verdicts:
+                say("verdict", f"{name}  {front.verdicts[name].sentence()}")
     write_front(folder, front, sweep)
     anchors = {name: r.key for name, r in context.anchor_requests("audit", tier).items()}
     write_paired(folder, context, keys | anchors, {t["trial"]: t["method"] for t in trials})
     build(folder)
     return Result(folder, front, trials, incomplete)
+
+
+def _gather(
+    pending: dict[Any, str], requests: dict[str, AuditRequest], say: Say, tick: Tick
+) -> tuple[dict[str, str], list[str]]:
+    """Waits for audits by reference; (subject -> key of those that ended well, in the order of `requests`; what is missing)."""
+    ended, incomplete = {}, []
+    while pending:
+        ready, _ = ray.wait(list(pending), num_returns=1)
+        name = pending.pop(ready[0])
+        answer = ray.get(ready[0])
+        tick("audits", len(requests) - len(pending), len(requests))
+        incomplete += [f"{name}: {check}" for check in answer["failed"]]
+        if answer["status"] == "ok":
+            ended[name] = requests[name].key
+        else:
+            incomplete.append(f"{name}: {answer['reason']}")
+            say("failed", f"audit of {name}: {answer['reason']}")
+    return {name: ended[name] for name in requests if name in ended}, incomplete
 
 
 def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> dict[str, Any]:

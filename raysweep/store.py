@@ -105,6 +105,7 @@ FRONT = pa.schema(
         _field("on_front", pa.bool_(), "not dominated by any audited candidate"),
         _field("on_method_front", pa.bool_(), "not dominated by any audited candidate of its method"),
         _field("p_dominated", pa.float64(), "largest probability that another candidate dominates it"),
+        _field("verdict", pa.string(), "what became of the forgotten thing by the attacks; empty if not attacked"),
         _field("views", pa.string(), "JSON: anchored value of each view of the residue"),
         _field("hyperparameters", pa.string(), "JSON"),
     ],

@@ -19,7 +19,7 @@ from raysweep.seeds import derive_seed
 
 TIER = Tier(
     seed=1, judge="probe", checks=tuple(EVALUATORS), groups=5, samples=40, class_samples=20, noises=8, loss_noises=6,
-    loss_images=6, timesteps=4, membership_images=30, relearn_steps=2, injection_steps=4, strips=3,
+    loss_images=6, timesteps=4, membership_images=30, relearn_steps=(1, 2), inversion_steps=2, injection_steps=4, strips=3,
 )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def tiny_task(kind: str = "points", seed: int = 0) -> Task:
         forget, retain = train.take(is_forget.nonzero()[:, 0]), train.take((~is_forget).nonzero()[:, 0])
         forget_holdout = holdout.take(held.nonzero()[:, 0])
         holdout = holdout.take((~held).nonzero()[:, 0])
-        views = ("classifier.recognised", "classifier.leak", "relearning.recognised")
+        views = ("classifier.recognised", "classifier.leak", "relearning.presence")
     else:
         picture = torch.rand((1, 1, 4, 4), generator=g).round() * 2 - 1
         forget = Split(picture.repeat(4, 1, 1, 1), None, torch.full((4,), 6))

@@ -19,9 +19,9 @@ def row_seeds(seed: int, start: int, count: int) -> torch.Tensor:
     return torch.from_numpy(((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))
 
 
-def normal_rows(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal rows, float64, (n, *shape), on the CPU."""
-    return torch.from_numpy(_rows(seeds, shape, 0, lambda generator, row: generator.standard_normal(out=row)))
+def normal_rows(seeds: torch.Tensor, shape: tuple[int, ...], stream: int = 0) -> torch.Tensor:
+    """Standard normal rows, float64, (n, *shape), on the CPU; stream 1 is that of `uniform_rows`."""
+    return torch.from_numpy(_rows(seeds, shape, stream, lambda generator, row: generator.standard_normal(out=row)))
 
 
 def uniform_rows(seeds: torch.Tensor, columns: int) -> torch.Tensor:

@@ -193,12 +193,20 @@ class PixelDDPM:
 
     @torch.no_grad()
     def sample(
-        self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float = 1.0, batch: int = 250
+        self,
+        cond: torch.Tensor | None,
+        seeds: torch.Tensor,
+        steps: int,
+        guidance: float = 1.0,
+        batch: int = 250,
+        eta: float = 0.0,
+        noise_scale: float = 1.0,
     ) -> torch.Tensor:
         """Samples in [-1, 1], shape (n, C, H, W); image i depends only on seeds[i] and cond[i].
 
-        By DDIM in `steps` with classifier-free `guidance`, unless the model has a sampler of its own: a one-step
-        generator ignores both.
+        By DDIM in `steps` with classifier-free `guidance` and noise of strength `eta` (1: that of DDPM) at each step, from
+        standard normal noise times `noise_scale`, unless the model has a sampler of its own: a one-step generator ignores
+        steps, guidance and eta.
         """
         self.net.eval()
         parts = []
@@ -206,9 +214,11 @@ class PixelDDPM:
             rows = slice(start, start + batch)
             labels = None if cond is None else cond[rows].to(self.device)
             if self.sampler is not None and self.sampler["kind"] == "one_step":
-                x = self._one_step(seeds[rows], labels)
+                x = self._one_step(noise_scale * self.noise(seeds[rows]), labels)
             else:
-                x = self._ddim(self.noise(seeds[rows]), self._scheduler(steps), None, labels, guidance)
+                noisy = (eta, seeds[rows])
+                x = noise_scale * self.noise(seeds[rows])
+                x = self._ddim(x, self._scheduler(steps), None, labels, guidance, noisy)
             parts.append(x.clamp(-1, 1).cpu())
         return torch.cat(parts)
 
@@ -234,11 +244,11 @@ class PixelDDPM:
         for t, x, _ in self._run(self.noise(seeds), self._scheduler(steps), None, cond, guidance):
             yield t, x
 
-    def _one_step(self, seeds: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+    def _one_step(self, noise: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         assert self.sampler is not None
-        t = torch.full((len(seeds),), self.sampler["t"], device=self.device)
+        t = torch.full((len(noise),), self.sampler["t"], device=self.device)
         _, sigma = self.gamma_sigma(t)
-        return self.x0(sigma * self.noise(seeds), t, cond)
+        return self.x0(sigma * noise, t, cond)
 
     def _scheduler(self, steps: int) -> DDIMScheduler:
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
@@ -246,24 +256,40 @@ class PixelDDPM:
         return scheduler
 
     def _ddim(
-        self, x: torch.Tensor, scheduler: DDIMScheduler, start: int | None, cond: torch.Tensor | None, guidance: float
+        self,
+        x: torch.Tensor,
+        scheduler: DDIMScheduler,
+        start: int | None,
+        cond: torch.Tensor | None,
+        guidance: float,
+        noisy: tuple[float, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Denoises x from step `start` (None: the first) to 0 on the scheduler's grid."""
-        for _, _, after in self._run(x, scheduler, start, cond, guidance):
+        for _, _, after in self._run(x, scheduler, start, cond, guidance, noisy):
             x = after
         return x
 
     def _run(
-        self, x: torch.Tensor, scheduler: DDIMScheduler, start: int | None, cond: torch.Tensor | None, guidance: float
+        self,
+        x: torch.Tensor,
+        scheduler: DDIMScheduler,
+        start: int | None,
+        cond: torch.Tensor | None,
+        guidance: float,
+        noisy: tuple[float, torch.Tensor] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(t, x before, x after) of each step."""
+        """(t, x before, x after) of each step. noisy: (eta, seeds) of the noise added at each step, None for none."""
+        eta, seeds = noisy or (0.0, None)
         times = [int(t) for t in scheduler.timesteps if start is None or t <= start]
         safe = None
         if self.sampler is not None and self.sampler["kind"] == "safe":
             safe = SafetyGuidance(self.sampler, len(times))
         for t in times:
             output = self._guided(x, torch.full((len(x),), t, device=x.device), cond, guidance, safe)
-            after = scheduler.step(output, t, x).prev_sample
+            more = None
+            if eta > 0 and seeds is not None:  # a stream of its own per step, past those of noise and uniform numbers
+                more = normal_rows(seeds, self.shape, 2 + t).to(self.device, self.dtype)
+            after = scheduler.step(output, t, x, eta=eta, variance_noise=more).prev_sample
             yield t, x, after
             x = after
 

@@ -109,6 +109,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "method_rows": _method_rows(data),
         "views": [_view_row(v) for v in data.anchors["audit"]["views"]],
         "sheets": [_sheet(data, p) for p in data.points],
+        "attacks": _attacks(data),
         "strips": _strips(data),
         "failures": [{"trial": t["trial"], "reason": t["reason"]} for t in failed],
         "absent": [{"check": c, "status": s, "reason": why} for c, s, why in reasons],
@@ -121,11 +122,15 @@ def page_context(data: ReportData) -> dict[str, Any]:
 
 def untested(data: ReportData) -> list[str]:
     """What nobody should read into this report."""
+    attacked = [name for name in data.front["verdicts"] if name in {p["trial"] for p in data.candidates()}]
+    others = [p["trial"] for p in data.candidates() if p["trial"] not in attacked]
     lines = [
-        "Adversarial prompts, embedding inversion, quantisation and benign fine-tuning were not tried.",
+        "Adversarial prompts were not tried.",
         "Intervals cover the sampling of images and noise, not the retraining of a candidate with another seed.",
         "Candidates were picked for the audit by their probe values; the audit's seeds and judge are fresh, its task is not.",
     ]
+    if others:
+        lines.append(f"Attacks that might bring the forgotten thing back were not made on {', '.join(others)}.")
     if data.sweep.oracles < 3:
         lines.append(
             f"The oracle is the mean of {data.sweep.oracles} retrained models, too few for an interval on its spread."
@@ -151,6 +156,8 @@ def _answer(data: ReportData, best: dict[str, Any] | None) -> list[str]:
         f"{_pm(best, 'damage')} (0 like the oracle, 1 like a destroyed model).",
         f"{len(members)} of {len(data.candidates())} audited candidates are on the front.",
     ]
+    if best["trial"] in data.front["verdicts"]:
+        lines.insert(2, f"Under attack: {data.front['verdicts'][best['trial']]['sentence']}.")
     if len(members) <= 2:
         lines.append(
             "The task is easy for the best methods, so the overall front is short; see each method's own front."
@@ -250,6 +257,37 @@ def _sheet(data: ReportData, p: dict[str, Any]) -> dict[str, Any]:
         )
     note = "over-forgotten: counted as damage" if p["over_forgetting"] > 0.1 and p["kind"] == "candidate" else ""
     return {"trial": p["trial"], "method": p["method"] or "anchor", "note": note, "rows": rows}
+
+
+def _attacks(data: ReportData) -> dict[str, Any]:
+    """Presence after each attack by subject, with the excess over the oracles, and the verdicts."""
+    subjects = [
+        p["trial"] for p in data.points if p["trial"] in {r["subject"] for r in data.rows if r["tier"] == "durability"}
+    ]
+    found = {
+        (r["subject"], r["check"], r["metric"]): r
+        for r in data.rows
+        if r["tier"] == "durability" and not r["paired_with"] and r["status"] == "ok"
+    }
+    rows: dict[tuple[str, str], list[str]] = {}
+    for _, check, metric in found:
+        kind, _, strength = metric.partition("@")
+        if kind == "presence" and strength and (strength != "none" or check == "relearning"):
+            rows.setdefault(("no attack", "") if strength == "none" else (check, strength), [])
+    table = []
+    for check, strength in sorted(rows, key=lambda k: (k[0] != "no attack", k)):
+        cells = []
+        for subject in subjects:
+            at = ("relearning", "none") if check == "no attack" else (check, strength)
+            value = found.get((subject, at[0], f"presence@{at[1]}"))
+            excess = found.get((subject, at[0], f"excess@{at[1]}"))
+            shown = "-" if value is None else f"{value['value']:.2f}"
+            if excess is not None and not subject.startswith("oracle"):
+                shown += f" ({excess['value']:+.2f} ± {excess['se']:.2f})"
+            cells.append(shown)
+        table.append({"attack": f"{check} {strength}".strip(), "cells": cells})
+    verdicts = [{"trial": n, "text": v["sentence"]} for n, v in data.front["verdicts"].items()]
+    return {"subjects": subjects, "rows": table, "verdicts": verdicts}
 
 
 def _strips(data: ReportData) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def class_task(config: ClassTask) -> Task:
             "judge_probe": labelled(judge_a),
             "judge_audit": labelled(judge_b),
         },
-        views=("classifier.recognised", "classifier.leak", "relearning.recognised"),
+        views=("classifier.recognised", "classifier.leak", "relearning.presence"),
         quality="fidelity.frechet",
         sampling={"steps": 10, "guidance": 1.5},
         forget_class=config.forget,
