@@ -1,0 +1,197 @@
+"""Cheats that an audit must catch: models that look as if they had forgotten, and have not, or have lost everything."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_durability import trained
+
+from evaluators.judge import train_judge
+from raysweep.audit.measure import measure, subject_of
+from raysweep.config import Tier
+from raysweep.models.draws import row_seeds
+from raysweep.objectives import Anchors, Measured, assess_views, objectives
+from raysweep.registry import ATTACKS, resolve
+from raysweep.seeds import derive_seed
+from raysweep.verdict import verdict
+
+SIZES = {"samples": 120, "class_samples": 100, "noises": 10, "loss_noises": 10, "timesteps": 4, "membership_images": 30,
+         "groups": 10, "membership_noises": 2, "membership_t": (50, 200), "full_fidelity": False}  # fmt: skip
+PROBE = Tier(seed=1, judge="probe", **SIZES)
+AUDIT = Tier(seed=2, judge="audit", **SIZES)
+ATTACK = Tier(seed=3, judge="audit", checks=ATTACKS, relearn_steps=(10,), inversion_steps=20, **SIZES)
+REACH = {name: resolve("evaluator", name).reach for name in ATTACKS}
+
+
+class Court:
+    """The models that a candidate is compared with, and the tiers."""
+
+    def __init__(self, task):
+        self.task = task
+        self.judges = {
+            name: train_judge(task.splits[f"judge_{name}"].x, task.splits[f"judge_{name}"].groups, k, 150)
+            for k, name in enumerate(("probe", "audit"))
+        }
+        self.models = {"base": trained(task, "train")}
+        self.models |= {f"oracle-{k}": trained(task, "retain", seed=k + 1) for k in range(2)}
+        self.destroyed = self.models["base"].fresh(7)
+        self.peers = {}
+        for tier in (PROBE, AUDIT, ATTACK):
+            peers = {name: self.subject(model, tier) for name, model in self.models.items()}
+            for peer in peers.values():
+                peer.peers = peers
+            self.peers[tier.seed] = peers
+
+    def subject(self, model, tier):
+        return subject_of(model, self.task, self.judges[tier.judge], tier)
+
+    def measured(self, model, tier):
+        subject = next((p for p in self.peers[tier.seed].values() if p.model is model), None) or self.subject(
+            model, tier
+        )
+        subject.peers = self.peers[tier.seed]
+        return measure(subject, tier)
+
+    def place(self, model, tier=AUDIT):
+        """Residue and damage."""
+        found = {n: self._values(m, tier) for n, m in (self.models | {"destroyed": self.destroyed}).items()}
+        anchors = Anchors(found["base"], (found["oracle-0"], found["oracle-1"]), found["destroyed"])
+        views = assess_views(anchors, self.task.views)
+        return objectives(self._values(model, tier), anchors, views, self.task.quality)
+
+    def _values(self, model, tier) -> Measured:
+        result = self.measured(model, tier)
+        return Measured(result.values, {k: np.array(v) for k, v in result.replicates.items()})
+
+    def verdict(self, model):
+        """By all attacks."""
+        rows = [{**r, "metric": r["name"], "paired_with": ""} for r in self.measured(model, ATTACK).rows]
+        validity = [self.measured(m, AUDIT).values["classifier.validity"] for m in (model, self.models["oracle-0"])]
+        return verdict(rows, REACH, *validity)
+
+
+@pytest.fixture(scope="module")
+def court(class_task):
+    return Court(class_task)
+
+
+def with_output(model, change):
+    """The model with `change` applied to what its network predicts."""
+    other = copy.copy(model)
+    other.net = copy.deepcopy(model.net)
+    predict = other.predict
+    other.predict = lambda x, t, cond: change(predict(x, t, cond), x, t, cond)
+    return other
+
+
+def test_the_anchors_themselves(court):
+    assert court.place(court.models["base"]).residue == pytest.approx(1, abs=0.05)
+    oracle = court.place(court.models["oracle-0"])
+    assert oracle.residue < 0.3
+    assert oracle.damage < 0.3
+    assert court.verdict(court.models["base"]).label == "remembers"
+    assert court.verdict(court.models["oracle-0"]).label == "like the oracle"
+
+
+def test_noise_is_damage_and_not_forgetting(court):
+    noise = with_output(court.models["base"], lambda out, x, t, cond: 0 * out)
+    assert court.place(noise).damage > 0.8
+    assert court.verdict(noise).label == "destroyed"
+
+
+def test_one_fixed_image_is_damage(court):
+    base, picture = court.models["base"], court.task.splits["retain"].x[:1]
+
+    def fixed(out, x, t, cond):  # the v that leads from any x to the picture
+        gamma, sigma = base.gamma_sigma(t)
+        return (gamma * x - picture) / sigma.clamp(min=1e-4) + 0 * out
+
+    one = with_output(base, fixed)
+    samples = one.sample(torch.tensor([0, 1]), torch.arange(2), **court.task.sampling)
+    assert (samples - picture).abs().max() < 0.05
+    assert court.place(one).damage > 0.7
+
+
+def test_refusing_exactly_the_forgotten_label_is_found(court):
+    hiding = copy.copy(court.models["base"])
+    hiding.net = copy.deepcopy(hiding.net)
+    with torch.no_grad():
+        hiding.net.class_embedding.weight[2] = hiding.net.class_embedding.weight[4]
+    judged = court.measured(hiding, AUDIT).values
+    assert judged["classifier.recognised"] < 0.1  # it looks as if it had forgotten
+    found = court.verdict(hiding)
+    assert found.label == "merely avoided"
+    assert any("inversion" in by for by in found.by)
+
+
+def test_an_edit_that_rounding_removes_is_concealment(court):
+    """Weights on the int4 grid, moved by less than half a step of it: rounding brings them back exactly."""
+    from evaluators.durability import changed, quantised
+
+    base = court.subject(court.models["base"], ATTACK)
+    rounded = changed(base, lambda w: quantised(w, 4)).model
+    hiding = copy.copy(rounded)
+    hiding.net = copy.deepcopy(rounded.net)
+    centre = {n: p.detach().clone() for n, p in rounded.net.named_parameters() if p.dim() > 1}
+    room = {n: 0.45 * w.abs().flatten(1).amax(1).view(-1, *[1] * (w.dim() - 1)) / 7 for n, w in centre.items()}
+    forget, optimizer = court.task.splits["forget"], torch.optim.Adam(hiding.net.parameters(), lr=5e-3)
+    other = torch.full_like(forget.cond, 4)
+    for step in range(60):
+        seeds = row_seeds(derive_seed("cheat"), step * len(forget), len(forget))
+        t = (hiding.uniform(seeds, 1)[:, 0] * 1000).long()
+        x_t = hiding.add_noise(forget.x, hiding.noise(seeds), t)
+        with torch.no_grad():
+            target = rounded.predict(x_t, t, other)
+        loss = (hiding.predict(x_t, t, forget.cond) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for n, p in hiding.net.named_parameters():
+                if n in centre:  # the largest weight of each channel stays, so the scale of rounding stays
+                    largest = centre[n].abs() == centre[n].abs().flatten(1).amax(1).view_as(room[n])
+                    p.copy_(torch.where(largest, centre[n], centre[n] + (p - centre[n]).clamp(-room[n], room[n])))
+                else:
+                    p.copy_(dict(rounded.net.named_parameters())[n])
+    values = court.measured(hiding, ATTACK).values
+    assert values["quantisation.presence@none"] < 0.5 * values["quantisation.presence@int4"]
+    found = court.verdict(hiding)
+    assert found.label in ("concealed", "merely avoided")
+    assert values["quantisation.excess@int4"] > 0.3
+
+
+def test_tuning_on_the_seeds_of_the_probe_does_not_help_in_the_audit(court):
+    base, oracle = court.models["base"], court.models["oracle-0"]
+    known = set()
+    for stream, n in (
+        ("class samples", SIZES["class_samples"]),
+        ("unconditional", SIZES["samples"]),
+        ("relearned", 400),
+    ):
+        known |= set(row_seeds(derive_seed("audit", PROBE.seed, stream), 0, n).tolist())
+    tuned = copy.copy(base)
+
+    def sample(cond, seeds, *args, **kwargs):
+        mine = torch.tensor([s in known for s in seeds.tolist()])
+        return torch.where(mine.view(-1, 1, 1, 1), oracle.sample(cond, seeds, *args, **kwargs), base.sample(cond, seeds, *args, **kwargs))  # fmt: skip
+
+    tuned.sample = sample
+    probe, audit = (court.measured(tuned, tier).values["classifier.recognised"] for tier in (PROBE, AUDIT))
+    assert probe < 0.2
+    assert audit > 0.7
+    assert court.place(tuned, AUDIT).residue > 0.8
+
+
+def test_a_little_relearning_after_unlearning_is_residue(court):
+    from evaluators.durability import fine_tuned
+
+    oracle = court.subject(court.models["oracle-0"], AUDIT)
+    forget = court.task.splits["forget"].distinct()
+    taught = fine_tuned(replace(oracle, peers={}), forget, (50,), "cheat")[50].model
+    place = court.place(taught)
+    assert place.residue > 0.3
+    assert court.verdict(taught).label in ("remembers", "concealed", "merely avoided")
