@@ -13,16 +13,16 @@
     slug_pareto_on_clip    the same on a small CLIP trained on captioned digits, the paper's own setting
     salun_mask_helps       class: a mask of half of the weights preserves better than none
 
-Differences are paired by seed (three of them) unless it says otherwise. A claim is confirmed if the 95 % Student-t interval
+Differences are paired by seed (`--seeds`, three by default) unless it says otherwise. A claim is confirmed if the 95 % Student-t interval
 of its difference lies on its side of zero (or above a margin, for equal quality), contradicted if it lies on the other, and
 undecided otherwise. Results go to `benchmarks/results/claims.json`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,7 +255,13 @@ CLAIMS = (
 
 def main() -> None:
     """Runs the named claims and prints a line for each."""
-    wanted = sys.argv[1:] or [c.__name__ for c in CLAIMS]
+    global SEEDS
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    args = parser.parse_args()
+    SEEDS = range(args.seeds)
+    wanted = args.names or [c.__name__ for c in CLAIMS]
     RESULTS.parent.mkdir(exist_ok=True)
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for claim in CLAIMS:

@@ -174,6 +174,19 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
     return float(result["kernel_inception_distance_mean"])
 
 
+def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, float]:
+    """Shares of generated features (n, d) inside the manifold of the real ones (m, d), and the reverse, by torch-fidelity.
+
+    Kynkaanniemi et al., arXiv:1904.06991: balls around each point up to its third neighbour.
+    """
+    import torch
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    features = (torch.from_numpy(np.ascontiguousarray(f)) for f in (generated, real))
+    found = prc_features_to_metric(*features, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
+    return float(found["precision"]), float(found["recall"])
+
+
 def delong(pos: np.ndarray, neg: np.ndarray) -> tuple[float, float]:
     """(AUC, standard error) that a positive scores above a negative, by DeLong; ties count one half.
 

@@ -198,31 +198,68 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
 @click.argument("model_dir")
 @click.argument("config", required=False)
 @click.argument("overrides", nargs=-1)
-@click.option("--json", "as_json", is_flag=True, help="Print rows and objectives as JSON.")
+@click.option("--base", type=click.Path(), help="The model before unlearning; default: the config's.")
+@click.option("--oracle", "oracles", type=click.Path(), multiple=True, help="A retrained model; default: trained here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")
 @_errors
-def audit(model_dir: str, config: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
-    """Audit any diffusers folder on the task of a config, next to base and oracles.
+def audit(
+    model_dir: str,
+    config: str | None,
+    overrides: tuple[str, ...],
+    base: str | None,
+    oracles: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Audit any diffusers folder on the task of a config, next to base and oracles, and write its audit card.
 
     \b
     raysweep audit runs/digits-picture/candidates/012-rgd
+    raysweep audit MODEL --base BASE --oracle RETRAINED-1 --oracle RETRAINED-2 config.yaml name=mine
     """
     from raysweep.display import Display
     from raysweep.run import RunFailed, audit_model
 
+    if base is not None:
+        overrides = (*overrides, f"task.base={json.dumps(base)}")
+    if oracles:
+        overrides = (*overrides, f"oracle_models={json.dumps(list(oracles))}")
     with Display("none" if as_json else None) as display:
         try:
-            result = audit_model(Path(model_dir), _config(config, overrides), display.say, display.tick)
+            path, card = audit_model(Path(model_dir), _config(config, overrides), display.say, display.tick)
         except RunFailed as error:
             display.say("failed", str(error))
             return FAILED
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(json.dumps(card, indent=2))
     else:
-        _print_rows(result["rows"])
-        place = result["objectives"]
-        click.echo(f"residue {place['residue']:.3f} +- {place['residue_se']:.3f}   "
-                   f"damage {place['damage']:.3f} +- {place['damage_se']:.3f}")  # fmt: skip
-    return INCOMPLETE if any(r["status"] == "failed" for r in result["rows"]) else OK
+        _print_rows([f | {"paired_with": ""} for f in card["findings"]])
+        for line in card["answer"]:
+            click.echo(line)
+        click.echo(f"card {path.parent}")
+    return INCOMPLETE if any(f["status"] == "failed" for f in card["findings"]) else OK
+
+
+@main.command()
+@click.argument("card")
+@click.option("--task", type=click.Path(), help="Folder of the task's data, if it is not where the card says.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_errors
+def verify(card: str, task: str | None, as_json: bool) -> int:
+    """Check an audit card: its hashes, and every number recomputed from the scores per sample.
+
+    Ends with 1 if anything differs, and with 3 if something could not be checked because it is not here.
+    """
+    from raysweep.card import verify as check
+
+    findings = check(Path(card), None if task is None else Path(task))
+    if as_json:
+        click.echo(json.dumps([vars(f) for f in findings], indent=2))
+    else:
+        for f in findings:
+            click.echo(f"{ {True: 'ok', False: 'DIFFERS', None: 'unknown'}[f.holds]:<8} {f.what:<32} {f.detail}")
+    if any(f.holds is False for f in findings):
+        return FAILED
+    return INCOMPLETE if any(f.holds is None for f in findings) else OK
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:

@@ -165,6 +165,9 @@ class Sweep(_Model):
         default_factory=dict, description="overrides of search_spaces/<method>.yaml"
     )
     oracles: int = Field(2, ge=1, le=20, description="retrained models, each with a seed of its own")
+    oracle_models: tuple[Path, ...] = Field(
+        (), description="diffusers folders of retrained models; empty: trained here"
+    )
     search: SearchConfig = Field(default_factory=SearchConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     audit: AuditConfig = Field(default_factory=AuditConfig)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import moocore
 import numpy as np
 
+from evaluators.statistics import jackknife_se, normal_interval
+
 REFERENCE = (1.1, 1.1)  # fixed beforehand in anchored units, so that hypervolumes of different sweeps compare
 
 
@@ -47,13 +49,15 @@ def dominance_probability(draws: np.ndarray) -> np.ndarray:
 
 
 def hypervolume_interval(
-    draws: np.ndarray, reference: Sequence[float] = REFERENCE, level: float = 0.95
+    points: np.ndarray, replicates: np.ndarray, reference: Sequence[float] = REFERENCE, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the hypervolume over resampled points (draws, n, k)."""
-    volumes = [hypervolume(points, reference) for points in draws]
-    tail = (1 - level) / 2
-    low, high = np.quantile(volumes, [tail, 1 - tail])
-    return float(low), float(high)
+    """Interval of the hypervolume of points (n, k) by the jackknife over their groups of units, replicates (n, groups, k).
+
+    Resampled points would not do: noise pushes some of them outwards, so their hypervolume lies above that of the points.
+    """
+    volumes = np.array([hypervolume(replicates[:, g], reference) for g in range(replicates.shape[1])])
+    low, high = normal_interval(hypervolume(points, reference), jackknife_se(volumes), level)
+    return max(0.0, low), high
 
 
 def balanced(points: np.ndarray) -> int:

@@ -57,7 +57,8 @@ def check_model(path: str, task: Task, key: str = "task.base") -> str:
 def retrain_jobs(sweep: Sweep, task: Task, task_folder: Path) -> dict[str, Job]:
     """The training of the base model (unless given) and of the oracles, by subject, into the cache."""
     subjects = {} if task.base else {"base": ("train", derive_seed("base", sweep.task.seed))}
-    subjects |= {f"oracle-{k}": ("retain", derive_seed("oracle", sweep.task.seed, k)) for k in range(sweep.oracles)}
+    if not sweep.oracle_models:
+        subjects |= {f"oracle-{k}": ("retain", derive_seed("oracle", sweep.task.seed, k)) for k in range(sweep.oracles)}
     jobs = {}
     for subject, (split, seed) in subjects.items():
         settings = task.recipe | {"split": split}
@@ -104,6 +105,8 @@ def prepare(
         models = {s: _model(s, job, retrained[s].result()) for s, job in retrain_jobs(sweep, task, folder.task).items()}
         if task.base:
             models["base"] = (task.base, check_model(task.base, task))
+        for k, given in enumerate(sweep.oracle_models):
+            models[f"oracle-{k}"] = (str(given.absolute()), check_model(str(given), task, "oracle_models"))
         context = Context(
             run=str(folder.path), run_id=run_id, task_digest=task.digest, quality=task.quality, base=models["base"][0],
             base_digest=models["base"][1], oracles={k: v for k, v in models.items() if k != "base"},

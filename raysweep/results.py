@@ -16,7 +16,7 @@ from raysweep import pareto
 from raysweep.audit.auditor import rows_path
 from raysweep.config import Sweep
 from raysweep.context import Context, load_measured
-from raysweep.objectives import Measured, Objectives, objectives
+from raysweep.objectives import VALIDITY, Measured, Objectives, objectives
 from raysweep.registry import ATTACKS, resolve
 from raysweep.rundir import RunDir
 from raysweep.search import open_study
@@ -107,20 +107,25 @@ class Front:
         return [r["trial"] for r in best[:count]]
 
 
-def judged_by_attacks(folder: RunDir, front: Front, keys: dict[str, str]) -> dict[str, Verdict]:
-    """Verdicts by subject. keys: subject -> key of its audit in the durability tier."""
-    measured = read_table(folder.rows, ROWS).to_pylist()
-    validity = {
-        r["subject"]: r["value"]
-        for r in measured
-        if (r["check"], r["metric"], r["tier"], r["paired_with"]) == ("classifier", "validity", "audit", "")
-    }
-    oracle = float(np.mean([v for name, v in validity.items() if name.startswith("oracle")]))
-    reach = {name: resolve("evaluator", name).reach for name in ATTACKS}
+def judged_by_attacks(
+    folder: RunDir, context: Context, audits: dict[str, str], attacks: dict[str, str]
+) -> dict[str, Verdict]:
+    """Verdicts by subject. audits, attacks: subject -> key of its audit in the full and in the durability tier."""
     return {
-        subject: verdict(read_table(rows_path(folder.path, key), ROWS).to_pylist(), reach, validity[subject], oracle)
-        for subject, key in keys.items()
+        name: verdict_of(folder, name, {"audit": audits[name], "durability": attacks[name]}, context)
+        for name in attacks
+        if name in audits
     }
+
+
+def verdict_of(folder: RunDir, name: str, keys: dict[str, str], context: Context) -> Verdict:
+    """The verdict on one subject. keys: "audit" and "durability" -> key of its audit in that tier."""
+    anchors, _ = context.load_anchors("audit")
+    own = load_measured(folder.path, keys["audit"]).values
+    reach = {attack: resolve("evaluator", attack).reach for attack in ATTACKS}
+    rows = read_table(rows_path(folder.path, keys["durability"]), ROWS).to_pylist()
+    oracle = float(np.mean([o.values[VALIDITY] for o in anchors.oracles]))
+    return verdict(rows, reach, own[VALIDITY], oracle)
 
 
 def audited_front(folder: RunDir, context: Context, task: Task, keys: dict[str, str], trials: list[dict]) -> Front:
@@ -144,7 +149,7 @@ def audited_front(folder: RunDir, context: Context, task: Task, keys: dict[str, 
     if names:
         draws = pareto.resample(points, np.stack([places[n].replicates for n in names]))
         p_dominates = pareto.dominance_probability(draws)
-        low, high = pareto.hypervolume_interval(draws)
+        low, high = pareto.hypervolume_interval(points, np.stack([places[n].replicates for n in names]))
         k = pareto.balanced(points)
         if points[k].max() < 1:  # else it is no better than the base in one objective or a destroyed model in the other
             recommended, share = names[k], float(np.mean([pareto.balanced(d) == k for d in draws]))

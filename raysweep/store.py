@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 
 class StoreError(RuntimeError):
@@ -64,7 +64,8 @@ SCORES = pa.schema(
         _field("tier", pa.string(), "probe or audit"),
         _field("score", pa.string(), "evaluator.score"),
         _field("unit", pa.int32(), "independent unit: a seed or an image; the same unit in every subject of a tier"),
-        _field("values", pa.list_(pa.float32()), "the unit's score or scores"),
+        _field("values", pa.list_(pa.float64()), "the unit's score or scores"),
+        _field("width", pa.int32(), "scores per unit; 0 for a single one without an axis of its own"),
     ],
     metadata={"schema_version": SCHEMA_VERSION},
 )

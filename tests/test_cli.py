@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from raysweep.cli import main
 
 SURFACE = {
-    "audit": ["MODEL_DIR", "CONFIG", "OVERRIDES", "--json"],
+    "audit": ["MODEL_DIR", "CONFIG", "OVERRIDES", "--base", "--oracle", "--json"],
     "doctor": ["--json"],
     "export": ["RUN", "TRIAL", "OUT_DIR"],
     "init": ["NAME", "--task"],
@@ -21,6 +21,7 @@ SURFACE = {
     "run": ["CONFIG", "OVERRIDES", "--dry-run"],
     "show": ["RUN", "TRIAL", "--json"],
     "status": ["RUN", "--json"],
+    "verify": ["CARD", "--task", "--json"],
     "validate": ["CONFIG", "OVERRIDES", "--json"],
 }
 

@@ -8,9 +8,9 @@ import torch
 from tiny import tiny_model
 
 from evaluators.base import Subject, correlation, judged, without_group
-from evaluators.fidelity import Fidelity, by_torch_fidelity
+from evaluators.fidelity import Fidelity
 from evaluators.judge import Judge, train_judge
-from evaluators.statistics import frechet
+from evaluators.statistics import frechet, precision_recall
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config import Tier
 from raysweep.models.draws import row_seeds
@@ -132,20 +132,18 @@ def test_correlation():
     torch.testing.assert_close(correlation(x, -x), -torch.ones(3, dtype=torch.float64))
 
 
-def test_torch_fidelity_agrees_with_the_plain_distance_and_sees_new_weights(points_task, judge):
+def test_features_follow_the_judge_and_a_set_is_like_itself(points_task, judge):
     one = subject(points_task, judge)
-    first = by_torch_fidelity(one)
-    assert first["frechet"] == pytest.approx(frechet(one.features(), one.reference_features()), abs=1e-3)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        other = by_torch_fidelity(subject(points_task, Judge(1, 6).eval()))
-    assert other["frechet"] != pytest.approx(first["frechet"])
-    reference = points_task.splits["retain"].x
-    itself = subject(points_task, judge)
-    itself._cache["samples"] = (reference, None)
-    same = by_torch_fidelity(itself)
-    assert same["frechet"] == pytest.approx(0, abs=1e-4)
-    assert (same["precision"], same["recall"]) == (1.0, 1.0)
+        other = subject(points_task, Judge(1, 6).eval())
+    assert frechet(one.features(), one.reference_features()) != pytest.approx(
+        frechet(other.features(), other.reference_features())
+    )
+    real = one.reference_features()
+    assert frechet(real, real) == pytest.approx(0, abs=1e-4)
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(one.features(), real) == precision_recall(real, one.features())[::-1]
 
 
 def test_distance_grows_with_noise(points_task, judge):

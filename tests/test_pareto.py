@@ -69,9 +69,16 @@ def test_paired_resampling_cancels_what_is_shared():
     assert draws[:, 0, 0].std() == pytest.approx(units.std() / np.sqrt(20), rel=0.15)
 
 
-def test_hypervolume_interval_and_recommendation():
-    points = np.array([[0.2, 0.5], [0.3, 0.3], [0.9, 0.0]])
-    draws = points + 0.02 * np.random.default_rng(2).normal(size=(300, 3, 2))
-    lo, hi = pareto.hypervolume_interval(draws)
-    assert lo < hi
-    assert pareto.balanced(points) == 1
+def test_the_interval_of_the_hypervolume_covers_it_and_the_recommendation():
+    rng, covered = np.random.default_rng(2), 0
+    true = np.array([[0.2, 0.6], [0.35, 0.35], [0.8, 0.1]])
+    for _ in range(200):
+        units = true[:, None, :] + 0.3 * rng.normal(size=(3, 200, 2))  # a point is a mean over 200 units in 20 groups
+        points = units.mean(1)
+        groups = units.reshape(3, 10, 20, 2)  # unit i belongs to group i mod 20
+        replicates = np.stack([np.delete(groups, g, axis=2).mean((1, 2)) for g in range(20)], 1)
+        low, high = pareto.hypervolume_interval(points, replicates)
+        assert low <= pareto.hypervolume(points) <= high
+        covered += low <= pareto.hypervolume(true) <= high
+    assert covered / 200 >= 0.9
+    assert pareto.balanced(true) == 1

@@ -114,7 +114,7 @@ class Auditor:
             rows.append(common | rest | {"metric": row["name"], "replicates": result.replicates.get(name)})
         scores = [
             {"subject": request.subject, "tier": request.tier_name, "score": name, "unit": i,
-             "values": array[i].ravel().tolist()}
+             "values": array[i].ravel().tolist(), "width": 0 if array.ndim == 1 else array[i].size}
             for name, array in result.scores.items()
             for i in range(len(array))
         ]  # fmt: skip

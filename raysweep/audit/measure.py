@@ -97,15 +97,24 @@ def _strips(subject: Subject, count: int) -> Scores:
     return {name: images.float().numpy() for name, images in strips.items()}
 
 
-def _check(evaluator: Evaluator, subject: Subject, groups: int):
+def _check(
+    evaluator: Evaluator, subject: Subject, groups: int
+) -> tuple[list[Metric], dict[str, float], dict[str, np.ndarray], Scores]:
     scores: Scores = evaluator.scores(subject)
+    return *reduce(evaluator, scores, subject, groups), scores
+
+
+def reduce(
+    evaluator: Evaluator, scores: Scores, subject: Subject, groups: int
+) -> tuple[list[Metric], dict[str, float], dict[str, np.ndarray]]:
+    """(metrics, values, replicates) of scores; needs the subject's task and judge, but no model."""
     for key, array in scores.items():
         if not np.isfinite(array).all():
             raise ValueError(f"{key} is not finite")
     values = evaluator.values(scores, subject)
     parts = [evaluator.values(without_group(scores, g, groups), subject) for g in range(groups)]
     replicates = {name: np.array([part[name] for part in parts]) for name in values}
-    return evaluator.rows(scores, subject, replicates), values, replicates, scores
+    return evaluator.rows(scores, subject, replicates), values, replicates
 
 
 def _absent(evaluator: Evaluator, status, reason: str) -> list[dict]:
