@@ -109,6 +109,9 @@ class AuditConfig(_Model):
     durability: Tier = Field(default_factory=_durability, description="attacks on the finalists, base and oracles")
     top: int = Field(8, ge=1, description="at most this many candidates are audited")
     finalists: int = Field(3, ge=0, description="at most this many of the audited are attacked, the best first")
+    require: dict[str, str] = Field(
+        default_factory=dict, description="what a recommended candidate must show: check.metric -> '>= x' or '<= x'"
+    )
     attempts: int = Field(3, ge=1, description="tries per audit before it is recorded as failed")
     timeout_s: float = Field(600, gt=0, description="seconds after which an audit counts as hung")
 

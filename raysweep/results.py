@@ -17,6 +17,7 @@ from raysweep.audit.auditor import rows_path
 from raysweep.config import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.objectives import VALIDITY, Measured, Objectives, objectives
+from raysweep.power import Requirement
 from raysweep.registry import ATTACKS, resolve
 from raysweep.rundir import RunDir
 from raysweep.search import open_study
@@ -96,6 +97,7 @@ class Front:
     probe_hypervolume: float
     recommended: str | None  # None: every candidate forgets no more than the base or is as damaged as a destroyed model
     recommended_share: float
+    unmet: dict[str, list[str]] = field(default_factory=dict)  # candidate -> requirements that its audit does not show
     verdicts: dict[str, Verdict] = field(default_factory=dict)
 
     def finalists(self, count: int) -> list[str]:
@@ -128,7 +130,20 @@ def verdict_of(folder: RunDir, name: str, keys: dict[str, str], context: Context
     return verdict(rows, reach, own[VALIDITY], oracle)
 
 
-def audited_front(folder: RunDir, context: Context, task: Task, keys: dict[str, str], trials: list[dict]) -> Front:
+def _unmet(folder: RunDir, key: str, required: Sequence[Requirement]) -> list[str]:
+    rows = {f"{r['check']}.{r['metric']}": r for r in read_table(rows_path(folder.path, key), ROWS).to_pylist()}
+    ends = {r.metric: (rows[r.metric]["lo"], rows[r.metric]["hi"]) for r in required if r.metric in rows}
+    return [str(r) for r in required if not r.met(*ends.get(r.metric, (None, None)))]
+
+
+def audited_front(
+    folder: RunDir,
+    context: Context,
+    task: Task,
+    keys: dict[str, str],
+    trials: list[dict],
+    required: Sequence[Requirement] = (),
+) -> Front:
     """The front of the audited candidates. keys: trial -> key of its audit."""
     anchors, views = context.load_anchors("audit")
     by_trial = {t["trial"]: t for t in trials}
@@ -144,15 +159,21 @@ def audited_front(folder: RunDir, context: Context, task: Task, keys: dict[str, 
         for mine in [[k for k, n in enumerate(names) if by_trial[n]["method"] == method]]
         for i in pareto.front(points[mine], ("min", "min"))
     }
+    unmet = {n: _unmet(folder, keys[n], required) for n in names}
     draws = np.empty((0, 0, 2))
     p_dominates, low, high, recommended, share = np.zeros((0, 0)), 0.0, 0.0, None, 0.0
     if names:
         draws = pareto.resample(points, np.stack([places[n].replicates for n in names]))
         p_dominates = pareto.dominance_probability(draws)
         low, high = pareto.hypervolume_interval(points, np.stack([places[n].replicates for n in names]))
-        k = pareto.balanced(points)
-        if points[k].max() < 1:  # else it is no better than the base in one objective or a destroyed model in the other
-            recommended, share = names[k], float(np.mean([pareto.balanced(d) == k for d in draws]))
+        fit = [k for k, n in enumerate(names) if not unmet[n]]
+        if fit:
+            best = pareto.balanced(points[fit])
+            if (
+                points[fit[best]].max() < 1
+            ):  # else no better than the base in one objective or a destroyed model in the other
+                recommended = names[fit[best]]
+                share = float(np.mean([pareto.balanced(d[fit]) == best for d in draws]))
     rows = []
     for k, n in enumerate(names):
         t, place = by_trial[n], places[n]
@@ -173,7 +194,7 @@ def audited_front(folder: RunDir, context: Context, task: Task, keys: dict[str, 
     return Front(
         rows=rows, candidates=names, p_dominates=p_dominates, hypervolume=pareto.hypervolume(points),
         hypervolume_lo=low, hypervolume_hi=high, probe_hypervolume=pareto.hypervolume(_points(probe)),
-        recommended=recommended, recommended_share=share,
+        recommended=recommended, recommended_share=share, unmet=unmet,
     )  # fmt: skip
 
 
@@ -192,6 +213,7 @@ def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
             "probe_hypervolume": front.probe_hypervolume,
             "recommended": {"trial": front.recommended, "share_of_resamples": front.recommended_share},
             "candidates": front.candidates,
+            "unmet": front.unmet,
             "verdicts": {name: v.plain() | {"sentence": v.sentence()} for name, v in front.verdicts.items()},
             "p_dominates": front.p_dominates.tolist(),
             "points": [

@@ -19,6 +19,7 @@ from raysweep.context import Context, load_measured
 from raysweep.models.pixel import PixelDDPM
 from raysweep.objectives import Objectives, Unmeasured, objectives
 from raysweep.pool import Pool, connected, has_trial_slots, pool
+from raysweep.power import requirements, undecidable
 from raysweep.prepare import RunFailed, Say, Tick, check_model, measure_anchors, open_choices, prepare, save_task
 from raysweep.registry import resolve
 from raysweep.resources import TRIAL_SLOT, Plan, make_plan
@@ -80,6 +81,9 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
                 raise ConfigError(
                     f"audit.{tier_name}.checks: {metric.split('.')[0]!r} is missing: {metric} is an objective"
                 )
+    problems = undecidable(sweep)
+    if problems:
+        raise ConfigError("\n".join(problems))
     return task, spaces
 
 
@@ -246,7 +250,7 @@ def _conclude(
     measure_anchors(sweep, task, context, actors, "audit", say)
     keys, incomplete = _gather(pending, requests, say, tick)
     say("audit", f"done in {time.monotonic() - started:.0f} s")
-    front = audited_front(folder, context, task, keys, trials)
+    front = audited_front(folder, context, task, keys, trials, requirements(sweep))
     finalists = front.finalists(sweep.audit.finalists)
     if finalists:
         started = time.monotonic()

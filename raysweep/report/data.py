@@ -141,6 +141,13 @@ def untested(data: ReportData) -> list[str]:
 def _answer(data: ReportData, best: dict[str, Any] | None) -> list[str]:
     if best is None and not data.candidates():
         return ["No candidate was audited."]
+    unmet = data.front["unmet"]
+    if best is None and unmet and all(unmet.values()):
+        missed = sorted({r for reasons in unmet.values() for r in reasons})
+        return [
+            f"None of the {len(data.candidates())} audited candidates is recommended: none shows, with its whole interval, what "
+            f"was required ({'; '.join(missed)})."
+        ]
     if best is None:
         return [
             f"None of the {len(data.candidates())} audited candidates is recommended: each has forgotten no more than the "

@@ -1,0 +1,115 @@
+"""What the configured numbers of samples can show, told before anything runs. No Ray."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from raysweep.config import ConfigError, Sweep, Tier
+from raysweep.registry import names, resolve, suggest
+from raysweep.tasks.task import Task
+
+# Metrics that are shares of independent samples, and the setting that says of how many.
+SHARES = {
+    "classifier.unlearning_accuracy": "class_samples",
+    "classifier.recognised": "class_samples",
+    "classifier.retain_accuracy": "samples",
+    "classifier.validity": "samples",
+    "classifier.leak": "samples",
+    "generation.rate": "samples",
+    "reconstruction.hits": "noises",
+}
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What a candidate must show to be recommended: the whole interval of `metric` on the right side of `bound`."""
+
+    metric: str
+    least: bool
+    bound: float
+
+    def met(self, low: float | None, high: float | None) -> bool:
+        """Whether an interval meets it; no interval does not."""
+        end = low if self.least else high
+        return end is not None and (end >= self.bound if self.least else end <= self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'>=' if self.least else '<='} {self.bound:g}"
+
+
+def requirements(sweep: Sweep) -> list[Requirement]:
+    """`audit.require`, checked; raises ConfigError for metrics that do not exist or that the audit does not measure."""
+    found = []
+    for metric, text in sweep.audit.require.items():
+        match = re.fullmatch(r"\s*(>=|<=)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*", text)
+        check, _, name = metric.partition(".")
+        where = f"audit.require.{metric}"
+        if match is None:
+            raise ConfigError(f'{where}: {text!r} must be ">= NUMBER" or "<= NUMBER"')
+        if check not in names("evaluator"):
+            raise ConfigError(f"{where}: {check!r} is not an evaluator{suggest(check, names('evaluator'))}")
+        metrics = list(resolve("evaluator", check).directions)
+        if name.partition("@")[0] not in metrics:
+            raise ConfigError(f"{where}: {check} has no metric {name!r}{suggest(name, metrics)}")
+        if check not in (sweep.audit.audit.checks or ()):
+            raise ConfigError(f"{where}: {check} is not among audit.audit.checks")
+        found.append(Requirement(metric, match[1] == ">=", float(match[2])))
+    return found
+
+
+def undecidable(sweep: Sweep) -> list[str]:
+    """Requirements that even a perfect outcome could not meet with the configured samples, and what would do."""
+    from evaluators.statistics import clopper_pearson
+
+    problems = []
+    for requirement in requirements(sweep):
+        setting = SHARES.get(requirement.metric)
+        if setting is None:
+            continue
+        n = getattr(sweep.audit.audit, setting)
+
+        def best(n: int, least: bool = requirement.least) -> float:
+            return clopper_pearson(n if least else 0, n)[0 if least else 1]
+
+        def met(n: int, requirement: Requirement = requirement, best=best) -> bool:
+            return requirement.met(best(n), best(n))
+
+        if met(n):
+            continue
+        enough = next((k for k in (2**i for i in range(1, 31)) if met(k)), None)
+        if enough is None:
+            problems.append(f"audit.require: {requirement} can be met by no number of samples")
+            continue
+        low, high = enough // 2, enough
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if met(middle) else (middle, high)
+        perfect = f"{n if requirement.least else 0} of {n}"
+        problems.append(
+            f"audit.require: {requirement} cannot be decided with audit.audit.{setting} {n}: even {perfect} leaves an interval "
+            f"to {best(n):.3g}; {high} samples could"
+        )
+    return problems
+
+
+def detectable(tier: Tier, task: Task) -> list[str]:
+    """What the tier can tell apart: the smallest differences found with 80 % power at 95 %, and what zero hits exclude."""
+    from evaluators.statistics import clopper_pearson, detectable_auc, detectable_proportion
+
+    forget, held = (min(tier.membership_images, len(task.splits[n].distinct())) for n in ("forget", "forget_holdout"))
+    lines = []
+    if task.kind == "class":
+        n = tier.class_samples
+        lines.append(f"unlearning accuracy: {detectable_proportion(n, 0.05):.3f} near 0.95 (n = {n})")
+        lines.append(f"retain accuracy: {detectable_proportion(tier.samples, 0.05):.3f} near 0.95 (n = {tier.samples})")
+    else:
+        bound = clopper_pearson(0, tier.samples)[1]
+        lines.append(f"generation: zero hits in {tier.samples} samples leave a rate up to {bound:.4f} possible")
+    if forget > 1:
+        lines.append(
+            f"membership AUC: {detectable_auc(forget, held):.3f} from 0.5 ({forget} forgotten, {held} held out)"
+        )
+    else:
+        lines.append(f"membership of one image: its rank among {held}, so steps of {1 / held:.3f}")
+    return lines
