@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import optuna
 
-from evaluators.statistics import jackknife_se, normal_interval
+from evaluators.statistics import jackknife_se, normal_interval, t_interval
 from raysweep import pareto
 from raysweep.audit.auditor import rows_path
 from raysweep.config import Sweep
@@ -198,6 +198,26 @@ def audited_front(
     )  # fmt: skip
 
 
+def search_against_audit(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How the search's view of the audited candidates compares with the audit's: by objective the mean of audit minus probe
+    (positive: the search flattered its choices, the winner's curse), its 95 % interval, and Spearman's rank correlation."""
+    from scipy import stats
+
+    found: dict[str, Any] = {}
+    candidates = [r for r in rows if r["kind"] == "candidate"]
+    for objective in ("residue", "damage"):
+        probe = np.array([r[f"probe_{objective}"] for r in candidates], dtype=float)
+        audit = np.array([r[objective] for r in candidates], dtype=float)
+        entry: dict[str, Any] = {"n": len(candidates), "gap": None, "lo": None, "hi": None, "rank_correlation": None}
+        if len(candidates) > 1:
+            _, low, high = t_interval(audit - probe)
+            entry |= {"gap": float(np.mean(audit - probe)), "lo": low, "hi": high}
+        if len(candidates) > 2 and np.ptp(probe) > 0 and np.ptp(audit) > 0:
+            entry["rank_correlation"] = float(stats.spearmanr(probe, audit).statistic)
+        found[objective] = entry
+    return found
+
+
 def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
     """Writes front.json and front.parquet."""
     said = {name: v.label for name, v in front.verdicts.items()}
@@ -214,6 +234,7 @@ def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
             "recommended": {"trial": front.recommended, "share_of_resamples": front.recommended_share},
             "candidates": front.candidates,
             "unmet": front.unmet,
+            "search_against_audit": search_against_audit(front.rows),
             "verdicts": {name: v.plain() | {"sentence": v.sentence()} for name, v in front.verdicts.items()},
             "p_dominates": front.p_dominates.tolist(),
             "points": [

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from raysweep.objectives import VALIDITY, Anchors, Measured, Unmeasured, assess_views, objectives
+from raysweep.results import search_against_audit
 
 RNG = np.random.default_rng(0)
 
@@ -75,3 +76,28 @@ def test_standard_errors_come_from_the_groups():
     sharp, blurred = (objectives(measured(0.5, 0.0, 4.0, n), ANCHORS, VIEWS, "f.frechet") for n in (0.001, 0.05))
     assert 0 < sharp.residue_se < blurred.residue_se
     assert sharp.replicates.shape == (10, 2)
+
+
+def test_the_searchs_optimism_is_a_number():
+    rows = [
+        {"kind": "candidate", "residue": a, "damage": d, "probe_residue": p, "probe_damage": d}
+        for p, a, d in ((0.1, 0.2, 0.3), (0.3, 0.4, 0.2), (0.5, 0.6, 0.1))
+    ]
+    found = search_against_audit([*rows, {"kind": "anchor"}])
+    assert found["residue"]["gap"] == pytest.approx(0.1)
+    assert found["residue"]["rank_correlation"] == pytest.approx(1.0)
+    assert found["damage"]["gap"] == pytest.approx(0.0)
+    assert found["residue"]["n"] == 3
+    alone = search_against_audit(rows[:1])
+    assert alone["residue"]["gap"] is None
+
+
+def test_over_forgetting_is_measured_against_the_larger_distance():
+    """A view with a small gap between base and oracle, but far from destruction, does not blow a small distance up."""
+    near = Anchors(
+        measured(1.0, 0.2, 4.0, 0.0001), (measured(0.0, 0.0, 2.0, 0.0001),), measured(0.3, -2.0, 32.0, 0.0001)
+    )
+    views = assess_views(near, ("r.recall", "d.loss"))
+    assert all(v.informative for v in views)
+    past = objectives(measured(0.0, -0.2, 2.0), near, views, "f.frechet")
+    assert past.over_forgetting == pytest.approx(0.1)

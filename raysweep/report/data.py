@@ -110,6 +110,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "views": [_view_row(v) for v in data.anchors["audit"]["views"]],
         "sheets": [_sheet(data, p) for p in data.points],
         "attacks": _attacks(data),
+        "flattery": [_flattery(name, gap) for name, gap in data.front["search_against_audit"].items()],
         "strips": _strips(data),
         "failures": [{"trial": t["trial"], "reason": t["reason"]} for t in failed],
         "absent": [{"check": c, "status": s, "reason": why} for c, s, why in reasons],
@@ -295,6 +296,16 @@ def _attacks(data: ReportData) -> dict[str, Any]:
         table.append({"attack": f"{check} {strength}".strip(), "cells": cells})
     verdicts = [{"trial": n, "text": v["sentence"]} for n, v in data.front["verdicts"].items()]
     return {"subjects": subjects, "rows": table, "verdicts": verdicts}
+
+
+def _flattery(objective: str, gap: dict[str, Any]) -> str:
+    if gap["gap"] is None:
+        return f"{objective}: one candidate says nothing about the search's optimism."
+    rank = "not defined" if gap["rank_correlation"] is None else f"{gap['rank_correlation']:.2f}"
+    return (
+        f"{objective}: audit minus search {gap['gap']:+.3f} on average ({gap['lo']:+.3f} to {gap['hi']:+.3f}, n = {gap['n']}); "
+        f"rank correlation {rank}."
+    )
 
 
 def _strips(data: ReportData) -> list[dict[str, Any]]:
