@@ -19,6 +19,7 @@ from raysweep.registry import ATTACKS, resolve
 from raysweep.seeds import derive_seed
 from raysweep.verdict import verdict
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SIZES = {"samples": 120, "class_samples": 100, "noises": 10, "loss_noises": 10, "timesteps": 4, "membership_images": 30,
          "groups": 10, "membership_noises": 2, "membership_t": (50, 200), "full_fidelity": False}  # fmt: skip
 PROBE = Tier(seed=1, judge="probe", **SIZES)
