@@ -43,7 +43,9 @@ def test_every_check_gives_rows_values_and_replicates(points_task, class_task, j
         result = measure(one, TIER)
         checks = {(r["check"], r["status"]) for r in result.rows}
         for name in EVALUATORS:
-            applies = task.kind in resolve("evaluator", name).kinds and name != "sampler_removal"  # it is sampled as usual
+            applies = (
+                task.kind in resolve("evaluator", name).kinds and name != "sampler_removal"
+            )  # it is sampled as usual
             assert (name, "ok" if applies else "skipped") in checks
         assert all(len(r) == TIER.groups for r in result.replicates.values())
         for row in result.rows:

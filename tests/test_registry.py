@@ -11,9 +11,10 @@ from tiny import ROOT
 
 import search_spaces
 from evaluators.base import Evaluator
+from evaluators.durability import Durability
 from methods.base import Method
 from raysweep.artifacts import training_code
-from raysweep.registry import EVALUATORS, METHODS, TASKS, UnknownName, names, resolve
+from raysweep.registry import ATTACKS, EVALUATORS, METHODS, TASKS, UnknownName, names, resolve
 from raysweep.run import refusals
 
 
@@ -21,8 +22,10 @@ def test_tables_match_the_files():
     helpers = {"__init__", "base", "gradients", "layers", "recall"}
     assert set(METHODS) == {p.stem for p in (ROOT / "methods").glob("*.py")} - helpers
     assert set(METHODS) == set(search_spaces.names())
-    helpers = {"__init__", "base", "statistics", "judge"}
-    assert set(EVALUATORS) == {p.stem for p in (ROOT / "evaluators").glob("*.py")} - helpers
+    helpers = {"__init__", "base", "statistics", "judge", "attacks"}
+    homes = {target.partition(":")[0].removeprefix("evaluators.") for target in EVALUATORS.values()}
+    assert homes == {p.stem for p in (ROOT / "evaluators").glob("*.py")} - helpers
+    assert set(ATTACKS) == {n for n in EVALUATORS if issubclass(resolve("evaluator", n), Durability)}
 
 
 @pytest.mark.parametrize(("kind", "table", "base"), [("method", METHODS, Method), ("evaluator", EVALUATORS, Evaluator)])
@@ -94,7 +97,7 @@ def test_other_methods_do_not_make_artifacts_stale(monkeypatch, tmp_path):
 
 
 def test_methods_and_evaluators_work_without_the_engine():
-    modules = [f"methods.{m}" for m in METHODS] + [f"evaluators.{e}" for e in EVALUATORS]
+    modules = [f"methods.{m}" for m in METHODS] + sorted({target.partition(":")[0] for target in EVALUATORS.values()})
     code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n" + (
         "bad = {'ray', 'optuna', 'raysweep', 'search_spaces'} & set(sys.modules); assert not bad, bad"
     )
