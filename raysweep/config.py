@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from raysweep.registry import ATTACKS, METHODS, names, suggest
+from raysweep.registry import ATTACKS, METHODS, THOROUGH, names, suggest
 from raysweep.tasks.digits import ClassTask, PictureTask
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Tier(_Model):
     membership_t: tuple[int, ...] = Field(
         (20, 50, 100, 200, 300), min_length=1, description="grid of steps of membership inference"
     )
-    membership_noises: int = Field(8, ge=1, description="noises per image and step of the membership score")
+    membership_noises: int = Field(4, ge=1, description="noises per image and step of the membership score")
     membership_images: int = Field(100, ge=2, description="images per population of membership inference")
     relearn_steps: tuple[int, ...] = Field((5,), min_length=1, description="optimiser steps of relearning, each tried")
     inversion_steps: int = Field(150, ge=1, description="optimiser steps of the inversion of a class embedding")
@@ -89,7 +89,7 @@ def _probe() -> Tier:
 
 def _audit() -> Tier:
     return Tier(
-        seed=2, judge="audit", checks=tuple(n for n in names("evaluator") if n not in ATTACKS[1:]), groups=20, samples=800,
+        seed=2, judge="audit", checks=tuple(n for n in names("evaluator") if n not in (*ATTACKS[1:], *THOROUGH)), groups=20, samples=800,
         class_samples=200, noises=60, loss_noises=20, loss_images=10, strips=8,
     )  # fmt: skip
 

@@ -60,6 +60,9 @@ ATTACKS = (
     "interpolation", "sampler_removal",
 )  # fmt: skip
 
+# Evaluators that the embedded sweeps leave out for their cost; any config may name them.
+THOROUGH = ("clid", "pian", "quantile", "secmi")
+
 TASKS = {
     "digits-class": "raysweep.tasks.digits:ClassTask",
     "digits-picture": "raysweep.tasks.digits:PictureTask",
