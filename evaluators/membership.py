@@ -114,7 +114,15 @@ class Attack(Evaluator):
             rows.append(Metric("equivalence_p", p, n, direction="min", reason=reason))
         else:
             for name in ("gap", "equivalence_p"):
-                rows.append(Metric(name, None, n, status="skipped", reason="there is no oracle to compare with"))
+                rows.append(
+                    Metric(
+                        name,
+                        None,
+                        n,
+                        status="skipped",
+                        reason="there is no oracle to compare with, or none that is not a reference",
+                    )
+                )
         return rows
 
 

@@ -269,13 +269,16 @@ def _difference(
 ) -> dict[str, Any]:
     delta = value - float(np.mean([m.values[metric] for m in models]))
     parts = measured.replicates[metric] - np.mean([m.replicates[metric] for m in models], axis=0)
-    se = jackknife_se(parts)
-    lo, hi = normal_interval(delta, se)
+    se = lo = hi = None
+    if np.ptp(parts) > 0:  # else there are fewer units than groups, or all are alike: an error of 0 would be a lie
+        se = jackknife_se(parts)
+        lo, hi = normal_interval(delta, se)
     check, name = metric.split(".")
     return {
         "subject": subject, "method": method, "tier": "audit", "check": check, "metric": name,
         "paired_with": reference, "value": delta, "n": len(parts), "se": se, "lo": lo, "hi": hi, "level": 0.95,
-        "interval": "paired jackknife", "direction": "target", "status": "ok", "reason": "",
+        "interval": "paired jackknife", "direction": "target", "status": "ok",
+        "reason": "" if se is not None else "no interval: leaving groups of units out does not change it",
         "replicates": parts.tolist(),
     }  # fmt: skip
 

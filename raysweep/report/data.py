@@ -355,7 +355,9 @@ def _value(row: dict[str, Any] | None) -> str:
 
 
 def _delta(row: dict[str, Any] | None) -> str:
-    return "-" if row is None or row["value"] is None else f"{row['value']:+.3g} ({row['lo']:.3g} to {row['hi']:.3g})"
+    if row is None or row["value"] is None:
+        return "-"
+    return f"{row['value']:+.3g}" + ("" if row["lo"] is None else f" ({row['lo']:.3g} to {row['hi']:.3g})")
 
 
 def _short(value: Any) -> str:
