@@ -33,42 +33,29 @@ from evaluators.statistics import (
 )
 
 MARGIN = 0.05  # of the AUC, within which a model counts as equivalent to the oracles
-POPULATIONS = {"forget": "forget", "forget_holdout": "forget_holdout", "retain": "retain", "holdout": "holdout"}
 
 
 class Attack(Evaluator):
-    """What all attacks share; `score` is the attack."""
+    """How raw scores become metrics, for all attacks; `raw` is the attack."""
 
     directions: ClassVar[dict[str, Direction]] = {
         "auc": "target", "retain_auc": "target", "leak": "min", "gap": "target", "equivalence_p": "min",
         "advantage": "target", "tpr_at_1": "target", "tpr_at_01": "target",
     }  # fmt: skip
     needs = "forget and retain sets and the holdout of each; `gap` needs oracles"
-    controls = ("base", "oracles")
 
     @abstractmethod
-    def score(self, subject: Subject, images: Images) -> np.ndarray:
-        """Scores (n, steps) of images under the subject's model."""
-
     def raw(self, subject: Subject) -> Scores:
-        """Scores of each population, made once per model; the halves of the retained ones apart."""
+        """Scores (n, steps) of each of `populations`."""
 
-        def make() -> Scores:
-            splits, limit = subject.task.splits, subject.sizes["membership_images"]
-            found = {}
-            for name in POPULATIONS:
-                images = splits[name].distinct()
-                found[name] = self.score(subject, images.take(torch.arange(min(limit, len(images)))))
-            for name in ("retain", "holdout"):
-                found[f"{name}_calibration"], found[name] = found[name][::2], found[name][1::2]
-            return found
-
-        return subject.once(f"{self.name}.raw", make)
+    def calibration(self, subject: Subject) -> tuple[int, int]:
+        """(step, sign) at which the base tells the calibration halves apart best."""
+        base = self.raw(subject.peers.get("base", subject))
+        return calibrate(base["retain_calibration"], base["holdout_calibration"])
 
     def scores(self, subject: Subject) -> Scores:
-        base = self.raw(subject.peers.get("base", subject))
-        step, sign = calibrate(base["retain_calibration"], base["holdout_calibration"])
-        found = dict(self.raw(subject)) | {"calibration": np.array([[step, sign]], dtype=float)}
+        step, sign = self.calibration(subject)
+        found = self.raw(subject) | {"calibration": np.array([[step, sign]], dtype=float)}
         oracles = [self.raw(o) for o in subject.oracles()]
         if oracles:
             for name in ("forget", "forget_holdout"):
@@ -113,20 +100,26 @@ class Attack(Evaluator):
             reason = f"small: within {MARGIN} of the oracles' AUC (two one-sided tests)"
             rows.append(Metric("equivalence_p", p, n, direction="min", reason=reason))
         else:
-            for name in ("gap", "equivalence_p"):
-                rows.append(
-                    Metric(
-                        name,
-                        None,
-                        n,
-                        status="skipped",
-                        reason="there is no oracle to compare with, or none that is not a reference",
-                    )
-                )
+            why = "there is no oracle to compare with, or none that is not a reference"
+            rows += [Metric(name, None, n, status="skipped", reason=why) for name in ("gap", "equivalence_p")]
         return rows
 
 
-class Loss(Attack):
+class Scored(Attack):
+    """An attack that scores each image by itself."""
+
+    @abstractmethod
+    def score(self, subject: Subject, images: Images) -> np.ndarray:
+        """Scores (n, steps) of images under the subject's model."""
+
+    def raw(self, subject: Subject) -> Scores:
+        def make() -> Scores:
+            return {name: self.score(subject, images) for name, images in populations(subject).items()}
+
+        return subject.once(f"{self.name}.raw", make)
+
+
+class Loss(Scored):
     """Minus the denoising loss on a shared bank of noises; arXiv:2302.03262."""
 
     name = "loss"
@@ -136,7 +129,7 @@ class Loss(Attack):
         return attacks.loss(subject.model, images.x, images.cond, subject.sizes["membership_t"], bank(subject))
 
 
-class SecMI(Attack):
+class SecMI(Scored):
     """t-error of SecMI; arXiv:2302.01316."""
 
     name = "secmi"
@@ -146,7 +139,7 @@ class SecMI(Attack):
         return attacks.secmi(subject.model, images.x, images.cond, subject.sizes["membership_t"])
 
 
-class PIA(Attack):
+class PIA(Scored):
     """Proximal initialisation; arXiv:2305.18355."""
 
     name = "pia"
@@ -165,7 +158,7 @@ class PIAN(PIA):
     normalised = True
 
 
-class SimA(Attack):
+class SimA(Scored):
     """Magnitude of the predicted noise at the image itself; arXiv:2509.25003."""
 
     name = "sima"
@@ -175,7 +168,7 @@ class SimA(Attack):
         return attacks.sima(subject.model, images.x, images.cond, subject.sizes["membership_t"])
 
 
-class CLiD(Attack):
+class CLiD(Scored):
     """Conditional likelihood discrepancy; arXiv:2405.14800. Its weight is picked on the calibration halves of the base."""
 
     name = "clid"
@@ -200,9 +193,8 @@ class CLiD(Attack):
 
     def _mix(self, subject: Subject) -> tuple[list[float], tuple[np.ndarray, np.ndarray]]:
         """Per step the weight in 0, 0.1, ..., 1 that tells the base's retained images best from their holdout."""
-        base, limit = subject.peers.get("base", subject), subject.sizes["membership_images"]
-        halves = [self._parts(base, base.task.splits[name].distinct().take(torch.arange(0, limit, 2)))
-                  for name in ("retain", "holdout")]  # fmt: skip
+        base = subject.peers.get("base", subject)
+        halves = [self._parts(base, populations(base)[f"{name}_calibration"]) for name in ("retain", "holdout")]
         weights = []
         for t in range(halves[0][0].shape[1]):
             like = (halves[1][0][:, t], halves[1][1][:, t])
@@ -225,21 +217,14 @@ class Quantile(Attack):
 
     def raw(self, subject: Subject) -> Scores:
         def make() -> Scores:
-            step, sign = _of_loss(subject)
+            step, sign = Loss().calibration(subject)
             loss = {name: sign * scores[:, step] for name, scores in Loss().raw(subject).items()}
-            splits, limit = subject.task.splits, subject.sizes["membership_images"]
-            images = {name: splits[name].distinct().x[:limit] for name in POPULATIONS}
-            for name in ("retain", "holdout"):
-                images[f"{name}_calibration"], images[name] = images[name][::2], images[name][1::2]
+            images, population = populations(subject), "holdout_calibration"
             seed = int(subject.seeds("quantile", 1)[0]) % 2**31
-            population = "holdout_calibration"
-            expected = attacks.expected_quantile(images[population], loss[population], seed=seed)
-            return {name: (scores - expected(images[name]))[:, None] for name, scores in loss.items()}
+            expected = attacks.expected_quantile(images[population].x, loss[population], seed=seed)
+            return {name: (scores - expected(images[name].x))[:, None] for name, scores in loss.items()}
 
         return subject.once("quantile.raw", make)
-
-    def score(self, subject: Subject, images: Images) -> np.ndarray:
-        raise NotImplementedError("the scores of a population depend on the others; see `raw`")
 
 
 class _ByOracles(Attack):
@@ -255,15 +240,15 @@ class _ByOracles(Attack):
     def combine(self, own: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
         """Scores (n,) of one population."""
 
-    def score(self, subject: Subject, images: Images) -> np.ndarray:
-        raise NotImplementedError("the scores of a population depend on the oracles; see `scores`")
+    def raw(self, subject: Subject) -> Scores:
+        return Loss().raw(subject)
 
     def scores(self, subject: Subject) -> Scores:
         oracles = subject.oracles()
         if len(oracles) < self.least:
             raise Inapplicable(f"needs {self.least} oracles besides the model itself; there are {len(oracles)}")
-        step, sign = _of_loss(subject)
-        own, others = Loss().raw(subject), [Loss().raw(o) for o in oracles]
+        step, sign = self.calibration(subject)
+        own, others = self.raw(subject), [self.raw(o) for o in oracles]
         found = {"calibration": np.array([[0, 1.0]])}
         for name in ("forget", "forget_holdout"):
             found[name] = self.combine(own, others, name, step, sign)[:, None]
@@ -303,6 +288,20 @@ class RMIA(_ByOracles):
         )
 
 
+def populations(subject: Subject) -> dict[str, Images]:
+    """The distinct images that attacks are made on, at most `membership_images` of each kind; of retained ones and their
+    holdout one half is for calibration."""
+    splits, limit = subject.task.splits, subject.sizes["membership_images"]
+    found = {}
+    for name in ("forget", "forget_holdout", "retain", "holdout"):
+        images = splits[name].distinct()
+        found[name] = images.take(torch.arange(min(limit, len(images))))
+    for name in ("retain", "holdout"):
+        half = torch.arange(len(found[name])) % 2 == 0
+        found[f"{name}_calibration"], found[name] = found[name].take(half), found[name].take(~half)
+    return found
+
+
 def bank(subject: Subject) -> torch.Tensor:
     """The noises (k, C, H, W) that all images and models of a tier share."""
     return subject.model.noise(subject.seeds("membership", subject.sizes["membership_noises"]))
@@ -313,12 +312,6 @@ def calibrate(members: np.ndarray, others: np.ndarray) -> tuple[int, int]:
     aucs = np.array([delong(members[:, t], others[:, t])[0] for t in range(members.shape[1])])
     step = int(np.argmax(np.abs(aucs - 0.5)))
     return step, 1 if aucs[step] >= 0.5 else -1
-
-
-def _of_loss(subject: Subject) -> tuple[int, int]:
-    """Step and sign of `loss`."""
-    base = Loss().raw(subject.peers.get("base", subject))
-    return calibrate(base["retain_calibration"], base["holdout_calibration"])
 
 
 def _reported(scores: Scores, name: str) -> np.ndarray:

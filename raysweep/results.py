@@ -169,9 +169,8 @@ def audited_front(
         fit = [k for k, n in enumerate(names) if not unmet[n]]
         if fit:
             best = pareto.balanced(points[fit])
-            if (
-                points[fit[best]].max() < 1
-            ):  # else no better than the base in one objective or a destroyed model in the other
+            # at 1 it is no better than the base in one objective or a destroyed model in the other
+            if points[fit[best]].max() < 1:
                 recommended = names[fit[best]]
                 share = float(np.mean([pareto.balanced(d[fit]) == best for d in draws]))
     rows = []

@@ -262,6 +262,7 @@ def test_clid_compares_with_the_reduced_condition(class_task, judge):
     null = s.model.reduced(images.cond)
     own, gap = attacks.clid(s.model, images.x, images.cond, null, GRID, noises)
     np.testing.assert_allclose(gap, own - attacks.loss(s.model, images.x, null[0], GRID, noises))
+    s = subject(class_task, judge, membership_images=1000)  # more than there are
     values = CLiD().values(CLiD().scores(s), s)
     assert 0 <= values["auc"] <= 1
     np.testing.assert_allclose(
