@@ -27,7 +27,7 @@ from methods.retrain import Retrain, RetrainSettings
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config import Tier
 from raysweep.models.pixel import PixelDDPM
-from raysweep.registry import names
+from raysweep.registry import BY_WEIGHTS, names
 from raysweep.seeds import derive_seed
 
 WIDTHS = ((8, 16), (16, 32), (24, 48))
@@ -37,10 +37,11 @@ PAIRED = ("gap", "excess")
 
 
 def tier() -> Tier:
-    """Everything but what only images of a candidate's base could tell."""
-    checks = tuple(n for n in names("evaluator") if n not in ("interpolation", "sampler_removal"))
+    """Everything but what needs a brought network, or a candidate of the base to speak of."""
+    left_out = ("interpolation", "sampler_removal", "nudenet", *BY_WEIGHTS)
+    checks = tuple(n for n in names("evaluator") if n not in left_out)
     return Tier(seed=5, judge="audit", checks=checks, groups=10, samples=300, class_samples=100, noises=40, loss_noises=10,
-                loss_images=10, relearn_steps=(5, 25), full_fidelity=False)  # fmt: skip
+                loss_images=10, relearn_steps=(5, 25), likelihood_steps=10, likelihood_probes=2, full_fidelity=False)  # fmt: skip
 
 
 def study(kind: str, has: bool, number: int) -> dict[str, Any]:

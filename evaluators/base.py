@@ -43,6 +43,8 @@ class Model(Protocol):
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor: ...
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
     def eps(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor: ...
+    def levels(self) -> torch.Tensor: ...
+    def eps_at(self, x: torch.Tensor, s: float, cond: torch.Tensor | None) -> torch.Tensor: ...
     def gamma_sigma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
     def reduced(self, cond: torch.Tensor) -> list[torch.Tensor]: ...
     def sample(
@@ -79,6 +81,7 @@ class Task(Protocol):
     splits: dict[str, Any]
     sampling: dict[str, Any]
     forget_class: int | None
+    class_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Subject:
     judge: a classifier with `features(x)` (n, d) and `__call__(x)` logits (n, classes).
     sizes: `samples`, `noises`, `timesteps`, ... as the tier sets them.
     seeds: (stream name, count) -> int64 seeds (count,); equal for every model of the tier, so comparisons are paired.
+    kept: keeps an array that depends on data and networks alone, not on the model, beyond the subject; (key, make) -> array.
     peers: the anchors by name, "base" and "oracle-K", that the subject is compared with; itself never among them unless it
         is the base.
     """
@@ -114,6 +118,7 @@ class Subject:
     sizes: dict[str, Any]
     seeds: Callable[[str, int], torch.Tensor]
     peers: Mapping[str, Subject] = field(default_factory=dict)
+    kept: Callable[[str, Callable[[], np.ndarray]], np.ndarray] | None = None
     _cache: dict[str, Any] = field(default_factory=dict)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
@@ -121,6 +126,10 @@ class Subject:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+    def keep(self, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """As `once`, for what depends on the task, the judge and other fixed networks alone; `key` must name the latter."""
+        return self.once(key, make if self.kept is None else lambda: self.kept(key, make))  # type: ignore[misc]
 
     def oracles(self) -> list[Subject]:
         """The oracles that it is compared with, itself left out."""
@@ -159,19 +168,21 @@ class Subject:
 
     def reference_features(self) -> np.ndarray:
         """The judge's features of the real retained images, float64 (m, d)."""
-        return self.once("reference", lambda: judged(self.judge.features, self.task.splits["retain"].x))
+        return self.keep("reference", lambda: judged(self.judge.features, self.task.splits["retain"].x))
 
 
 class Evaluator(ABC):
     """One family of checks.
 
     directions: metric name -> which way is better; `target` means "like the oracle".
+    weights: the key of the file that it needs from the user, None for none.
     needs, cost: what it takes, in words; controls: the models whose value for the same check gives its numbers a meaning.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[frozenset[str]] = frozenset({"points", "class"})
     directions: ClassVar[dict[str, Direction]]
+    weights: ClassVar[str | None] = None
     needs: ClassVar[str]
     cost: ClassVar[str]
     controls: ClassVar[tuple[str, ...]] = ("base", "oracles")

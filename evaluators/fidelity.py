@@ -1,59 +1,148 @@
-"""Distances between samples and the real retained images, in the judge's feature space, by torch-fidelity.
+"""Distances between samples and the real retained images, in a feature space, by torch-fidelity.
 
-torch-fidelity's own caches and extractors stay out of it: features are computed once, by the judge, and handed to its
-functions. The spread that it prints for KID is over random subsets, not a standard error, and a bootstrap of the Frechet
-distance is biased by duplicates: both errors are by the delete-a-group jackknife. All values depend on the number of
-samples; compare them at equal n only.
+torch-fidelity's own caches and extractors stay out of it: features are computed once and handed to its functions. The spread
+that it prints for KID is over random subsets, not a standard error, and a bootstrap of the Frechet distance is biased by
+duplicates: both errors are by the delete-a-group jackknife. All values depend on the number of samples and on the network;
+compare them at equal n and equal network only.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import ClassVar
 
-from evaluators.base import Evaluator, Metric, Scores, Subject
-from evaluators.statistics import clopper_pearson, frechet, jackknife_se, kid, normal_interval, precision_recall
+import numpy as np
+import torch
+
+from evaluators.base import Direction, Evaluator, Metric, Scores, Subject, judged
+from evaluators.external import CLIP, DINO, Inception, network
+from evaluators.statistics import (
+    clopper_pearson,
+    diversity,
+    frechet,
+    inception_score,
+    jackknife_se,
+    kid,
+    normal_interval,
+    precision_recall,
+)
 
 
 class Fidelity(Evaluator):
-    """Frechet distance (Heusel et al., arXiv:1706.08500), KID (arXiv:1801.01401), precision and recall (1904.06991)."""
+    """Frechet distance (Heusel et al., arXiv:1706.08500), KID (arXiv:1801.01401), precision and recall (1904.06991).
+
+    With `full_fidelity` also `diversity`, the samples' mean distance from one another over that of real images, and
+    `inception_score` (arXiv:1606.03498) with the classes of the network that gives the features, if it has any.
+    """
 
     name = "fidelity"
-    directions = {"frechet": "min", "kid": "min", "precision": "max", "recall": "max"}
+    directions: ClassVar[dict[str, Direction]] = {
+        "frechet": "min", "kid": "min", "precision": "max", "recall": "max", "diversity": "max", "inception_score": "max",
+    }  # fmt: skip
     needs = "retain set"
     cost = "the shared samples"
 
+    def features(self, subject: Subject) -> np.ndarray:
+        """Features (n, d) of the shared samples."""
+        return subject.features()
+
+    def reference(self, subject: Subject) -> np.ndarray:
+        """Features (m, d) of the real retained images."""
+        return subject.reference_features()
+
+    def logits(self, subject: Subject) -> np.ndarray | None:
+        """Logits (n, classes) of the shared samples; None if the network has no classes."""
+        return subject.once("logits", lambda: judged(subject.judge, subject.samples()[0]))
+
     def scores(self, subject: Subject) -> Scores:
-        return {"features": subject.features()}
+        found = {"features": self.features(subject)}
+        logits = self.logits(subject) if subject.sizes["full_fidelity"] else None
+        return found if logits is None else found | {"logits": logits}
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
-        reference = subject.reference_features()
-        result = {"frechet": frechet(scores["features"], reference)}
+        reference, own = self.reference(subject), scores["features"]
+        result = {"frechet": frechet(own, reference)}
         if subject.sizes["full_fidelity"]:
-            result["kid"] = kid(scores["features"], reference)
+            result["kid"] = kid(own, reference)
+            spread = subject.once(f"{self.name}.spread", lambda: diversity(reference))
+            result["diversity"] = diversity(own) / spread
+        if "logits" in scores:
+            result["inception_score"] = inception_score(scores["logits"])
         return result
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
-        n = len(scores["features"])
-        values = self.values(scores, subject)
+        own, reference = scores["features"], self.reference(subject)
+        n, rows = len(own), []
+        few = min(n, len(reference)) < own.shape[1]
+        for name, value in self.values(scores, subject).items():
+            se = jackknife_se(replicates[name])
+            lo, hi = normal_interval(value, se)
+            reason = f"fewer images than the {own.shape[1]} features: biased" if few and name == "frechet" else ""
+            how = "jackknife over samples"
+            rows.append(Metric(name, value, n, se, lo, hi, how, self.directions[name], reason=reason))
         if subject.sizes["full_fidelity"]:
-            values |= dict(
-                zip(
-                    ("precision", "recall"),
-                    precision_recall(scores["features"], subject.reference_features()),
-                    strict=True,
-                )
-            )
-        rows = []
-        for name in ("frechet", "kid"):
-            if name in values:
-                se = jackknife_se(replicates[name])
-                lo, hi = normal_interval(values[name], se)
-                rows.append(Metric(name, values[name], n, se, lo, hi, "jackknife over samples", "min"))
-        if "precision" in values:
-            low, high = clopper_pearson(round(values["precision"] * n), n)
-            rows.append(Metric("precision", values["precision"], n, None, low, high, "clopper-pearson", "max"))
-            m = len(subject.reference_features())
-            low, high = clopper_pearson(round(values["recall"] * m), m)
-            method = "clopper-pearson over real images"
-            rows.append(Metric("recall", values["recall"], m, None, low, high, method, "max"))
+            precision, recall = precision_recall(own, reference)
+            for name, value, count, over in (("precision", precision, n, ""), ("recall", recall, len(reference), " over real images")):
+                low, high = clopper_pearson(round(value * count), count)
+                rows.append(Metric(name, value, count, None, low, high, f"clopper-pearson{over}", "max"))
         return rows
+
+
+class _ByNetwork(Fidelity):
+    """The same in the feature space of a network that the user brings."""
+
+    def net(self, subject: Subject) -> CLIP | DINO | Inception:
+        """The network."""
+        raise NotImplementedError
+
+    def _both(self, subject: Subject, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        return self.net(subject)(images), None
+
+    def _own(self, subject: Subject) -> tuple[np.ndarray, np.ndarray | None]:
+        return subject.once(f"{self.name}.own", lambda: self._both(subject, subject.samples()[0]))
+
+    def features(self, subject: Subject) -> np.ndarray:
+        return self._own(subject)[0]
+
+    def logits(self, subject: Subject) -> np.ndarray | None:
+        return self._own(subject)[1]
+
+    def reference(self, subject: Subject) -> np.ndarray:
+        key = f"{self.name}.{subject.sizes['weights'][self.weights]}"
+        return subject.keep(key, lambda: self._both(subject, subject.task.splits["retain"].x)[0])
+
+
+class InceptionFidelity(_ByNetwork):
+    """With Inception v3 as the literature reports it: FID, KID, IS; torch-fidelity's port of the original weights."""
+
+    name = "fidelity_inception"
+    weights = "inception"
+    needs = "weights.inception: torch-fidelity's weights file of Inception v3; retain set"
+
+    def net(self, subject: Subject) -> Inception:
+        return network(subject, "inception", Inception)
+
+    def _both(self, subject: Subject, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        found = self.net(subject)(images)
+        return found[:, :2048], found[:, 2048:]
+
+
+class DINOFidelity(_ByNetwork):
+    """With DINOv2, which does not penalise diffusion models as Inception does (Stein et al., arXiv:2306.04675)."""
+
+    name = "fidelity_dino"
+    weights = "dino"
+    needs = "weights.dino: a transformers folder of DINOv2 or the like; retain set"
+
+    def net(self, subject: Subject) -> DINO:
+        return network(subject, "dino", DINO)
+
+
+class CLIPFidelity(_ByNetwork):
+    """With CLIP's image features."""
+
+    name = "fidelity_clip"
+    weights = "clip"
+    needs = "weights.clip: an open_clip folder; retain set"
+
+    def net(self, subject: Subject) -> CLIP:
+        return network(subject, "clip", CLIP)

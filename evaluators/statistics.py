@@ -187,6 +187,25 @@ def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, fl
     return float(found["precision"]), float(found["recall"])
 
 
+def inception_score(logits: np.ndarray) -> float:
+    """exp of the mean divergence of each image's class distribution from their mean, (n, classes), by torch-fidelity.
+
+    On all images at once: averaging over ten parts, as is common, lowers it by an amount that depends on n.
+    """
+    import torch
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    found = isc_features_to_metric(torch.from_numpy(np.ascontiguousarray(logits)), splits=1, shuffle=False)
+    return float(found["inception_score_mean"])
+
+
+def diversity(features: np.ndarray) -> float:
+    """Mean Euclidean distance between two different rows of features (n, d)."""
+    from scipy.spatial import distance
+
+    return float(distance.pdist(features).mean())
+
+
 def delong(pos: np.ndarray, neg: np.ndarray) -> tuple[float, float]:
     """(AUC, standard error) that a positive scores above a negative, by DeLong; ties count one half.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from raysweep.registry import ATTACKS, METHODS, THOROUGH, names, suggest
+from raysweep.registry import ATTACKS, BY_WEIGHTS, METHODS, THOROUGH, names, suggest
 from raysweep.tasks.digits import ClassTask, PictureTask
 
 if TYPE_CHECKING:
@@ -50,6 +51,16 @@ class Tier(_Model):
     membership_images: int = Field(100, ge=2, description="images per population of membership inference")
     relearn_steps: tuple[int, ...] = Field((5,), min_length=1, description="optimiser steps of relearning, each tried")
     inversion_steps: int = Field(150, ge=1, description="optimiser steps of the inversion of a class embedding")
+    recall_t: tuple[int, ...] = Field(
+        (100, 250, 400, 600, 800), min_length=1, description="steps of the reconstruction curve"
+    )
+    recall_noises: int = Field(10, ge=2, description="noise draws per image and step of the reconstruction curve")
+    recall_images: int = Field(20, ge=1, description="images per population of the reconstruction curve")
+    likelihood_steps: int = Field(20, ge=2, description="steps of the likelihood's solver")
+    likelihood_probes: int = Field(5, ge=1, description="random directions per image of the likelihood's divergence")
+    weights: dict[Literal["sscd", "clip", "dino", "inception", "classifier"], Path] = Field(
+        default_factory=dict, description="files of outside networks; each adds the checks that it serves"
+    )
     strips: int = Field(0, ge=0, le=32, description="samples kept as pictures for the report")
     full_fidelity: bool = Field(True, description="KID, precision and recall besides the Frechet distance")
 
@@ -63,6 +74,12 @@ class Tier(_Model):
 
     @model_validator(mode="after")
     def _enough_units(self):
+        for key, path in self.weights.items():
+            if not path.exists():
+                raise ValueError(f"weights.{key}: {path} does not exist")
+        for name in self.checks or ():
+            if BY_WEIGHTS.get(name, name) not in (name, *self.weights):
+                raise ValueError(f"checks: {name!r} needs weights.{BY_WEIGHTS[name]}")
         for key in ("samples", "class_samples", "noises", "loss_noises"):
             if getattr(self, key) < self.groups:
                 raise ValueError(f"{key}: {getattr(self, key)} units cannot form {self.groups} groups of the jackknife")
@@ -71,12 +88,19 @@ class Tier(_Model):
     def checks_for(self, task: Task) -> tuple[str, ...]:
         """The checks of this tier on a task: the configured ones, or those that its objectives are made of."""
         needed = dict.fromkeys(metric.split(".")[0] for metric in (*task.views, task.quality, "classifier.validity"))
-        return self.checks if self.checks is not None else tuple(needed)
+        chosen = self.checks if self.checks is not None else tuple(needed)
+        return tuple(dict.fromkeys((*chosen, *(n for n, key in BY_WEIGHTS.items() if key in self.weights))))
 
     @property
     def digest(self) -> str:
-        """Hash of every setting."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        """Hash of every setting, and of what the weights' files hold."""
+        settings = self.model_dump_json(exclude={"weights"}) + self.weights_digest
+        return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+    @property
+    def weights_digest(self) -> str:
+        """Hash of the contents of all weights' files."""
+        return ",".join(f"{key}={_digest_of_files(path)}" for key, path in sorted(self.weights.items()))
 
     def sizes(self) -> dict[str, Any]:
         """The numbers that evaluators read."""
@@ -89,7 +113,7 @@ def _probe() -> Tier:
 
 def _audit() -> Tier:
     return Tier(
-        seed=2, judge="audit", checks=tuple(n for n in names("evaluator") if n not in (*ATTACKS[1:], *THOROUGH)), groups=20, samples=800,
+        seed=2, judge="audit", checks=tuple(n for n in names("evaluator") if n not in (*ATTACKS[1:], *THOROUGH, *BY_WEIGHTS)), groups=20, samples=800,
         class_samples=200, noises=60, loss_noises=20, loss_images=10, strips=8,
     )  # fmt: skip
 
@@ -267,6 +291,22 @@ def validate(data: dict[str, Any], where: str, text: str = "", set_by_hand: list
     except ValidationError as error:
         lines = _line_numbers(text)
         raise ConfigError("\n".join(_explain(e, where, lines, set_by_hand or []) for e in error.errors())) from error
+
+
+def _digest_of_files(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return _digest_of_contents(path, tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@lru_cache(maxsize=64)
+def _digest_of_contents(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash of files by name and content, read once as long as they do not change."""
+    found = hashlib.sha256()
+    for file, _, size in files:
+        found.update(f"{file.relative_to(path)}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            found.update(hashlib.file_digest(stream, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def _override(data: dict[str, Any], item: str) -> str:

@@ -29,22 +29,33 @@ METHODS = {
 }
 
 EVALUATORS = {
+    "alignment": "evaluators.recognition:Alignment",
     "classifier": "evaluators.classifier:Classifier",
     "clid": "evaluators.membership:CLiD",
+    "copy_detection": "evaluators.memorisation:CopyDetection",
     "denoising": "evaluators.denoising:Denoising",
     "fidelity": "evaluators.fidelity:Fidelity",
+    "fidelity_clip": "evaluators.fidelity:CLIPFidelity",
+    "fidelity_dino": "evaluators.fidelity:DINOFidelity",
+    "fidelity_inception": "evaluators.fidelity:InceptionFidelity",
     "finetuning": "evaluators.durability:FineTuning",
     "generation": "evaluators.generation:Generation",
     "interpolation": "evaluators.durability:Interpolation",
     "inversion": "evaluators.durability:Inversion",
     "latent_noise": "evaluators.durability:LatentNoise",
+    "likelihood": "evaluators.likelihood:Likelihood",
     "lira": "evaluators.membership:LiRA",
     "loss": "evaluators.membership:Loss",
+    "neighbours": "evaluators.memorisation:Neighbours",
+    "nudenet": "evaluators.recognition:NudeNet",
+    "outside_classifier": "evaluators.recognition:OutsideClassifier",
     "partial_diffusion": "evaluators.durability:PartialDiffusion",
+    "per_class": "evaluators.per_class:PerClass",
     "pia": "evaluators.membership:PIA",
     "pian": "evaluators.membership:PIAN",
     "quantile": "evaluators.membership:Quantile",
     "quantisation": "evaluators.durability:Quantisation",
+    "recall": "evaluators.memorisation:Recall",
     "reconstruction": "evaluators.reconstruction:Reconstruction",
     "relearning": "evaluators.durability:Relearning",
     "rmia": "evaluators.membership:RMIA",
@@ -52,6 +63,7 @@ EVALUATORS = {
     "secmi": "evaluators.membership:SecMI",
     "sima": "evaluators.membership:SimA",
     "weight_noise": "evaluators.durability:WeightNoise",
+    "zero_shot": "evaluators.recognition:ZeroShot",
 }
 
 # Evaluators that attack the model; the others measure it as it is.
@@ -61,7 +73,18 @@ ATTACKS = (
 )  # fmt: skip
 
 # Evaluators that the embedded sweeps leave out for their cost; any config may name them.
-THOROUGH = ("clid", "pian", "quantile", "secmi")
+THOROUGH = ("clid", "likelihood", "nudenet", "pian", "quantile", "secmi")
+
+# Evaluators that need a file from the user, and the key of a tier's `weights` that names it: naming it adds them.
+BY_WEIGHTS = {
+    "alignment": "clip",
+    "copy_detection": "sscd",
+    "fidelity_clip": "clip",
+    "fidelity_dino": "dino",
+    "fidelity_inception": "inception",
+    "outside_classifier": "classifier",
+    "zero_shot": "clip",
+}
 
 TASKS = {
     "digits-class": "raysweep.tasks.digits:ClassTask",

@@ -14,12 +14,14 @@ from evaluators.statistics import frechet, precision_recall
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config import Tier
 from raysweep.models.draws import row_seeds
-from raysweep.registry import EVALUATORS, resolve
+from raysweep.registry import BY_WEIGHTS, EVALUATORS, resolve
 from raysweep.seeds import derive_seed
 
+CHECKS = tuple(name for name in EVALUATORS if name not in BY_WEIGHTS)  # those by brought networks: test_external.py
 TIER = Tier(
-    seed=1, judge="probe", checks=tuple(EVALUATORS), groups=5, samples=40, class_samples=20, noises=8, loss_noises=6,
-    loss_images=6, timesteps=4, membership_images=30, relearn_steps=(1, 2), inversion_steps=2, injection_steps=4, strips=3,
+    seed=1, judge="probe", checks=CHECKS, groups=5, samples=40, class_samples=20, noises=8, loss_noises=6,
+    loss_images=6, timesteps=4, membership_images=30, relearn_steps=(1, 2), inversion_steps=2, injection_steps=4, recall_noises=4,
+    likelihood_steps=4, likelihood_probes=2, strips=3,
 )  # fmt: skip
 
 
@@ -42,10 +44,9 @@ def test_every_check_gives_rows_values_and_replicates(points_task, class_task, j
         }
         result = measure(one, TIER)
         checks = {(r["check"], r["status"]) for r in result.rows}
-        for name in EVALUATORS:
-            applies = (
-                task.kind in resolve("evaluator", name).kinds and name != "sampler_removal"
-            )  # it is sampled as usual
+        for name in CHECKS:
+            # it is sampled as usual; the detector is an extra
+            applies = task.kind in resolve("evaluator", name).kinds and name not in ("sampler_removal", "nudenet")
             assert (name, "ok" if applies else "skipped") in checks
         assert all(len(r) == TIER.groups for r in result.replicates.values())
         for row in result.rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_model, tiny_task
@@ -11,6 +12,7 @@ from tiny import tiny_model, tiny_task
 import methods.slug
 from raysweep import spaces
 from raysweep.artifacts import load_tensors
+from raysweep.config import Tier
 from raysweep.context import Context, prepared_key
 from raysweep.prepare import _defaults, open_choices, prepares
 from raysweep.registry import METHODS, resolve
@@ -122,24 +124,33 @@ def test_choices_come_from_the_prepared_model(place):
     assert context.prepared_file("rgd", {}) is None
 
 
-def test_reference_features_are_computed_once(place, monkeypatch):
-    import evaluators.base
-    from evaluators.judge import Judge
+def test_what_depends_on_data_and_judge_alone_is_computed_once(place):
     from raysweep.audit.auditor import Auditor
 
-    auditor_class = Auditor.__ray_metadata__.modified_class
-    calls, real = [], evaluators.base.judged
-    monkeypatch.setattr(evaluators.base, "judged", lambda *a: (calls.append(1), real(*a))[1])
+    keep = Auditor.__ray_metadata__.modified_class._keep
+    calls = []
 
     class Request:
         task_digest, judge_digest, code, references = "t", "j", "c", str(place / "references")
+        tier = Tier(seed=1, judge="probe")
 
-    task, judge = tiny_task("class"), Judge(1, 6)
-    first = auditor_class()._reference(Request, task, judge)
-    again = auditor_class()._reference(Request, task, judge)
-    assert len(calls) == 1
-    assert torch.equal(torch.from_numpy(first), torch.from_numpy(again))
-    (path,) = (place / "references").iterdir()
-    path.write_bytes(b"cut")
-    auditor_class()._reference(Request, task, judge)
+    class Fresh:
+        def __init__(self):
+            self.kept = {}
+
+    def features():
+        calls.append(1)
+        return np.arange(6.0).reshape(2, 3)
+
+    np.testing.assert_array_equal(keep(Fresh(), Request, "reference", features), features())
+    calls.clear()
+    keep(Fresh(), Request, "reference", features)
+    assert not calls
+    keep(Fresh(), Request, "another", features)
+    Request.judge_digest = "another judge"
+    keep(Fresh(), Request, "reference", features)
     assert len(calls) == 2
+    for path in (place / "references").iterdir():
+        path.write_bytes(b"cut")
+    keep(Fresh(), Request, "reference", features)
+    assert len(calls) == 3

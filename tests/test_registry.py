@@ -22,7 +22,7 @@ def test_tables_match_the_files():
     helpers = {"__init__", "base", "gradients", "layers", "recall"}
     assert set(METHODS) == {p.stem for p in (ROOT / "methods").glob("*.py")} - helpers
     assert set(METHODS) == set(search_spaces.names())
-    helpers = {"__init__", "base", "statistics", "judge", "attacks"}
+    helpers = {"__init__", "base", "statistics", "judge", "attacks", "external"}
     homes = {target.partition(":")[0].removeprefix("evaluators.") for target in EVALUATORS.values()}
     assert homes == {p.stem for p in (ROOT / "evaluators").glob("*.py")} - helpers
     assert set(ATTACKS) == {n for n in EVALUATORS if issubclass(resolve("evaluator", n), Durability)}

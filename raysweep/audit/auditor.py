@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 
 from raysweep.config import Tier
@@ -134,13 +135,11 @@ class Auditor:
         from raysweep.seeds import derive_seed
 
         task, judge = self._task(request.task), self._judge(request.judge)
-        reference = self._reference(request, task, judge)
 
         def made(folder: str | None) -> Subject:
             model = PixelDDPM.build(task.model, derive_seed("destroyed")) if folder is None else PixelDDPM.load(folder)
             subject = subject_of(model.to(_device()), task, judge, request.tier)
-            subject.once("reference", lambda: reference)
-            subject.peers = peers
+            subject.peers, subject.kept = peers, partial(self._keep, request)
             return subject
 
         def anchor(folder: str, digest: str) -> Subject:
@@ -160,26 +159,25 @@ class Auditor:
             self.kept[folder] = Task.load(Path(folder))
         return self.kept[folder]
 
-    def _reference(self, request: AuditRequest, task: Any, judge: Any):
-        """The judge's features of the retained images: from memory, else from the cache, else computed and kept there."""
-        from evaluators.base import judged
+    def _keep(self, request: AuditRequest, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that depends on task, judge, tier and code alone: from memory, else from the cache, else made and kept."""
         from raysweep.artifacts import load_tensors, save_tensors
 
-        key = digest_of(request.task_digest, request.judge_digest, request.code)
-        path = None if request.references is None else Path(request.references) / f"{key}.safetensors"
-        if key not in self.kept:
-            features = None
+        name = digest_of(key, request.tier.weights_digest, request.task_digest, request.judge_digest, request.code)
+        path = None if request.references is None else Path(request.references) / f"{name}.safetensors"
+        if name not in self.kept:
+            array = None
             if path is not None and path.is_file():
                 with contextlib.suppress(StoreError, KeyError):  # cut short or foreign: made again
-                    features = load_tensors(path)["features"].numpy()
-            if features is None:
-                features = judged(judge.features, task.splits["retain"].x)
+                    array = load_tensors(path)["array"].numpy()
+            if array is None:
+                array = make()
                 if path is not None:
                     import torch
 
-                    save_tensors(path, {"features": torch.from_numpy(features)})
-            self.kept[key] = features
-        return self.kept[key]
+                    save_tensors(path, {"array": torch.from_numpy(np.ascontiguousarray(array))})
+            self.kept[name] = array
+        return self.kept[name]
 
     def _judge(self, path: str):
         if path not in self.kept:

@@ -14,10 +14,12 @@ in `raysweep_sampler.json` beside the weights:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
@@ -162,7 +164,7 @@ class PixelDDPM:
         """The network's own output (epsilon or v). `cond` is ignored by an unconditional network."""
         labels = None
         if self.null_label is not None:
-            labels = torch.full_like(t, self.null_label) if cond is None else cond
+            labels = torch.full_like(t, self.null_label, dtype=torch.long) if cond is None else cond
         return self.net(x_t, t, class_labels=labels).sample
 
     def eps(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
@@ -172,6 +174,22 @@ class PixelDDPM:
             return output
         gamma, sigma = self.gamma_sigma(t)
         return gamma * output + sigma * x_t
+
+    def levels(self) -> torch.Tensor:
+        """sigma / gamma of every step, (T,), increasing: the noise levels of x0 + s eps."""
+        return ((1 - self.alphas) / self.alphas).sqrt()
+
+    def eps_at(self, x: torch.Tensor, s: float, cond: torch.Tensor | None) -> torch.Tensor:
+        """Predicted noise at x = x0 + s eps (n, C, H, W) for any s between the ends of `levels`.
+
+        The network is asked at the step that lies there when log s is interpolated between steps.
+        """
+        levels = self.levels().cpu().log().numpy()
+        step = float(np.interp(math.log(s), levels, np.arange(len(levels))))
+        gamma = 1 / math.sqrt(1 + s * s)
+        x_t = gamma * x
+        output = self.predict(x_t, torch.full((len(x),), step, device=x.device, dtype=x.dtype), cond)
+        return output if self.prediction == "epsilon" else gamma * output + s * gamma * x_t
 
     def x0(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """Predicted clean image, whatever the parameterisation; not clipped."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PHOTOGRAPHS = {"china.jpg": (427, 640), "flower.jpg": (427, 640)}
 PATCH = 120
 HOLDOUT = 300
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 _UNET = {
     "sample_size": 8,
@@ -110,6 +111,7 @@ def class_task(config: ClassTask) -> Task:
         override_class=config.override,
         base=None if config.base is None else str(config.base),
         sensitive=False,
+        class_names=tuple(f"handwritten {word}" for word in WORDS),
     )
 
 

@@ -24,7 +24,7 @@ from raysweep.seeds import derive_seed
 
 _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",
-    "family",
+    "family", "class_names",
 )  # fmt: skip
 
 
@@ -67,6 +67,7 @@ class Task:
     splits: `train` = `forget` + `retain`; `holdout` and `forget_holdout` were never trained on and match `retain` and
     `forget`; `judge_probe` and `judge_audit` are the disjoint labelled images of the two judges (labels in `groups`).
     views: the metrics whose worst one is the residue; quality: the metric behind the damage.
+    class_names: what the labels 0, 1, ... are called, for networks that know words; empty where there are no names.
     sensitive: pictures of what must be forgotten are blurred in the report until clicked.
     """
 
@@ -83,6 +84,7 @@ class Task:
     base: str | None = None
     sensitive: bool = True
     family: str = "pixel-ddpm"
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         trained = set(self.splits["train"].ids)
@@ -133,7 +135,7 @@ class Task:
         names = dict.fromkeys(key.split(".")[0] for key in tensors)
         splits = {n: Split(tensors[f"{n}.x"], tensors.get(f"{n}.cond"), tensors[f"{n}.groups"]) for n in names}
         plain = json.loads((folder / "task.json").read_text())
-        return cls(**plain | {"splits": splits, "views": tuple(plain["views"])})
+        return cls(**plain | {"splits": splits, "views": tuple(plain["views"]), "class_names": tuple(plain["class_names"])})
 
     def batch(self, draws: dict[str, Draw], seed: int, step: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's share of the global batch of `step`, for every split that a method asks for."""

@@ -1,0 +1,182 @@
+"""Networks that users bring as files: CLIP, DINO, Inception, an image classifier, SSCD. Loaded once per process.
+
+A tier's `weights` name the file or folder of each; nothing is ever downloaded, and pickled code is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from evaluators.base import BATCHES, Inapplicable, Subject
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Unreadable(ValueError):
+    """A file of weights that cannot be used; the message names it and says what it should be."""
+
+
+def network(subject: Subject, key: str, kind: Callable[[Path, str], Any]) -> Any:
+    """`kind(path, device)` for the file or folder under `key`, from memory if it has not changed; raises Inapplicable."""
+    path = subject.sizes.get("weights", {}).get(key)
+    if path is None:
+        raise Inapplicable(f"weights.{key} is not set")
+    path = Path(path)
+    if not path.exists():
+        raise Inapplicable(f"weights.{key}: {path} does not exist")
+    return _loaded(kind, path, path.stat().st_mtime_ns, str(subject.model.device))
+
+
+@lru_cache(maxsize=8)
+def _loaded(kind: Callable[[Path, str], Any], path: Path, changed: int, device: str) -> Any:
+    try:
+        return kind(path, device)
+    except Exception as error:  # a foreign or truncated file surfaces as many different exceptions
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise Unreadable(f"{path}: cannot be read as {kind.__name__}: {lines[0]}") from error
+
+
+def rgb(images: torch.Tensor, size: int | tuple[int, int] | None = None) -> torch.Tensor:
+    """Images (n, 3, H, W) in [0, 1], resized to `size`, of images (n, 1 or 3, H, W) in [-1, 1]."""
+    x = ((images.float() + 1) / 2).clamp(0, 1)
+    if x.shape[1] == 1:
+        x = x.expand(-1, 3, -1, -1)
+    if size is not None:
+        size = (size, size) if isinstance(size, int) else size
+        x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return x
+
+
+class _Network:
+    """Images (n, C, H, W) in [-1, 1] -> rows of numbers, float64 (n, d), in batches."""
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+
+    def one(self, x: torch.Tensor) -> torch.Tensor:
+        """One batch."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        return torch.cat(BATCHES.map(lambda r: self.one(images[r].to(self.device)).double().cpu(), len(images))).numpy()
+
+
+def _normalised(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    return (x - x.new_tensor(mean).view(1, 3, 1, 1)) / x.new_tensor(std).view(1, 3, 1, 1)
+
+
+class SSCD(_Network):
+    """Copy descriptors of unit length, from the authors' TorchScript file; 320 x 320, ImageNet statistics."""
+
+    SIZE = 320
+
+    def __init__(self, path: Path, device: str):
+        super().__init__(device)
+        self.net = torch.jit.load(str(path), map_location=self.device).eval()
+
+    def one(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.net(_normalised(rgb(x, self.SIZE), *IMAGENET)), dim=1)
+
+
+class CLIP(_Network):
+    """An open_clip folder (`open_clip_config.json` and weights, as its `save_pretrained` and the hub lay them out)."""
+
+    def __init__(self, path: Path, device: str):
+        import open_clip
+
+        super().__init__(device)
+        name = f"local-dir:{path}"
+        # the folder's own preprocessing is for PIL images; its size and statistics are what matters here
+        self.net = open_clip.create_model(name, device=device, load_weights=True).eval()
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.how = open_clip.get_model_preprocess_cfg(self.net)
+
+    def one(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net.encode_image(_normalised(rgb(x, self.how["size"]), self.how["mean"], self.how["std"]), True)
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> np.ndarray:
+        """Text embeddings of unit length, float64 (n, d)."""
+        return self.net.encode_text(self.tokenizer(list(prompts)).to(self.device), True).double().cpu().numpy()
+
+    def classes(self, names: Sequence[str]) -> np.ndarray:
+        """One unit vector per class name, (classes, d): the mean over OpenAI's ImageNet templates, as in CLIP's paper."""
+        import open_clip
+
+        templates = open_clip.OPENAI_IMAGENET_TEMPLATES
+        found = open_clip.build_zero_shot_classifier(self.net, self.tokenizer, names, templates, device=self.device)
+        return found.T.double().cpu().numpy()
+
+
+class DINO(_Network):
+    """A folder of a self-supervised vision transformer that transformers' `AutoModel` reads; the pooled or class token."""
+
+    def __init__(self, path: Path, device: str):
+        from transformers import AutoImageProcessor, AutoModel
+
+        super().__init__(device)
+        how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        self.mean, self.std = how.image_mean, how.image_std
+        self.net = AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True).to(device).eval()
+        self.size = _size(how)
+
+    def one(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.net(pixel_values=_normalised(rgb(x, self.size), self.mean, self.std))
+        pooled = getattr(found, "pooler_output", None)
+        return found.last_hidden_state[:, 0] if pooled is None else pooled
+
+
+class ImageClassifier(_Network):
+    """A folder of an image classifier that transformers' `AutoModelForImageClassification` reads; logits."""
+
+    def __init__(self, path: Path, device: str):
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        super().__init__(device)
+        how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        self.mean, self.std, self.size = how.image_mean, how.image_std, _size(how)
+        net = AutoModelForImageClassification.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        self.net = net.to(device).eval()
+        self.labels = {str(name).lower(): int(k) for k, name in net.config.id2label.items()}
+
+    def one(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(pixel_values=_normalised(rgb(x, self.size), self.mean, self.std)).logits
+
+    def columns(self, names: Sequence[str]) -> list[int]:
+        """The logits that stand for class names; raises Unreadable for a name that the classifier does not know."""
+        missing = [n for n in names if n.lower() not in self.labels]
+        if missing:
+            known = ", ".join(list(self.labels)[:20])
+            raise Unreadable(f"the classifier has no label {missing[0]!r}; its labels: {known}")
+        return [self.labels[n.lower()] for n in names]
+
+
+class Inception(_Network):
+    """torch-fidelity's Inception v3 with the weights of its release: 2048 features, and 1008 logits beside them."""
+
+    def __init__(self, path: Path, device: str):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        super().__init__(device)
+        torch.load(path, map_location="cpu", weights_only=True)  # refuses code, which torch-fidelity's own call does not
+        layers = ["2048", "logits_unbiased"]
+        self.net = FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=str(path))
+        self.net.to(device).eval()
+
+    def one(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self.net((rgb(x) * 255).round().to(torch.uint8)), 1)
+
+
+def _size(processor: Any) -> tuple[int, int]:
+    """(height, width) that an image processor asks for."""
+    size = getattr(processor, "crop_size", None) or processor.size
+    edge = size.get("shortest_edge")
+    return (edge, edge) if edge else (size["height"], size["width"])

@@ -1,0 +1,186 @@
+"""Does the model still copy: noised images rebuilt, samples too near to training images, known copies found by SSCD.
+
+Every count has its control on images that were never trained on: what comes near to a held-out image comes near by chance.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from evaluators.base import BATCHES, Evaluator, Images, Metric, Scores, Subject, correlation
+from evaluators.classifier import forget_samples
+from evaluators.external import SSCD, network
+from evaluators.statistics import clopper_pearson, jackknife_se, normal_interval, t_interval
+
+NEIGHBOURS = 50
+ALPHA = 0.5
+QUANTILE = 0.999
+
+
+class Recall(Evaluator):
+    """Reconstruction over the whole range of noise levels, of forgotten images and of held-out ones of their kind.
+
+    After the injection protocol of SISS (arXiv:2503.01034), at every step of `recall_t` instead of one. `excess` is the mean
+    over steps of the difference in correlation between the two kinds; `reach` is the largest step, as a share of all, from
+    which forgotten images are rebuilt better than 95 % of held-out ones. Units are draws of noise.
+    """
+
+    name = "recall"
+    directions = {"excess": "target", "reach": "target"}
+    needs = "forget set and its holdout"
+    cost = "`recall_noises` reconstructions per image and step of `recall_t`"
+
+    def scores(self, subject: Subject) -> Scores:
+        limit = subject.sizes["recall_images"]
+        scores = {"steps": np.array([[t / len(subject.model.alphas) for t in subject.sizes["recall_t"]]])}
+        for name in ("forget", "forget_holdout"):
+            images = subject.task.splits[name].distinct()
+            scores[name] = rebuilt(subject, images.take(torch.arange(min(limit, len(images)))))
+        return scores
+
+    def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
+        forget, other = (scores[name].mean(0) for name in ("forget", "forget_holdout"))
+        above = scores["steps"][0][forget.mean(1) > np.quantile(other, 0.95, axis=1)]
+        return {"excess": float((forget.mean(1) - other.mean(1)).mean()), "reach": float(max(above, default=0.0))}
+
+    def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
+        values, n = self.values(scores, subject), len(scores["forget"])
+        per_draw = scores["forget"].mean((1, 2)) - scores["forget_holdout"].mean((1, 2))
+        se, lo, hi = t_interval(per_draw)
+        reason = "largest over steps, so without an interval"
+        return [
+            Metric("excess", values["excess"], n, se, lo, hi, "student-t over noise draws"),
+            Metric("reach", values["reach"], n, reason=reason),
+        ]
+
+
+def rebuilt(subject: Subject, images: Images) -> np.ndarray:
+    """Correlations (draws, steps, images) of `images` with what the model makes of noised copies of them."""
+    draws, count = subject.sizes["recall_noises"], len(images)
+    seeds = subject.seeds("recall", draws)
+    grid, total = subject.sizes["recall_t"], len(subject.model.alphas)
+    out = np.empty((draws, len(grid), count))
+    which, noise = torch.arange(count).repeat(draws), seeds.repeat_interleave(count)
+    for column, t in enumerate(grid):
+        steps = max(1, round(subject.task.sampling["steps"] * t / total))
+
+        def part(rows: slice, t: int = t, steps: int = steps) -> torch.Tensor:
+            mine = images.take(which[rows])
+            return correlation(subject.model.reconstruct(mine.x, noise[rows], t, steps, mine.cond), mine.x)
+
+        out[:, column] = torch.cat(BATCHES.map(part, len(which))).view(draws, count).numpy()
+    return out
+
+
+class Neighbours(Evaluator):
+    """How near samples come to training images; extraction after Carlini et al., arXiv:2301.13188.
+
+    A sample extracts an image when its pixel distance to it is under half of its mean distance to its 50 nearest training
+    images. For a class the samples are those under the forgotten label. `extracted` counts forgotten images, `rate` samples
+    that extract one, `holdout_rate` samples that "extract" an image that was never trained on: what chance alone gives.
+    `log_ratio` is the mean log ratio of a retained sample's distance to the nearest retained image over that to the nearest
+    of as many held-out ones: below 0, samples lean towards what was trained on.
+    """
+
+    name = "neighbours"
+    directions = {"extracted": "target", "rate": "target", "holdout_rate": "min", "log_ratio": "max"}
+    needs = "forget and retain sets and the holdout of each"
+    cost = "the shared samples"
+
+    def scores(self, subject: Subject) -> Scores:
+        splits = subject.task.splits
+        samples = subject.samples()[0]
+        aimed = forget_samples(subject, "class samples") if subject.task.kind == "class" else samples
+        train = distances(aimed, splits["train"].distinct().x)
+        usual = np.sort(train, 1)[:, : min(NEIGHBOURS, train.shape[1])].mean(1, keepdims=True)
+        retain, holdout = splits["retain"].distinct(), splits["holdout"].distinct()
+        count = min(len(retain), len(holdout))
+        near = [distances(samples, images.x[:count]).min(1) for images in (retain, holdout)]
+        forget, other = (distances(aimed, splits[n].distinct().x) for n in ("forget", "forget_holdout"))
+        return {
+            "forget": forget / (ALPHA * usual),
+            "forget_holdout": other.min(1) / (ALPHA * usual[:, 0]),
+            "log_ratio": np.log(np.maximum(near[0], 1e-12) / np.maximum(near[1], 1e-12)),
+        }
+
+    def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
+        hits = scores["forget"] < 1
+        return {
+            "extracted": float(hits.any(0).sum()),
+            "rate": float(hits.any(1).mean()),
+            "holdout_rate": float((scores["forget_holdout"] < 1).mean()),
+            "log_ratio": float(scores["log_ratio"].mean()),
+        }
+
+    def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
+        values, n = self.values(scores, subject), len(scores["forget"])
+        reason = f"of {scores['forget'].shape[1]} forgotten images, by {n} samples: more samples can only find more"
+        rows = [Metric("extracted", values["extracted"], n, reason=reason)]
+        for name in ("rate", "holdout_rate"):
+            lo, hi = clopper_pearson(round(values[name] * n), n)
+            rows.append(Metric(name, values[name], n, None, lo, hi, "clopper-pearson", self.directions[name]))
+        se, lo, hi = t_interval(scores["log_ratio"])
+        rows.append(
+            Metric("log_ratio", values["log_ratio"], len(scores["log_ratio"]), se, lo, hi, "student-t over samples", "max")
+        )
+        return rows
+
+
+def distances(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+    """Root mean square pixel differences (n, m), float64, of images (n, ...) and (m, ...)."""
+    x, y = a.double().flatten(1), b.double().flatten(1)
+    return (torch.cdist(x, y) / x.shape[1] ** 0.5).numpy()
+
+
+class CopyDetection(Evaluator):
+    """Copies of forgotten images among samples and reconstructions, by SSCD (Pizzi et al., arXiv:2202.10261).
+
+    Needs the authors' TorchScript file. A copy is a cosine similarity above the 99.9 % quantile of what held-out images
+    reach with their most similar retained one, so that the threshold fits the data; the share above 0.5, which is common in
+    the literature, is given beside it. `rebuilt` is the mean similarity of forgotten images with what the model makes of
+    copies noised to `injection_t`, the SISS protocol.
+    """
+
+    name = "copy_detection"
+    weights = "sscd"
+    directions = {"copies": "target", "above_half": "target", "rebuilt": "target"}
+    needs = "weights.sscd: a TorchScript file of SSCD; forget and retain sets and holdout"
+    cost = "the shared samples through a ResNet-50, and `noises` reconstructions per forgotten image"
+
+    def scores(self, subject: Subject) -> Scores:
+        embed = network(subject, "sscd", SSCD)
+        splits, sizes = subject.task.splits, subject.sizes
+        forget = splits["forget"].distinct()
+        aimed = forget_samples(subject, "class samples") if subject.task.kind == "class" else subject.samples()[0]
+        known = embed(forget.x)
+        usual = (embed(splits["holdout"].x) @ embed(splits["retain"].distinct().x).T).max(1)
+        seeds = subject.seeds("injection", sizes["noises"])
+        again = []
+        for i in range(min(len(forget), sizes["recall_images"])):
+            image = forget.take(torch.full((len(seeds),), i))
+            made = subject.model.reconstruct(image.x, seeds, sizes["injection_t"], sizes["injection_steps"], image.cond)
+            again.append(embed(made) @ known[i])
+        return {
+            "similarity": (embed(aimed) @ known.T).max(1),
+            "rebuilt": np.stack(again, 1),
+            "threshold": np.array([np.quantile(usual, QUANTILE, method="higher")]),
+        }
+
+    def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
+        found = scores["similarity"]
+        return {
+            "copies": float((found > scores["threshold"][0]).mean()),
+            "above_half": float((found > 0.5).mean()),
+            "rebuilt": float(scores["rebuilt"].mean()),
+        }
+
+    def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
+        values, rows, n = self.values(scores, subject), [], len(scores["similarity"])
+        for name, threshold in (("copies", scores["threshold"][0]), ("above_half", 0.5)):
+            lo, hi = clopper_pearson(round(values[name] * n), n)
+            reason = f"similarity above {threshold:.3f}"
+            rows.append(Metric(name, values[name], n, None, lo, hi, "clopper-pearson", reason=reason))
+        se = jackknife_se(replicates["rebuilt"])
+        lo, hi = normal_interval(values["rebuilt"], se)
+        return [*rows, Metric("rebuilt", values["rebuilt"], len(scores["rebuilt"]), se, lo, hi, "jackknife over noise draws")]

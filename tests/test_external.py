@@ -1,0 +1,223 @@
+"""Checks by networks that users bring: real formats, controls, caches by content, and files that cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from outside import classifier_folder, clip_folder, dino_folder, inception_file, sscd_file
+from test_evaluators import subject
+from tiny import tiny_model
+
+from evaluators.base import Inapplicable
+from evaluators.external import CLIP, SSCD, ImageClassifier, Inception, Unreadable, network, rgb
+from evaluators.fidelity import CLIPFidelity, DINOFidelity, InceptionFidelity
+from evaluators.judge import Judge
+from evaluators.memorisation import CopyDetection
+from evaluators.recognition import Alignment, NudeNet, OutsideClassifier, ZeroShot
+from raysweep.audit.measure import measure, reduce, subject_of
+from raysweep.config import ConfigError, Tier, validate
+from raysweep.registry import BY_WEIGHTS
+
+NAMES = ("circle", "square", "star", "line", "dot", "cross")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    torch.manual_seed(0)
+    return Judge(1, 6).eval()
+
+
+@pytest.fixture(scope="module")
+def named(class_task):
+    return dataclasses.replace(class_task, class_names=NAMES)
+
+
+@pytest.fixture(scope="module")
+def brought(named, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("brought")
+    split = named.splits["judge_probe"]
+    return {
+        "clip": clip_folder(folder / "clip"),
+        "dino": dino_folder(folder / "dino"),
+        "classifier": classifier_folder(folder / "classifier", NAMES, split.x, split.groups),
+        "sscd": sscd_file(folder / "sscd.pt"),
+        "inception": inception_file(folder / "inception.pth"),
+    }
+
+
+class Real:
+    """Stands in for a model whose samples are real held-out images of the class that is asked for."""
+
+    def __init__(self, task):
+        self.task, self.model = task, tiny_model(task)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def sample(self, cond, seeds, steps, guidance=1.0, **_):
+        pool = [self.task.splits[n] for n in ("holdout", "forget_holdout")]
+        x, groups = torch.cat([p.x for p in pool]), torch.cat([p.groups for p in pool])
+        every = torch.arange(len(x))
+        picks = [every[groups == int(c)] if int(c) in groups else every for c in cond]  # the null label: any image
+        return torch.stack([x[p[i % len(p)]] for i, p in enumerate(picks)])
+
+
+def test_naming_a_file_adds_the_checks_that_it_serves(named, brought, judge):
+    tier = Tier(seed=1, judge="probe", checks=("per_class",), samples=40, class_samples=20, groups=5,
+                weights={k: v for k, v in brought.items() if k != "inception"})  # fmt: skip
+    assert set(tier.checks_for(named)) == {"per_class", *BY_WEIGHTS} - {"fidelity_inception"}
+    result = measure(subject_of(tiny_model(named), named, judge, tier), tier)
+    assert {r["status"] for r in result.rows} == {"ok"}, [r for r in result.rows if r["status"] != "ok"]
+    assert {r["check"] for r in result.rows} == set(tier.checks_for(named))
+
+
+def test_a_tier_is_another_when_the_weights_are(brought, tmp_path):
+    copy = sscd_file(tmp_path / "copy.pt")
+    make = lambda path: Tier(seed=1, judge="probe", weights={"sscd": path})  # noqa: E731
+    moved = tmp_path / "moved.pt"
+    moved.write_bytes(copy.read_bytes())
+    assert make(copy).digest == make(moved).digest != Tier(seed=1, judge="probe").digest
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(moved))
+    assert make(copy).digest != make(moved).digest
+
+
+@pytest.mark.parametrize(
+    ("tier", "message"),
+    [
+        ({"weights": {"sscd": "nowhere.pt"}}, "nowhere.pt does not exist"),
+        ({"checks": ["zero_shot", "fidelity", "classifier"]}, "'zero_shot' needs weights.clip"),
+        ({"weights": {"resnet": "x"}}, "'sscd', 'clip'"),
+    ],
+)
+def test_what_a_config_cannot_ask(tier, message):
+    with pytest.raises(ConfigError, match=message):
+        validate({"audit": {"audit": tier}}, "sweep.yaml")
+
+
+def test_an_outside_classifier_by_its_own_label_order(named, brought, judge):
+    one = subject(named, judge, model=Real(named), weights=brought)
+    scores = OutsideClassifier().scores(one)
+    metrics = {m.name: m for m in reduce(OutsideClassifier(), scores, one, 5)[0]}
+    assert metrics["real_accuracy"].value > 0.9
+    assert metrics["recognised"].value > 0.8
+    assert metrics["retain_accuracy"].value > 0.8
+    assert metrics["recognised"].reason == ""
+    blind = dict(scores, real_right=np.zeros(40))
+    assert "not to be trusted" in reduce(OutsideClassifier(), blind, one, 5)[0][0].reason
+
+
+def test_a_label_that_the_classifier_does_not_know(named, brought, judge):
+    one = subject(dataclasses.replace(named, class_names=("cat", *NAMES[1:])), judge, weights=brought)
+    with pytest.raises(Unreadable, match="no label 'cat'; its labels: cross, dot"):
+        OutsideClassifier().scores(one)
+
+
+def test_clip_agrees_with_open_clip(named, brought, judge):
+    import open_clip
+    from PIL import Image
+
+    one = subject(named, judge, weights=brought)
+    clip = network(one, "clip", CLIP)
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{brought['clip']}")
+    x = torch.rand(2, 3, 40, 40) * 2 - 1
+    frames = [(rgb(image[None])[0] * 255).round().byte().permute(1, 2, 0).numpy() for image in x]
+    with torch.no_grad():
+        wanted = model.eval().encode_image(torch.stack([preprocess(Image.fromarray(f)) for f in frames]), normalize=True)
+    np.testing.assert_allclose(clip(x), wanted.numpy(), atol=0.02)
+    np.testing.assert_allclose(np.linalg.norm(clip.texts(["a", "b"]), axis=1), 1, rtol=1e-6)
+    ZeroShot().scores(one)
+    alignment = Alignment().scores(one)
+    assert np.abs(alignment["retain"]).max() <= 1 + 1e-9
+    assert network(one, "clip", CLIP) is clip  # kept warm
+
+
+def test_copies_are_found_and_chance_is_not(points_task, brought, judge):
+    clean, copying = (subject(points_task, judge, weights=brought) for _ in range(2))
+    forget = points_task.splits["forget"].distinct().x
+    holdout = points_task.splits["holdout"].x
+    clean.once("samples", lambda: (holdout[torch.arange(40) % len(holdout)], None))
+    copying.once("samples", lambda: (torch.cat([forget[:1].expand(10, -1, -1, -1), holdout[:30]]), None))
+    found = CopyDetection().values(CopyDetection().scores(copying), copying)
+    assert found["copies"] == pytest.approx(10 / 40)
+    assert CopyDetection().values(CopyDetection().scores(clean), clean)["copies"] <= 1 / 40
+    sscd = network(clean, "sscd", SSCD)
+    np.testing.assert_allclose((sscd(forget) ** 2).sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("evaluator", [CLIPFidelity, DINOFidelity])
+def test_feature_spaces_of_brought_networks(named, brought, judge, evaluator):
+    real = named.splits["retain"].x
+    one = subject(named, judge, weights=brought)
+    one.once("samples", lambda: (real, None))
+    values = evaluator().values(evaluator().scores(one), one)
+    assert values["frechet"] == pytest.approx(0, abs=1e-4)
+    assert values["diversity"] == pytest.approx(1)
+    noise = subject(named, judge, weights=brought)
+    noise.once("samples", lambda: (torch.rand_like(real) * 2 - 1, None))
+    assert evaluator().values(evaluator().scores(noise), noise)["frechet"] > values["frechet"] + 1e-3
+
+
+def test_inception_is_torch_fidelitys(named, brought, judge):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    one = subject(named, judge, weights=brought, samples=40)
+    net = network(one, "inception", Inception)
+    x = named.splits["retain"].x[:2]
+    plain = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(brought["inception"]))
+    with torch.no_grad():
+        (wanted,) = plain.eval()((rgb(x) * 255).round().byte())
+    found = net(x)
+    assert found.shape == (2, 2048 + 1008)
+    np.testing.assert_allclose(found[:, :2048], wanted.numpy(), rtol=1e-4, atol=1e-5)
+    one.once("fidelity_inception.own", lambda: InceptionFidelity()._both(one, named.splits["retain"].x[:20]))
+    scores = InceptionFidelity().scores(one)
+    assert scores["features"].shape == (20, 2048)
+    assert scores["logits"].shape == (20, 1008)
+
+
+def test_files_that_cannot_be_used(named, judge, tmp_path):
+    import pickle
+
+    bad = tmp_path / "weights"
+    bad.write_bytes(b"cut short")
+    evil = tmp_path / "evil.pth"
+
+    class Evil:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('code ran')",))
+
+    evil.write_bytes(pickle.dumps({"weight": Evil()}))
+    for key, kind in (("sscd", SSCD), ("clip", CLIP), ("classifier", ImageClassifier), ("inception", Inception)):
+        with pytest.raises(Unreadable, match="cannot be read as"):
+            network(subject(named, judge, weights={key: bad}), key, kind)
+    with pytest.raises(Unreadable, match="cannot be read as Inception"):
+        network(subject(named, judge, weights={"inception": evil}), "inception", Inception)
+    with pytest.raises(Inapplicable, match="is not set"):
+        network(subject(named, judge), "clip", CLIP)
+    with pytest.raises(Inapplicable, match="does not exist"):
+        network(subject(named, judge, weights={"clip": tmp_path / "gone"}), "clip", CLIP)
+
+
+def test_tasks_without_names_are_skipped(class_task, brought, judge):
+    with pytest.raises(Inapplicable, match="no class names"):
+        ZeroShot().scores(subject(class_task, judge, weights=brought))
+
+
+def test_nudenet_needs_its_extra(points_task, judge):
+    pytest.importorskip("nudenet", reason="the extra is absent")
+    one = subject(points_task, judge, samples=20)
+    scores = NudeNet().scores(one)
+    values = NudeNet().values(scores, one)
+    assert values["images@0.2"] >= values["images@0.8"]
+    assert all("not to be trusted" in m.reason for m in NudeNet().rows(scores, one, {}))
+
+
+def test_without_nudenet_the_row_is_skipped(points_task, judge, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "nudenet", None)
+    tier = Tier(seed=1, judge="probe", checks=("nudenet",), samples=20, groups=5)
+    rows = measure(subject_of(tiny_model(points_task), points_task, judge, tier), tier).rows
+    assert {r["status"] for r in rows} == {"skipped"}
+    assert all("raysweep[nudenet]" in r["reason"] for r in rows)
