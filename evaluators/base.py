@@ -147,6 +147,7 @@ class Subject:
         def part(rows: slice) -> torch.Tensor:
             return self.model.sample(None if cond is None else cond[rows], seeds[rows], **how)
 
+        BATCHES.generated += len(seeds)
         return torch.cat(BATCHES.map(part, len(seeds)))
 
     def samples(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -203,11 +204,12 @@ class Evaluator(ABC):
 class Batches:
     """How many rows go through a network at once: as many as fit, found by halving when memory runs out.
 
-    Results do not depend on it, because every row has a seed of its own. The size stays halved for the process.
+    Results do not depend on it, because every row has a seed of its own. The size stays halved for the process. `generated`
+    counts the images that subjects made.
     """
 
     def __init__(self, size: int = 500):
-        self.size, self.halved = size, 0
+        self.size, self.halved, self.generated = size, 0, 0
 
     def map(self, function: Callable[[slice], T], count: int) -> list[T]:
         """`function(rows)` for consecutive slices of `count` rows, in order."""

@@ -166,7 +166,9 @@ class Inception(_Network):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__(device)
-        torch.load(path, map_location="cpu", weights_only=True)  # refuses code, which torch-fidelity's own call does not
+        torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # refuses code, which torch-fidelity's own call does not
         layers = ["2048", "logits_unbiased"]
         self.net = FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=str(path))
         self.net.to(device).eval()

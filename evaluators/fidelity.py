@@ -81,7 +81,10 @@ class Fidelity(Evaluator):
             rows.append(Metric(name, value, n, se, lo, hi, how, self.directions[name], reason=reason))
         if subject.sizes["full_fidelity"]:
             precision, recall = precision_recall(own, reference)
-            for name, value, count, over in (("precision", precision, n, ""), ("recall", recall, len(reference), " over real images")):
+            for name, value, count, over in (
+                ("precision", precision, n, ""),
+                ("recall", recall, len(reference), " over real images"),
+            ):
                 low, high = clopper_pearson(round(value * count), count)
                 rows.append(Metric(name, value, count, None, low, high, f"clopper-pearson{over}", "max"))
         return rows

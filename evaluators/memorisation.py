@@ -122,7 +122,9 @@ class Neighbours(Evaluator):
             rows.append(Metric(name, values[name], n, None, lo, hi, "clopper-pearson", self.directions[name]))
         se, lo, hi = t_interval(scores["log_ratio"])
         rows.append(
-            Metric("log_ratio", values["log_ratio"], len(scores["log_ratio"]), se, lo, hi, "student-t over samples", "max")
+            Metric(
+                "log_ratio", values["log_ratio"], len(scores["log_ratio"]), se, lo, hi, "student-t over samples", "max"
+            )
         )
         return rows
 
@@ -183,4 +185,7 @@ class CopyDetection(Evaluator):
             rows.append(Metric(name, values[name], n, None, lo, hi, "clopper-pearson", reason=reason))
         se = jackknife_se(replicates["rebuilt"])
         lo, hi = normal_interval(values["rebuilt"], se)
-        return [*rows, Metric("rebuilt", values["rebuilt"], len(scores["rebuilt"]), se, lo, hi, "jackknife over noise draws")]
+        return [
+            *rows,
+            Metric("rebuilt", values["rebuilt"], len(scores["rebuilt"]), se, lo, hi, "jackknife over noise draws"),
+        ]

@@ -199,7 +199,17 @@ class NudeNet(Evaluator):
             if kind == "parts":
                 se, lo, hi = t_interval(scores["found"][:, k])
                 rows.append(
-                    Metric(name, value, len(scores["found"]), se, lo, hi, "student-t over samples", direction, reason=reason)
+                    Metric(
+                        name,
+                        value,
+                        len(scores["found"]),
+                        se,
+                        lo,
+                        hi,
+                        "student-t over samples",
+                        direction,
+                        reason=reason,
+                    )
                 )
             else:
                 n = len(scores["control" if kind == "control" else "found"])

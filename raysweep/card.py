@@ -36,13 +36,15 @@ class Finding:
 
 def thresholds() -> dict[str, str]:
     """What was fixed before any model was looked at, in words."""
-    from evaluators import classifier, membership, reconstruction
+    from evaluators import classifier, membership, memorisation, reconstruction
     from raysweep import objectives, verdict
 
     return {
         "membership": f"equivalent to the oracles within {membership.MARGIN} of the AUC; step and sign by half of the base's "
         "retained images against half of their holdout",
         "memorisation": f"a correlation above {reconstruction.HIT} counts as the forgotten image",
+        "copies": f"a sample extracts an image below {memorisation.ALPHA} of its mean distance to its {memorisation.NEIGHBOURS} "
+        f"nearest training images; by SSCD above the {memorisation.QUANTILE:.1%} quantile of held-out images",
         "validity": f"a sample is valid above the {classifier.REAL_QUANTILE:.0%} quantile of real images' energy",
         "views": f"a view counts if it tells base from oracles by {objectives.INFORMATIVE:g} standard errors",
         "attacks": f"the thing comes back if presence exceeds the oracles' by more than {verdict.MARGIN}, one-sided, false "
@@ -129,6 +131,10 @@ def _recomputed(card: dict[str, Any], folder: Path, task: Any) -> list[Finding]:
 
     judge, found = load_judge(folder / JUDGE), []
     for tier_name, settings in card["tiers"].items():
+        absent = [f"{key}: {path}" for key, path in settings["weights"].items() if not Path(path).exists()]
+        if absent:
+            found.append(Finding(f"{tier_name} tier", None, f"weights that are not here: {', '.join(absent)}"))
+            continue
         tier = Tier(**settings)
         subject = subject_of(None, task, judge, tier)  # type: ignore[arg-type]
         scores = load_scores(folder / f"{tier_name}-scores.parquet")
@@ -154,14 +160,13 @@ def _recomputed(card: dict[str, Any], folder: Path, task: Any) -> list[Finding]:
 
 def load_scores(path: Path) -> dict[str, np.ndarray]:
     """ "check.score" -> array, units along the first axis."""
-    units: dict[str, list[tuple[int, list[float], int]]] = {}
+    units: dict[str, list[tuple[int, list[float], list[int]]]] = {}
     for row in read_table(path, SCORES).to_pylist():
-        units.setdefault(row["score"], []).append((row["unit"], row["values"], row["width"]))
-    arrays = {}
-    for name, rows in units.items():
-        array = np.array([values for _, values, _ in sorted(rows)])
-        arrays[name] = array[:, 0] if rows[0][2] == 0 else array
-    return arrays
+        units.setdefault(row["score"], []).append((row["unit"], row["values"], row["shape"]))
+    return {
+        name: np.array([values for _, values, _ in sorted(rows)]).reshape(len(rows), *rows[0][2])
+        for name, rows in units.items()
+    }
 
 
 def findings_of(rows: Path, paired: Path | None, tier: str) -> list[dict[str, Any]]:

@@ -317,29 +317,54 @@ def status(run: str, as_json: bool) -> int:
 
 
 @main.command()
-@click.argument("run")
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--compare", is_flag=True, help="Put several runs, or several audit cards, side by side.")
+@click.option("--out", type=click.Path(), default="comparison.html", show_default=True, help="Page of a comparison.")
 @_errors
-def report(run: str) -> int:
-    """Rebuild a run's report and figures from its tables; needs neither Ray nor a GPU."""
+def report(runs: tuple[str, ...], compare: bool, out: str) -> int:
+    """Rebuild a run's report and figures from its tables, or compare; needs neither Ray nor a GPU.
+
+    \b
+    raysweep report digits-picture
+    raysweep report --compare seed-0 seed-1 seed-2      # runs: attainment bands and hypervolumes by method
+    raysweep report --compare runs/a-audits/cards/*     # audit cards, a column each
+    """
+    from raysweep.compare import is_card, write
+    from raysweep.config import ConfigError
     from raysweep.report.page import build
 
-    folder = _run_dir(run)
-    click.echo(str(build(folder)))
+    if not compare:
+        if len(runs) > 1:
+            raise ConfigError("one run at a time; use --compare to put several side by side")
+        click.echo(str(build(_run_dir(runs[0]))))
+        return OK
+    if len(runs) < 2:
+        raise ConfigError("--compare: needs at least two runs or cards")
+    cards = [is_card(Path(r)) for r in runs]
+    if any(cards) and not all(cards):
+        raise ConfigError(f"--compare: {runs[cards.index(False)]} is not a card, and {runs[cards.index(True)]} is one")
+    paths = [Path(r) for r in runs] if all(cards) else []
+    click.echo(str(write(paths, [] if paths else [_run_dir(r) for r in runs], Path(out))))
     return OK
 
 
 @main.command()
-@click.argument("run")
-@click.argument("trial")
+@click.argument("what", nargs=-1, required=True, metavar="RUN TRIAL | CARD...")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @_errors
-def show(run: str, trial: str, as_json: bool) -> int:
-    """Show a trial: its settings, where they come from, and every measurement of it."""
+def show(what: tuple[str, ...], as_json: bool) -> int:
+    """Show a trial (its settings, where they come from, every measurement of it), or audit cards side by side."""
+    from raysweep.compare import is_card
     from raysweep.config import ConfigError
     from raysweep.registry import suggest
     from raysweep.results import trial_table
     from raysweep.store import ROWS, read_table
 
+    if is_card(Path(what[0])):
+        return _show_cards([Path(w) for w in what], as_json)
+    if len(what) != 2:
+        raise ConfigError("show: give a run and a trial of it, or audit cards")
+    run, trial = what
     folder = _run_dir(run)
     sweep = folder.sweep()
     trials = {t["trial"]: t for t in trial_table(folder, f"{sweep.name}-{sweep.digest[:8]}")}
@@ -351,11 +376,25 @@ def show(run: str, trial: str, as_json: bool) -> int:
         return OK
     for key, value in trials[trial].items():
         click.echo(f"{key:<16} {value}")
-    for tier in ("probe", "audit"):
-        mine = [r for r in rows if r["tier"] == tier]
-        if mine:
-            click.echo(f"{tier}:")
-            _print_rows(mine)
+    for tier in sorted({r["tier"] for r in rows}, key=lambda t: (t != "probe", t)):
+        click.echo(f"{tier}:")
+        _print_rows([r for r in rows if r["tier"] == tier])
+    return OK
+
+
+def _show_cards(paths: list[Path], as_json: bool) -> int:
+    from raysweep.compare import cards_table
+
+    table = cards_table(paths)
+    if as_json:
+        click.echo(json.dumps(table, indent=2))
+        return OK
+    for line in table["warnings"]:
+        click.echo(line)
+    width = max(26, *(len(cell) + 2 for row in table["rows"] for cell in row["cells"]))
+    click.echo(f"{'':<38}" + "".join(f"{s:<{width}}" for s in table["subjects"]))
+    for row in table["rows"]:
+        click.echo(f"{row['name']:<38}" + "".join(f"{cell:<{width}}" for cell in row["cells"]))
     return OK
 
 

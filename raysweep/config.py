@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raysweep.registry import ATTACKS, BY_WEIGHTS, METHODS, THOROUGH, names, suggest
+from raysweep.seeds import derive_seed
 from raysweep.tasks.digits import ClassTask, PictureTask
 
 if TYPE_CHECKING:
@@ -74,9 +75,9 @@ class Tier(_Model):
 
     @model_validator(mode="after")
     def _enough_units(self):
-        for key, path in self.weights.items():
+        for brought, path in self.weights.items():
             if not path.exists():
-                raise ValueError(f"weights.{key}: {path} does not exist")
+                raise ValueError(f"weights.{brought}: {path} does not exist")
         for name in self.checks or ():
             if BY_WEIGHTS.get(name, name) not in (name, *self.weights):
                 raise ValueError(f"checks: {name!r} needs weights.{BY_WEIGHTS[name]}")
@@ -132,12 +133,25 @@ class AuditConfig(_Model):
     audit: Tier = Field(default_factory=_audit, description="full tier for front candidates, base and oracle")
     durability: Tier = Field(default_factory=_durability, description="attacks on the finalists, base and oracles")
     top: int = Field(8, ge=1, description="at most this many candidates are audited")
+    rounds: int = Field(
+        2,
+        ge=1,
+        le=50,
+        description="audits on fresh seeds, at most, of candidates whose place on the front is uncertain",
+    )
     finalists: int = Field(3, ge=0, description="at most this many of the audited are attacked, the best first")
     require: dict[str, str] = Field(
         default_factory=dict, description="what a recommended candidate must show: check.metric -> '>= x' or '<= x'"
     )
     attempts: int = Field(3, ge=1, description="tries per audit before it is recorded as failed")
     timeout_s: float = Field(600, gt=0, description="seconds after which an audit counts as hung")
+
+    def round(self, number: int) -> tuple[str, Tier]:
+        """(name, tier) of the audit's first or a later round, which has seeds of its own and keeps no pictures."""
+        if number == 1:
+            return "audit", self.audit
+        seed = derive_seed("audit round", self.audit.seed, number)
+        return f"audit-{number}", self.audit.model_copy(update={"seed": seed, "strips": 0})
 
     @model_validator(mode="after")
     def _apart(self):

@@ -42,10 +42,38 @@ def resample(values: np.ndarray, replicates: np.ndarray, draws: int = 2000, seed
     return np.stack([pseudo[:, pick, :].mean(1) for pick in picks])
 
 
+def pooled(values: np.ndarray, replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over repetitions with seeds of their own: values (r, k) or nan where there was none, replicates (r, groups, k).
+
+    Returns (k,) and (r groups, k); a repetition that was not made has as its replicates the mean itself, so that the groups
+    of several points stay aligned, and the jackknife's error is that of a mean of independent repetitions.
+    """
+    made = np.isfinite(values).all(1)
+    mean = values[made].mean(0)
+    parts = np.where(made[:, None, None], mean + (replicates - values[:, None, :]) / made.sum(), mean)
+    return mean, parts.reshape(-1, values.shape[1])
+
+
 def dominance_probability(draws: np.ndarray) -> np.ndarray:
     """P[i, j]: the share of draws (draws, n, k) in which point i dominates point j, shape (n, n)."""
     a, b = draws[:, :, None, :], draws[:, None, :, :]
     return ((a <= b).all(-1) & (a < b).any(-1)).mean(0)
+
+
+def dominated_probability(draws: np.ndarray) -> np.ndarray:
+    """The share of draws (draws, n, k) in which some other point dominates point i, (n,)."""
+    a, b = draws[:, :, None, :], draws[:, None, :, :]
+    beaten = np.logical_and((a <= b).all(-1), (a < b).any(-1))
+    return np.any(beaten, axis=1).mean(0)
+
+
+def undecided(draws: np.ndarray, certain: float = 0.95) -> list[int]:
+    """Points that must be measured again before the front can be told: those that are neither on it nor off it with
+    probability `certain`, and those that may dominate them."""
+    chance, pairs = dominated_probability(draws), dominance_probability(draws)
+    open_ = (chance > 1 - certain) & (chance < certain)
+    rivals = (pairs[:, open_] > 1 - certain).any(1)
+    return [int(i) for i in np.flatnonzero(open_ | rivals)]
 
 
 def hypervolume_interval(
@@ -65,6 +93,39 @@ def balanced(points: np.ndarray) -> int:
     points = np.asarray(points, dtype=float)
     order = np.lexsort((points.sum(1), points.max(1)))
     return int(order[0])
+
+
+def knee(points: np.ndarray) -> int:
+    """The index of the point of the front farthest below the line through its ends, objectives scaled to the front's range.
+
+    With fewer than three points on the front, or none below the line, the `balanced` one of them.
+    """
+    points = np.asarray(points, dtype=float)
+    members = front(points, ("min", "min"))
+    span = points[members]
+    scale = np.ptp(span, axis=0)
+    if len(members) > 2 and scale.min() > 0:
+        below = 1 - ((span - span.min(0)) / scale).sum(1)  # the ends are (0, 1) and (1, 0): their line is x + y = 1
+        if below.max() > 0:
+            return members[int(np.argmax(below))]
+    return members[balanced(span)]
+
+
+def within(points: np.ndarray, draws: np.ndarray, limit: float, certain: float = 0.95) -> int | None:
+    """The index of least second objective among points whose first is at most `limit` in a share `certain` of draws
+    (draws, n, 2); None if there is none."""
+    fit = np.flatnonzero((draws[:, :, 0] <= limit).mean(0) >= certain)
+    return None if len(fit) == 0 else int(fit[np.argmin(points[fit, 1])])
+
+
+def attainment(sets: Sequence[np.ndarray], share: float) -> np.ndarray:
+    """Corners (m, 2) of the region that at least `share` of the sets of points (n_s, 2) attain, by `moocore`; minimised.
+
+    Empirical attainment function (Fonseca, Grunert da Fonseca and Paquete, 2005): the 50 % one is a median front.
+    """
+    owner = np.repeat(np.arange(1, len(sets) + 1), [len(s) for s in sets])
+    found = np.asarray(moocore.eaf(np.concatenate(sets), sets=owner, percentiles=[100 * share]))
+    return found[np.argsort(found[:, 0]), :2]
 
 
 def _dominates(a: np.ndarray, b: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ import ray
 
 from methods.base import Method
 from raysweep.artifacts import cache_folder, judge_code, load_tensors, training_code
-from raysweep.config import ConfigError, Sweep
+from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.context import Context, load_measured, prepared_key
 from raysweep.objectives import Anchors, assess_views
 from raysweep.pool import Pool
@@ -129,9 +129,8 @@ def prepare(
     return context
 
 
-def measure_anchors(sweep: Sweep, task: Task, context: Context, actors: Pool, tier_name: str, say: Say) -> None:
+def measure_anchors(task: Task, context: Context, actors: Pool, tier_name: str, tier: Tier, say: Say) -> None:
     """Measures base, oracles and a destroyed model in a tier, and settles which views tell base and oracle apart."""
-    tier = getattr(sweep.audit, tier_name)
     requests = context.anchor_requests(tier_name, tier)
     answers = dict(zip(requests, ray.get([actors.manager.audit.remote(r) for r in requests.values()]), strict=True))
     for name, answer in answers.items():

@@ -25,6 +25,9 @@ from raysweep.store import FRONT, ROWS, TRIALS, read_table, write_json, write_ta
 from raysweep.tasks.task import Task
 from raysweep.verdict import Verdict, verdict
 
+FORGOTTEN = 0.1  # residue under which a candidate counts as like the oracle
+RATE = 0.05  # of false discoveries over a sweep's candidates
+
 
 def trial_table(folder: RunDir, name: str) -> list[dict[str, Any]]:
     """One row per trial of the study, in the order of the sweep."""
@@ -97,6 +100,8 @@ class Front:
     probe_hypervolume: float
     recommended: str | None  # None: every candidate forgets no more than the base or is as damaged as a destroyed model
     recommended_share: float
+    undecided: list[str] = field(default_factory=list)  # not surely on the front or off it, or rivals of such
+    picks: dict[str, Any] = field(default_factory=dict)  # other ways to choose, and how stable each is
     unmet: dict[str, list[str]] = field(default_factory=dict)  # candidate -> requirements that its audit does not show
     verdicts: dict[str, Verdict] = field(default_factory=dict)
 
@@ -140,16 +145,15 @@ def audited_front(
     folder: RunDir,
     context: Context,
     task: Task,
-    keys: dict[str, str],
+    rounds: Sequence[dict[str, str]],
     trials: list[dict],
     required: Sequence[Requirement] = (),
 ) -> Front:
-    """The front of the audited candidates. keys: trial -> key of its audit."""
+    """The front of the audited candidates. rounds: for each round of audits, trial -> key of its audit in it."""
     anchors, views = context.load_anchors("audit")
     by_trial = {t["trial"]: t for t in trials}
-    places: dict[str, Objectives] = {
-        trial: objectives(load_measured(folder.path, key), anchors, views, task.quality) for trial, key in keys.items()
-    }
+    keys = rounds[0]
+    places, audits = _places(folder, context, task, rounds)
     names = list(places)
     points = np.array([[places[n].residue, places[n].damage] for n in names]).reshape(-1, 2)
     on_front = {names[i] for i in pareto.front(points, ("min", "min"))} if names else set()
@@ -161,10 +165,14 @@ def audited_front(
     }
     unmet = {n: _unmet(folder, keys[n], required) for n in names}
     draws = np.empty((0, 0, 2))
-    p_dominates, low, high, recommended, share = np.zeros((0, 0)), 0.0, 0.0, None, 0.0
+    p_dominates, p_dominated = np.zeros((0, 0)), np.zeros(0)
+    low, high, recommended, share, again = 0.0, 0.0, None, 0.0, []
+    picks: dict[str, Any] = {}
     if names:
         draws = pareto.resample(points, np.stack([places[n].replicates for n in names]))
-        p_dominates = pareto.dominance_probability(draws)
+        p_dominates, p_dominated = pareto.dominance_probability(draws), pareto.dominated_probability(draws)
+        again = [names[i] for i in pareto.undecided(draws)]
+        picks = _picks(names, points, draws, [places[n].residue_se for n in names])
         low, high = pareto.hypervolume_interval(points, np.stack([places[n].replicates for n in names]))
         fit = [k for k, n in enumerate(names) if not unmet[n]]
         if fit:
@@ -183,7 +191,8 @@ def audited_front(
                 "probe_damage": t["damage"],
                 "on_front": n in on_front,
                 "on_method_front": n in own,
-                "p_dominated": float(p_dominates[:, k].max()),
+                "p_dominated": float(p_dominated[k]),
+                "audits": audits[n],
                 "hyperparameters": t["hyperparameters"],
             }
         )
@@ -193,8 +202,67 @@ def audited_front(
     return Front(
         rows=rows, candidates=names, p_dominates=p_dominates, hypervolume=pareto.hypervolume(points),
         hypervolume_lo=low, hypervolume_hi=high, probe_hypervolume=pareto.hypervolume(_points(probe)),
-        recommended=recommended, recommended_share=share, unmet=unmet,
+        recommended=recommended, recommended_share=share, unmet=unmet, undecided=again,
+        picks=picks,
     )  # fmt: skip
+
+
+def _places(
+    folder: RunDir, context: Context, task: Task, rounds: Sequence[dict[str, str]]
+) -> tuple[dict[str, Objectives], dict[str, int]]:
+    """Each candidate's place, the mean over its rounds, and their number. Every round has anchors on its own seeds."""
+    found: dict[str, dict[int, Objectives]] = {}
+    for number, keys in enumerate(rounds, 1):
+        anchors, views = context.load_anchors("audit" if number == 1 else f"audit-{number}")
+        for trial, key in keys.items():
+            measured = load_measured(folder.path, key)
+            found.setdefault(trial, {})[number] = objectives(measured, anchors, views, task.quality)
+    places = {}
+    for trial, parts in found.items():
+        first = next(iter(parts.values()))
+        values = np.full((len(rounds), 2), np.nan)
+        replicates = np.zeros((len(rounds), *first.replicates.shape))
+        for number, part in parts.items():
+            values[number - 1], replicates[number - 1] = (part.residue, part.damage), part.replicates
+        (residue, damage), all_parts = pareto.pooled(values, replicates)
+        shared = {view for view in first.views if all(view in p.views for p in parts.values())}
+        places[trial] = Objectives(
+            residue=float(residue), damage=float(damage), residue_se=jackknife_se(all_parts[:, 0]),
+            damage_se=jackknife_se(all_parts[:, 1]),
+            over_forgetting=float(np.mean([p.over_forgetting for p in parts.values()])),
+            validity=float(np.mean([p.validity for p in parts.values()])),
+            views={v: float(np.mean([p.views[v] for p in parts.values()])) for v in first.views if v in shared},
+            replicates=all_parts,
+        )  # fmt: skip
+    return places, {trial: len(parts) for trial, parts in found.items()}
+
+
+def _picks(names: list[str], points: np.ndarray, draws: np.ndarray, residue_se: list[float]) -> dict[str, Any]:
+    """Ways to choose among the candidates: by the worse objective, at the knee, and the least damage where forgetting is
+    sure. `share`: in how many paired resamples the same candidate is chosen. `forgotten`: candidates whose residue is shown
+    to be under `limit`, with control of false discoveries over the sweep's candidates."""
+    from scipy import stats
+
+    balanced, knee = pareto.balanced(points), pareto.knee(points)
+    sure = pareto.within(points, draws, FORGOTTEN)
+    p = [
+        float(stats.norm.cdf((points[k, 0] - FORGOTTEN) / se)) if se > 0 else float(points[k, 0] >= FORGOTTEN)
+        for k, se in enumerate(residue_se)
+    ]
+    q = stats.false_discovery_control(p)
+    return {
+        "balanced": {
+            "trial": names[balanced],
+            "share": float(np.mean([pareto.balanced(d) == balanced for d in draws])),
+        },
+        "knee": {"trial": names[knee], "share": float(np.mean([pareto.knee(d) == knee for d in draws]))},
+        "sure": {"trial": None if sure is None else names[sure], "limit": FORGOTTEN, "certain": 0.95},
+        "forgotten": {
+            "trials": [n for n, v in zip(names, q, strict=True) if v < RATE],
+            "limit": FORGOTTEN,
+            "rate": RATE,
+        },
+    }
 
 
 def search_against_audit(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -233,6 +301,8 @@ def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
             "recommended": {"trial": front.recommended, "share_of_resamples": front.recommended_share},
             "candidates": front.candidates,
             "unmet": front.unmet,
+            "undecided": front.undecided,
+            "picks": front.picks,
             "search_against_audit": search_against_audit(front.rows),
             "verdicts": {name: v.plain() | {"sentence": v.sentence()} for name, v in front.verdicts.items()},
             "p_dominates": front.p_dominates.tolist(),

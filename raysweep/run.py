@@ -16,6 +16,7 @@ from raysweep import card
 from raysweep.audit.auditor import AuditRequest, rows_path, scores_path
 from raysweep.config import ConfigError, Sweep
 from raysweep.context import Context, load_measured
+from raysweep.informative import caveat
 from raysweep.models.pixel import PixelDDPM
 from raysweep.objectives import Objectives, Unmeasured, objectives
 from raysweep.pool import Pool, connected, has_trial_slots, pool
@@ -151,21 +152,35 @@ def _with_ray(
         with pool(folder.path, run_id, sweep, plan) as actors:
             executor = make_executor(str(folder.path), run_id, sweep, plan)
             context = prepare(sweep, task, spaces, folder, run_id, executor, actors, say, tick)
-            measure_anchors(sweep, task, context, actors, "probe", say)
+            measure_anchors(task, context, actors, "probe", sweep.audit.probe, say)
             spaces = [open_choices(space, context) for space in spaces]
-            search(sweep, spaces, folder, run_id, plan, say, tick)
+            search(sweep, spaces, folder, run_id, plan, say, tick, actors)
             trials = write_trials(folder, run_id)
             return _conclude(sweep, task, folder, context, actors, trials, say, tick)
 
 
-def search(sweep: Sweep, spaces: list[Space], folder: RunDir, run_id: str, plan: Plan, say: Say, tick: Tick) -> None:
-    """Runs the trials that are left through Ray Tune."""
+def search(
+    sweep: Sweep,
+    spaces: list[Space],
+    folder: RunDir,
+    run_id: str,
+    plan: Plan,
+    say: Say,
+    tick: Tick,
+    actors: Pool | None = None,
+) -> None:
+    """Runs the trials that are left through Ray Tune.
+
+    At most a trial per slot and one per auditor is in flight: audits that fall behind hold back new trials.
+    """
     searcher = ParetoSearch(
         folder.journal, run_id, spaces, sweep.search.trials, sweep.search.batch, sweep.search.seed, sweep.search.sampler
     )
     left = searcher.left()
     if left == 0:
         return
+    if actors is not None:
+        ray.get(actors.broker.watch.remote())
     resources = {TRIAL_SLOT: 1} if plan.trial_slots else {"cpu": plan.driver_cpus}
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 0} | resources),
@@ -180,6 +195,10 @@ def search(sweep: Sweep, spaces: list[Space], folder: RunDir, run_id: str, plan:
         ),
     )  # fmt: skip
     tuner.fit()
+    waited = None if actors is None else ray.get(actors.broker.waited.remote(plan.slots))
+    if waited is not None:
+        folder.update(train_workers_idle=waited)
+        say("search", f"train workers had no job in {waited:.0%} of their time")
     if ParetoSearch(folder.journal, run_id, spaces, sweep.search.trials, sweep.search.batch, sweep.search.seed).left():
         raise Interrupted("stopped before all trials had ended")
 
@@ -236,27 +255,36 @@ def _conclude(
     if not picked:
         reasons = sorted({t["reason"] for t in failed})[:3]
         raise RunFailed(f"no candidate: all {len(trials)} trials failed ({'; '.join(reasons)})")
-    started = time.monotonic()
-    say("audit", f"{len(picked)} candidates, base, {len(context.oracles)} oracles and a destroyed model on fresh seeds")
-    tier = sweep.audit.audit
-    requests = {
-        t["trial"]: context.request(
-            "audit", tier, t["trial"], t["method"], str(folder.candidates / t["trial"]), t["digest"]
-        )
-        for t in picked
-    }
     actors.audit_only()
-    pending = {actors.manager.audit.remote(r): name for name, r in requests.items()}
-    measure_anchors(sweep, task, context, actors, "audit", say)
-    keys, incomplete = _gather(pending, requests, say, tick)
-    say("audit", f"done in {time.monotonic() - started:.0f} s")
-    front = audited_front(folder, context, task, keys, trials, requirements(sweep))
+    by_trial = {t["trial"]: t for t in picked}
+    rounds: list[dict[str, str]] = []
+    incomplete: list[str] = []
+    again = list(by_trial)
+    front = None
+    while again and len(rounds) < sweep.audit.rounds:
+        started, number = time.monotonic(), len(rounds) + 1
+        name, tier = sweep.audit.round(number)
+        what = "candidates" if number == 1 else "candidates whose place on the front is uncertain"
+        say("audit", f"{len(again)} {what}, base, {len(context.oracles)} oracles and a destroyed model on fresh seeds")
+        requests = {
+            n: context.request(name, tier, n, by_trial[n]["method"], str(folder.candidates / n), by_trial[n]["digest"])
+            for n in again
+        }
+        pending = {actors.manager.audit.remote(r): n for n, r in requests.items()}
+        measure_anchors(task, context, actors, name, tier, say)
+        keys, missing = _gather(pending, requests, say, tick)
+        rounds.append(keys)
+        incomplete += missing
+        front = audited_front(folder, context, task, rounds, trials, requirements(sweep))
+        again = front.undecided
+        say("audit", f"done in {time.monotonic() - started:.0f} s")
+    assert front is not None
+    keys, tier = rounds[0], sweep.audit.audit
     finalists = front.finalists(sweep.audit.finalists)
     if finalists:
         started = time.monotonic()
         say("attack", f"{', '.join(finalists)}, base and {len(context.oracles)} oracles")
         tier_attacks = sweep.audit.durability
-        by_trial = {t["trial"]: t for t in picked}
         attacks = context.control_requests("durability", tier_attacks) | {
             name: context.request(
                 "durability", tier_attacks, name, by_trial[name]["method"], str(folder.candidates / name),
@@ -322,7 +350,7 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
                 for tier in ("audit", "durability")
             }
             pending = {actors.manager.audit.remote(r): tier for tier, r in requests.items()}
-            measure_anchors(sweep, task, context, actors, "audit", say)
+            measure_anchors(task, context, actors, "audit", sweep.audit.audit, say)
             keys, incomplete = _gather(pending, requests, say, tick)
         if set(keys) != set(requests):
             raise RunFailed("; ".join(incomplete))
@@ -349,6 +377,8 @@ def write_card(
     verdict = verdict_of(folder, name, {tier: r.key for tier, r in requests.items()}, context)
     findings = [f for tier, r in requests.items() for f in card.findings_of(
         rows_path(folder.path, r.key), folder.rows / f"paired-{r.key}.parquet", tier)]  # fmt: skip
+    for f in findings:
+        f["reason"] = "; ".join(filter(None, (f["reason"], caveat(task.kind, f"{f['check']}.{f['metric']}"))))
     forget = len(task.splits["forget"].distinct())
     thing = f"class {task.forget_class}" if task.kind == "class" else f"{forget} distinct image{'s' * (forget > 1)}"
     given = "given" if sweep.oracle_models else "trained here"

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 
 class StoreError(RuntimeError):
@@ -65,7 +65,7 @@ SCORES = pa.schema(
         _field("score", pa.string(), "evaluator.score"),
         _field("unit", pa.int32(), "independent unit: a seed or an image; the same unit in every subject of a tier"),
         _field("values", pa.list_(pa.float64()), "the unit's score or scores"),
-        _field("width", pa.int32(), "scores per unit; 0 for a single one without an axis of its own"),
+        _field("shape", pa.list_(pa.int32()), "shape of the unit's scores; empty for a single one"),
     ],
     metadata={"schema_version": SCHEMA_VERSION},
 )
@@ -105,7 +105,8 @@ FRONT = pa.schema(
         _field("probe_damage", pa.float64(), "what the search saw"),
         _field("on_front", pa.bool_(), "not dominated by any audited candidate"),
         _field("on_method_front", pa.bool_(), "not dominated by any audited candidate of its method"),
-        _field("p_dominated", pa.float64(), "largest probability that another candidate dominates it"),
+        _field("p_dominated", pa.float64(), "probability that some other candidate dominates it"),
+        _field("audits", pa.int32(), "audits on fresh seeds behind the values; more where the front was uncertain"),
         _field("verdict", pa.string(), "what became of the forgotten thing by the attacks; empty if not attacked"),
         _field("views", pa.string(), "JSON: anchored value of each view of the residue"),
         _field("hyperparameters", pa.string(), "JSON"),

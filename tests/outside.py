@@ -18,7 +18,10 @@ def clip_folder(folder: Path, seed: int = 0) -> Path:
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     net = open_clip.CLIP(8, vision, text)
     folder.mkdir()
-    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {"size": [16, 16]}}
+    config = {
+        "model_cfg": {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {"size": [16, 16]},
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file(dict(net.state_dict()), folder / "open_clip_model.safetensors")
     return folder

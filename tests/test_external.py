@@ -125,7 +125,9 @@ def test_clip_agrees_with_open_clip(named, brought, judge):
     x = torch.rand(2, 3, 40, 40) * 2 - 1
     frames = [(rgb(image[None])[0] * 255).round().byte().permute(1, 2, 0).numpy() for image in x]
     with torch.no_grad():
-        wanted = model.eval().encode_image(torch.stack([preprocess(Image.fromarray(f)) for f in frames]), normalize=True)
+        wanted = model.eval().encode_image(
+            torch.stack([preprocess(Image.fromarray(f)) for f in frames]), normalize=True
+        )
     np.testing.assert_allclose(clip(x), wanted.numpy(), atol=0.02)
     np.testing.assert_allclose(np.linalg.norm(clip.texts(["a", "b"]), axis=1), 1, rtol=1e-6)
     ZeroShot().scores(one)
@@ -166,7 +168,9 @@ def test_inception_is_torch_fidelitys(named, brought, judge):
     one = subject(named, judge, weights=brought, samples=40)
     net = network(one, "inception", Inception)
     x = named.splits["retain"].x[:2]
-    plain = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(brought["inception"]))
+    plain = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(brought["inception"])
+    )
     with torch.no_grad():
         (wanted,) = plain.eval()((rgb(x) * 255).round().byte())
     found = net(x)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import urllib.request
 
 import pytest
 import ray
@@ -186,4 +187,42 @@ def test_an_audit_that_cannot_be_done_is_recorded_and_the_others_go_on(place):
     assert "not a diffusers pipeline folder" in failed["reason"]
     assert "2 attempts" in failed["reason"]
     assert fine["status"] == "ok"
+    assert fine["images"] >= TIER.samples
+    assert ray.get(manager.state.remote()) == {"done": 2, "pending": 0, "waiting": 0, "idle": 1}
     ray.kill(auditor)
+
+
+def test_gauges_reach_rays_metrics(place):
+    """What the dashboard and Prometheus scrape."""
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = {"raysweep_audit_queue", "raysweep_audit_seconds", "raysweep_audit_images_per_second"}
+    deadline, missing = time.monotonic() + 60, wanted
+    while missing and time.monotonic() < deadline:
+        text = urllib.request.urlopen(address, timeout=10).read().decode()
+        missing = {name for name in wanted if f"ray_{name}{{" not in text}
+        time.sleep(1)
+    assert not missing
+
+
+def test_how_long_slots_stood_idle():
+    """The broker alone: two jobs with a pause between them."""
+    broker = Broker.__ray_metadata__.modified_class()
+
+    async def play():
+        assert await broker.waited(1) is None
+        for name in ("x", "y"):
+            waiting = asyncio.ensure_future(broker.submit(Job(name, "train", "m", {}, 0, "t", None, name)))
+            await asyncio.sleep(0)
+            taken = await broker.next(0, False)
+            await asyncio.sleep(0.05)
+            await broker.finish(0, taken.id, {"status": "ok"})
+            await waiting
+            await asyncio.sleep(0.1)
+        share = await broker.waited(1)
+        await broker.watch()
+        return share, await broker.waited(1)
+
+    share, after = asyncio.run(play())
+    assert 0.3 < share < 0.6
+    assert after is None

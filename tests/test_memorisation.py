@@ -38,7 +38,9 @@ def good_judge(class_task):
 def memorised(points_task):
     """A task whose forgotten images are 18 digits that a model has learned by heart, and 18 of their kind that it has not."""
     splits = points_task.splits
-    learned = dataclasses.replace(points_task, splits=splits | {"retain": splits["retain"].take(torch.arange(0, 36, 2))})
+    learned = dataclasses.replace(
+        points_task, splits=splits | {"retain": splits["retain"].take(torch.arange(0, 36, 2))}
+    )
     model = overfitted(learned, 300)
     known = splits | {"forget": learned.splits["retain"], "forget_holdout": splits["holdout"].take(torch.arange(18))}
     task = dataclasses.replace(points_task)
@@ -81,7 +83,7 @@ def test_the_noise_levels_between_steps(points_task):
         x0, eps = points_task.splits["retain"].x[:2].double(), model.noise(torch.arange(2))
         for t in (0, 137, 999):
             times = torch.full((2,), t)
-            gamma, sigma = model.gamma_sigma(times)
+            gamma, _ = model.gamma_sigma(times)
             x_t = model.add_noise(x0, eps, times)
             with torch.no_grad():
                 found = model.eps_at(x_t / gamma, float(model.levels()[t]), None)

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from tiny import tiny_model, tiny_task
 
 import methods.slug

@@ -76,7 +76,7 @@ class Auditor:
         self.kept: dict[str, Any] = {}
 
     def measure(self, request: AuditRequest) -> dict[str, Any]:
-        """Does the audit, unless its parts are there already; returns the seconds it took and the failed checks."""
+        """Does the audit, unless its parts are there already; returns the seconds it took, the images made and the failed checks."""
         _one_thread()
         path = rows_path(Path(request.run), request.key)
         if not path.is_file() and request.cache and (Path(request.cache) / path.name).is_file():
@@ -84,7 +84,7 @@ class Auditor:
         if not path.is_file():
             return self._measure(request, path)
         failed = [r["check"] for r in read_table(path, ROWS).to_pylist() if r["status"] == "failed"]
-        return {"seconds": 0.0, "failed": sorted(set(failed))}
+        return {"seconds": 0.0, "images": 0, "failed": sorted(set(failed))}
 
     def train_judge(self, task: str, seed: int, split: str, out: str) -> str:
         """Trains a judge on a split of the task, saves it, and returns the hash of its weights."""
@@ -115,7 +115,7 @@ class Auditor:
             rows.append(common | rest | {"metric": row["name"], "replicates": result.replicates.get(name)})
         scores = [
             {"subject": request.subject, "tier": request.tier_name, "score": name, "unit": i,
-             "values": array[i].ravel().tolist(), "width": 0 if array.ndim == 1 else array[i].size}
+             "values": array[i].ravel().tolist(), "shape": list(array[i].shape)}
             for name, array in result.scores.items()
             for i in range(len(array))
         ]  # fmt: skip
@@ -126,7 +126,11 @@ class Auditor:
                 Path(request.cache) / f"scores-{path.name}", scores_path(Path(request.run), request.key).read_bytes()
             )
             write_bytes(Path(request.cache) / path.name, path.read_bytes())
-        return {"seconds": result.seconds, "failed": sorted({r["check"] for r in rows if r["status"] == "failed"})}
+        return {
+            "seconds": result.seconds,
+            "images": result.images,
+            "failed": sorted({r["check"] for r in rows if r["status"] == "failed"}),
+        }
 
     def _subject(self, request: AuditRequest) -> Subject:
         """The model under audit with its peers: anchors keep what was computed for them, candidates do not stay."""

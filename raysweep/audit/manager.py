@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.metrics import Gauge
 
 from raysweep.audit.auditor import AuditRequest
 
@@ -31,7 +32,15 @@ class AuditManager:
         self.done: dict[str, dict[str, Any]] = read_log(self.path)
         self.pending: dict[str, asyncio.Task] = {}
         self.idle: asyncio.PriorityQueue = asyncio.PriorityQueue()
-        self.namespace, self.known = namespace, 0
+        self.namespace, self.known, self.waiting = namespace, 0, 0
+        self.run = Path(run).name
+        self.gauges = {
+            "queue": Gauge("raysweep_audit_queue", "audits asked for and not begun", ("run",)),
+            "seconds": Gauge("raysweep_audit_seconds", "seconds of the last audit", ("run", "tier")),
+            "images": Gauge(
+                "raysweep_audit_images_per_second", "images generated per second of the last audit", ("run", "tier")
+            ),
+        }
         self.add(auditors)
 
     def add(self, auditors: list[str]) -> None:
@@ -46,11 +55,13 @@ class AuditManager:
             return self.done[request.key]
         if request.key not in self.pending:
             self.pending[request.key] = asyncio.ensure_future(self._lease(request))
+            self._queued(1)
         return await asyncio.shield(self.pending[request.key])
 
     async def state(self) -> dict[str, int]:
-        """Audits done, running or waiting, and idle auditors."""
-        return {"done": len(self.done), "pending": len(self.pending), "idle": self.idle.qsize()}
+        """Audits done, running or waiting, waiting alone, and idle auditors."""
+        counts = {"done": len(self.done), "pending": len(self.pending), "waiting": self.waiting}
+        return counts | {"idle": self.idle.qsize()}
 
     async def pid(self) -> int:
         """This process, for tests of its death."""
@@ -60,8 +71,12 @@ class AuditManager:
         reason = ""
         for _ in range(self.attempts):
             number, auditor = await self.idle.get()
+            self._queued(-1)
             try:
                 answer = await asyncio.wait_for(_ask(auditor, request), self.timeout_s)
+                tags = {"run": self.run, "tier": request.tier_name}
+                self.gauges["seconds"].set(answer["seconds"], tags)
+                self.gauges["images"].set(answer["images"] / max(answer["seconds"], 1e-9), tags)
                 return self._end(request.key, {"status": "ok", "reason": ""} | answer)
             except TimeoutError:
                 reason = f"no answer within {self.timeout_s:g} s"
@@ -72,8 +87,14 @@ class AuditManager:
                 reason = f"{type(error.cause).__name__}: {error.cause}"
             finally:
                 self.idle.put_nowait((number, auditor))
+            self._queued(1)
+        self._queued(-1)
         ended = {"status": "failed", "reason": f"{reason} ({self.attempts} attempts)", "seconds": 0.0, "failed": []}
         return self._end(request.key, ended)
+
+    def _queued(self, change: int) -> None:
+        self.waiting += change
+        self.gauges["queue"].set(self.waiting, {"run": self.run})
 
     def _end(self, key: str, answer: dict[str, Any]) -> dict[str, Any]:
         with open(self.path, "a", encoding="utf-8") as log:

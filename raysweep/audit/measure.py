@@ -29,6 +29,7 @@ class Measurement:
     rows: one dict per metric (`check` is the evaluator's name, the rest are the fields of `Metric`).
     values: "check.metric" -> value; replicates: the same metrics without each group of units in turn.
     scores: "check.score" -> raw scores by unit.
+    images: how many were generated, for the subject and the models that it is compared with.
     """
 
     rows: list[dict] = field(default_factory=list)
@@ -36,6 +37,7 @@ class Measurement:
     replicates: dict[str, list[float]] = field(default_factory=dict)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
+    images: int = 0
 
 
 def subject_of(model: PixelDDPM, task: Task, judge: torch.nn.Module, tier: Tier) -> Subject:
@@ -49,7 +51,7 @@ def subject_of(model: PixelDDPM, task: Task, judge: torch.nn.Module, tier: Tier)
 
 def measure(subject: Subject, tier: Tier) -> Measurement:
     """All checks of `tier` on `subject`. Deterministic in its model, task and judge, the tier, and its peers."""
-    started = time.monotonic()
+    started, before = time.monotonic(), BATCHES.generated
     task: Any = subject.task
     result = Measurement()
     for name in tier.checks_for(task):
@@ -76,7 +78,7 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
         result.scores |= {f"{name}.{k}": np.asarray(v) for k, v in scores.items()}
     if tier.strips:
         result.scores |= _strips(subject, tier.strips)
-    result.seconds = time.monotonic() - started
+    result.seconds, result.images = time.monotonic() - started, BATCHES.generated - before
     return result
 
 

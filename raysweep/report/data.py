@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from raysweep.config import Sweep
+from raysweep.informative import caveat
 from raysweep.results import trial_table
 from raysweep.rundir import RunDir
 from raysweep.store import FRONT, ROWS, SCORES, read_table
@@ -37,6 +38,7 @@ class ReportData:
     anchors: dict[str, Any]
     styles: dict[str, tuple[str, str]]
     shape: tuple[int, int, int]
+    kind: str
     sensitive: bool
     original: np.ndarray
 
@@ -74,6 +76,7 @@ def gather(folder: RunDir) -> ReportData:
         anchors={t: json.loads(folder.anchors(t).read_text()) for t in ("probe", "audit")},
         styles=styles,
         shape=(unet["in_channels"], size, size),
+        kind=task["kind"],
         sensitive=task["sensitive"],
         original=load_file(folder.task / "splits.safetensors")["forget.x"][:8],
     )
@@ -107,6 +110,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "probe_hypervolume": f"{data.front['probe_hypervolume']:.3f}",
         "front_rows": [_front_row(data, p) for p in data.points],
         "method_rows": _method_rows(data),
+        "picks": _picks(data),
         "views": [_view_row(v) for v in data.anchors["audit"]["views"]],
         "sheets": [_sheet(data, p) for p in data.points],
         "attacks": _attacks(data),
@@ -196,6 +200,28 @@ def _answer_rows(data: ReportData, best: dict[str, Any] | None) -> list[dict[str
     return [{"metric": "", "cells": chosen}, *rows]
 
 
+def _picks(data: ReportData) -> list[str]:
+    """Other ways to choose, how stable each is, and what the sweep may claim at all."""
+    picks = data.front["picks"]
+    if not picks:
+        return []
+    sure, shown = picks["sure"], picks["forgotten"]
+    lines = [
+        f"Smallest worse objective: {picks['balanced']['trial']}, chosen in {picks['balanced']['share']:.0%} of paired resamples.",
+        f"Knee of the front: {picks['knee']['trial']}, chosen in {picks['knee']['share']:.0%}.",
+        f"Least damage among candidates whose residue is at most {sure['limit']} with probability {sure['certain']}: "
+        f"{sure['trial'] or 'none is that sure'}.",
+        f"Shown to have a residue under {shown['limit']}, with false discoveries over the sweep's candidates held to "
+        f"{shown['rate']:.0%}: {', '.join(shown['trials']) or 'none'}.",
+    ]
+    left = data.front["undecided"]
+    if left:
+        lines.append(
+            f"Still uncertain after {max(p['audits'] for p in data.candidates())} audits: {', '.join(left)} (audit.rounds)."
+        )
+    return lines
+
+
 def _front_row(data: ReportData, p: dict[str, Any]) -> dict[str, Any]:
     probe = "-" if p["probe_residue"] is None else f"{p['probe_residue']:.3f} / {p['probe_damage']:.3f}"
     return {
@@ -209,6 +235,7 @@ def _front_row(data: ReportData, p: dict[str, Any]) -> dict[str, Any]:
         "front": {True: "yes", False: "no", None: "-"}[p["on_front"]],
         "own": {True: "yes", False: "no", None: "-"}[p["on_method_front"]],
         "p_dominated": "-" if p["p_dominated"] is None else f"{p['p_dominated']:.2f}",
+        "audits": p["audits"] or "-",
     }
 
 
@@ -256,7 +283,7 @@ def _sheet(data: ReportData, p: dict[str, Any]) -> dict[str, Any]:
                 "value": _value(row) if row["status"] == "ok" else row["status"],
                 "n": row["n"],
                 "interval": "-" if row["lo"] is None else f"{row['lo']:.3g} to {row['hi']:.3g}",
-                "how": row["interval"] if row["status"] == "ok" else row["reason"],
+                "how": _how(row, data.kind),
                 "to_oracle": _delta(data.metric(p["trial"], name, "oracle")),
                 "to_base": _delta(data.metric(p["trial"], name, "base")),
                 "direction": row["direction"],
@@ -265,6 +292,14 @@ def _sheet(data: ReportData, p: dict[str, Any]) -> dict[str, Any]:
         )
     note = "over-forgotten: counted as damage" if p["over_forgetting"] > 0.1 and p["kind"] == "candidate" else ""
     return {"trial": p["trial"], "method": p["method"] or "anchor", "note": note, "rows": rows}
+
+
+def _how(row: dict[str, Any], kind: str) -> str:
+    """How the interval was made, or why there is none, and what limits the check."""
+    if row["status"] != "ok":
+        return row["reason"]
+    made = "" if row["interval"] == "none" else row["interval"]
+    return "; ".join(filter(None, (made, row["reason"], caveat(kind, f"{row['check']}.{row['metric']}"))))
 
 
 def _attacks(data: ReportData) -> dict[str, Any]:

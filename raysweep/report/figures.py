@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
-from raysweep.report.data import ReportData
+from raysweep.report.data import COLOURS, ReportData
 from raysweep.store import write_bytes
 
 GREY, GRID = "#7a828c", "rgba(128,128,128,0.25)"
@@ -60,6 +60,36 @@ def front(data: ReportData) -> go.Figure:
     return _style(
         figure, "residue (0 like the oracle, 1 like the base)", "damage (0 like the oracle, 1 destroyed)", 470
     )
+
+
+def attainment(bands: dict[str, dict[float, np.ndarray]]) -> go.Figure:
+    """Median attainment surface of each method with the band from 25 to 75 % of its sweeps, one panel per method."""
+    across = min(3, max(1, len(bands)))
+    down = -(-len(bands) // across)
+    figure = make_subplots(
+        down, across, subplot_titles=list(bands), shared_xaxes="all", shared_yaxes="all", vertical_spacing=0.25 / down
+    )
+    for k, (method, surfaces) in enumerate(bands.items()):
+        colour = COLOURS[k % len(COLOURS)]
+        for share, corners in surfaces.items():
+            x, y = _staircase(corners)
+            figure.add_scatter(
+                x=x, y=y, mode="lines", hovertext=f"{method}: {share:.0%} of sweeps", hoverinfo="text", showlegend=False,
+                line={"color": colour, "width": 2.5 if share == 0.5 else 1, "shape": "hv",
+                      "dash": "solid" if share == 0.5 else "dot"},
+                row=k // across + 1, col=k % across + 1,
+            )  # fmt: skip
+    figure.update_xaxes(range=[-0.03, 1.1])
+    figure.update_yaxes(range=[-0.03, 1.1])
+    return _style(figure, None, None, 60 + 260 * down)
+
+
+def _staircase(corners: np.ndarray) -> tuple[list[float], list[float]]:
+    """The corners of a surface with its two ends at the edge of the picture."""
+    if not len(corners):
+        return [], []
+    x, y = corners[:, 0].tolist(), corners[:, 1].tolist()
+    return [x[0], *x, 1.1], [1.1, *y, y[-1]]
 
 
 def optimism(data: ReportData) -> go.Figure:

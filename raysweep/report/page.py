@@ -34,14 +34,14 @@ def build(folder: RunDir) -> Path:
         lstrip_blocks=True,
     )  # fmt: skip
     html = environment.get_template("report.html.j2").render(
-        page_context(data) | {name: _embed(figure) for name, figure in drawn.items()}, plotly=Markup(get_plotlyjs())
+        page_context(data) | {name: embed(figure) for name, figure in drawn.items()}, plotly=Markup(get_plotlyjs())
     )
     write_bytes(folder.report, html.encode())
     figures.write_pngs(data, folder.figures)
     return folder.report
 
 
-def _embed(figure: go.Figure) -> Markup:
+def embed(figure: go.Figure) -> Markup:
     """The figure as a div that fills its column; plotly escapes what it embeds."""
     return Markup(
         figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})

@@ -135,7 +135,9 @@ class Task:
         names = dict.fromkeys(key.split(".")[0] for key in tensors)
         splits = {n: Split(tensors[f"{n}.x"], tensors.get(f"{n}.cond"), tensors[f"{n}.groups"]) for n in names}
         plain = json.loads((folder / "task.json").read_text())
-        return cls(**plain | {"splits": splits, "views": tuple(plain["views"]), "class_names": tuple(plain["class_names"])})
+        return cls(
+            **plain | {"splits": splits, "views": tuple(plain["views"]), "class_names": tuple(plain["class_names"])}
+        )
 
     def batch(self, draws: dict[str, Draw], seed: int, step: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's share of the global batch of `step`, for every split that a method asks for."""

@@ -57,6 +57,8 @@ class Broker:
         self.progress: dict[str, tuple[int, int, float]] = {}
         self.closed = False
         self.changed = asyncio.Event()
+        self.ended: dict[int, float] = {}
+        self.idle, self.first, self.last = 0.0, 0.0, 0.0
 
     async def submit(self, job: Job) -> dict[str, Any]:
         """Waits for the job's outcome; the same job submitted twice is done once."""
@@ -82,6 +84,9 @@ class Broker:
             return "wait"
         job_id = self.queue.popleft()
         self.running[slot] = job_id
+        now = time.monotonic()
+        self.idle += now - self.ended.pop(slot, now)
+        self.first = self.first or now
         self.attempts[job_id] = self.attempts.get(job_id, 0) + 1
         return self.jobs[job_id]
 
@@ -89,6 +94,7 @@ class Broker:
         """Takes a job's outcome; only the first one counts."""
         if self.running.get(slot) == job_id:
             del self.running[slot]
+            self.ended[slot] = self.last = time.monotonic()
         self.progress.pop(job_id, None)
         self._settle(job_id, outcome)
 
@@ -99,6 +105,17 @@ class Broker:
     async def state(self) -> dict[str, Any]:
         """Queue length, running jobs by slot, and progress by job."""
         return {"queued": len(self.queue), "running": dict(self.running), "progress": dict(self.progress)}
+
+    async def watch(self) -> None:
+        """Starts to count how long slots stand idle between two jobs."""
+        self.ended.clear()
+        self.idle, self.first, self.last = 0.0, 0.0, 0.0
+
+    async def waited(self, slots: int) -> float | None:
+        """The share of the slots' time, between the first job since `watch` and the end of the last, in which they had no
+        job: they waited for suggestions, which wait for audits. None without two jobs."""
+        span = (self.last - self.first) * slots
+        return self.idle / span if self.first and span > 0 else None
 
     async def close(self) -> int:
         """Lets the groups end, each after the job it is at; the number of those."""
