@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,25 +27,26 @@ from evaluators.statistics import clopper_pearson, delong, normal_interval
 from methods.retrain import Retrain, RetrainSettings
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config import Tier
+from raysweep.informative import LEAST
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import BY_WEIGHTS, names
 from raysweep.seeds import derive_seed
 
 WIDTHS = ((8, 16), (16, 32), (24, 48))
 STEPS = (250, 400, 600)
-INFORMATIVE = 0.9
+TABLE = Path(__file__).resolve().parent.parent / "raysweep" / "informative.json"
 PAIRED = ("gap", "excess")
 
 
-def tier() -> Tier:
+def tier(without: tuple[str, ...] = ()) -> Tier:
     """Everything but what needs a brought network, or a candidate of the base to speak of."""
-    left_out = ("interpolation", "sampler_removal", "nudenet", *BY_WEIGHTS)
+    left_out = ("interpolation", "sampler_removal", "nudenet", *BY_WEIGHTS, *without)
     checks = tuple(n for n in names("evaluator") if n not in left_out)
     return Tier(seed=5, judge="audit", checks=checks, groups=10, samples=300, class_samples=100, noises=40, loss_noises=10,
                 loss_images=10, relearn_steps=(5, 25), likelihood_steps=10, likelihood_probes=2, full_fidelity=False)  # fmt: skip
 
 
-def study(kind: str, has: bool, number: int) -> dict[str, Any]:
+def study(kind: str, has: bool, number: int, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """One model of the pool: trained, then audited."""
     g = ground(kind)
     width, steps = WIDTHS[number % len(WIDTHS)], STEPS[(number // len(WIDTHS)) % len(STEPS)]
@@ -56,7 +58,7 @@ def study(kind: str, has: bool, number: int) -> dict[str, Any]:
     for step in range(steps):
         method.step(g.task.batch(method.draws(), seed, step))
     method.finish()
-    chosen, judge = tier(), g.judges["audit"]
+    chosen, judge = tier(without), g.judges["audit"]
     if "meta" not in g.__dict__:
         peers = {name: subject_of(g.model(name), g.task, judge, chosen) for name in g.folders}
         for peer in peers.values():
@@ -73,40 +75,56 @@ def study(kind: str, has: bool, number: int) -> dict[str, Any]:
     return {"has": has, "number": number, "width": width, "steps": steps, "rows": rows, "seconds": result.seconds}
 
 
+def ratings(results: list[dict[str, Any]]) -> dict[str, tuple[float, float, float, bool]]:
+    """Metric -> (AUC over models, low, high, whether models with the forget set score lower), turned round if below 1/2."""
+    found = {}
+    for name in sorted({n for r in results for n in r["rows"]}):
+        with_, without = (
+            np.array(
+                [v for r in results if r["has"] is has and (v := r["rows"].get(name, {}).get("value")) is not None]
+            )
+            for has in (True, False)
+        )
+        if min(len(with_), len(without)) < 2:
+            continue
+        auc, se = delong(with_, without)
+        low, high = normal_interval(auc, se)
+        if auc < 0.5:
+            auc, low, high = 1 - auc, 1 - high, 1 - low
+        found[name] = (auc, max(0.0, low), min(1.0, high), bool(with_.mean() < without.mean()))
+    return found
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, one row per metric, the most telling first."""
-    pools = {has: [r for r in results if r["has"] is has] for has in (True, False)}
     found = []
-    for name in sorted({n for r in results for n in r["rows"]}):
-        values = {
-            has: np.array([r["rows"][name]["value"] for r in pool if r["rows"].get(name, {}).get("value") is not None])
-            for has, pool in pools.items()
-        }
-        if min(len(v) for v in values.values()) < 2:
-            continue
-        auc, se = delong(values[True], values[False])
-        low, high = normal_interval(auc, se)
-        flipped = auc < 0.5
-        told = max(auc, 1 - auc)
-        span = (1 - high, 1 - low) if flipped else (low, high)
-        line = [name, f"{told:.2f} [{max(0, span[0]):.2f}, {min(1, span[1]):.2f}]", "lower" if flipped else "higher"]
-        line.append("yes" if told >= INFORMATIVE else "**uninformative**")
-        if name.split(".")[1] in PAIRED:
-            for has in (True, False):
-                flags = [
-                    abs(r["rows"][name]["value"]) > 1.96 * r["rows"][name]["se"]
-                    for r in pools[has]
-                    if r["rows"][name]["value"] is not None and r["rows"][name]["se"]
-                ]
-                lo, hi = clopper_pearson(sum(flags), len(flags)) if flags else (0.0, 1.0)
-                line.append(f"{np.mean(flags):.2f} [{lo:.2f}, {hi:.2f}]" if flags else "-")
-        else:
-            line += ["", ""]
-        found.append((told, line))
+    for name, (auc, low, high, lower) in ratings(results).items():
+        line = [name, f"{auc:.2f} [{low:.2f}, {high:.2f}]", "lower" if lower else "higher"]
+        line.append("yes" if auc >= LEAST else "**uninformative**")
+        for has in (True, False):
+            flags = [
+                abs(row["value"]) > 1.96 * row["se"]
+                for r in results
+                if r["has"] is has and (row := r["rows"].get(name, {})).get("value") is not None and row["se"]
+            ]
+            if name.split(".")[1] in PAIRED and flags:
+                lo, hi = clopper_pearson(sum(flags), len(flags))
+                line.append(f"{np.mean(flags):.2f} [{lo:.2f}, {hi:.2f}]")
+            else:
+                line.append("")
+        found.append((auc, line))
     head = ["check", "AUC over models", "with the forget set", "informative", "flagged, with", "flagged, without"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(line) + " |" for _, line in sorted(found, key=lambda f: -f[0])]
     return "\n".join(lines)
+
+
+def rate(kind: str, results: list[dict[str, Any]]) -> None:
+    """Writes what reports say of each check into `raysweep/informative.json`."""
+    data = json.loads(TABLE.read_text()) if TABLE.is_file() else {"auc": {}, "models": {}}
+    data["auc"][kind] = {name: [round(v, 3) for v in found[:3]] for name, found in ratings(results).items()}
+    data["models"][kind] = [sum(r["has"] is has for r in results) for has in (True, False)]
+    TABLE.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:
@@ -115,6 +133,8 @@ def main() -> None:
     parser.add_argument("kind", choices=("class", "points"))
     parser.add_argument("--models", type=int, default=20, help="models of either kind")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--without", nargs="*", default=[], help="checks to leave out, for their cost")
+    parser.add_argument("--rate", action="store_true", help="write what reports say of each check")
     args = parser.parse_args()
     path = RESULTS / f"meta-{args.kind}.json"
     RESULTS.mkdir(exist_ok=True)
@@ -123,12 +143,14 @@ def main() -> None:
     todo = [(has, k) for k in range(args.models) for has in (True, False) if (has, k) not in done]
     ground(args.kind)
     with ProcessPoolExecutor(args.jobs) as pool:
-        for future in [pool.submit(study, args.kind, has, k) for has, k in todo]:
+        for future in [pool.submit(study, args.kind, has, k, tuple(args.without)) for has, k in todo]:
             kept.append(future.result())
             last = kept[-1]
             print(f"{'with' if last['has'] else 'without'} {last['number']}: {last['seconds']:.0f} s", flush=True)
             save_lines(path, [json.dumps({"about": machine(), "results": kept}, indent=1)])
     print(table(kept))
+    if args.rate:
+        rate(args.kind, kept)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     differences the configured samples can show, and refuses requirements that they cannot decide.
     """
     from raysweep.power import detectable
-    from raysweep.prepare import check_model
+    from raysweep.prepare import check_model, check_oracles
     from raysweep.resources import make_plan
     from raysweep.run import resolve_sweep
     from raysweep.rundir import RunDir
@@ -183,6 +183,7 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     task, spaces = resolve_sweep(sweep)
     if task.base is not None:
         check_model(task.base, task)
+    check_oracles(sweep, task)
     RunDir.of(sweep).check(sweep)
     plan = make_plan(_nodes(sweep), sweep)
     told = detectable(sweep.audit.audit, task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from raysweep.registry import module_of, resolve
 from raysweep.rundir import RunDir
 from raysweep.seeds import derive_seed
 from raysweep.spaces import Space
-from raysweep.store import digest_of, digest_state, write_folder
+from raysweep.store import StoreError, digest_of, digest_state, write_folder
 from raysweep.tasks.task import Task
 from raysweep.train.groups import Executor
 from raysweep.train.jobs import Job, Outcome, finished
@@ -52,6 +53,33 @@ def check_model(path: str, task: Task, key: str = "task.base") -> str:
     if (model.null_label is not None) != (task.kind == "class"):
         raise ConfigError(f"{key}: {path} must be {'class-conditional' if task.kind == 'class' else 'unconditional'}")
     return model.digest
+
+
+def check_oracles(sweep: Sweep, task: Task) -> dict[str, tuple[str, str]]:
+    """Folder and hash of each oracle given by the user; raises ConfigError if one does not load, fit, or match the base.
+
+    An oracle is the base's recipe without the forgotten data: of another architecture it would say what that changes.
+    """
+    from raysweep.models.pixel import PixelDDPM
+
+    if not sweep.oracle_models:
+        return {}
+    base = PixelDDPM.load(task.base) if task.base else PixelDDPM.build(task.model, 0)
+    wanted, found = _shapes(base), {}
+    for k, given in enumerate(sweep.oracle_models):
+        found[f"oracle-{k}"] = (str(given.absolute()), check_model(str(given), task, "oracle_models"))
+        shapes = _shapes(PixelDDPM.load(given))
+        odd = next((n for n in (*wanted, *shapes) if wanted.get(n) != shapes.get(n)), None)
+        if odd is not None:
+            raise ConfigError(
+                f"oracle_models: {given} is of another architecture than the base: {odd} is "
+                f"{shapes.get(odd, 'missing')}, and {wanted.get(odd, 'missing')} there"
+            )
+    return found
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.net.state_dict().items()}
 
 
 def retrain_jobs(sweep: Sweep, task: Task, task_folder: Path) -> dict[str, Job]:
@@ -105,8 +133,7 @@ def prepare(
         models = {s: _model(s, job, retrained[s].result()) for s, job in retrain_jobs(sweep, task, folder.task).items()}
         if task.base:
             models["base"] = (task.base, check_model(task.base, task))
-        for k, given in enumerate(sweep.oracle_models):
-            models[f"oracle-{k}"] = (str(given.absolute()), check_model(str(given), task, "oracle_models"))
+        models |= check_oracles(sweep, task)
         context = Context(
             run=str(folder.path), run_id=run_id, task_digest=task.digest, quality=task.quality, base=models["base"][0],
             base_digest=models["base"][1], oracles={k: v for k, v in models.items() if k != "base"},
@@ -207,7 +234,8 @@ def _model(subject: str, job: Job, outcome: Outcome) -> tuple[str, str]:
 
 def _judge(actors: Pool, i: int, folder: RunDir, path: Path, seed: int, split: str) -> tuple[str, str]:
     if path.is_file():
-        return str(path), digest_state(load_tensors(path))
+        with contextlib.suppress(StoreError):  # cut short: trained again
+            return str(path), digest_state(load_tensors(path))
     auditor = actors.auditors[i % len(actors.auditors)]
     return str(path), ray.get(auditor.train_judge.remote(str(folder.task), seed, split, str(path)))
 

@@ -21,7 +21,17 @@ from raysweep.models.pixel import PixelDDPM
 from raysweep.objectives import Objectives, Unmeasured, objectives
 from raysweep.pool import Pool, connected, has_trial_slots, pool
 from raysweep.power import requirements, undecidable
-from raysweep.prepare import RunFailed, Say, Tick, check_model, measure_anchors, open_choices, prepare, save_task
+from raysweep.prepare import (
+    RunFailed,
+    Say,
+    Tick,
+    check_model,
+    check_oracles,
+    measure_anchors,
+    open_choices,
+    prepare,
+    save_task,
+)
 from raysweep.registry import resolve
 from raysweep.resources import TRIAL_SLOT, Plan, make_plan
 from raysweep.results import (
@@ -63,6 +73,9 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
         task = sweep.task.build()
     except ValueError as error:
         raise ConfigError(f"task: {error}") from error
+    problems = task.near_duplicates()
+    if problems:
+        raise ConfigError("\n".join(f"task: {problem}" for problem in problems))
     spaces = []
     for name in sweep.methods:
         reasons = refusals(resolve("method", name), task)
@@ -335,8 +348,7 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
     sweep = sweep.model_copy(update={"name": f"{sweep.name[:50]}-audits"})
     task, _ = resolve_sweep(sweep)
     digest, name = check_model(str(model), task, str(model)), model.absolute().name
-    for given in sweep.oracle_models:
-        check_model(str(given), task, "oracle_models")
+    check_oracles(sweep, task)
     folder, run_id = RunDir.of(sweep), f"{sweep.name}-{sweep.digest[:8]}"
     with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}), connected(sweep) as nodes:
         save_task(folder, task)

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from raysweep.cli import main
+from raysweep.config import load
 
 SURFACE = {
     "audit": ["MODEL_DIR", "CONFIG", "OVERRIDES", "--base", "--oracle", "--json"],
@@ -17,9 +18,9 @@ SURFACE = {
     "export": ["RUN", "TRIAL", "OUT_DIR"],
     "init": ["NAME", "--task"],
     "ls": ["WHAT", "--json"],
-    "report": ["RUN"],
+    "report": ["RUNS", "--compare", "--out"],
     "run": ["CONFIG", "OVERRIDES", "--dry-run"],
-    "show": ["RUN", "TRIAL", "--json"],
+    "show": ["WHAT", "--json"],
     "status": ["RUN", "--json"],
     "verify": ["CARD", "--task", "--json"],
     "validate": ["CONFIG", "OVERRIDES", "--json"],
@@ -131,6 +132,19 @@ def test_validate_reads_a_base_model(tmp_path, points_task):
     result = call("validate", f"task.base={tmp_path / 'base'}")
     assert result.exit_code == 2
     assert "cannot be read" in result.output
+
+
+def test_an_oracle_of_another_architecture_is_refused(tmp_path):
+    from raysweep.models.pixel import PixelDDPM
+
+    task = load(None).task.build()
+    PixelDDPM.build(task.model, 1).save(tmp_path / "oracle")
+    wide = task.model | {"unet": task.model["unet"] | {"block_out_channels": (24, 48)}}
+    PixelDDPM.build(wide, 1).save(tmp_path / "wide")
+    assert call("validate", f"oracle_models=[{tmp_path / 'oracle'}]").exit_code == 0
+    result = call("validate", f"oracle_models=[{tmp_path / 'oracle'}, {tmp_path / 'wide'}]")
+    assert result.exit_code == 2
+    assert "wide is of another architecture than the base: conv_in.weight is (24, 1, 3, 3)" in result.output
 
 
 def test_init_writes_a_config_that_validates_and_explains(tmp_path):

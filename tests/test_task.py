@@ -10,7 +10,7 @@ import torch
 from methods.base import Draw
 from raysweep.config import load
 from raysweep.models.draws import normal_rows, row_seeds, uniform_rows
-from raysweep.tasks.task import Task
+from raysweep.tasks.task import Task, concat
 
 
 def test_the_embedded_tasks():
@@ -35,6 +35,18 @@ def test_picture_is_nothing_like_a_digit():
 
     digits = torch.cat([task.splits[n].x for n in ("retain", "holdout")])
     assert float(correlation(digits, task.splits["forget"].x[:1]).max()) < 0
+
+
+def test_near_duplicates_are_found_though_their_hashes_differ(points_task):
+    splits = points_task.splits
+    assert points_task.near_duplicates() == []
+    assert load(None).task.build().near_duplicates() == []
+    altered = splits["retain"].take(torch.arange(4))
+    altered = dataclasses.replace(altered, x=altered.x + 0.01)
+    holdout = concat(splits["holdout"], altered)
+    (problem,) = dataclasses.replace(points_task, splits=splits | {"holdout": holdout}).near_duplicates()
+    assert problem.startswith("4 images of holdout are nearly images of train")
+    assert altered.ids[0] in problem
 
 
 def test_empty_and_overlapping_splits_are_refused(points_task):

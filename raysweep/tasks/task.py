@@ -28,6 +28,13 @@ _PLAIN = (
 )  # fmt: skip
 
 
+# splits that must share no picture
+DISJOINT = (
+    ("forget", "retain"), ("train", "holdout"), ("train", "forget_holdout"), ("judge_probe", "judge_audit"),
+)  # fmt: skip
+NEAR = 0.05  # root mean square difference, in [-1, 1], under which two images count as the same picture
+
+
 @dataclass(frozen=True)
 class Split:
     """Images (n, C, H, W) in [-1, 1], float32; cond: class labels (n,) or None; groups: what balancing is over (n,)."""
@@ -87,20 +94,13 @@ class Task:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        trained = set(self.splits["train"].ids)
-        forget, retain = set(self.splits["forget"].ids), set(self.splits["retain"].ids)
-        if not forget:
-            raise ValueError(f"task {self.name}: the forget set is empty")
-        if not retain:
-            raise ValueError(f"task {self.name}: the retain set is empty")
-        for first, second, a, b in (
-            ("forget", "retain", forget, retain),
-            ("train", "holdout", trained, set(self.splits["holdout"].ids)),
-            ("train", "forget_holdout", trained, set(self.splits["forget_holdout"].ids)),
-            ("judge_probe", "judge_audit", set(self.splits["judge_probe"].ids), set(self.splits["judge_audit"].ids)),
-        ):
-            if a & b:
-                raise ValueError(f"task {self.name}: {len(a & b)} images are both in {first} and in {second}")
+        for name in ("forget", "retain"):
+            if not len(self.splits[name]):
+                raise ValueError(f"task {self.name}: the {name} set is empty")
+        for first, second in DISJOINT:
+            both = set(self.splits[first].ids) & set(self.splits[second].ids)
+            if both:
+                raise ValueError(f"task {self.name}: {len(both)} images are both in {first} and in {second}")
 
     @cached_property
     def goal(self) -> Goal:
@@ -117,6 +117,21 @@ class Task:
             labels = "" if split.cond is None else repr(split.cond.tolist())
             parts += [name, "".join(split.ids), labels, repr(split.groups.tolist())]
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
+
+    def near_duplicates(self) -> list[str]:
+        """What is wrong with splits that must not share pictures: those that nearly do, though their hashes differ."""
+        found = []
+        for first, second in DISJOINT:
+            a, b = self.splits[first], self.splits[second]
+            away = _nearest(b.x, a.x)
+            close = (away < NEAR).nonzero().flatten().tolist()
+            if close:
+                shown = ", ".join(b.ids[i] for i in close[:3]) + (", ..." if len(close) > 3 else "")
+                found.append(
+                    f"{len(close)} images of {second} are nearly images of {first} (root mean square difference under {NEAR} "
+                    f"on a scale from -1 to 1): {shown}; leave them out of one of the two"
+                )
+        return found
 
     def save(self, folder: Path) -> None:
         """Writes the task so that workers load it without the data's own library."""
@@ -192,6 +207,12 @@ class Task:
             mine = positions % len(names) == k
             index[mine] = _shuffled(positions[mine] // len(names), np.flatnonzero(groups == g), derive_seed(stream, k))
         return index
+
+
+def _nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of each image of a (n, ...) to the nearest of b (m, ...), (n,), in blocks."""
+    x, y = a.float().flatten(1), b.float().flatten(1)
+    return torch.cat([torch.cdist(part, y).amin(1) for part in x.split(1024)]) / x.shape[1] ** 0.5
 
 
 def _shuffled(positions: np.ndarray, members: np.ndarray, stream: int) -> np.ndarray:
