@@ -270,6 +270,42 @@ def verify(card: str, task: str | None, as_json: bool) -> int:
     return INCOMPLETE if any(f.holds is None for f in findings) else OK
 
 
+@main.command()
+@click.argument("run")
+@click.argument("trial")
+@click.option("--models", default=16, show_default=True, help="Shadows: pairs of an unlearned and a retrained model.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@_errors
+def shadows(run: str, trial: str, models: int, as_json: bool) -> int:
+    """Attack a trial's method with shadow models (U-LiRA): can unlearned models be told from retrained ones?
+
+    Trains a base, its unlearned version and a retrained model per shadow, on small models only: it costs as much as that
+    many sweeps' preparation. What was trained is found again.
+    """
+    from raysweep.display import Display
+    from raysweep.run import RunFailed
+    from raysweep.shadows import run_shadows
+
+    with Display("none" if as_json else None) as display:
+        try:
+            path, content = run_shadows(_run_dir(run), trial, models, display.say)
+        except RunFailed as error:
+            display.say("failed", str(error))
+            return FAILED
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+        return OK
+    found = content["summary"]
+    for name, text in (("accuracy", "accuracy over images"), ("auc_over_models", "AUC over models")):
+        click.echo(f"{text:<24} {found[name]['value']:.3f} ({found[name]['lo']:.3f} to {found[name]['hi']:.3f})")
+    told = found["candidate"]
+    click.echo(
+        f"{trial}: {told['images_told']} of {found['images']} forgotten images look unlearned rather than never seen"
+    )
+    click.echo(f"written {path}")
+    return OK
+
+
 def _print_rows(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         name = f"{r['check']}.{r['metric']}" + (f" - {r['paired_with']}" if r["paired_with"] else "")

@@ -14,7 +14,7 @@ from raysweep.audit.measure import measure, subject_of
 from raysweep.config import Sweep
 from raysweep.models.pixel import PixelDDPM
 from raysweep.prepare import cached
-from raysweep.registry import names, resolve
+from raysweep.registry import ATTACKS, BY_WEIGHTS, THOROUGH, names, resolve
 from raysweep.resources import Plan
 from raysweep.rundir import RunDir
 from raysweep.spaces import Space
@@ -72,13 +72,17 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
 def untested(sweep: Sweep, task: Task) -> list[str]:
     """What the audit of this sweep leaves open, for people."""
     checks = set(sweep.audit.audit.checks_for(task))
-    lines = [f"check {name!r} is switched off in the audit" for name in names("evaluator") if name not in checks]
+    left_out = [n for n in names("evaluator") if n not in (*checks, *ATTACKS, *BY_WEIGHTS)]
+    lines = [f"check {name!r} is left out" + (" for its cost" if name in THOROUGH else "") for name in left_out]
+    lines += [f"check {n!r}: needs audit.audit.weights.{key}" for n, key in BY_WEIGHTS.items() if n not in checks]
     lines += [
         f"check {name!r} does not apply to a task of kind {task.kind!r}"
         for name in sorted(checks)
         if task.kind not in resolve("evaluator", name).kinds
     ]
-    lines += ["adversarial prompts and inversions, quantisation, benign fine-tuning"]
+    attacks = set(sweep.audit.durability.checks_for(task)) if sweep.audit.finalists else set()
+    lines += [f"attack {name!r} is switched off" for name in ATTACKS if name not in attacks]
+    lines += ["adversarial prompts"]
     if sweep.oracles < 3:
         lines.append(f"{sweep.oracles} oracles: too few for an interval on the oracle's own spread")
     return lines

@@ -87,18 +87,19 @@ def retrain_jobs(sweep: Sweep, task: Task, task_folder: Path) -> dict[str, Job]:
     subjects = {} if task.base else {"base": ("train", derive_seed("base", sweep.task.seed))}
     if not sweep.oracle_models:
         subjects |= {f"oracle-{k}": ("retain", derive_seed("oracle", sweep.task.seed, k)) for k in range(sweep.oracles)}
-    jobs = {}
-    for subject, (split, seed) in subjects.items():
-        settings = task.recipe | {"split": split}
-        inputs = {"task": task.digest, "code": training_code(module_of("method", "retrain"))}
-        key = digest_of(settings, seed, inputs)
-        out = cache_folder(sweep.cache) / "models" / f"{task.name}-{subject}-{key}"
-        jobs[subject] = Job(
-            id=f"{subject}-{key}", kind="train", method="retrain", hyperparameters=settings, seed=seed,
-            task=str(task_folder), base=None, out=str(out), inputs=inputs, card={"subject": subject},
-            budget_s=max(3600.0, sweep.train.budget_s), checkpoint_s=sweep.train.checkpoint_s,
-        )  # fmt: skip
-    return jobs
+    return {s: retrain_job(sweep, task, task_folder, s, split, seed) for s, (split, seed) in subjects.items()}
+
+
+def retrain_job(sweep: Sweep, task: Task, task_folder: Path, subject: str, split: str, seed: int) -> Job:
+    """The training of a model from scratch on a split, by the task's recipe, into the cache."""
+    settings = task.recipe | {"split": split}
+    inputs = {"task": task.digest, "code": training_code(module_of("method", "retrain"))}
+    key = digest_of(settings, seed, inputs)
+    return Job(
+        id=f"{subject}-{key}", kind="train", method="retrain", hyperparameters=settings, seed=seed, task=str(task_folder),
+        base=None, out=str(cache_folder(sweep.cache) / "models" / f"{task.name}-{subject}-{key}"), inputs=inputs,
+        card={"subject": subject}, budget_s=max(3600.0, sweep.train.budget_s), checkpoint_s=sweep.train.checkpoint_s,
+    )  # fmt: skip
 
 
 def judge_files(sweep: Sweep, task: Task) -> dict[str, tuple[Path, int, str]]:
@@ -212,18 +213,25 @@ def _prepare_jobs(sweep: Sweep, spaces: list[Space], context: Context) -> dict[s
         name, method = space.method, resolve("method", space.method)
         if not prepares(method):
             continue
-        code = training_code(module_of("method", name))
-        inputs = {"task": context.task_digest, "base": context.base_digest, "code": code}
         for settings in space.variants(method.prepared_by):
-            settings = _defaults(method) | settings
-            key = prepared_key(settings, settings)
-            out = cache_folder(sweep.cache) / "prepared" / f"{name}-{digest_of(name, key, inputs)}.safetensors"
-            jobs.setdefault(name, {})[key] = Job(
-                id=f"{context.run_id}-prepare-{name}-{key}", kind="prepare", method=name, hyperparameters=settings,
-                seed=derive_seed("prepare", name), task=str(context.folder.task), base=context.base,
-                out=str(out), inputs=inputs, budget_s=max(3600.0, sweep.train.budget_s),
-            )  # fmt: skip
+            job = prepare_job(sweep, context, name, settings)
+            jobs.setdefault(name, {})[prepared_key(job.hyperparameters, job.hyperparameters)] = job
     return jobs
+
+
+def prepare_job(sweep: Sweep, context: Context, name: str, settings: dict[str, Any]) -> Job:
+    """The preparation of a method for the context's base, with the settings that it depends on."""
+    code = training_code(module_of("method", name))
+    inputs = {"task": context.task_digest, "base": context.base_digest, "code": code}
+    defaults = _defaults(resolve("method", name))
+    own = defaults | {k: v for k, v in settings.items() if k in defaults}
+    key = prepared_key(own, own)
+    out = cache_folder(sweep.cache) / "prepared" / f"{name}-{digest_of(name, key, inputs)}.safetensors"
+    return Job(
+        id=f"{context.run_id}-prepare-{name}-{key}-{context.base_digest}", kind="prepare", method=name, hyperparameters=own,
+        seed=derive_seed("prepare", name), task=str(context.folder.task), base=context.base, out=str(out), inputs=inputs,
+        budget_s=max(3600.0, sweep.train.budget_s),
+    )  # fmt: skip
 
 
 def _model(subject: str, job: Job, outcome: Outcome) -> tuple[str, str]:

@@ -20,6 +20,7 @@ SURFACE = {
     "ls": ["WHAT", "--json"],
     "report": ["RUNS", "--compare", "--out"],
     "run": ["CONFIG", "OVERRIDES", "--dry-run"],
+    "shadows": ["RUN", "TRIAL", "--models", "--json"],
     "show": ["WHAT", "--json"],
     "status": ["RUN", "--json"],
     "verify": ["CARD", "--task", "--json"],
