@@ -24,6 +24,7 @@ from evaluators import attacks
 from evaluators.base import Direction, Evaluator, Images, Inapplicable, Metric, Scores, Subject
 from evaluators.statistics import (
     advantage,
+    auc_interval,
     clopper_pearson,
     delong,
     equivalence,
@@ -325,10 +326,9 @@ def _oracles(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _auc(name: str, pos: np.ndarray, neg: np.ndarray) -> Metric:
-    auc, se = delong(pos, neg)
+    auc, se, lo, hi = auc_interval(pos, neg)
     if len(pos) == 1:  # the rank of one image among the holdout: a proportion, its interval exact
         lo, hi = clopper_pearson(int((neg < pos[0]).sum()), len(neg))
         reason = "one distinct forgotten image: uncertainty is over holdout images only"
         return Metric(name, auc, 1, None, lo, hi, "clopper-pearson over holdout images", reason=reason)
-    lo, hi = normal_interval(auc, se)
-    return Metric(name, auc, len(pos), se, max(0.0, lo), min(1.0, hi), "delong")
+    return Metric(name, auc, len(pos), se, lo, hi, "delong")

@@ -215,6 +215,19 @@ def delong(pos: np.ndarray, neg: np.ndarray) -> tuple[float, float]:
     return float(v_pos.mean()), float(np.sqrt(_variance(v_pos) + _variance(v_neg)))
 
 
+def auc_interval(pos: np.ndarray, neg: np.ndarray, level: float = LEVEL) -> tuple[float, float, float, float]:
+    """(AUC, standard error, low, high) by DeLong, within [0, 1].
+
+    Where the scores are wholly apart DeLong's error is 0, which would be a lie: the far end is then that of a proportion with
+    no failure among the smaller kind, exact.
+    """
+    auc, se = delong(pos, neg)
+    low, high = normal_interval(auc, se, level)
+    if se == 0 and auc in (0.0, 1.0):
+        low, high = clopper_pearson(round(auc) * min(len(pos), len(neg)), min(len(pos), len(neg)), level)
+    return auc, se, max(0.0, low), min(1.0, high)
+
+
 def delong_paired(pos_a: np.ndarray, neg_a: np.ndarray, pos_b: np.ndarray, neg_b: np.ndarray) -> tuple[float, float]:
     """(AUC_a - AUC_b, standard error) for two scorers of the same positives and negatives, by DeLong."""
     (pa, na), (pb, nb) = _placements(pos_a, neg_a), _placements(pos_b, neg_b)

@@ -20,7 +20,7 @@ import numpy as np
 import ray
 
 from evaluators.attacks import lira_online
-from evaluators.statistics import clopper_pearson, delong, normal_interval, t_interval
+from evaluators.statistics import auc_interval, clopper_pearson, t_interval
 from raysweep.audit.auditor import scores_path
 from raysweep.card import load_scores
 from raysweep.config import ConfigError, Sweep, Tier
@@ -56,15 +56,18 @@ class ULiRA:
     def summary(self) -> dict[str, Any]:
         """The numbers with their intervals; the shadows are the independent units."""
         right = np.concatenate([self.unlearned > 0, self.retrained <= 0], axis=1).mean(1)
-        _, low, high = t_interval(right)
-        auc, se = delong(self.unlearned.mean(1), self.retrained.mean(1))
+        if np.ptp(right) > 0:
+            _, low, high = t_interval(right)
+        else:  # all alike: no spread to go by
+            low, high = clopper_pearson(round(right[0] * len(right)), len(right))
+        auc, _, *ends = auc_interval(self.unlearned.mean(1), self.retrained.mean(1))
         by_image = np.concatenate([self.unlearned > 0, self.retrained <= 0]).mean(0)
         told, images = int((self.candidate > 0).sum()), len(self.candidate)
         return {
             "shadows": len(right),
             "images": images,
             "accuracy": {"value": float(right.mean()), "lo": max(0.0, low), "hi": min(1.0, high)},
-            "auc_over_models": dict(zip(("value", "lo", "hi"), (auc, *normal_interval(auc, se)), strict=True)),
+            "auc_over_models": dict(zip(("value", "lo", "hi"), (auc, *ends), strict=True)),
             "worst_image_accuracy": float(by_image.max()),
             "candidate": {
                 "images_told": told,

@@ -14,10 +14,11 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from small import SMALL, install_faulty, log, start
+from tiny import ROOT
 
 from raysweep.cli import main
 from raysweep.rundir import RunDir
-from raysweep.store import FRONT, ROWS, SCORES, TRIALS, digest_of, read_table
+from raysweep.store import FRONT, ROWS, SCORES, TRIALS, digest_of, read_table, write_table
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -96,7 +97,7 @@ def test_the_directory_is_laid_out_as_promised(run):
 
 def test_every_row_has_its_n_and_its_interval(run):
     rows = read_table(run.rows, ROWS).to_pylist()
-    assert {r["tier"] for r in rows} == {"probe", "audit", "durability"}
+    assert {r["tier"] for r in rows} - {"audit-2"} == {"probe", "audit", "durability"}
     assert {"base", "oracle-0", "oracle-1", "destroyed", "000-neggrad"} <= {r["subject"] for r in rows}
     for r in rows:
         if r["status"] == "ok":
@@ -131,12 +132,29 @@ def test_front_and_anchors(run):
     assert len(attacked & set(front["candidates"])) == 1
     assert {p["trial"] for p in points.values() if p["verdict"]} == attacked
     assert sum(bool(p["on_front"]) for p in points.values()) >= 1
+    assert set(front["undecided"]) <= set(front["candidates"])
+    picks = front["picks"]
+    assert {picks["balanced"]["trial"], picks["knee"]["trial"]} <= set(front["candidates"])
+    assert set(picks["forgotten"]["trials"]) <= set(front["candidates"])
+
+
+def test_only_what_was_uncertain_is_audited_again(run):
+    """In a round of its own: seeds that no other tier has, the same judge, anchors of its own; values are means of rounds."""
+    points = {p["trial"]: p for p in read_table(run.front_table, FRONT).to_pylist() if p["kind"] == "candidate"}
+    rows = [r for r in read_table(run.rows, ROWS).to_pylist() if not r["paired_with"]]
+    tiers = {tier: {r["subject"] for r in rows if r["tier"] == tier} for tier in ("audit", "audit-2")}
+    again = {trial for trial, p in points.items() if p["audits"] == 2}
+    assert tiers["audit-2"] == (again | {"base", "oracle-0", "oracle-1", "destroyed"} if again else set())
+    seeds = {
+        tier: {r["seed"] for r in rows if r["tier"] == tier} for tier in ("probe", "audit", "audit-2", "durability")
+    }
+    assert sum(len(s) for s in seeds.values()) == len(set().union(*seeds.values()))
 
 
 def test_the_report_is_one_file_without_requests(run):
     html = run.report.read_text()
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?!data:)[a-z]+:", html)
-    for part in ("ecommended", "Search against audit", "Audit sheets", "Not tested", "Provenance", "oracle-0", "search saw",
+    for part in ("ecommended", "Knee of the front", "false discoveries", "Search against audit", "Audit sheets", "Not tested", "Provenance", "oracle-0", "search saw",
                  "Under attack", "quantisation int4", "this method is broken", "data:image/png"):  # fmt: skip
         assert part in html, part
     assert len(html) < 10_000_000
@@ -247,3 +265,85 @@ def test_verification_finds_what_was_changed(card, tmp_path):
     absent = call("verify", str(tmp_path / "absent"))
     assert absent.exit_code == 2
     assert "no such file" in absent.output
+
+
+def test_cards_side_by_side(card, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = Path(shutil.copytree(card, tmp_path / "other"))
+    content = json.loads((other / "card.json").read_text())
+    content["subject"] = "<b>another</b>"
+    content["findings"][0]["value"] = 0.987
+    (other / "card.json").write_text(json.dumps(content))
+    made = call("report", "--compare", str(card), str(other))
+    assert made.exit_code == 0, made.output
+    page = Path("comparison.html").read_text()
+    assert "&lt;b&gt;another&lt;/b&gt;" in page
+    assert "0.987" in page
+    assert "do not compare" not in page
+    assert not re.findall(r"<(?:link|img|iframe)[^>]+(?:src|href)=[\"']?(?!data:)[a-z]+:", page)
+    content["task"]["digest"] = "0"
+    (other / "card.json").write_text(json.dumps(content))
+    shown = call("show", str(card), str(other))
+    assert shown.exit_code == 0, shown.output
+    assert "The cards differ in the tasks" in shown.output
+    assert "residue" in shown.output
+    table = json.loads(call("show", str(card), str(other), "--json").output)
+    assert table["subjects"] == ["000-neggrad", "<b>another</b>"]
+    assert all(len(row["cells"]) == 2 for row in table["rows"])
+
+
+def test_runs_side_by_side(run, card, tmp_path):
+    """Two sweeps of other seeds attain what the worse of the two attains, and their difference has an interval."""
+    from raysweep.compare import runs_table
+
+    again = RunDir(tmp_path / "again")
+    again.path.mkdir()
+    for name in ("config.yaml", "manifest.json", "front.json"):
+        shutil.copy(run.path / name, again.path / name)
+    points = read_table(run.front_table, FRONT).to_pylist()
+    write_table(
+        again.front_table, [p | {"residue": p["residue"] + 0.1, "damage": p["damage"] + 0.1} for p in points], FRONT
+    )
+    table = runs_table([run, again])
+    assert table["differences"] == []
+    assert {r["name"] for r in table["rows"]} == {"neggrad", "siss_no_is", "raises", "all methods"}
+    mine = [p for p in points if p["kind"] == "candidate" and p["method"] == "neggrad"]
+    for share, shift in ((0.5, 0.0), (0.75, 0.1)):
+        assert table["bands"]["neggrad"][share][:, 0].min() == pytest.approx(min(p["residue"] for p in mine) + shift)
+    made = call("report", "--compare", "small", str(again.path), "--out", str(tmp_path / "two.html"))
+    assert made.exit_code == 0, made.output
+    assert "Attainment by method" in (tmp_path / "two.html").read_text()
+    for arguments, message in (
+        (("--compare", "small"), "at least two"),
+        (("small", "small"), "one run at a time"),
+        (("--compare", "small", str(card)), "is not a card"),
+    ):
+        refused = call("report", *arguments)
+        assert refused.exit_code == 2
+        assert message in refused.output
+    manifest = again.read_manifest()
+    again.update(digests=manifest["digests"] | {"task": "another"})
+    refused = call("report", "--compare", "small", str(again.path))
+    assert refused.exit_code == 2
+    assert "another task" in refused.output
+
+
+@pytest.mark.slow
+def test_shadow_models_attack_a_trial(home, run):
+    process = start(
+        home,
+        home / "cache",
+        "shadows",
+        "small",
+        "000-neggrad",
+        "--models",
+        "3",
+        PYTHONPATH=str(home / "faulty") + os.pathsep + str(ROOT),
+    )
+    assert process.wait(timeout=600) == 0, log(home)
+    content = json.loads((run.path / "shadows" / "000-neggrad.json").read_text())
+    assert len(content["ratios"]["unlearned"]) == content["summary"]["shadows"] == 3
+    assert len(set(content["models"].values())) == 7
+    assert run.read_manifest()["state"] == "done"
+    assert call("shadows", "small", "002-raises").exit_code == 2
+    assert call("shadows", "small", "000-neggrad", "--models", "2").exit_code == 2

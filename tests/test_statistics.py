@@ -7,6 +7,7 @@ from scipy import stats
 from evaluators.statistics import (
     advantage,
     anytime_interval,
+    auc_interval,
     clopper_pearson,
     cluster_interval,
     corrected_shares,
@@ -60,6 +61,18 @@ def test_one_positive_has_the_error_of_its_negatives():
     auc, se = delong(np.array([0.5]), np.array([0.0, 1.0, 0.2, 0.3]))
     assert auc == 0.75
     assert se == pytest.approx(np.sqrt(0.75 * 0.25 / 3))
+
+
+def test_the_interval_of_an_auc_never_shrinks_to_a_point():
+    apart = auc_interval(np.arange(5.0) + 10, np.arange(20.0) - 20)
+    assert apart[0] == 1
+    assert apart[2:] == clopper_pearson(5, 5)
+    rng = np.random.default_rng(0)
+    pos, neg = rng.normal(0.5, 1, 60), rng.normal(0, 1, 60)
+    auc, se, low, high = auc_interval(pos, neg)
+    assert (auc, se) == delong(pos, neg)
+    assert (low, high) == normal_interval(auc, se)
+    assert auc_interval(neg - 9, pos)[2:] == clopper_pearson(0, 60)
 
 
 def test_clopper_pearson():
