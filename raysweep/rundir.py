@@ -23,6 +23,7 @@ from raysweep.store import write_bytes, write_json
 
 PACKAGES = (
     "raysweep", "torch", "ray", "optuna", "diffusers", "torch-fidelity", "numpy", "scipy", "pyarrow", "moocore",
+    "open-clip-torch", "transformers", "torchdiffeq",
 )  # fmt: skip
 
 

@@ -20,9 +20,14 @@ from raysweep.seeds import derive_seed
 CHECKS = tuple(name for name in EVALUATORS if name not in BY_WEIGHTS)  # those by brought networks: test_external.py
 TIER = Tier(
     seed=1, judge="probe", checks=CHECKS, groups=5, samples=40, class_samples=20, noises=8, loss_noises=6,
-    loss_images=6, timesteps=4, membership_images=30, relearn_steps=(1, 2), inversion_steps=2, injection_steps=4, recall_noises=4,
+    loss_images=6, timesteps=4, membership_images=20, membership_t=(50, 150), membership_noises=2, relearn_steps=(1, 2), inversion_steps=2, injection_steps=4, recall_noises=4,
     likelihood_steps=4, likelihood_probes=2, strips=3,
 )  # fmt: skip
+
+
+QUICK = TIER.model_copy(
+    update={"checks": ("classifier", "denoising", "fidelity", "generation", "loss", "reconstruction", "recall")}
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def test_every_check_gives_rows_values_and_replicates(points_task, class_task, j
 
 
 def test_measuring_repeats_exactly(points_task, judge):
-    one, two = (measure(subject_of(tiny_model(points_task), points_task, judge, TIER), TIER) for _ in range(2))
+    one, two = (measure(subject_of(tiny_model(points_task), points_task, judge, QUICK), QUICK) for _ in range(2))
     assert one.values == two.values
     assert one.replicates == two.replicates
 
@@ -74,7 +79,7 @@ def test_a_check_that_raises_becomes_a_failed_row(points_task, judge, monkeypatc
         raise RuntimeError("no weights")
 
     monkeypatch.setattr("evaluators.denoising.Denoising.values", broken)
-    result = measure(subject_of(tiny_model(points_task), points_task, judge, TIER), TIER)
+    result = measure(subject_of(tiny_model(points_task), points_task, judge, QUICK), QUICK)
     failed = [r for r in result.rows if r["status"] == "failed"]
     assert {r["metric"] if "metric" in r else r["name"] for r in failed} == {
         "forget_loss",
@@ -89,7 +94,7 @@ def test_a_model_that_gives_nan_cannot_pass(points_task, judge):
     model = tiny_model(points_task)
     with torch.no_grad():
         next(model.net.parameters()).fill_(float("nan"))
-    result = measure(subject_of(model, points_task, judge, TIER), TIER)
+    result = measure(subject_of(model, points_task, judge, QUICK), QUICK)
     assert {r["status"] for r in result.rows if r["check"] in ("reconstruction", "denoising", "fidelity")} == {"failed"}
 
 

@@ -94,7 +94,7 @@ def submit(head, shipped: Path, name: str, storage: Path, *flags: str) -> str:
         head, "submit", "--submission-id", name, "--working-dir", str(shipped), *flags,
         "--runtime-env-json", json.dumps({"env_vars": variables}),
         "--", "python", "-m", "raysweep", "run", "small.yaml", f"storage={storage}",
-        "search.trials=20",
+        "search.trials=14", "audit.rounds=1", "audit.finalists=0",
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_a_job_is_stopped_resumed_and_finished(head, shipped, tmp_path_factory):
     assert "succeeded" in followed
     assert json.loads(manifest.read_text())["state"] == "done"
     trials = read_table(storage / "small" / "trials.parquet", TRIALS).to_pylist()
-    assert [t["state"] for t in trials] == ["COMPLETE"] * 20
+    assert [t["state"] for t in trials] == ["COMPLETE"] * 14
     assert {p: p.stat().st_mtime_ns for p in cards} == cards
     assert (storage / "small" / "report.html").is_file()
 
