@@ -5,9 +5,11 @@
 
 The pool varies in seed, width and length of training, so that a check must see the forget set and not the recipe. Every
 model is audited like a candidate, next to the base and three oracles, which are not in the pool. A check whose AUC is under
-0.9 is labelled uninformative on this task. `flagged` are the shares of either kind whose paired gap or excess to the oracles
-is significant at 5 % (two-sided): the power of the check, and its rate of false alarms. Results go to
-`benchmarks/results/meta-KIND.json`, where finished models are found again, and are printed as a table.
+0.9 is labelled uninformative on this task, in reports too (`--rate`). `flagged` are the shares of either kind whose gap or excess
+to the oracles lies above the margin that verdicts and equivalence tests use, one-sided at 5 %: the power of the check, and its
+rate of false alarms; models of other widths and lengths of training than the oracles' differ from them a little, which is what
+the margin is for. Results go to `benchmarks/results/meta-KIND.json`, where finished models are found again, and are printed as
+a table. What measures quality or retained images is left out: it is not to tell these models apart.
 """
 
 from __future__ import annotations
@@ -23,19 +25,23 @@ import numpy as np
 from ground import machine, save_lines
 from unlearning import RESULTS, ground
 
-from evaluators.statistics import clopper_pearson, delong, normal_interval
+from evaluators import membership
+from evaluators.statistics import auc_interval, clopper_pearson
 from methods.retrain import Retrain, RetrainSettings
+from raysweep import verdict
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config import Tier
 from raysweep.informative import LEAST
 from raysweep.models.pixel import PixelDDPM
-from raysweep.registry import BY_WEIGHTS, names
+from raysweep.registry import ATTACKS, BY_WEIGHTS, names
 from raysweep.seeds import derive_seed
 
 WIDTHS = ((8, 16), (16, 32), (24, 48))
 STEPS = (250, 400, 600)
+ONE_SIDED = 1.645
 TABLE = Path(__file__).resolve().parent.parent / "raysweep" / "informative.json"
-PAIRED = ("gap", "excess")
+MARGINS = {"gap": membership.MARGIN, "excess": verdict.MARGIN}
+OTHER = ("validity", "energy", "log_ratio", "holdout_rate", "equivalence_p", "frechet")
 
 
 def tier(without: tuple[str, ...] = ()) -> Tier:
@@ -79,6 +85,9 @@ def ratings(results: list[dict[str, Any]]) -> dict[str, tuple[float, float, floa
     """Metric -> (AUC over models, low, high, whether models with the forget set score lower), turned round if below 1/2."""
     found = {}
     for name in sorted({n for r in results for n in r["rows"]}):
+        check, metric = name.split(".")
+        if check == "per_class" or metric in OTHER or metric.startswith("retain"):
+            continue
         with_, without = (
             np.array(
                 [v for r in results if r["has"] is has and (v := r["rows"].get(name, {}).get("value")) is not None]
@@ -87,11 +96,10 @@ def ratings(results: list[dict[str, Any]]) -> dict[str, tuple[float, float, floa
         )
         if min(len(with_), len(without)) < 2:
             continue
-        auc, se = delong(with_, without)
-        low, high = normal_interval(auc, se)
+        auc, _, low, high = auc_interval(with_, without)
         if auc < 0.5:
             auc, low, high = 1 - auc, 1 - high, 1 - low
-        found[name] = (auc, max(0.0, low), min(1.0, high), bool(with_.mean() < without.mean()))
+        found[name] = (auc, low, high, bool(with_.mean() < without.mean()))
     return found
 
 
@@ -101,18 +109,17 @@ def table(results: list[dict[str, Any]]) -> str:
     for name, (auc, low, high, lower) in ratings(results).items():
         line = [name, f"{auc:.2f} [{low:.2f}, {high:.2f}]", "lower" if lower else "higher"]
         line.append("yes" if auc >= LEAST else "**uninformative**")
-        for has in (True, False):
+        check, metric = name.split(".")
+        compared = metric == "gap" or (metric == "excess" and check in ATTACKS)
+        for has in (True, False) if compared else ():
             flags = [
-                abs(row["value"]) > 1.96 * row["se"]
+                row["value"] - ONE_SIDED * row["se"] > MARGINS[metric]
                 for r in results
                 if r["has"] is has and (row := r["rows"].get(name, {})).get("value") is not None and row["se"]
             ]
-            if name.split(".")[1] in PAIRED and flags:
-                lo, hi = clopper_pearson(sum(flags), len(flags))
-                line.append(f"{np.mean(flags):.2f} [{lo:.2f}, {hi:.2f}]")
-            else:
-                line.append("")
-        found.append((auc, line))
+            lo, hi = clopper_pearson(sum(flags), len(flags)) if flags else (0.0, 1.0)
+            line.append(f"{np.mean(flags):.2f} [{lo:.2f}, {hi:.2f}]" if flags else "")
+        found.append((auc, line if compared else [*line, "", ""]))
     head = ["check", "AUC over models", "with the forget set", "informative", "flagged, with", "flagged, without"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(line) + " |" for _, line in sorted(found, key=lambda f: -f[0])]

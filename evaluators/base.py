@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 
+ROWS = 50
+
 T = TypeVar("T")
 Scores = dict[str, np.ndarray]
 Direction = Literal["min", "max", "target"]
@@ -54,11 +56,18 @@ class Model(Protocol):
         steps: int,
         guidance: float = 1.0,
         *,
+        batch: int = ...,
         eta: float = 0.0,
         noise_scale: float = 1.0,
     ) -> torch.Tensor: ...
     def reconstruct(
-        self, x0: torch.Tensor, seeds: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None = None
+        self,
+        x0: torch.Tensor,
+        seeds: torch.Tensor,
+        t: int,
+        steps: int,
+        cond: torch.Tensor | None = None,
+        batch: int = ...,
     ) -> torch.Tensor: ...
 
 
@@ -145,7 +154,19 @@ class Subject:
         how = {**self.task.sampling, **sampling}
 
         def part(rows: slice) -> torch.Tensor:
-            return self.model.sample(None if cond is None else cond[rows], seeds[rows], **how)
+            return self.model.sample(None if cond is None else cond[rows], seeds[rows], batch=BATCHES.rows, **how)
+
+        BATCHES.generated += len(seeds)
+        return torch.cat(BATCHES.map(part, len(seeds)))
+
+    def reconstruct(
+        self, x0: torch.Tensor, seeds: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the model makes of x0 (n, C, H, W) noised to step t, by about `steps`."""
+
+        def part(rows: slice) -> torch.Tensor:
+            labels = None if cond is None else cond[rows]
+            return self.model.reconstruct(x0[rows], seeds[rows], t, steps, labels, batch=BATCHES.rows)
 
         BATCHES.generated += len(seeds)
         return torch.cat(BATCHES.map(part, len(seeds)))
@@ -204,12 +225,18 @@ class Evaluator(ABC):
 class Batches:
     """How many rows go through a network at once: as many as fit, found by halving when memory runs out.
 
-    Results do not depend on it, because every row has a seed of its own. The size stays halved for the process. `generated`
+    Results do not depend on it but for rounding, because every row has a seed of its own. The size stays halved for the
+    process. `rows` is how many of them a generator puts through its network at once, always as many, so that an image is the
+    same to the last bit in whatever company it is made. `generated`
     counts the images that subjects made.
     """
 
     def __init__(self, size: int = 500):
         self.size, self.halved, self.generated = size, 0, 0
+
+    @property
+    def rows(self) -> int:
+        return min(self.size, ROWS)
 
     def map(self, function: Callable[[slice], T], count: int) -> list[T]:
         """`function(rows)` for consecutive slices of `count` rows, in order."""

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from evaluators.base import BATCHES, Direction, Evaluator, Inapplicable, Metric, Scores, Subject, correlation, judged
+from evaluators.base import Direction, Evaluator, Inapplicable, Metric, Scores, Subject, correlation, judged
 from evaluators.statistics import clopper_pearson, jackknife_se, normal_interval, t_interval
 
 IMAGES = 10  # that an attacker has, at most
@@ -191,11 +191,8 @@ class PartialDiffusion(Durability):
             index, seeds = torch.arange(n) % len(images), s.seeds("partial diffusion", n)
             t, steps = int(share * len(s.model.alphas)), max(1, round(share * s.task.sampling["steps"]))
 
-            def part(rows: slice) -> torch.Tensor:
-                mine = images.take(index[rows])
-                return s.model.reconstruct(mine.x, seeds[rows], t, steps, mine.cond)
-
-            return _seen(s, torch.cat(BATCHES.map(part, n)))
+            mine = images.take(index)
+            return _seen(s, s.reconstruct(mine.x, seeds, t, steps, mine.cond))
 
         return {f"from {share:g} T": partial(recalled, share) for share in (0.5, 0.7, 0.9)}
 
@@ -275,7 +272,7 @@ def presence(subject: Subject, stream: str = "durability", **sampling: Any) -> n
     seeds, columns = subject.seeds(stream, n), []
     for image in subject.task.splits["forget"].distinct().x:
         x0 = image.expand(n, *image.shape)
-        rebuilt = subject.model.reconstruct(x0, seeds, sizes["injection_t"], sizes["injection_steps"])
+        rebuilt = subject.reconstruct(x0, seeds, sizes["injection_t"], sizes["injection_steps"])
         columns.append(correlation(rebuilt, x0))
     return torch.stack(columns, 1).mean(1).numpy()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from evaluators.base import BATCHES, Evaluator, Images, Metric, Scores, Subject, correlation
+from evaluators.base import Evaluator, Images, Metric, Scores, Subject, correlation
 from evaluators.classifier import forget_samples
 from evaluators.external import SSCD, network
 from evaluators.statistics import clopper_pearson, jackknife_se, normal_interval, t_interval
@@ -16,6 +16,7 @@ from evaluators.statistics import clopper_pearson, jackknife_se, normal_interval
 NEIGHBOURS = 50
 ALPHA = 0.5
 QUANTILE = 0.999
+FAR = 1e3  # the calibrated distance of an image that is not the nearest
 
 
 class Recall(Evaluator):
@@ -61,15 +62,11 @@ def rebuilt(subject: Subject, images: Images) -> np.ndarray:
     seeds = subject.seeds("recall", draws)
     grid, total = subject.sizes["recall_t"], len(subject.model.alphas)
     out = np.empty((draws, len(grid), count))
-    which, noise = torch.arange(count).repeat(draws), seeds.repeat_interleave(count)
+    mine, noise = images.take(torch.arange(count).repeat(draws)), seeds.repeat_interleave(count)
     for column, t in enumerate(grid):
         steps = max(1, round(subject.task.sampling["steps"] * t / total))
-
-        def part(rows: slice, t: int = t, steps: int = steps) -> torch.Tensor:
-            mine = images.take(which[rows])
-            return correlation(subject.model.reconstruct(mine.x, noise[rows], t, steps, mine.cond), mine.x)
-
-        out[:, column] = torch.cat(BATCHES.map(part, len(which))).view(draws, count).numpy()
+        again = subject.reconstruct(mine.x, noise, t, steps, mine.cond)
+        out[:, column] = correlation(again, mine.x).view(draws, count).numpy()
     return out
 
 
@@ -77,7 +74,7 @@ class Neighbours(Evaluator):
     """How near samples come to training images; extraction after Carlini et al., arXiv:2301.13188.
 
     A sample extracts an image when its pixel distance to it is under half of its mean distance to its 50 nearest training
-    images. For a class the samples are those under the forgotten label. `extracted` counts forgotten images, `rate` samples
+    images and no other training or held-out image is nearer. For a class the samples are those under the forgotten label. `extracted` counts forgotten images, `rate` samples
     that extract one, `holdout_rate` samples that "extract" an image that was never trained on: what chance alone gives.
     `log_ratio` is the mean log ratio of a retained sample's distance to the nearest retained image over that to the nearest
     of as many held-out ones: below 0, samples lean towards what was trained on.
@@ -98,9 +95,10 @@ class Neighbours(Evaluator):
         count = min(len(retain), len(holdout))
         near = [distances(samples, images.x[:count]).min(1) for images in (retain, holdout)]
         forget, other = (distances(aimed, splits[n].distinct().x) for n in ("forget", "forget_holdout"))
+        nearest = np.minimum(train.min(1), other.min(1))[:, None]  # of them only one can be what a sample copies
         return {
-            "forget": forget / (ALPHA * usual),
-            "forget_holdout": other.min(1) / (ALPHA * usual[:, 0]),
+            "forget": np.where(forget <= nearest, forget / (ALPHA * usual), np.inf).clip(max=FAR),
+            "forget_holdout": np.where(other <= nearest, other / (ALPHA * usual), np.inf).min(1).clip(max=FAR),
             "log_ratio": np.log(np.maximum(near[0], 1e-12) / np.maximum(near[1], 1e-12)),
         }
 
@@ -161,7 +159,7 @@ class CopyDetection(Evaluator):
         again = []
         for i in range(min(len(forget), sizes["recall_images"])):
             image = forget.take(torch.full((len(seeds),), i))
-            made = subject.model.reconstruct(image.x, seeds, sizes["injection_t"], sizes["injection_steps"], image.cond)
+            made = subject.reconstruct(image.x, seeds, sizes["injection_t"], sizes["injection_steps"], image.cond)
             again.append(embed(made) @ known[i])
         return {
             "similarity": (embed(aimed) @ known.T).max(1),

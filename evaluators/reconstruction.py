@@ -31,7 +31,7 @@ class Reconstruction(Evaluator):
         columns = []
         for image in images:
             x0 = image.expand(n, *image.shape)
-            rebuilt = subject.model.reconstruct(x0, seeds, sizes["injection_t"], sizes["injection_steps"])
+            rebuilt = subject.reconstruct(x0, seeds, sizes["injection_t"], sizes["injection_steps"])
             columns.append(correlation(rebuilt, x0))
         return {"correlation": torch.stack(columns, 1).numpy()}
 

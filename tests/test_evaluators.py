@@ -111,6 +111,25 @@ def test_an_image_depends_on_its_seed_alone(points_task, class_task):
         torch.testing.assert_close(shuffled, whole[order], atol=1e-5, rtol=0)
 
 
+def test_an_image_is_the_same_to_the_last_bit_in_any_company(points_task, class_task, judge):
+    """For any number of images that are asked for at once, in any order, also through requests cut in parts."""
+    for task in (points_task, class_task):
+        one = subject(task, judge)
+        seeds = row_seeds(9, 0, 120)
+        cond = None if task.kind == "points" else torch.arange(120) % 6
+        whole = one.generate(cond, seeds)
+        order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+        labels = None if cond is None else cond[order]
+        assert torch.equal(one.generate(labels, seeds[order]), whole[order])
+        for low, high in ((0, 1), (3, 50), (7, 118)):
+            part = one.generate(None if cond is None else cond[low:high], seeds[low:high])
+            assert torch.equal(part, whole[low:high])
+        x0 = task.splits["retain"].x[torch.arange(60) % 30]
+        again = one.reconstruct(x0, seeds[:60], 400, 3, None if cond is None else cond[:60])
+        some = one.reconstruct(x0[5:9], seeds[5:9], 400, 3, None if cond is None else cond[5:9])
+        assert torch.equal(some, again[5:9])
+
+
 def test_sampling_is_diffusers_own(points_task):
     from diffusers import DDIMPipeline
 

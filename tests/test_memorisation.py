@@ -130,6 +130,12 @@ def test_extraction_counts_images_not_samples(points_task, judge):
     assert values["extracted"] == 1
     assert values["rate"] == pytest.approx(8 / 40)
     assert values["holdout_rate"] == 0
+    # whatever copies a forgotten image is near others of its kind, too, and does not copy those
+    kin = dataclasses.replace(points_task)
+    object.__setattr__(kin, "splits", splits | {"forget_holdout": dataclasses.replace(forget, x=forget.x * 0.9)})
+    near = subject(kin, judge)
+    near.once("samples", one.samples)
+    assert Neighbours().values(Neighbours().scores(near), near)["holdout_rate"] == 0
     lean = subject(points_task, judge)
     lean.once("samples", lambda: (splits["retain"].x[:36] + 0.01, None))
     assert Neighbours().values(Neighbours().scores(lean), lean)["log_ratio"] < -1

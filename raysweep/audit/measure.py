@@ -95,7 +95,7 @@ def _strips(subject: Subject, count: int) -> Scores:
         noise = subject.model.noise(seeds).cpu()
         noised = subject.model.add_noise(x0.to(subject.model.device), noise.to(subject.model.device), torch.tensor([t]))
         strips["strip.noised"] = noised.cpu()
-        strips["strip.rebuilt"] = subject.model.reconstruct(x0, seeds, t, subject.sizes["injection_steps"])
+        strips["strip.rebuilt"] = subject.reconstruct(x0, seeds, t, subject.sizes["injection_steps"])
     return {name: images.float().numpy() for name, images in strips.items()}
 
 

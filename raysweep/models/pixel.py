@@ -28,6 +28,7 @@ from raysweep.models.draws import normal_rows, uniform_rows
 from raysweep.store import digest_of, digest_state
 
 SAMPLER = "raysweep_sampler.json"
+ROWS = 50  # images that go through the network at once
 
 
 class PixelDDPM:
@@ -216,42 +217,53 @@ class PixelDDPM:
         seeds: torch.Tensor,
         steps: int,
         guidance: float = 1.0,
-        batch: int = 250,
+        batch: int = ROWS,
         eta: float = 0.0,
         noise_scale: float = 1.0,
     ) -> torch.Tensor:
-        """Samples in [-1, 1], shape (n, C, H, W); image i depends only on seeds[i] and cond[i].
+        """Samples in [-1, 1], shape (n, C, H, W); image i depends only on seeds[i] and cond[i], on a CPU to the last bit.
 
         By DDIM in `steps` with classifier-free `guidance` and noise of strength `eta` (1: that of DDPM) at each step, from
         standard normal noise times `noise_scale`, unless the model has a sampler of its own: a one-step generator ignores
-        steps, guidance and eta.
+        steps, guidance and eta. `batch` rows go through the network at once; the last ones are filled up, because kernels
+        round differently for another number of rows.
         """
         self.net.eval()
         parts = []
-        for start in range(0, len(seeds), batch):
-            rows = slice(start, start + batch)
+        for rows in _filled(len(seeds), batch):
             labels = None if cond is None else cond[rows].to(self.device)
+            x = noise_scale * self.noise(seeds[rows])
             if self.sampler is not None and self.sampler["kind"] == "one_step":
-                x = self._one_step(noise_scale * self.noise(seeds[rows]), labels)
+                x = self._one_step(x, labels)
             else:
-                noisy = (eta, seeds[rows])
-                x = noise_scale * self.noise(seeds[rows])
-                x = self._ddim(x, self._scheduler(steps), None, labels, guidance, noisy)
+                x = self._ddim(x, self._scheduler(steps), None, labels, guidance, (eta, seeds[rows]))
             parts.append(x.clamp(-1, 1).cpu())
-        return torch.cat(parts)
+        return torch.cat(parts)[: len(seeds)]
 
     @torch.no_grad()
     def reconstruct(
-        self, x0: torch.Tensor, seeds: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None = None
+        self,
+        x0: torch.Tensor,
+        seeds: torch.Tensor,
+        t: int,
+        steps: int,
+        cond: torch.Tensor | None = None,
+        batch: int = ROWS,
     ) -> torch.Tensor:
-        """Noises x0 (n, C, H, W) to step t (rounded down to the sampler's grid) and denoises it in about `steps`."""
+        """Noises x0 (n, C, H, W) to step t (rounded down to the sampler's grid) and denoises it in about `steps`.
+
+        Row i depends only on x0[i], seeds[i] and cond[i]; see `sample` for `batch`.
+        """
         self.net.eval()
-        scheduler = self._scheduler(max(1, round(len(self.alphas) * steps / t)))
-        start = int(scheduler.timesteps[scheduler.timesteps <= t][0])
-        eps = self.noise(seeds)
-        x_t = self.add_noise(x0.to(eps), eps, torch.full((len(x0),), start, device=self.device))
-        labels = None if cond is None else cond.to(self.device)
-        return self._ddim(x_t, scheduler, start, labels, 1.0).clamp(-1, 1).cpu()
+        parts = []
+        for rows in _filled(len(seeds), batch):
+            scheduler = self._scheduler(max(1, round(len(self.alphas) * steps / t)))
+            start = int(scheduler.timesteps[scheduler.timesteps <= t][0])
+            eps = self.noise(seeds[rows])
+            x_t = self.add_noise(x0[rows].to(eps), eps, torch.full((len(eps),), start, device=self.device))
+            labels = None if cond is None else cond[rows].to(self.device)
+            parts.append(self._ddim(x_t, scheduler, start, labels, 1.0).clamp(-1, 1).cpu())
+        return torch.cat(parts)[: len(seeds)]
 
     @torch.no_grad()
     def trajectory(
@@ -325,3 +337,9 @@ class PixelDDPM:
         concept = self.predict(x, t, torch.full_like(cond, safe.hp["concept"]))
         unit = 1.0 if self.prediction == "epsilon" else self.gamma_sigma(t)[0]  # v differs from epsilon by 1/gamma
         return safe(output, free, concept, guidance, unit)
+
+
+def _filled(count: int, batch: int) -> Iterator[torch.Tensor]:
+    """Indices of `count` rows in batches of exactly `batch`, the last one filled up with its last row."""
+    for start in range(0, count, batch):
+        yield torch.arange(start, start + batch).clamp(max=count - 1)
