@@ -17,7 +17,7 @@ import torch
 from scipy.special import logsumexp
 
 from evaluators.base import Direction, Evaluator, Metric, Scores, Subject, judged
-from evaluators.statistics import clopper_pearson, corrected_shares, jackknife_se, normal_interval, t_interval
+from evaluators.statistics import clopper_pearson, corrected_shares, jackknife_interval, t_interval
 
 REAL_QUANTILE = 0.05
 
@@ -72,8 +72,7 @@ class Classifier(Evaluator):
         rows.append(Metric("energy", values["energy"], len(scores["energy"]), se, lo - real, hi - real, how))
         if "recognised_corrected" in values:
             value, n = values["recognised_corrected"], len(scores["forget_class"])
-            se = jackknife_se(replicates["recognised_corrected"])
-            lo, hi = normal_interval(value, se)
+            se, lo, hi = jackknife_interval(value, replicates["recognised_corrected"])
             how = "jackknife over samples"
             rows.append(Metric("recognised_corrected", value, n, se, max(0.0, lo), min(1.0, hi), how))
         return rows

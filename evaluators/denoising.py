@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evaluators.base import Evaluator, Images, Metric, Scores, Subject
-from evaluators.statistics import jackknife_se, normal_interval, t_interval
+from evaluators.statistics import jackknife_interval, t_interval
 
 
 class Denoising(Evaluator):
@@ -46,8 +46,7 @@ class Denoising(Evaluator):
             method = "student-t over noise draws"
             name, n = f"{key}_loss", len(scores[key])
             rows.append(Metric(name, values[name], n, se, lo, hi, method, self.directions[name]))
-        se = jackknife_se(replicates["forget_log_loss"])
-        lo, hi = normal_interval(values["forget_log_loss"], se)
+        se, lo, hi = jackknife_interval(values["forget_log_loss"], replicates["forget_log_loss"])
         n = len(scores["forget"])
         rows.append(Metric("forget_log_loss", values["forget_log_loss"], n, se, lo, hi, "jackknife over noise draws"))
         return rows

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from evaluators.base import Direction, Evaluator, Inapplicable, Metric, Scores, Subject, correlation, judged
-from evaluators.statistics import clopper_pearson, jackknife_se, normal_interval, t_interval
+from evaluators.statistics import clopper_pearson, jackknife_interval, t_interval
 
 IMAGES = 10  # that an attacker has, at most
 BATCH = 32
@@ -84,10 +84,9 @@ class Durability(Evaluator):
                 se, lo, hi = t_interval(scores[strength])
                 rows.append(Metric(name, value, n, se, lo, hi, "student-t over noise draws"))
             else:
-                se = jackknife_se(replicates[name])
-                if kind == "excess":  # what the oracles' own spread leaves open about their mean
-                    se = math.hypot(se, _spread(scores, strength))
-                lo, hi = normal_interval(value, se)
+                # an excess holds what the oracles' own spread leaves open about their mean, too
+                more = _spread(scores, strength) if kind == "excess" else 0.0
+                se, lo, hi = jackknife_interval(value, replicates[name], more=more)
                 rows.append(Metric(name, value, n, se, lo, hi, "jackknife over samples"))
         if "excess" not in values:
             why = "there is no oracle to compare with"

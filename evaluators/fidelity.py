@@ -20,9 +20,8 @@ from evaluators.statistics import (
     diversity,
     frechet,
     inception_score,
-    jackknife_se,
+    jackknife_interval,
     kid,
-    normal_interval,
     precision_recall,
 )
 
@@ -74,8 +73,7 @@ class Fidelity(Evaluator):
         n, rows = len(own), []
         few = min(n, len(reference)) < own.shape[1]
         for name, value in self.values(scores, subject).items():
-            se = jackknife_se(replicates[name])
-            lo, hi = normal_interval(value, se)
+            se, lo, hi = jackknife_interval(value, replicates[name])
             reason = f"fewer images than the {own.shape[1]} features: biased" if few and name == "frechet" else ""
             how = "jackknife over samples"
             rows.append(Metric(name, value, n, se, lo, hi, how, self.directions[name], reason=reason))

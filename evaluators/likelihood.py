@@ -17,7 +17,7 @@ from torchdiffeq import odeint
 
 from evaluators.base import BATCHES, Evaluator, Images, Metric, Model, Scores, Subject
 from evaluators.membership import populations
-from evaluators.statistics import jackknife_se, normal_interval, t_interval
+from evaluators.statistics import jackknife_interval, t_interval
 
 
 class Likelihood(Evaluator):
@@ -54,8 +54,7 @@ class Likelihood(Evaluator):
                 rows.append(Metric(f"{name}_bits", value, n, se, lo, hi, "student-t over images", direction))
             else:
                 rows.append(Metric(f"{name}_bits", value, n, direction=direction, reason="one image: no interval"))
-        se = jackknife_se(replicates["excess"])
-        lo, hi = normal_interval(values["excess"], se)
+        se, lo, hi = jackknife_interval(values["excess"], replicates["excess"])
         rows.append(Metric("excess", values["excess"], len(scores["forget"]), se, lo, hi, "jackknife over images"))
         return rows
 

@@ -11,7 +11,7 @@ import torch
 from evaluators.base import Evaluator, Images, Metric, Scores, Subject, correlation
 from evaluators.classifier import forget_samples
 from evaluators.external import SSCD, network
-from evaluators.statistics import clopper_pearson, jackknife_se, normal_interval, t_interval
+from evaluators.statistics import clopper_pearson, jackknife_interval, t_interval
 
 NEIGHBOURS = 50
 ALPHA = 0.5
@@ -181,8 +181,7 @@ class CopyDetection(Evaluator):
             lo, hi = clopper_pearson(round(values[name] * n), n)
             reason = f"similarity above {threshold:.3f}"
             rows.append(Metric(name, values[name], n, None, lo, hi, "clopper-pearson", reason=reason))
-        se = jackknife_se(replicates["rebuilt"])
-        lo, hi = normal_interval(values["rebuilt"], se)
+        se, lo, hi = jackknife_interval(values["rebuilt"], replicates["rebuilt"])
         return [
             *rows,
             Metric("rebuilt", values["rebuilt"], len(scores["rebuilt"]), se, lo, hi, "jackknife over noise draws"),

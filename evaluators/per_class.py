@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from evaluators.base import Direction, Evaluator, Metric, Scores, Subject, judged
-from evaluators.statistics import clopper_pearson, jackknife_se, kid, normal_interval
+from evaluators.statistics import clopper_pearson, jackknife_interval, kid
 
 NEAREST = 2
 
@@ -65,8 +65,7 @@ class PerClass(Evaluator):
                 rows.append(Metric(name, value, blocks, None, lo, hi, "clopper-pearson", direction))
             else:
                 reason = f"classes {near}" if name.startswith("nearest") else ""
-                se = jackknife_se(replicates[name])
-                lo, hi = normal_interval(value, se)
+                se, lo, hi = jackknife_interval(value, replicates[name])
                 rows.append(Metric(name, value, blocks, se, lo, hi, "jackknife over blocks", direction, reason=reason))
         return rows
 

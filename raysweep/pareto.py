@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import moocore
 import numpy as np
 
-from evaluators.statistics import jackknife_se, normal_interval
+from evaluators.statistics import jackknife_interval
 
 REFERENCE = (1.1, 1.1)  # fixed beforehand in anchored units, so that hypervolumes of different sweeps compare
 
@@ -84,7 +84,7 @@ def hypervolume_interval(
     Resampled points would not do: noise pushes some of them outwards, so their hypervolume lies above that of the points.
     """
     volumes = np.array([hypervolume(replicates[:, g], reference) for g in range(replicates.shape[1])])
-    low, high = normal_interval(hypervolume(points, reference), jackknife_se(volumes), level)
+    _, low, high = jackknife_interval(hypervolume(points, reference), volumes, level)
     return max(0.0, low), high
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import optuna
 
-from evaluators.statistics import jackknife_se, normal_interval, t_interval
+from evaluators.statistics import jackknife_interval, jackknife_se, t_interval
 from raysweep import pareto
 from raysweep.audit.auditor import rows_path
 from raysweep.config import Sweep
@@ -340,8 +340,7 @@ def _difference(
     parts = measured.replicates[metric] - np.mean([m.replicates[metric] for m in models], axis=0)
     se = lo = hi = None
     if np.ptp(parts) > 0:  # else there are fewer units than groups, or all are alike: an error of 0 would be a lie
-        se = jackknife_se(parts)
-        lo, hi = normal_interval(delta, se)
+        se, lo, hi = jackknife_interval(delta, parts)
     check, name = metric.split(".")
     return {
         "subject": subject, "method": method, "tier": "audit", "check": check, "metric": name,

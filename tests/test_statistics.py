@@ -18,6 +18,7 @@ from evaluators.statistics import (
     equivalence,
     frechet,
     jackknife,
+    jackknife_interval,
     jackknife_se,
     kid,
     normal_interval,
@@ -73,6 +74,20 @@ def test_the_interval_of_an_auc_never_shrinks_to_a_point():
     assert (auc, se) == delong(pos, neg)
     assert (low, high) == normal_interval(auc, se)
     assert auc_interval(neg - 9, pos)[2:] == clopper_pearson(0, 60)
+
+
+def test_the_interval_of_a_jackknife_covers_with_few_groups():
+    rng, covered, normal = np.random.default_rng(0), 0, 0
+    for _ in range(2000):
+        x = rng.normal(size=40)
+        parts = np.array([np.delete(x, np.arange(g, 40, 8)).mean() for g in range(8)])
+        se, low, high = jackknife_interval(x.mean(), parts)
+        covered += low <= 0 <= high
+        normal += normal_interval(x.mean(), se)[0] <= 0 <= normal_interval(x.mean(), se)[1]
+    assert 0.935 <= covered / 2000 <= 0.965
+    assert normal / 2000 < 0.93
+    se, low, high = jackknife_interval(0.0, np.zeros(8), more=0.5)
+    assert (se, high) == (0.5, pytest.approx(0.5 * stats.t.ppf(0.975, 7)))
 
 
 def test_clopper_pearson():

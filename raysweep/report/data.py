@@ -22,6 +22,7 @@ from raysweep.store import FRONT, ROWS, SCORES, read_table
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")  # colour-blind safe
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "pentagon", "hexagon", "star-triangle-down")
 ZOOM = 5
+EASY = 0.2  # the worse objective under which a short front says that the task is easy
 
 
 @dataclass
@@ -170,7 +171,7 @@ def _answer(data: ReportData, best: dict[str, Any] | None) -> list[str]:
     ]
     if best["trial"] in data.front["verdicts"]:
         lines.insert(2, f"Under attack: {data.front['verdicts'][best['trial']]['sentence']}.")
-    if len(members) <= 2:
+    if len(members) <= 2 and max(best["residue"], best["damage"]) < EASY:
         lines.append(
             "The task is easy for the best methods, so the overall front is short; see each method's own front."
         )
