@@ -47,9 +47,11 @@ def test_every_check_gives_rows_values_and_replicates(points_task, class_task, j
         one.peers = {"base": one} | {
             f"oracle-{k}": subject_of(tiny_model(task, seed=k + 1), task, judge, TIER) for k in range(2)
         }
-        result = measure(one, TIER)
+        # the small networks of `quantile` take as long as everything else together, and know no conditions
+        tier = TIER.model_copy(update={"checks": tuple(n for n in CHECKS if n != "quantile" or task.kind == "points")})
+        result = measure(one, tier)
         checks = {(r["check"], r["status"]) for r in result.rows}
-        for name in CHECKS:
+        for name in tier.checks:
             # it is sampled as usual; the detector is an extra
             applies = task.kind in resolve("evaluator", name).kinds and name not in ("sampler_removal", "nudenet")
             assert (name, "ok" if applies else "skipped") in checks

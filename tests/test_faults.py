@@ -74,7 +74,7 @@ def warm(place):
 def test_warm_jobs_are_done_once_and_found_again(place, warm):
     started = time.monotonic()
     one = warm.run(job(place, "a"))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # a group of its own would take longer to start
     assert (one.status, warm.run(job(place, "again", out="a"))) == ("ok", one)
     other = warm.run(job(place, "b"))
     assert other.digest == one.digest

@@ -88,8 +88,8 @@ def ray_job(head, *arguments: str, check: bool = True) -> str:
     return done.stdout + done.stderr
 
 
-def submit(head, shipped: Path, name: str, storage: Path, *flags: str) -> str:
-    variables = {"RAYSWEEP_CACHE": str(storage / "cache"), "RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1"}
+def submit(head, shipped: Path, name: str, storage: Path, cache: Path, *flags: str) -> str:
+    variables = {"RAYSWEEP_CACHE": str(cache), "RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1"}
     return ray_job(
         head, "submit", "--submission-id", name, "--working-dir", str(shipped), *flags,
         "--runtime-env-json", json.dumps({"env_vars": variables}),
@@ -98,9 +98,9 @@ def submit(head, shipped: Path, name: str, storage: Path, *flags: str) -> str:
     )  # fmt: skip
 
 
-def test_a_job_is_stopped_resumed_and_finished(head, shipped, tmp_path_factory):
+def test_a_job_is_stopped_resumed_and_finished(head, shipped, cache, tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
-    submit(head, shipped, "first", storage, "--no-wait")
+    submit(head, shipped, "first", storage, cache, "--no-wait")
     deadline = time.monotonic() + 300
     candidates = storage / "small" / "candidates"
     while not list(candidates.glob("*/raysweep.json")):
@@ -113,7 +113,7 @@ def test_a_job_is_stopped_resumed_and_finished(head, shipped, tmp_path_factory):
     cards = {p: p.stat().st_mtime_ns for p in candidates.glob("*/raysweep.json")}
     assert cards
 
-    followed = submit(head, shipped, "second", storage)  # follows the log to the end
+    followed = submit(head, shipped, "second", storage, cache)  # follows the log to the end
     assert "resuming" in followed
     assert "recommended" in followed
     assert "succeeded" in followed

@@ -24,34 +24,27 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(tmp_path_factory, cache) -> Path:
     """A folder in which a sweep was killed after two trials, and then run again to its end."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "small.yaml").write_text(SMALL)
     faulty = install_faulty(folder / "faulty")
     methods = ("methods=[neggrad, siss_no_is, raises]",)
-    first = start(folder, folder / "cache", "run", "small.yaml", *methods, PYTHONPATH=faulty)
+    first = start(folder, cache, "run", "small.yaml", *methods, PYTHONPATH=faulty)
     deadline = time.monotonic() + 400
     while len(re.findall(r" trial  ", log(folder))) < 2:
         assert first.poll() is None, log(folder)
         assert time.monotonic() < deadline, log(folder)
         time.sleep(0.5)
+    family = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
     first.wait()
     before = {p.parent.name: p.stat().st_mtime_ns for p in (folder / "runs/small/candidates").glob("*/raysweep.json")}
     (folder / "before.json").write_text(json.dumps(before))
-    _wait_for_ray_to_die()
-    second = start(folder, folder / "cache", "run", "small.yaml", *methods, PYTHONPATH=faulty)
+    psutil.wait_procs(family, timeout=20)  # Ray's processes end by themselves
+    second = start(folder, cache, "run", "small.yaml", *methods, PYTHONPATH=faulty)
     assert second.wait(timeout=500) == 0, log(folder)
     return folder
-
-
-def _wait_for_ray_to_die() -> None:
-    """The killed driver's Ray processes end by themselves."""
-    for _ in range(100):
-        if not any("raylet" in (p.info["name"] or "") for p in psutil.process_iter(["name"])):
-            return
-        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -214,10 +207,10 @@ def test_another_config_is_refused(run):
 
 
 @pytest.fixture(scope="module")
-def card(home) -> Path:
+def card(home, cache) -> Path:
     """The audit card of a candidate, made by the command."""
     one = "runs/small/candidates/000-neggrad"
-    process = start(home, home / "cache", "audit", one, "small.yaml", "name=other")
+    process = start(home, cache, "audit", one, "small.yaml", "name=other")
     assert process.wait(timeout=400) == 0, log(home)
     return next((home / "runs/other-audits/cards").iterdir())
 
@@ -329,10 +322,10 @@ def test_runs_side_by_side(run, card, tmp_path):
 
 
 @pytest.mark.slow
-def test_shadow_models_attack_a_trial(home, run):
+def test_shadow_models_attack_a_trial(home, cache, run):
     process = start(
         home,
-        home / "cache",
+        cache,
         "shadows",
         "small",
         "000-neggrad",
