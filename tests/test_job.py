@@ -37,8 +37,9 @@ def head(tmp_path_factory):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "COV_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = clean | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    gcs, jobs = free_port(), free_port()
+    gcs, jobs, agent = free_port(), free_port(), free_port()
     command = ["ray", "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}",
+               f"--dashboard-agent-listen-port={agent}",  # its default is taken if another Ray runs on this machine
                "--node-ip-address=127.0.0.1", "--num-cpus=2", "--object-store-memory=200000000",
                "--resources={\"trial_slot\": 100}", f"--temp-dir=/tmp/rs{gcs}"]  # fmt: skip
     with open(folder / "head.log", "w") as out:
@@ -80,10 +81,14 @@ def shipped(tmp_path_factory) -> Path:
 
 def ray_job(head, *arguments: str, check: bool = True) -> str:
     env, address = head
-    done = subprocess.run(
-        ["ray", "job", arguments[0], "--address", address, *arguments[1:]], env=env, capture_output=True, text=True,
-        timeout=500, check=False,
-    )  # fmt: skip
+    for _ in range(30):
+        done = subprocess.run(
+            ["ray", "job", arguments[0], "--address", address, *arguments[1:]], env=env, capture_output=True, text=True,
+            timeout=500, check=False,
+        )  # fmt: skip
+        if "No available agent" not in done.stderr + done.stdout:  # the head's agent starts after its jobs API
+            break
+        time.sleep(1)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
