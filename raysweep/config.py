@@ -55,7 +55,7 @@ class Tier(_Model):
     recall_t: tuple[int, ...] = Field(
         (100, 250, 400, 600, 800), min_length=1, description="steps of the reconstruction curve"
     )
-    recall_noises: int = Field(10, ge=2, description="noise draws per image and step of the reconstruction curve")
+    recall_noises: int = Field(6, ge=2, description="noise draws per image and step of the reconstruction curve")
     recall_images: int = Field(20, ge=1, description="images per population of the reconstruction curve")
     likelihood_steps: int = Field(20, ge=2, description="steps of the likelihood's solver")
     likelihood_probes: int = Field(5, ge=1, description="random directions per image of the likelihood's divergence")
