@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 
-ROWS = 50
+ROWS = 50  # images that a generator puts through its network at once: another number rounds differently
 
 T = TypeVar("T")
 Scores = dict[str, np.ndarray]

@@ -5,6 +5,7 @@ A tier's `weights` name the file or folder of each; nothing is ever downloaded, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -54,15 +55,15 @@ def rgb(images: torch.Tensor, size: int | tuple[int, int] | None = None) -> torc
     return x
 
 
-class _Network:
+class _Network(ABC):
     """Images (n, C, H, W) in [-1, 1] -> rows of numbers, float64 (n, d), in batches."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)
 
+    @abstractmethod
     def one(self, x: torch.Tensor) -> torch.Tensor:
         """One batch."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> np.ndarray:

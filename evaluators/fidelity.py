@@ -89,14 +89,13 @@ class Fidelity(Evaluator):
 
 
 class _ByNetwork(Fidelity):
-    """The same in the feature space of a network that the user brings."""
+    """The same in the feature space of a network that the user brings, of the class `kind`."""
 
-    def net(self, subject: Subject) -> CLIP | DINO | Inception:
-        """The network."""
-        raise NotImplementedError
+    kind: ClassVar[type[CLIP | DINO | Inception]]
+    weights: ClassVar[str]
 
     def _both(self, subject: Subject, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        return self.net(subject)(images), None
+        return network(subject, self.weights, self.kind)(images), None
 
     def _own(self, subject: Subject) -> tuple[np.ndarray, np.ndarray | None]:
         return subject.once(f"{self.name}.own", lambda: self._both(subject, subject.samples()[0]))
@@ -116,14 +115,11 @@ class InceptionFidelity(_ByNetwork):
     """With Inception v3 as the literature reports it: FID, KID, IS; torch-fidelity's port of the original weights."""
 
     name = "fidelity_inception"
-    weights = "inception"
+    kind, weights = Inception, "inception"
     needs = "weights.inception: torch-fidelity's weights file of Inception v3; retain set"
 
-    def net(self, subject: Subject) -> Inception:
-        return network(subject, "inception", Inception)
-
     def _both(self, subject: Subject, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        found = self.net(subject)(images)
+        found, _ = super()._both(subject, images)
         return found[:, :2048], found[:, 2048:]
 
 
@@ -131,19 +127,13 @@ class DINOFidelity(_ByNetwork):
     """With DINOv2, which does not penalise diffusion models as Inception does (Stein et al., arXiv:2306.04675)."""
 
     name = "fidelity_dino"
-    weights = "dino"
+    kind, weights = DINO, "dino"
     needs = "weights.dino: a transformers folder of DINOv2 or the like; retain set"
-
-    def net(self, subject: Subject) -> DINO:
-        return network(subject, "dino", DINO)
 
 
 class CLIPFidelity(_ByNetwork):
     """With CLIP's image features."""
 
     name = "fidelity_clip"
-    weights = "clip"
+    kind, weights = CLIP, "clip"
     needs = "weights.clip: an open_clip folder; retain set"
-
-    def net(self, subject: Subject) -> CLIP:
-        return network(subject, "clip", CLIP)

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
+from evaluators.base import ROWS
 from methods.sld import SafetyGuidance
 from raysweep.models.draws import normal_rows, uniform_rows
 from raysweep.store import digest_of, digest_state
 
 SAMPLER = "raysweep_sampler.json"
-ROWS = 50  # images that go through the network at once
 
 
 class PixelDDPM:
