@@ -170,7 +170,9 @@ class SearchConfig(_Model):
 
     trials: int = Field(36, ge=1, description="trials in all, shared equally between the methods")
     sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna sampler")
-    batch: int = Field(12, ge=1, description="trials suggested at once from the results of all batches before")
+    batch: int = Field(
+        6, ge=1, description="trials suggested at once, from the results of all batches but the one that runs meanwhile"
+    )
     seed: int = Field(0, ge=0, description="seed of the sampler and, through it, of every trial")
     min_validity: float = Field(0.2, ge=0, le=1, description="constraint: share of valid samples a candidate must keep")
 

@@ -99,6 +99,8 @@ class Pool:
     def audit_only(self) -> None:
         """Ends training and gives its resources to more auditors: after the search nothing else would use them."""
         self.stop_training()
+        if not self.plan.late_auditors:
+            return
         names, auditors, place = _start_auditors(self.run_id, self.plan, len(self.auditors), self.plan.late_auditors)
         self.auditors += auditors
         self.places.append(place)

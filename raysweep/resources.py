@@ -12,7 +12,7 @@ from raysweep.config import ConfigError, Sweep
 
 TRIAL_SLOT = "trial_slot"  # held by trial functions, so that they never take what workers need
 AUDIT_SHARE = 4  # one GPU in so many audits
-CPU_SHARE = 0.5  # CPUs per process where there are no GPUs: training and audits take turns on the cores
+CPU_SHARE = 0.4  # CPUs per process where there are no GPUs: training and audits take turns on the cores
 MAX_CPU_SLOTS = 4  # each slot and each auditor without a GPU is a process of some 0.7 GB
 
 
@@ -42,8 +42,9 @@ class Plan:
 
     @property
     def concurrent_trials(self) -> int:
-        """Trials in flight: one per slot, and one per auditor so that slots train on while candidates are probed."""
-        return self.slots + self.auditors
+        """Trials in flight: one per slot, one per auditor so that slots train on while candidates are probed, and one that
+        waits for the first free slot."""
+        return self.slots + self.auditors + 1
 
     @property
     def driver_cpus(self) -> float:
@@ -54,9 +55,10 @@ class Plan:
         """One line for people."""
         unit = f"{self.worker_gpus:g} GPU" if self.worker_gpus else f"{self.worker_cpus:g} CPU"
         audit = f"{self.auditor_gpus:g} GPU" if self.auditor_gpus else f"{self.auditor_cpus:g} CPU"
+        late = f", {self.late_auditors} more after the search" if self.late_auditors else ""
         return (
             f"{self.slots} trials at once x {self.workers} worker{'s' * (self.workers > 1)} x {unit}, "
-            f"{self.auditors} auditor{'s' * (self.auditors > 1)} x {audit}, {self.late_auditors} more after the search"
+            f"{self.auditors} auditor{'s' * (self.auditors > 1)} x {audit}{late}"
         )
 
 
@@ -86,8 +88,8 @@ def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> 
         share = wanted.cpus_per_worker or (CPU_SHARE if cpus >= 2 else cpus / 4)
         slots = wanted.slots or max(1, min(MAX_CPU_SLOTS, int(cpus / 2 / (share * workers))))
         auditor_cpus = CPU_SHARE if cpus >= 2 else cpus / 4
-        auditors = wanted.auditors or max(1, min(MAX_CPU_SLOTS, int(cpus / 2)))
-        late = max(1, min(MAX_CPU_SLOTS, int(cpus)) - auditors)
+        auditors = wanted.auditors or max(1, min(MAX_CPU_SLOTS, int(cpus)))
+        late = max(0, min(MAX_CPU_SLOTS, int(cpus)) - auditors)
         plan = Plan(slots, workers, share, 0.0, auditors, auditor_cpus, 0.0, late, trial_slots)
     preflight(plan, nodes)
     return plan

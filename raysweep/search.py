@@ -2,8 +2,10 @@
 
 What a study records is exactly what happened: finite objectives of a finished trial are COMPLETE, a trial stopped early is
 PRUNED, an error or an objective that is missing or not finite is FAIL with its reason. Trials come in batches: a batch is
-suggested all at once from the batches before it, and the next one waits until all of it has ended. So neither the number
-of workers nor the order in which they finish can change a suggestion. Each method has the same share of every sweep.
+suggested all at once, from the results of all batches but the one before it, which still runs then; so workers have
+something to do while the last trials of a batch are being probed. A result that comes before its time is held back until
+the next batch has been suggested. So neither the number of workers nor the order in which they finish can change a
+suggestion. Each method has the same share of every sweep.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class ParetoSearch(Searcher):
     def _attach(self) -> None:
         self.study = open_study(self.journal, self.name)
         self.numbers: dict[str, int] = {}  # Tune's trial id -> number in the study
+        self.held: dict[int, tuple[dict[str, Any], bool]] = {}  # number -> (result, error) that comes before its time
         self.ready: list[dict[str, Any]] = [
             json.loads(t.user_attrs["config"])
             for t in self._planned().values()
@@ -70,25 +73,45 @@ class ParetoSearch(Searcher):
         ]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial's config; None: wait for the running batch; FINISHED: all trials were suggested."""
+        """The next trial's config; None: wait for the batch before the running one; FINISHED: all were suggested."""
         if not self.ready:
-            planned = self._planned()
-            if any(not t.state.is_finished() for t in planned.values()):
-                return None
-            if len(planned) >= self.trials:
-                return Searcher.FINISHED
-            self.ready = self._ask_batch(len(planned))
+            self._advance()
+        if not self.ready:
+            return Searcher.FINISHED if len(self._planned()) >= self.trials else None
         config = self.ready.pop(0)
         self.numbers[trial_id] = config["number"]
         self._set(config["number"], "tune_id", trial_id)
         return config
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """Records the end of a trial."""
+        """Records the end of a trial, as soon as the batch after its own has been suggested."""
         number = self.numbers.pop(trial_id, None)
         if number is None or self.study.trials[number].state.is_finished():
             return
-        result = result or {}
+        self.held[number] = (result or {}, error)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Records what has been held back for long enough and suggests what that allows, until nothing moves."""
+        while True:
+            planned = self._planned()
+            asked = len(planned)
+            due = [n for p, t in planned.items() if (n := t.number) in self.held and self._next_is_asked(p, asked)]
+            for number in due:
+                self._record(number, *self.held.pop(number))
+            first = asked // self.batch * self.batch  # of the batch to suggest
+            planned = self._planned()
+            before = (planned[place] for place in range(first - self.batch))
+            more = asked < self.trials and all(t.state.is_finished() for t in before)
+            if more:
+                self.ready += [self._ask(place) for place in range(asked, min(self.trials, first + self.batch))]
+            if not due and not more:
+                return
+
+    def _next_is_asked(self, place: int, asked: int) -> bool:
+        return asked >= min(self.trials, (place // self.batch + 2) * self.batch)
+
+    def _record(self, number: int, result: dict[str, Any], error: bool) -> None:
         values = [result.get(name) for name in OBJECTIVES]
         if error or (result.get(FINAL) and not _finite(values)):
             fallback = "the trial ended with an error" if error else f"objectives are not finite: {values}"
@@ -132,9 +155,6 @@ class ParetoSearch(Searcher):
             elif "config" in t.user_attrs:
                 planned[t.user_attrs["place"]] = t
         return planned
-
-    def _ask_batch(self, start: int) -> list[dict[str, Any]]:
-        return [self._ask(place) for place in range(start, min(self.trials, start + self.batch))]
 
     def _ask(self, place: int) -> dict[str, Any]:
         """Asks the study for the trial at one place of the sweep and records its config."""

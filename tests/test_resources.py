@@ -24,9 +24,10 @@ def total(p, unit):
 
 def test_two_cpus():
     p = plan([Node(2)])
-    assert (p.slots, p.workers, p.auditors, p.late_auditors, p.worker_gpus) == (2, 1, 1, 1, 0)
-    assert total(p, "cpu") <= 2
-    assert p.concurrent_trials == 3
+    assert (p.slots, p.workers, p.auditors, p.late_auditors, p.worker_gpus) == (2, 1, 2, 0, 0)
+    assert total(p, "cpu") + p.concurrent_trials * make_plan([Node(2)], load(None), trial_slots=False).driver_cpus <= 2
+    assert p.concurrent_trials == 5
+    assert plan([Node(2)], "resources.auditors=1").late_auditors == 1
     assert plan([Node(1)]).slots >= 1
 
 

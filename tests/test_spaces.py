@@ -44,7 +44,7 @@ def value(config):
 
 
 def drain(search, order=lambda batch: batch):
-    """Runs a whole sweep; `order` says in which order the trials of a batch end."""
+    """Runs a whole sweep; `order` says in which order the trials end that are under way together."""
     configs = []
     while True:
         batch = []
@@ -122,14 +122,30 @@ def test_suggestions_do_not_depend_on_the_order_of_results(tmp_path):
     ]
 
 
-def test_a_batch_waits_for_the_one_before(tmp_path):
-    search = searcher(tmp_path, trials=6, batch=2)
-    a, b = search.suggest("a"), search.suggest("b")
-    assert search.suggest("c") is None
+def test_a_batch_runs_while_the_next_waits_for_the_one_before_it(tmp_path):
+    search = searcher(tmp_path, trials=8, batch=2)
+    a, b, c, d = (search.suggest(k) for k in "abcd")  # nothing to wait for: two batches
+    assert search.suggest("e") is None
+    search.on_trial_complete("c", value(c))
+    assert search.study.trials[c["number"]].state == TrialState.RUNNING  # held back: the third batch is not to know it
     search.on_trial_complete("a", value(a))
-    assert search.suggest("c") is None
+    assert search.suggest("e") is None
     search.on_trial_complete("b", value(b))
-    assert isinstance(search.suggest("c"), dict)
+    assert search.study.trials[c["number"]].state == TrialState.COMPLETE
+    e = search.suggest("e")
+    assert isinstance(e, dict) and isinstance(search.suggest("f"), dict)
+    assert search.suggest("g") is None
+    search.on_trial_complete("d", value(d))
+    assert isinstance(search.suggest("g"), dict)
+
+
+def test_a_result_that_was_held_back_at_a_kill_is_asked_for_again(tmp_path):
+    search = searcher(tmp_path, trials=6, batch=2)
+    configs = {k: search.suggest(k) for k in "abcd"}
+    search.on_trial_complete("c", value(configs["c"]))
+    again = searcher(tmp_path, trials=6, batch=2)
+    assert again.left() == 6
+    assert [again.suggest(k)["trial"] for k in "wxyz"] == [c["trial"] for c in configs.values()]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +177,9 @@ def test_restore_suggests_the_unfinished_again_and_nothing_twice(tmp_path):
     again.restore("unused")
     assert again.left() == 7
     assert [c["trial"] for c in (again.suggest(k) for k in "xyz")] == ["000-siss", "002-siss", "003-finetune"]
-    assert again.suggest("w") is None
-    assert len(again.study.trials) == 4
+    assert [again.suggest(k)["place"] for k in "qrst"] == [4, 5, 6, 7]
+    assert again.suggest("w") == Searcher.FINISHED
+    assert len(again.study.trials) == 8
 
 
 def test_broken_off_while_suggesting_keeps_the_shares(tmp_path):
@@ -208,4 +225,4 @@ def test_survives_pickling(tmp_path):
     search = searcher(tmp_path)
     search.suggest("a")
     copy = cloudpickle.loads(cloudpickle.dumps(search))
-    assert len(copy.study.trials) == 4
+    assert len(copy.study.trials) == 8
