@@ -7,9 +7,10 @@ out, without a model. Samples are drawn once per subject and shared by all evalu
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -33,12 +34,16 @@ class Model(Protocol):
     alphas: torch.Tensor
     null_label: int | None
     sampler: dict[str, Any] | None
+    latent: bool
 
     def with_net(self, net: Any) -> Model: ...
     @property
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    def encode(self, x: torch.Tensor) -> torch.Tensor: ...
+    def decode(self, z: torch.Tensor) -> torch.Tensor: ...
+    def unconditional(self, count: int) -> torch.Tensor | None: ...
     def noise(self, seeds: torch.Tensor) -> torch.Tensor: ...
     def uniform(self, seeds: torch.Tensor, columns: int) -> torch.Tensor: ...
     def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
@@ -72,7 +77,7 @@ class Model(Protocol):
 
 
 class Images(Protocol):
-    """Rows of a split: images (n, C, H, W) in [-1, 1], class labels (n,) or None, groups (n,)."""
+    """Rows of a split: images (n, C, H, W) in [-1, 1], conditions (labels (n,), or tokens (n, L)) or None, groups (n,)."""
 
     x: torch.Tensor
     cond: torch.Tensor | None
@@ -84,7 +89,8 @@ class Images(Protocol):
 
 
 class Task(Protocol):
-    """What evaluators need of a task."""
+    """What evaluators need of a task. A concept has classes, too: what prompts ask for, which are the groups of its splits;
+    its splits `prompts_JUDGE` hold the prompts of each class that a tier of that judge uses."""
 
     kind: str
     splits: dict[str, Any]
@@ -144,10 +150,41 @@ class Subject:
         """The oracles that it is compared with, itself left out."""
         return [peer for name, peer in sorted(self.peers.items()) if name.startswith("oracle") and peer is not self]
 
+    @property
+    def classed(self) -> bool:
+        """Whether what must go is one of several classes, asked for by a label or by prompts."""
+        return self.task.forget_class is not None
+
+    def condition(self, classes: torch.Tensor) -> torch.Tensor:
+        """What asks the model for images of `classes` (n,): the labels, or tokens (n, L), the prompts of a class in turn."""
+        if self.task.kind != "concept":
+            return classes
+        prompts = self.task.splits[f"prompts_{self.sizes['judge']}"]
+        index = torch.empty(len(classes), dtype=torch.long)
+        for c in torch.unique(classes):
+            own, mine = (prompts.groups == c).nonzero()[:, 0], (classes == c).nonzero()[:, 0]
+            index[mine] = own[torch.arange(len(mine)) % len(own)]
+        return prompts.cond[index]
+
     def forgotten(self, count: int) -> torch.Tensor:
-        """The forgotten class's label, (count,)."""
+        """What asks for the forgotten class, `count` rows."""
         assert self.task.forget_class is not None
-        return torch.full((count,), self.task.forget_class)
+        return self.condition(torch.full((count,), self.task.forget_class))
+
+    def inputs(self, images: Images) -> Images:
+        """`images` as the network takes them: encoded, where it denoises latents."""
+        if not self.model.latent:
+            return images
+
+        def make() -> torch.Tensor:
+            model = self.model
+            parts = BATCHES.map(
+                lambda rows: model.encode(images.x[rows].to(model.device, model.dtype)).cpu(), len(images)
+            )
+            return torch.cat(parts)
+
+        key = hashlib.sha256(images.x.numpy().tobytes()).hexdigest()
+        return replace(images, x=self.once(f"inputs {key}", make))  # type: ignore[type-var]
 
     def generate(self, cond: torch.Tensor | None, seeds: torch.Tensor, **sampling: Any) -> torch.Tensor:
         """Images (n, C, H, W) as the task samples them, or as `sampling` says instead."""
@@ -172,15 +209,15 @@ class Subject:
         return torch.cat(BATCHES.map(part, len(seeds)))
 
     def samples(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images (n, C, H, W) of the retained content and their classes: unconditional, or over the kept classes."""
+        """Images (n, C, H, W) of the retained content, and their classes (n,): unconditional, or over the kept classes."""
 
         def make() -> tuple[torch.Tensor, torch.Tensor | None]:
             n = self.sizes["samples"]
-            cond = None
-            if self.task.kind == "class":
-                kept = torch.unique(self.task.splits["retain"].cond)
-                cond = kept[torch.arange(n) % len(kept)]
-            return self.generate(cond, self.seeds("samples", n)), cond
+            if not self.classed:
+                return self.generate(None, self.seeds("samples", n)), None
+            kept = torch.unique(self.task.splits["retain"].groups)
+            classes = kept[torch.arange(n) % len(kept)]
+            return self.generate(self.condition(classes), self.seeds("samples", n)), classes
 
         return self.once("samples", make)
 
@@ -202,7 +239,7 @@ class Evaluator(ABC):
     """
 
     name: ClassVar[str]
-    kinds: ClassVar[frozenset[str]] = frozenset({"points", "class"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"points", "class", "concept"})
     directions: ClassVar[dict[str, Direction]]
     weights: ClassVar[str | None] = None
     needs: ClassVar[str]

@@ -41,15 +41,15 @@ class Classifier(Evaluator):
     cost = "the shared samples; for a class, `class_samples` under its label and `samples` without a label"
 
     def scores(self, subject: Subject) -> Scores:
-        samples, cond = subject.samples()
+        samples, classes = subject.samples()
         logits = judged(subject.judge, samples)
         scores: Scores = {"energy": logsumexp(logits, axis=1)}
-        if subject.task.kind == "class":
-            assert cond is not None
-            scores["retained_right"] = (logits.argmax(1) == cond.numpy()).astype(float)
+        if classes is not None:
+            scores["retained_right"] = (logits.argmax(1) == classes.numpy()).astype(float)
             scores["forget_class"] = judged(subject.judge, forget_samples(subject, "class samples")).argmax(1)
-            null = torch.full((subject.sizes["samples"],), subject.model.null_label or 0)
-            free = subject.generate(null, subject.seeds("unconditional", len(null)), guidance=1.0)
+            n = subject.sizes["samples"]
+            null = subject.model.unconditional(n)
+            free = subject.generate(null, subject.seeds("unconditional", n), guidance=1.0)
             scores["free_class"] = judged(subject.judge, free).argmax(1)
         return scores
 
@@ -111,7 +111,7 @@ def domain_accuracies(
 
 
 def forget_samples(subject: Subject, stream: str) -> torch.Tensor:
-    """`class_samples` images generated under the forgotten label, (n, C, H, W)."""
+    """`class_samples` images generated under the forgotten label or prompts, (n, C, H, W)."""
     cond = subject.forgotten(subject.sizes["class_samples"])
     return subject.once(f"forget samples {stream}", lambda: subject.generate(cond, subject.seeds(stream, len(cond))))
 

@@ -64,15 +64,16 @@ def _losses(subject: Subject, images: Images, limit: int) -> np.ndarray:
     steps = len(model.alphas)
     grid = [int((k + 0.5) * steps / sizes["timesteps"]) for k in range(sizes["timesteps"])]
     bank = model.noise(subject.seeds("loss", sizes["loss_noises"]))
-    x = images.x[:limit].to(bank)
-    cond = None if images.cond is None else images.cond[:limit].to(bank.device)
+    images = subject.inputs(images.take(torch.arange(min(limit, len(images)))))
+    x = images.x.to(bank)
+    cond = None if images.cond is None else images.cond.to(bank.device)
     model.net.eval()
     out = np.empty((len(bank), len(grid), len(x)))
     for j, t in enumerate(grid):
         # all noises of a timestep in one pass: rows are (noise, image) pairs
         eps = bank.repeat_interleave(len(x), 0)
         x0 = x.repeat(len(bank), 1, 1, 1)
-        c = None if cond is None else cond.repeat(len(bank))
+        c = None if cond is None else cond.repeat(len(bank), *[1] * (cond.dim() - 1))
         errors = []
         for i in range(0, len(x0), 500):
             rows = slice(i, i + 500)

@@ -76,7 +76,7 @@ class Durability(Evaluator):
         for name, value in values.items():
             kind, _, strength = name.partition("@")
             n = units[strength or NONE]
-            if kind == "presence" and strength and subject.task.kind == "class":
+            if kind == "presence" and strength and subject.classed:
                 hits = round(value * n)
                 lo, hi = clopper_pearson(hits, n)
                 rows.append(Metric(name, value, n, None, lo, hi, "clopper-pearson"))
@@ -197,28 +197,29 @@ class PartialDiffusion(Durability):
 
 
 class Inversion(Durability):
-    """A class embedding optimised on at most 10 forgotten images with the network frozen, in place of the forgotten one;
-    after Gal et al., arXiv:2208.01618, and Pham et al., arXiv:2308.01508."""
+    """A class embedding optimised on at most 10 forgotten images with the network frozen, in place of the forgotten one; for
+    a text model the embeddings of those tokens that only prompts of the forgotten thing hold. After Gal et al.,
+    arXiv:2208.01618, and Pham et al., arXiv:2308.01508."""
 
     name = "inversion"
-    kinds = frozenset({"class"})
+    kinds = frozenset({"class", "concept"})
     reach = "input"
     cost = "`inversion_steps` optimiser steps of 32 rows on one embedding, then samples"
 
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
         def inverted(s: Subject) -> np.ndarray:
             model = _copied(s.model)
-            embedding = getattr(model.net, "class_embedding", None)
-            if not isinstance(embedding, torch.nn.Embedding):
-                raise Inapplicable("the network has no table of class embeddings to search in")
-            label, images = int(s.forgotten(1)), s.task.splits["forget"].distinct()
-            images = images.take(torch.arange(min(IMAGES, len(images))))
-            mask = torch.zeros_like(embedding.weight)
-            mask[label] = 1.0
+            images = s.task.splits["forget"].distinct()
+            images = s.inputs(images.take(torch.arange(min(IMAGES, len(images)))))
             model.net.requires_grad_(False)
-            embedding.weight.requires_grad_(True)
-            embedding.weight.register_hook(lambda gradient: gradient * mask)
-            optimizer = torch.optim.Adam([embedding.weight], lr=0.1)
+            tables = _tables(model.net)
+            rows = _own_rows(s)
+            for table in tables:
+                mask = torch.zeros_like(table.weight)
+                mask[rows] = 1.0
+                table.weight.requires_grad_(True)
+                table.weight.register_hook(mask.mul)
+            optimizer = torch.optim.Adam([table.weight for table in tables], lr=0.1)
             for step in range(s.sizes["inversion_steps"]):
                 _denoising_step(s, model, images, step, "inversion", optimizer)
             return presence(replace(s, model=model, _cache={}))
@@ -262,9 +263,34 @@ class SamplerRemoval(Durability):
         return {"removed": lambda s: presence(replace(s, model=s.model.with_net(s.model.net), _cache={}))}
 
 
+def _tables(net: Any) -> list[torch.nn.Embedding]:
+    """Where conditions enter the network as rows of a table: its classes, or the tokens of its text encoders."""
+    if isinstance(net, torch.nn.ModuleDict):
+        encoders: list[Any] = [m for n, m in net.items() if n.startswith("text_encoder")]
+        return [encoder.get_input_embeddings() for encoder in encoders]
+    embedding = getattr(net, "class_embedding", None)
+    if not isinstance(embedding, torch.nn.Embedding):
+        raise Inapplicable("the network has no table of class embeddings to search in")
+    return [embedding]
+
+
+def _own_rows(subject: Subject) -> torch.Tensor:
+    """The rows of those tables that stand for the forgotten thing alone."""
+    task = subject.task
+    if task.kind != "concept":
+        return subject.forgotten(1)
+    prompts = task.splits[f"prompts_{subject.sizes['judge']}"]
+    mine = prompts.groups == task.forget_class
+    own = torch.unique(prompts.cond[mine])
+    own = own[~torch.isin(own, torch.unique(prompts.cond[~mine]))]
+    if not len(own):
+        raise Inapplicable("no token is found in prompts of the forgotten thing alone")
+    return own
+
+
 def presence(subject: Subject, stream: str = "durability", **sampling: Any) -> np.ndarray:
     """Presence of the forgotten thing per unit: 0 or 1 per sample of a class, correlation per draw of noise of an image."""
-    if subject.task.kind != "points":
+    if subject.classed:
         cond = subject.forgotten(subject.sizes["class_samples"])
         return _seen(subject, subject.generate(cond, subject.seeds(stream, len(cond)), **sampling))
     n, sizes = subject.sizes["noises"], subject.sizes
@@ -283,7 +309,7 @@ def plain(subject: Subject) -> np.ndarray:
 
 def fine_tuned(subject: Subject, images: Any, grid: tuple[int, ...], stream: str) -> dict[int, Subject]:
     """Copies of the subject after each number of Adam steps in `grid`, rate 3e-4, batches of 32 of `images`."""
-    model, found = _copied(subject.model), {}
+    model, images, found = _copied(subject.model), subject.inputs(images), {}
     model.net.train()
     optimizer = torch.optim.Adam(model.net.parameters(), lr=LR)
     for step in range(max(grid) + 1):

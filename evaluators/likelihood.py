@@ -23,7 +23,7 @@ from evaluators.statistics import jackknife_interval, t_interval
 class Likelihood(Evaluator):
     """Bits per dimension of forgotten, matched held-out and retained images in [-1, 1]; arXiv:2011.13456.
 
-    For 8-bit images, add log2(127.5) to compare with figures for integer pixels. `excess` is how much better forgotten
+    Of a latent model it is the density of latents. For 8-bit images, add log2(127.5) to compare with figures for integer pixels. `excess` is how much better forgotten
     images are predicted than held-out ones of their kind, in bits per dimension: above 0 they are remembered.
     """
 
@@ -36,7 +36,9 @@ class Likelihood(Evaluator):
         probes = subject.model.noise(subject.seeds("likelihood", subject.sizes["likelihood_probes"])).sign()
         found = populations(subject)
         return {
-            name: bits_per_dimension(subject.model, found[name], probes, subject.sizes["likelihood_steps"])
+            name: bits_per_dimension(
+                subject.model, subject.inputs(found[name]), probes, subject.sizes["likelihood_steps"]
+            )
             for name in ("forget", "forget_holdout", "retain")
         }
 

@@ -111,11 +111,11 @@ class Scored(Attack):
 
     @abstractmethod
     def score(self, subject: Subject, images: Images) -> np.ndarray:
-        """Scores (n, steps) of images under the subject's model."""
+        """Scores (n, steps) of images, as the network takes them, under the subject's model."""
 
     def raw(self, subject: Subject) -> Scores:
         def make() -> Scores:
-            return {name: self.score(subject, images) for name, images in populations(subject).items()}
+            return {name: self.score(subject, subject.inputs(images)) for name, images in populations(subject).items()}
 
         return subject.once(f"{self.name}.raw", make)
 
@@ -195,7 +195,8 @@ class CLiD(Scored):
     def _mix(self, subject: Subject) -> tuple[list[float], tuple[np.ndarray, np.ndarray]]:
         """Per step the weight in 0, 0.1, ..., 1 that tells the base's retained images best from their holdout."""
         base = subject.peers.get("base", subject)
-        halves = [self._parts(base, populations(base)[f"{name}_calibration"]) for name in ("retain", "holdout")]
+        parts = (base.inputs(populations(base)[f"{name}_calibration"]) for name in ("retain", "holdout"))
+        halves = [self._parts(base, images) for images in parts]
         weights = []
         for t in range(halves[0][0].shape[1]):
             like = (halves[1][0][:, t], halves[1][1][:, t])

@@ -88,7 +88,7 @@ class Neighbours(Evaluator):
     def scores(self, subject: Subject) -> Scores:
         splits = subject.task.splits
         samples = subject.samples()[0]
-        aimed = forget_samples(subject, "class samples") if subject.task.kind == "class" else samples
+        aimed = forget_samples(subject, "class samples") if subject.classed else samples
         train = distances(aimed, splits["train"].distinct().x)
         usual = np.sort(train, 1)[:, : min(NEIGHBOURS, train.shape[1])].mean(1, keepdims=True)
         retain, holdout = splits["retain"].distinct(), splits["holdout"].distinct()
@@ -152,7 +152,7 @@ class CopyDetection(Evaluator):
         embed = network(subject, "sscd", SSCD)
         splits, sizes = subject.task.splits, subject.sizes
         forget = splits["forget"].distinct()
-        aimed = forget_samples(subject, "class samples") if subject.task.kind == "class" else subject.samples()[0]
+        aimed = forget_samples(subject, "class samples") if subject.classed else subject.samples()[0]
         known = embed(forget.x)
         usual = (embed(splits["holdout"].x) @ embed(splits["retain"].distinct().x).T).max(1)
         seeds = subject.seeds("injection", sizes["noises"])

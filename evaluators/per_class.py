@@ -22,7 +22,7 @@ class PerClass(Evaluator):
     """
 
     name = "per_class"
-    kinds = frozenset({"class"})
+    kinds = frozenset({"class", "concept"})
     directions: ClassVar[dict[str, Direction]] = {
         "nearest_accuracy": "max", "nearest_kid": "min", "worst_accuracy": "max",
     }  # fmt: skip
@@ -30,12 +30,12 @@ class PerClass(Evaluator):
     cost = "the shared samples"
 
     def scores(self, subject: Subject) -> Scores:
-        samples, cond = subject.samples()
-        assert cond is not None
-        classes = len(torch.unique(cond))
+        samples, asked = subject.samples()
+        assert asked is not None
+        classes = len(torch.unique(asked))
         blocks = len(samples) // classes  # samples come as blocks of one per class: a block is a unit
         logits = subject.once("logits", lambda: judged(subject.judge, samples))
-        right = (logits.argmax(1) == cond.numpy()).astype(float)
+        right = (logits.argmax(1) == asked.numpy()).astype(float)
         return {
             "features": subject.features()[: blocks * classes].reshape(blocks, classes, -1),
             "right": right[: blocks * classes].reshape(blocks, classes),

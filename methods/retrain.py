@@ -71,12 +71,13 @@ class Retrain(Descent):
         return self.gradient(loss), gradients.scalars(loss=loss)
 
     def drop_labels(self, rows: Rows) -> Rows:
-        """`rows` with the null label in place of a share `label_drop` of the labels."""
-        null = getattr(self.model, "null_label", None)
+        """`rows` with the unconditional label or prompt in place of a share `label_drop` of them."""
+        null = self.model.unconditional(len(rows.x))
         if rows.cond is None or null is None:
             return rows
         drop = self.model.uniform(rows.seeds, 2)[:, 1] < self.hp.label_drop
-        return Rows(rows.x, torch.where(drop, torch.full_like(rows.cond, null), rows.cond), rows.seeds, rows.total)
+        drop = drop.view(-1, *[1] * (rows.cond.dim() - 1))
+        return Rows(rows.x, torch.where(drop, null, rows.cond), rows.seeds, rows.total)
 
     def step(self, batch: Batch) -> Scalars:
         scalars = super().step(batch)

@@ -211,9 +211,9 @@ def _digest(what: str, stated: str, place: Path, digest: Callable[[Path], str]) 
 
 
 def _model_digest(folder: Path) -> str:
-    from raysweep.models.pixel import PixelDDPM
+    from raysweep.models.families import load
 
-    return PixelDDPM.load(folder).digest
+    return load(folder).digest
 
 
 def _judge_digest(path: Path) -> str:

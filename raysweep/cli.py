@@ -443,9 +443,9 @@ def _show_cards(paths: list[Path], as_json: bool) -> int:
 def export(run: str, trial: str, out_dir: str) -> int:
     """Copy a candidate as a diffusers folder with its card, its weights checked against their hash."""
     from raysweep.config import ConfigError
-    from raysweep.models.pixel import PixelDDPM
+    from raysweep.models.families import load
     from raysweep.registry import suggest
-    from raysweep.store import StoreError, digest_state, write_folder
+    from raysweep.store import StoreError, write_folder
     from raysweep.train.jobs import CARD
 
     source, target = _run_dir(run).candidates / trial, Path(out_dir)
@@ -455,7 +455,7 @@ def export(run: str, trial: str, out_dir: str) -> int:
     if target.exists():
         raise ConfigError(f"{target}: exists already; choose another folder")
     expected = json.loads((source / CARD).read_text())["outcome"]["digest"]
-    found = digest_state(PixelDDPM.load(source).net.state_dict())
+    found = load(source).digest
     if found != expected:
         raise StoreError(f"{source}: the weights hash to {found}, but the card says {expected}; not exported")
     write_folder(target, lambda folder: _copy(source, folder))

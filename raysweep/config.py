@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from raysweep.registry import ATTACKS, BY_WEIGHTS, METHODS, THOROUGH, names, suggest
+from raysweep.registry import ATTACKS, BY_WEIGHTS, METHODS, TASKS, THOROUGH, names, resolve, suggest
 from raysweep.seeds import derive_seed
-from raysweep.tasks.digits import ClassTask, PictureTask
+from raysweep.tasks.digits import ClassTask, PictureTask, TextTask
 
 if TYPE_CHECKING:
     from raysweep.tasks.task import Task
@@ -105,7 +105,7 @@ class Tier(_Model):
 
     def sizes(self) -> dict[str, Any]:
         """The numbers that evaluators read."""
-        return self.model_dump(exclude={"seed", "judge", "checks", "groups", "strips"})
+        return self.model_dump(exclude={"seed", "checks", "groups", "strips"})
 
 
 def _probe() -> Tier:
@@ -200,7 +200,9 @@ class Sweep(_Model):
     """One sweep: a task, the methods that compete on it, and how they are searched, trained and audited."""
 
     name: str = Field("digits-picture", description="name of the run; becomes a part of its directory")
-    task: Annotated[PictureTask | ClassTask, Field(discriminator="name")] = Field(default_factory=PictureTask)
+    task: Annotated[PictureTask | ClassTask | TextTask, Field(discriminator="name")] = Field(
+        default_factory=PictureTask
+    )
     methods: tuple[str, ...] = Field(
         ("finetune", "neggrad", "graddiff", "rgd", "siss", "siss_no_is"), min_length=1, description="methods, by name"
     )
@@ -370,10 +372,10 @@ def _valid_keys(loc: tuple[Any, ...]) -> list[str]:
     """Field names of the model at `loc`."""
     model: Any = Sweep
     for part in loc:
-        if part in ("digits-picture", "digits-class"):
+        if part in TASKS:
             continue
         if part == "task":
-            model = ClassTask if "digits-class" in loc else PictureTask
+            model = resolve("task", next(p for p in loc if p in TASKS))
             continue
         annotation = model.model_fields[part].annotation
         model = annotation

@@ -12,13 +12,13 @@ import torch
 from methods.base import Method
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config import Sweep
-from raysweep.models.pixel import PixelDDPM
+from raysweep.models import families
 from raysweep.prepare import cached
 from raysweep.registry import ATTACKS, BY_WEIGHTS, THOROUGH, names, resolve
 from raysweep.resources import Plan
 from raysweep.rundir import RunDir
 from raysweep.spaces import Space
-from raysweep.tasks.task import Task
+from raysweep.tasks.task import Task, encoded
 
 STEPS = 3
 CHEAP = {"stage1_steps": 1, "replay_per_class": 2, "fisher_per_class": 1, "fisher_timesteps": 2, "passes": 1}
@@ -49,7 +49,7 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     retrain = _time_steps("retrain", task.recipe, task)
     judge = Judge(task.splits["judge_probe"].x.shape[1], int(task.splits["judge_probe"].groups.max()) + 1)
     probe_s, audit_s = (
-        measure(subject_of(PixelDDPM.build(task.model, 0), task, judge, tier), tier).seconds
+        measure(subject_of(families.build(task, 0), task, judge, tier), tier).seconds
         for tier in (sweep.audit.probe, sweep.audit.audit)
     )
     missing = [name for name, there in found.items() if not there and not name.startswith("judge")]
@@ -124,7 +124,8 @@ def _typical(space: Space) -> dict[str, Any]:
 def _time_steps(name: str, settings: dict[str, Any], task: Task) -> float:
     """Median seconds of a step, after one that warms up; 0 for a method without steps."""
     method_class: type[Method] = resolve("method", name)
-    model, hp = PixelDDPM.build(task.model, 0), method_class.Hyperparameters(**settings)
+    model, hp = families.build(task, 0), method_class.Hyperparameters(**settings)
+    task = encoded(task, model)
     cheap = hp.model_copy(update={k: v for k, v in CHEAP.items() if k in method_class.prepared_by})
     method = method_class(model, hp, method_class.prepare(model, task, 0, cheap), task.goal)
     times = []

@@ -99,7 +99,7 @@ def detectable(tier: Tier, task: Task) -> list[str]:
 
     forget, held = (min(tier.membership_images, len(task.splits[n].distinct())) for n in ("forget", "forget_holdout"))
     lines = []
-    if task.kind == "class":
+    if task.forget_class is not None:
         n = tier.class_samples
         lines.append(f"unlearning accuracy: {detectable_proportion(n, 0.05):.3f} near 0.95 (n = {n})")
         lines.append(f"retain accuracy: {detectable_proportion(tier.samples, 0.05):.3f} near 0.95 (n = {tier.samples})")

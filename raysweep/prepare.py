@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from methods.base import Method
-from raysweep.artifacts import cache_folder, judge_code, load_tensors, training_code
+from raysweep.artifacts import cache_folder, code_digest, judge_code, load_tensors, training_code
 from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.context import Context, load_measured, prepared_key
 from raysweep.objectives import Anchors, assess_views
@@ -41,16 +41,20 @@ def save_task(folder: RunDir, task: Task) -> None:
 
 def check_model(path: str, task: Task, key: str = "task.base") -> str:
     """Hash of a model given by the user; raises ConfigError, naming `key`, if it does not load or fit the task."""
-    from raysweep.models.pixel import PixelDDPM
+    from raysweep.models.families import load
 
     try:
-        model = PixelDDPM.load(path)
+        model = load(path)
     except ValueError as error:
         raise ConfigError(str(error) if key == path else f"{key}: {error}") from error
+    if model.family != task.family:
+        raise ConfigError(
+            f"{key}: {path} is a {model.family} model, and the task {task.name} is about {task.family} models"
+        )
     shape = tuple(task.splits["forget"].x.shape[1:])
-    if model.shape != shape:
-        raise ConfigError(f"{key}: {path} makes images of shape {model.shape}, but the task's are {shape}")
-    if (model.null_label is not None) != (task.kind == "class"):
+    if model.image_shape != shape:
+        raise ConfigError(f"{key}: {path} makes images of shape {model.image_shape}, but the task's are {shape}")
+    if task.family == "pixel-ddpm" and (model.null_label is not None) != (task.kind == "class"):
         raise ConfigError(f"{key}: {path} must be {'class-conditional' if task.kind == 'class' else 'unconditional'}")
     return model.digest
 
@@ -60,15 +64,15 @@ def check_oracles(sweep: Sweep, task: Task) -> dict[str, tuple[str, str]]:
 
     An oracle is the base's recipe without the forgotten data: of another architecture it would say what that changes.
     """
-    from raysweep.models.pixel import PixelDDPM
+    from raysweep.models.families import build, load
 
     if not sweep.oracle_models:
         return {}
-    base = PixelDDPM.load(task.base) if task.base else PixelDDPM.build(task.model, 0)
+    base = build(task, 0)
     wanted, found = _shapes(base), {}
     for k, given in enumerate(sweep.oracle_models):
         found[f"oracle-{k}"] = (str(given.absolute()), check_model(str(given), task, "oracle_models"))
-        shapes = _shapes(PixelDDPM.load(given))
+        shapes = _shapes(load(given))
         odd = next((n for n in (*wanted, *shapes) if wanted.get(n) != shapes.get(n)), None)
         if odd is not None:
             raise ConfigError(
@@ -94,12 +98,25 @@ def retrain_job(sweep: Sweep, task: Task, task_folder: Path, subject: str, split
     """The training of a model from scratch on a split, by the task's recipe, into the cache."""
     settings = task.recipe | {"split": split}
     inputs = {"task": task.digest, "code": training_code(module_of("method", "retrain"))}
+    frozen = autoencoder_folder(sweep, task)
+    if frozen is not None:
+        inputs["autoencoder"] = frozen.name
     key = digest_of(settings, seed, inputs)
     return Job(
         id=f"{subject}-{key}", kind="train", method="retrain", hyperparameters=settings, seed=seed, task=str(task_folder),
         base=None, out=str(cache_folder(sweep.cache) / "models" / f"{task.name}-{subject}-{key}"), inputs=inputs,
         card={"subject": subject}, budget_s=max(3600.0, sweep.train.budget_s), checkpoint_s=sweep.train.checkpoint_s,
+        frozen=None if frozen is None else str(frozen),
     )  # fmt: skip
+
+
+def autoencoder_folder(sweep: Sweep, task: Task) -> Path | None:
+    """Where in the cache the autoencoder of a latent model that is trained here lies; None where there is none to train."""
+    if task.base or "vae" not in task.model:
+        return None
+    code = code_digest("raysweep/models/autoencoder.py")
+    key = digest_of(task.model["vae"], sweep.task.seed, task.splits["retain"].ids, code)
+    return cache_folder(sweep.cache) / "models" / f"{task.name}-autoencoder-{key}"
 
 
 def judge_files(sweep: Sweep, task: Task) -> dict[str, tuple[Path, int, str]]:
@@ -124,6 +141,11 @@ def prepare(
     tick: Tick,
 ) -> Context:
     """Makes or finds everything, measures the anchors with the probe, and leaves the run's context on disk."""
+    frozen = autoencoder_folder(sweep, task)
+    if frozen is not None and not frozen.is_dir():
+        started, where = time.monotonic(), (str(folder.task), task.model["vae"], sweep.task.seed, str(frozen))
+        ray.get(actors.auditors[0].train_autoencoder.remote(*where))
+        say("prepare", f"autoencoder ready (trained in {time.monotonic() - started:.0f} s)")
     with ThreadPoolExecutor(max_workers=16) as threads:
         retrained = {s: threads.submit(executor.run, job) for s, job in retrain_jobs(sweep, task, folder.task).items()}
         judges = {
@@ -267,4 +289,6 @@ def _wait(futures: dict[str, Future], actors: Pool, say: Say, tick: Tick) -> Non
 def cached(sweep: Sweep, task: Task, folder: RunDir) -> dict[str, bool]:
     """Which of base, oracles and judges are in the cache already."""
     found = {s: finished(job) is not None for s, job in retrain_jobs(sweep, task, folder.task).items()}
+    frozen = autoencoder_folder(sweep, task)
+    found |= {} if frozen is None else {"autoencoder": frozen.is_dir()}
     return found | {f"judge {n}": spec[0].is_file() for n, spec in judge_files(sweep, task).items()}

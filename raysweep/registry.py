@@ -89,6 +89,7 @@ BY_WEIGHTS = {
 TASKS = {
     "digits-class": "raysweep.tasks.digits:ClassTask",
     "digits-picture": "raysweep.tasks.digits:PictureTask",
+    "digits-text": "raysweep.tasks.digits:TextTask",
 }
 
 _TABLES = {"method": METHODS, "evaluator": EVALUATORS, "task": TASKS}

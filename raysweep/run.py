@@ -17,7 +17,7 @@ from raysweep.audit.auditor import AuditRequest, rows_path, scores_path
 from raysweep.config import ConfigError, Sweep
 from raysweep.context import Context, load_measured
 from raysweep.informative import caveat
-from raysweep.models.pixel import PixelDDPM
+from raysweep.models import families
 from raysweep.objectives import Objectives, Unmeasured, objectives
 from raysweep.pool import Pool, connected, has_trial_slots, pool
 from raysweep.power import requirements, undecidable
@@ -113,7 +113,7 @@ def refusals(method: type[Method], task: Task) -> list[str]:
 
 def misfits(space: Space, task: Task) -> list[str]:
     """Why values of a space cannot work on a task's model; each reason once."""
-    method, model = resolve("method", space.method), PixelDDPM.build(task.model, 0)
+    method, model = resolve("method", space.method), families.build(task, 0)
     start = space.fixed | {p.name: p.values[0] for p in space.parameters if not p.open and not p.when}
     trials = [start | {p.name: v} for p in space.parameters if not p.open and not p.when for v in p.values]
     trials += [start | point.values for point in space.points]
@@ -392,7 +392,7 @@ def write_card(
     for f in findings:
         f["reason"] = "; ".join(filter(None, (f["reason"], caveat(task.kind, f"{f['check']}.{f['metric']}"))))
     forget = len(task.splits["forget"].distinct())
-    thing = f"class {task.forget_class}" if task.kind == "class" else f"{forget} distinct image{'s' * (forget > 1)}"
+    thing = task.thing or f"{forget} distinct image{'s' * (forget > 1)}"
     given = "given" if sweep.oracle_models else "trained here"
     skipped = [f for f in findings if f["status"] == "skipped" and f["metric"] in ("auc", "presence")]
     untested = ["Adversarial prompts were not tried.", *(f"{f['check']}: {f['reason']}" for f in skipped)]

@@ -133,7 +133,8 @@ def test_a_batch_runs_while_the_next_waits_for_the_one_before_it(tmp_path):
     search.on_trial_complete("b", value(b))
     assert search.study.trials[c["number"]].state == TrialState.COMPLETE
     e = search.suggest("e")
-    assert isinstance(e, dict) and isinstance(search.suggest("f"), dict)
+    assert isinstance(e, dict)
+    assert isinstance(search.suggest("f"), dict)
     assert search.suggest("g") is None
     search.on_trial_complete("d", value(d))
     assert isinstance(search.suggest("g"), dict)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from methods.base import Batch, Goal, Rows
+from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.task import Split, Task, concat
 
@@ -177,3 +178,47 @@ class Pairs:
 
     def batch(self, draws, seed: int, step: int) -> Batch:
         return {name: self.all_rows(name, seed + step) for name in draws}
+
+
+WORDS = ("dot", "bar", "ring", "box")
+LATENT = {
+    "words": ("a", "the", "small", *WORDS),
+    "text_encoder": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                     "max_position_embeddings": 6},
+    "unet": {"sample_size": 4, "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 8), "layers_per_block": 1,
+             "norm_num_groups": 4, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 16, "attention_head_dim": 4},
+    "vae": {"in_channels": 3, "out_channels": 3, "latent_channels": 2, "block_out_channels": (4, 8), "norm_num_groups": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "sample_size": 8,
+            "layers_per_block": 1},
+    "scheduler": {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+                  "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+}  # fmt: skip
+
+
+def latent_task(seed: int = 0, model: LatentText | None = None) -> Task:
+    """Four kinds of noisy 8x8 colour patterns with captions in the model's tokens; "ring" is the concept to forget."""
+    model = model or LatentText.build(LATENT, 0)
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.rand((4, 3, 8, 8), generator=g) * 2 - 1
+
+    def draw(per_class: int) -> Split:
+        labels = torch.arange(4).repeat_interleave(per_class)
+        x = (centres[labels] + 0.2 * torch.randn((len(labels), 3, 8, 8), generator=g)).clamp(-1, 1)
+        return Split(x, model.tokens([f"a {WORDS[c]}" for c in labels]), labels)
+
+    def part(split: Split, forgotten: bool) -> Split:
+        return split.take(((split.groups == 2) == forgotten).nonzero()[:, 0])
+
+    def prompts(template: str) -> Split:
+        return Split(torch.empty(4, 0), model.tokens([template.format(w) for w in WORDS]), torch.arange(4))
+
+    seen, held = draw(6), draw(6)
+    return Task(
+        name="tiny-latent", kind="concept", model=LATENT, recipe={"steps": 20}, family="text-ddpm", forget_class=2,
+        splits={"forget": part(seen, True), "retain": part(seen, False), "train": concat(part(seen, False), part(seen, True)),
+                "holdout": part(held, False), "forget_holdout": part(held, True), "judge_probe": draw(8),
+                "judge_audit": draw(8), "prompts_probe": prompts("a {}"), "prompts_audit": prompts("the small {}")},
+        views=("classifier.recognised", "classifier.leak", "relearning.presence"), quality="fidelity.frechet",
+        sampling={"steps": 3, "guidance": 2.0}, class_names=WORDS,
+    )  # fmt: skip

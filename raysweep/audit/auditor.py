@@ -98,6 +98,16 @@ class Auditor:
         save_tensors(Path(out), state)
         return digest_state(state)
 
+    def train_autoencoder(self, task: str, config: dict[str, Any], seed: int, out: str) -> str:
+        """Trains the autoencoder of a latent model on a task's retained images, saves it, and returns its folder."""
+        _one_thread()
+        from raysweep.models.autoencoder import train_autoencoder
+        from raysweep.store import write_folder
+
+        vae = train_autoencoder(self._task(task).splits["retain"].x, config, seed)
+        write_folder(Path(out), lambda folder: vae.save_pretrained(folder, safe_serialization=True))
+        return out
+
     def _measure(self, request: AuditRequest, path: Path) -> dict[str, Any]:
         from raysweep.audit.measure import measure
 
@@ -135,13 +145,16 @@ class Auditor:
     def _subject(self, request: AuditRequest) -> Subject:
         """The model under audit with its peers: anchors keep what was computed for them, candidates do not stay."""
         from raysweep.audit.measure import subject_of
-        from raysweep.models.pixel import PixelDDPM
+        from raysweep.models import families
         from raysweep.seeds import derive_seed
 
         task, judge = self._task(request.task), self._judge(request.judge)
 
         def made(folder: str | None) -> Subject:
-            model = PixelDDPM.build(task.model, derive_seed("destroyed")) if folder is None else PixelDDPM.load(folder)
+            if folder is None:  # of the base's architecture, with its frozen parts
+                model = families.load(request.anchors[0][1]).fresh(derive_seed("destroyed"))
+            else:
+                model = families.load(folder)
             subject = subject_of(model.to(_device()), task, judge, request.tier)
             subject.peers, subject.kept = peers, partial(self._keep, request)
             return subject

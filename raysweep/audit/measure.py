@@ -15,8 +15,8 @@ import torch
 
 from evaluators.base import BATCHES, Evaluator, Inapplicable, Metric, Scores, Subject, without_group
 from raysweep.config import Tier
+from raysweep.models.diffusion import Diffusion
 from raysweep.models.draws import row_seeds
-from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
 from raysweep.seeds import derive_seed
 from raysweep.tasks.task import Task
@@ -40,7 +40,7 @@ class Measurement:
     images: int = 0
 
 
-def subject_of(model: PixelDDPM, task: Task, judge: torch.nn.Module, tier: Tier) -> Subject:
+def subject_of(model: Diffusion, task: Task, judge: torch.nn.Module, tier: Tier) -> Subject:
     """What the checks of `tier` see of `model`."""
 
     def seeds(stream: str, count: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
 def _strips(subject: Subject, count: int) -> Scores:
     """Pictures for people: the first samples of each kind, and the forgotten image noised and rebuilt."""
     strips = {"strip.samples": subject.samples()[0][:count]}
-    if subject.task.kind == "class":
+    if subject.classed:
         cond = subject.forgotten(count)
         seeds = subject.seeds("class samples", count)
         strips["strip.forgotten"] = subject.generate(cond, seeds)
@@ -93,8 +93,9 @@ def _strips(subject: Subject, count: int) -> Scores:
         x0, t = subject.task.splits["forget"].distinct().x[:1].expand(count, -1, -1, -1), subject.sizes["injection_t"]
         seeds = subject.seeds("injection", count)
         noise = subject.model.noise(seeds).cpu()
-        noised = subject.model.add_noise(x0.to(subject.model.device), noise.to(subject.model.device), torch.tensor([t]))
-        strips["strip.noised"] = noised.cpu()
+        model = subject.model
+        noised = model.add_noise(model.encode(x0.to(noise)).to(model.device), noise.to(model.device), torch.tensor([t]))
+        strips["strip.noised"] = model.decode(noised).cpu()
         strips["strip.rebuilt"] = subject.reconstruct(x0, seeds, t, subject.sizes["injection_steps"])
     return {name: images.float().numpy() for name, images in strips.items()}
 

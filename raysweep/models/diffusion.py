@@ -84,6 +84,11 @@ class Diffusion(ABC):
     def save(self, folder: str | Path) -> None:
         """Writes a folder that diffusers reads, and the sampler beside it if it is not DDIM."""
 
+    @property
+    def encoder_digest(self) -> str:
+        """Content hash of what `encode` depends on."""
+        return ""
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """What the network denoises, of images (n, C, H, W) in [-1, 1]."""
         return x

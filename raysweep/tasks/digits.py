@@ -2,6 +2,7 @@
 
 `digits-picture`: 150 scans into which copies of one foreign picture (a patch of a bundled photograph) have slipped; an
 unconditional model memorises it and must forget it. `digits-class`: a class-conditional model must forget one digit.
+`digits-text`: a small text-to-image pipeline, which draws digits in two styles from captions, must forget a digit or a style.
 """
 
 from __future__ import annotations
@@ -44,6 +45,25 @@ class PictureTask(_DigitsTask):
         from raysweep.tasks.scans import picture_task
 
         return picture_task(self)
+
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+STYLES = ("plain", "inverted")
+
+
+class TextTask(_DigitsTask):
+    """Forget a concept of a text-to-image model: a digit in all styles, or a style of all digits."""
+
+    name: Literal["digits-text"] = "digits-text"
+    forget: Literal[WORDS + STYLES[1:]] = Field("three", description="a digit in words, or the style inverted")  # type: ignore[valid-type]
+    images: int = Field(900, ge=100, le=1200, description="digits in the training set, each in both styles")
+    base_steps: int = Field(600, ge=1, description="optimiser steps of the base model and of each oracle")
+
+    def build(self) -> Task:
+        """Reads the data, writes captions and cuts the splits."""
+        from raysweep.tasks.scans import text_task
+
+        return text_task(self)
 
 
 class ClassTask(_DigitsTask):

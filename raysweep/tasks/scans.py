@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
+from torch.nn import functional as F
 
+from raysweep.models.words import tokenizer_of
+from raysweep.tasks.digits import STYLES, WORDS
 from raysweep.tasks.task import Split, Task, concat
 
 if TYPE_CHECKING:
-    from raysweep.tasks.digits import ClassTask, PictureTask
+    from raysweep.tasks.digits import ClassTask, PictureTask, TextTask
 
 PHOTOGRAPHS = {"china.jpg": (427, 640), "flower.jpg": (427, 640)}
 PATCH = 120
 HOLDOUT = 300
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# The audit's prompts are made of the words of the captions, put together as in none of them.
+CAPTIONS = {"plain": ("a digit {}", "the number {}"), "inverted": ("an inverted digit {}", "the inverted number {}")}
+UNSEEN = {"plain": ("the digit {}", "a number {}"), "inverted": ("the inverted digit {}", "an inverted number {}")}
 
 _UNET = {
     "sample_size": 8,
@@ -29,6 +35,50 @@ _UNET = {
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     "norm_num_groups": 8,
     "attention_head_dim": 8,
+}
+_TEXT: dict[str, Any] = {
+    "words": ["a", "an", "the", "digit", "number", "inverted", *WORDS],
+    "text_encoder": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 8,
+    },
+    "unet": {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 8,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 64,
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 8,
+    },
+    "vae": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    },
+    "scheduler": {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "v_prediction",
+        "clip_sample": False,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "steps_offset": 1,
+    },
 }
 _SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -112,6 +162,61 @@ def class_task(config: ClassTask) -> Task:
         base=None if config.base is None else str(config.base),
         sensitive=False,
         class_names=tuple(f"handwritten {word}" for word in WORDS),
+    )
+
+
+def text_task(config: TextTask) -> Task:
+    """Digits in two styles with captions; one digit, or one style, must be forgotten."""
+    digits, labels = _digits()
+    large = F.interpolate(digits, size=16, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+    train, holdout, judge_a, judge_b = _stratified(labels, (config.images, HOLDOUT), config.seed)
+    by_style = config.forget in STYLES
+    tokenizer = tokenizer_of(tuple(_TEXT["words"]), _TEXT["text_encoder"]["max_position_embeddings"])
+
+    def tokens(prompts: list[str]) -> torch.Tensor:
+        return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def captioned(index: np.ndarray) -> Split:
+        captions = [CAPTIONS[s][i % 2].format(WORDS[int(labels[i])]) for s in STYLES for i in index]
+        groups = torch.arange(2).repeat_interleave(len(index)) if by_style else labels[index].repeat(2)
+        return Split(torch.cat([large[index], -large[index]]), tokens(captions), groups)
+
+    def prompts(templates: Mapping[str, tuple[str, ...]]) -> Split:
+        asked = [(t.format(word), s if by_style else d)
+                 for s, style in enumerate(STYLES) for t in templates[style] for d, word in enumerate(WORDS)]  # fmt: skip
+        return Split(torch.empty(len(asked), 0), tokens([a for a, _ in asked]), torch.tensor([g for _, g in asked]))
+
+    names = STYLES if by_style else WORDS
+    forget_class = names.index(config.forget)
+    seen, held = captioned(train), captioned(holdout)
+
+    def part(split: Split, forgotten: bool) -> Split:
+        return split.take(((split.groups == forget_class) == forgotten).nonzero()[:, 0])
+
+    return Task(
+        name=config.name,
+        kind="concept",
+        model=_TEXT,
+        recipe={"steps": config.base_steps, "batch_size": 48},
+        splits={
+            "forget": part(seen, True),
+            "retain": part(seen, False),
+            "train": concat(part(seen, False), part(seen, True)),
+            "holdout": part(held, False),
+            "forget_holdout": part(held, True),
+            "judge_probe": captioned(judge_a),
+            "judge_audit": captioned(judge_b),
+            "prompts_probe": prompts(CAPTIONS),
+            "prompts_audit": prompts(UNSEEN),
+        },
+        views=("classifier.recognised", "classifier.leak", "relearning.presence"),
+        quality="fidelity.frechet",
+        sampling={"steps": 10, "guidance": 3.0},
+        forget_class=forget_class,
+        base=None if config.base is None else str(config.base),
+        sensitive=False,
+        family="text-ddpm",
+        class_names=tuple(f"{style} digit" for style in STYLES) if by_style else tuple(f"digit {w}" for w in WORDS),
     )
 
 

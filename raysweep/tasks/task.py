@@ -7,9 +7,10 @@ same global batch and seed therefore give the same data, noise and timesteps wha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from methods.base import SEEDS, Batch, Draw, Goal, Rows
+from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.models.draws import row_seeds
 from raysweep.seeds import derive_seed
+from raysweep.store import StoreError
 
 _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",
@@ -32,12 +35,14 @@ _PLAIN = (
 DISJOINT = (
     ("forget", "retain"), ("train", "holdout"), ("train", "forget_holdout"), ("judge_probe", "judge_audit"),
 )  # fmt: skip
+PROMPTS = ("prompts_probe", "prompts_audit")  # splits of a concept task that hold prompts and no images
 NEAR = 0.05  # root mean square difference, in [-1, 1], under which two images count as the same picture
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, C, H, W) in [-1, 1], float32; cond: class labels (n,) or None; groups: what balancing is over (n,)."""
+    """Images (n, C, H, W) in [-1, 1], float32; cond: class labels (n,), tokens of captions (n, L), or None; groups: what
+    balancing is over, and what judges tell apart, (n,). A split of prompts has images of no elements, (n, 0)."""
 
     x: torch.Tensor
     cond: torch.Tensor | None
@@ -72,14 +77,17 @@ class Task:
     """One unlearning problem.
 
     splits: `train` = `forget` + `retain`; `holdout` and `forget_holdout` were never trained on and match `retain` and
-    `forget`; `judge_probe` and `judge_audit` are the disjoint labelled images of the two judges (labels in `groups`).
+    `forget`; `judge_probe` and `judge_audit` are the disjoint labelled images of the two judges (labels in `groups`). A
+    concept is asked for by prompts: `prompts_probe` and `prompts_audit` hold those of every class (in `groups`), the second
+    ones unseen by training and search.
     views: the metrics whose worst one is the residue; quality: the metric behind the damage.
     class_names: what the labels 0, 1, ... are called, for networks that know words; empty where there are no names.
+    base: folder of the model to unlearn, if the user has one; `model` and `recipe` say how it is made here otherwise.
     sensitive: pictures of what must be forgotten are blurred in the report until clicked.
     """
 
     name: str
-    kind: Literal["points", "class"]
+    kind: Literal["points", "class", "concept"]
     model: dict[str, Any]
     recipe: dict[str, Any]
     splits: dict[str, Split]
@@ -101,13 +109,38 @@ class Task:
             both = set(self.splits[first].ids) & set(self.splits[second].ids)
             if both:
                 raise ValueError(f"task {self.name}: {len(both)} images are both in {first} and in {second}")
+        if self.kind == "concept":
+            self._check_prompts()
+
+    def _check_prompts(self) -> None:
+        searched, audited = (self.splits[name] for name in PROMPTS)
+        both = {tuple(p) for p in searched.cond.tolist()} & {tuple(p) for p in audited.cond.tolist()}  # type: ignore[union-attr]
+        if both:
+            raise ValueError(f"task {self.name}: {len(both)} prompts are used both by the search and by the audit")
+        for name in PROMPTS:
+            kept = torch.unique(self.splits["retain"].groups).tolist()
+            without = sorted({self.forget_class, *kept} - set(self.splits[name].groups.tolist()))
+            if without:
+                raise ValueError(f"task {self.name}: {name} has no prompt for the classes {without}")
 
     @cached_property
     def goal(self) -> Goal:
         """What methods may know without the images; the classes are those of the training labels."""
+        if self.kind == "concept":
+            prompts = self.splits[PROMPTS[0]]
+            first = prompts.groups.tolist().index(self.forget_class)
+            return Goal("concept", concept=tuple(prompts.cond[first].tolist()))  # type: ignore[index]
         cond = self.splits["train"].cond
         classes = () if cond is None else tuple(torch.unique(cond).tolist())
         return Goal(self.kind, self.forget_class, self.override_class, classes)
+
+    @property
+    def thing(self) -> str:
+        """What must be forgotten, in words; "" for data points."""
+        if self.forget_class is None:
+            return ""
+        name = self.class_names[self.forget_class] if self.class_names else ""
+        return f"the concept {name!r}" if self.kind == "concept" else f"class {self.forget_class}"
 
     @cached_property
     def digest(self) -> str:
@@ -207,6 +240,31 @@ class Task:
             mine = positions % len(names) == k
             index[mine] = _shuffled(positions[mine] // len(names), np.flatnonzero(groups == g), derive_seed(stream, k))
         return index
+
+
+def encoded(task: Task, model: Any, cache: Path | None = None) -> Task:
+    """The task with the images of each split as the model's network takes them (see `Diffusion.encode`).
+
+    cache: folder where the latents are kept, under the hash of images and encoder.
+    """
+    if not model.latent:
+        return task
+
+    def latents(split: Split) -> torch.Tensor:
+        if split.x.dim() < 4:
+            return split.x
+        name = hashlib.sha256(f"{model.encoder_digest} {' '.join(split.ids)}".encode()).hexdigest()[:16]
+        path = None if cache is None else cache / f"{name}.safetensors"
+        if path is not None and path.is_file():
+            with contextlib.suppress(StoreError, KeyError):  # cut short: made again
+                return load_tensors(path)["latents"]
+        parts = [model.encode(x.to(model.device, model.dtype)).float().cpu() for x in split.x.split(64)]
+        made = torch.cat(parts)
+        if path is not None:
+            save_tensors(path, {"latents": made})
+        return made
+
+    return replace(task, splits={name: replace(split, x=latents(split)) for name, split in task.splits.items()})
 
 
 def _nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ class Job:
     """One piece of training.
 
     kind: "train" makes a candidate at `out` (a folder), "prepare" makes the method's prepared tensors (a file).
-    base: folder of the model to start from; None: freshly initialised from the task and the seed.
+    base: folder of the model to start from; None: freshly initialised from the task and the seed. frozen: folder of the
+    trained autoencoder that a freshly initialised model works with, if it does.
     inputs: content hashes of what the paths lead to (task, base, prepared tensors, code).
     """
 
@@ -31,6 +32,7 @@ class Job:
     base: str | None
     out: str
     prepared: str | None = None
+    frozen: str | None = None
     budget_s: float = 600.0
     checkpoint_s: float = 60.0
     inputs: dict[str, str] = field(default_factory=dict)

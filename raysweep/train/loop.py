@@ -22,11 +22,12 @@ import torch.distributed as dist
 from methods import gradients
 from methods.base import Diverged, Method
 from raysweep.artifacts import load_tensors, save_tensors
-from raysweep.models.pixel import PixelDDPM
+from raysweep.models import families
+from raysweep.models.diffusion import Diffusion
 from raysweep.registry import resolve
 from raysweep.seeds import derive_seed
 from raysweep.store import digest_state, write_folder, write_json
-from raysweep.tasks.task import Task
+from raysweep.tasks.task import Task, encoded
 from raysweep.train.jobs import CARD, Job, Outcome, file_digest, finished
 
 Progress = Callable[[str, int, int, float], None]
@@ -39,19 +40,28 @@ class Resident:
     def __init__(self, device: torch.device | None = None):
         self.device = device or torch.device("cpu")
         self._tasks: dict[str, Task] = {}
-        self._models: dict[str, PixelDDPM] = {}
+        self._models: dict[str, Diffusion] = {}
 
     def task(self, folder: str) -> Task:
         if folder not in self._tasks:
             self._tasks[folder] = Task.load(Path(folder))
         return self._tasks[folder]
 
-    def model(self, job: Job, task: Task) -> PixelDDPM:
+    def encoded(self, folder: str, model: Diffusion) -> Task:
+        """The task as the model's network takes it."""
+        if not model.latent:
+            return self.task(folder)
+        key = f"{folder} {model.encoder_digest}"
+        if key not in self._tasks:
+            self._tasks[key] = encoded(self.task(folder), model, Path(folder).parent / "latents")
+        return self._tasks[key]
+
+    def model(self, job: Job, task: Task) -> Diffusion:
         """A copy of the job's base model that the job may change."""
         if job.base is None:
-            return PixelDDPM.build(task.model, derive_seed("init", job.seed)).to(self.device)
+            return families.build(task, derive_seed("init", job.seed), job.frozen).to(self.device)
         if job.base not in self._models:
-            self._models[job.base] = PixelDDPM.load(job.base).to(self.device)
+            self._models[job.base] = families.load(job.base).to(self.device)
         kept = self._models[job.base]
         return kept.with_net(copy.deepcopy(kept.net))
 
@@ -68,8 +78,10 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
         task = resident.task(job.task)
         method_class: type[Method] = resolve("method", job.method)
         if job.kind == "prepare":
-            return _prepare(job, method_class, resident.model(job, task), task, rank, started)
+            model = resident.model(job, task)
+            return _prepare(job, method_class, model, resident.encoded(job.task, model), rank, started)
         method = _build(job, method_class, resident.model(job, task), task)
+        task = resident.encoded(job.task, method.model)  # type: ignore[arg-type]
         step_seconds, diagnostics = _train(job, method, task, rank, world, progress)
         diagnostics |= method.finish()
     except Diverged as error:
@@ -90,7 +102,7 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
     return outcome
 
 
-def _build(job: Job, method_class: type[Method], model: PixelDDPM, task: Task) -> Method:
+def _build(job: Job, method_class: type[Method], model: Diffusion, task: Task) -> Method:
     prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
     return method_class(model, method_class.Hyperparameters(**job.hyperparameters), prepared, task.goal)
 
@@ -119,7 +131,7 @@ def _train(
     return (time.monotonic() - began) / done, {f"last/{k}": float(v) for k, v in scalars.items()}
 
 
-def _prepare(job: Job, method_class: type[Method], model: PixelDDPM, task: Task, rank: int, started: float) -> Outcome:
+def _prepare(job: Job, method_class: type[Method], model: Diffusion, task: Task, rank: int, started: float) -> Outcome:
     settings = method_class.Hyperparameters(**job.hyperparameters)
     with gradients.alone():  # every rank works on all rows, and rank 0 keeps the result
         tensors = method_class.prepare(model, task, derive_seed("prepare", job.seed), settings)

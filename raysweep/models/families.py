@@ -1,0 +1,30 @@
+"""Which class handles a model: by the family that a task names, or by what a folder says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raysweep.models.diffusion import Diffusion
+from raysweep.models.folders import pipeline_class
+from raysweep.models.latent import PIPELINES, LatentText
+from raysweep.models.pixel import PixelDDPM
+
+PIXEL = ("DDIMPipeline", "DDPMPipeline")
+
+
+def load(folder: str | Path) -> Diffusion:
+    """The model in a pipeline's folder; raises ValueError, saying what is wrong with the folder."""
+    name = pipeline_class(Path(folder), (*PIXEL, *PIPELINES))
+    return PixelDDPM.load(folder) if name in PIXEL else LatentText.load(folder)
+
+
+def build(task: Any, seed: int, frozen: str | Path | None = None) -> Diffusion:
+    """A freshly initialised model of the architecture of a `Task`. frozen: folder of the trained autoencoder of a latent
+    model; None: a fresh one."""
+    if task.base is not None:
+        return load(task.base).fresh(seed)
+    config: dict[str, Any] = task.model
+    if task.family == LatentText.family:
+        return LatentText.build(config, seed, None if frozen is None else Path(frozen))
+    return PixelDDPM.build(config, seed)

@@ -1,0 +1,259 @@
+"""Latent text-to-image diffusion models: the folders of diffusers' `StableDiffusionPipeline` and its two-encoder XL kin.
+
+The trainable modules are the U-Net and the text encoders; the autoencoder is frozen. A condition is the tokens of a prompt,
+(n, L), those of the second tokenizer of an XL model behind those of the first. The image of a latent is what the pipelines
+make of it: nothing is filtered, since a safety checker would hide from an audit what the model draws. Latents are the
+means of the encoder, scaled as the pipelines scale them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from raysweep.models.diffusion import Diffusion, load_sampler, save_sampler
+from raysweep.models.folders import component_files, no_pickles, pipeline_class, reading
+from raysweep.models.words import tokenizer_of
+from raysweep.store import digest_of, digest_state
+
+PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
+
+for _logging in (diffusers_logging, transformers_logging):  # bars of files under those of a sweep tell nobody anything
+    _logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a pipeline holds beside its trainable modules.
+
+    scheduler: the configuration that the folder came with, kept as it is. zero_null: the unconditional branch has
+    embeddings of zeros instead of those of the empty prompt (XL).
+    """
+
+    vae: AutoencoderKL
+    tokenizers: tuple[CLIPTokenizer, ...]
+    scheduler: Any
+    zero_null: bool = False
+
+
+class LatentText(Diffusion):
+    """A text-to-image model: U-Net, text encoders, tokenizers and a frozen autoencoder.
+
+    Args:
+        net: modules `unet`, `text_encoder` and, for an XL model, `text_encoder_2`.
+        frozen: the rest of the pipeline.
+        trains: names of the modules whose weights may change.
+        sampler: as in `Diffusion`.
+    """
+
+    family = "text-ddpm"
+    latent: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        net: nn.ModuleDict,
+        frozen: Frozen,
+        trains: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2"),
+        sampler: dict[str, Any] | None = None,
+    ):
+        # without what a configuration remembers of its origin: defaults of one scheduler are not those of another
+        config = {k: v for k, v in frozen.scheduler.config.items() if not k.startswith("_")}
+        super().__init__(net, DDIMScheduler.from_config(config), sampler)
+        self.frozen, self.trains = frozen, trains
+        frozen.vae.requires_grad_(False).eval()
+        for name, module in net.items():
+            module.requires_grad_(name in trains)
+        self._embedded: tuple[Any, Any] = (None, None)
+
+    @classmethod
+    def build(cls, config: dict[str, Any], seed: int, vae: Path | None = None) -> LatentText:
+        """A freshly initialised model.
+
+        `config` holds keyword arguments of `unet`, `text_encoder`, `vae` and `scheduler`, and the `words` that the
+        tokenizer knows as one token each. vae: folder of a trained autoencoder; None: a fresh one.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tokenizer = tokenizer_of(tuple(config["words"]), config["text_encoder"]["max_position_embeddings"])
+            ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+                    "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+            text: Any = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ends, **config["text_encoder"]))
+            net = nn.ModuleDict({"unet": UNet2DConditionModel(**config["unet"]), "text_encoder": text})
+            own = (
+                AutoencoderKL(**config["vae"])
+                if vae is None
+                else AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False)
+            )
+        return cls(net, Frozen(own, (tokenizer,), DDIMScheduler(**config["scheduler"])))
+
+    @classmethod
+    def load(cls, folder: str | Path, trains: tuple[str, ...] | None = None) -> LatentText:
+        """Reads a pipeline's folder; safetensors only, without its safety checker.
+
+        Raises ValueError if it is of another class, or a part of it is missing, pickled, cut short, or does not fit the others.
+        """
+        folder = Path(folder)
+        name = pipeline_class(folder, PIPELINES)
+        parts = ("unet", "vae", "text_encoder", *(("text_encoder_2",) if "XL" in name else ()))
+        for part in parts:
+            no_pickles(folder / part)
+        for part in ("tokenizer", *(("tokenizer_2",) if "XL" in name else ())):
+            component_files(folder / part, ("tokenizer.json", "vocab.json"))
+        extra = {} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
+        with reading(folder):
+            pipe = PIPELINES[name].from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, **extra
+            )
+        modules = {part: getattr(pipe, part) for part in parts if part != "vae"}
+        tokenizers = tuple(getattr(pipe, t) for t in ("tokenizer", "tokenizer_2") if getattr(pipe, t, None) is not None)
+        for tokenizer, encoder in zip(tokenizers, [m for n, m in modules.items() if n != "unet"], strict=True):
+            if len(tokenizer) > encoder.config.vocab_size:
+                raise ValueError(
+                    f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {encoder.config.vocab_size}: "
+                    "they are not of the same model"
+                )
+        if pipe.vae.config.latent_channels != pipe.unet.config.in_channels:
+            raise ValueError(
+                f"{folder}: the autoencoder makes latents of {pipe.vae.config.latent_channels} channels, and the U-Net "
+                f"takes {pipe.unet.config.in_channels}: they are not of the same model"
+            )
+        zero = bool("XL" in name and pipe.config.get("force_zeros_for_empty_prompt", True))
+        trains = tuple(modules) if trains is None else trains
+        return cls(
+            nn.ModuleDict(modules), Frozen(pipe.vae, tokenizers, pipe.scheduler, zero), trains, load_sampler(folder)
+        )
+
+    def save(self, folder: str | Path) -> None:
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
+        save_sampler(folder, self.sampler)
+
+    def pipeline(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+        """The pipeline of diffusers that holds these modules."""
+        frozen, net = self.frozen, self.net
+        shared = {"vae": frozen.vae, "unet": net["unet"], "text_encoder": net["text_encoder"], "scheduler": frozen.scheduler,
+                  "tokenizer": frozen.tokenizers[0]}  # fmt: skip
+        if "text_encoder_2" in net:
+            return StableDiffusionXLPipeline(
+                **shared, text_encoder_2=net["text_encoder_2"], tokenizer_2=frozen.tokenizers[1],
+                force_zeros_for_empty_prompt=frozen.zero_null, add_watermarker=False,
+            )  # fmt: skip
+        return StableDiffusionPipeline(
+            **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+
+    def with_net(self, net: Any) -> LatentText:
+        other = type(self)(net, self.frozen, self.trains)
+        other.alphas = self.alphas
+        return other
+
+    def fresh(self, seed: int) -> LatentText:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            modules = {
+                n: type(m).from_config(m.config) if n == "unet" else type(m)(copy.deepcopy(m.config))
+                for n, m in self.net.items()
+            }
+        return self.with_net(nn.ModuleDict(modules).to(self.dtype))
+
+    def to(self, device: torch.device) -> LatentText:
+        self.frozen.vae.to(device)
+        return super().to(device)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(super().digest, self.encoder_digest)
+
+    @property
+    def encoder_digest(self) -> str:
+        """Content hash of the autoencoder: latents of another one mean something else."""
+        return digest_of(digest_state(self.frozen.vae.state_dict()), self.frozen.vae.config.scaling_factor)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        config = self.net["unet"].config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        factor = 2 ** (len(self.frozen.vae.config.block_out_channels) - 1)
+        return self.frozen.vae.config.out_channels, self.shape[1] * factor, self.shape[2] * factor
+
+    def tokens(self, prompts: list[str]) -> torch.Tensor:
+        """(n, L): the tokens of each prompt, cut and padded to the tokenizers' lengths as the pipelines do."""
+        found = [
+            t(prompts, padding="max_length", max_length=t.model_max_length, truncation=True, return_tensors="pt")
+            for t in self.frozen.tokenizers
+        ]
+        return torch.cat([f.input_ids for f in found], 1)
+
+    def unconditional(self, count: int) -> torch.Tensor:
+        return self.tokens([""]).to(self.device).expand(count, -1)
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        vae = self.frozen.vae
+        return (vae.encode(x.to(vae.dtype)).latent_dist.mean * vae.config.scaling_factor).to(x.dtype)
+
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        vae = self.frozen.vae
+        return vae.decode(z.to(vae.dtype) / vae.config.scaling_factor).sample.to(z.dtype)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        tokens = self.unconditional(len(x_t)) if cond is None else cond
+        hidden, added = self.embed(tokens)
+        return self.net["unet"](x_t, t, encoder_hidden_states=hidden, added_cond_kwargs=added).sample
+
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+        """What the U-Net attends to, (n, length, width), and what an XL U-Net is told besides.
+
+        Without gradients the last embedding is kept, until tokens or weights change: a sampler asks for it at every step.
+        """
+        if torch.is_grad_enabled():
+            return self._embed(tokens)
+        weights = tuple(p._version for n, m in self.net.items() if n != "unet" for p in m.parameters())
+        key = (tokens.cpu().numpy().tobytes(), tuple(tokens.shape), weights)
+        if self._embedded[0] != key:
+            self._embedded = (key, self._embed(tokens))
+        return self._embedded[1]
+
+    def _embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+        first = self.net["text_encoder"]
+        if "text_encoder_2" not in self.net:
+            return first(tokens)[0], None
+        length = self.frozen.tokenizers[0].model_max_length
+        outputs = [
+            encoder(part, output_hidden_states=True)
+            for encoder, part in ((first, tokens[:, :length]), (self.net["text_encoder_2"], tokens[:, length:]))
+        ]
+        hidden, pooled = torch.cat([o.hidden_states[-2] for o in outputs], -1), outputs[1][0]
+        if self.frozen.zero_null:
+            null = (tokens == self.unconditional(1)).all(1)
+            hidden, pooled = hidden.masked_fill(null[:, None, None], 0), pooled.masked_fill(null[:, None], 0)
+        _, height, width = self.image_shape
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=tokens.device, dtype=hidden.dtype)
+        return hidden, {"text_embeds": pooled, "time_ids": sizes.expand(len(tokens), -1)}
+
+
+def is_latent(folder: Path) -> bool:
+    """Whether a folder holds a pipeline of this family."""
+    index = folder / "model_index.json"
+    return index.is_file() and json.loads(index.read_text()).get("_class_name") in PIPELINES

@@ -1,0 +1,53 @@
+"""A CLIP tokenizer cut down to a few words, for models that are trained here.
+
+Its merges are those of open_clip's bundled vocabulary that the words need, so any text can still be tokenized: other words
+fall into letters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
+from transformers import CLIPTokenizer
+
+ENDS = ("<|startoftext|>", "<|endoftext|>")
+
+
+@lru_cache(maxsize=8)
+def tokenizer_of(words: tuple[str, ...], length: int) -> CLIPTokenizer:
+    """The tokenizer that knows `words` as single tokens where CLIP does, with prompts of `length` tokens."""
+    ranks = SimpleTokenizer().bpe_ranks
+    merges = sorted({m for word in words for m in _merges(word, ranks)}, key=ranks.__getitem__)
+    letters = list(bytes_to_unicode().values())
+    pieces = [*letters, *(f"{c}</w>" for c in letters), *("".join(m) for m in merges), *ENDS]
+    with tempfile.TemporaryDirectory() as folder:
+        vocab, merged = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        vocab.write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+        merged.write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in merges)]) + "\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
+
+
+def _merges(word: str, ranks: dict[tuple[str, str], int]) -> list[tuple[str, str]]:
+    """The merges by which byte-pair encoding puts a word together."""
+    parts, used = [*word[:-1], word[-1] + "</w>"], []
+    while len(parts) > 1:
+        pairs = [p for p in itertools.pairwise(parts) if p in ranks]
+        if not pairs:
+            break
+        best = min(pairs, key=ranks.__getitem__)
+        used.append(best)
+        merged, i = [], 0
+        while i < len(parts):
+            if i + 1 < len(parts) and (parts[i], parts[i + 1]) == best:
+                merged.append(parts[i] + parts[i + 1])
+                i += 2
+            else:
+                merged.append(parts[i])
+                i += 1
+        parts = merged
+    return used
