@@ -125,7 +125,7 @@ class Ground:
 
     def place(self, measured: Measurement, tier: str) -> Objectives:
         """Residue and damage."""
-        return objectives(as_measured(measured), *self.anchors(tier), self.task.quality)
+        return objectives(as_measured(measured), *self.anchors(tier), self.task.quality, self.task.validity)
 
     def prepared(self, method: type[Method], settings: Any) -> dict[str, torch.Tensor]:
         """The method's prepared tensors, made once per setting that they depend on."""

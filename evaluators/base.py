@@ -28,7 +28,8 @@ class Inapplicable(ValueError):
 
 
 class Model(Protocol):
-    """What evaluators need of a diffusion model; see `methods.base.Model` for shapes."""
+    """What evaluators need of a diffusion model; see `methods.base.Model` for shapes. A contrastive model has `encode_image`
+    and `encode_text` instead of a noise schedule and a sampler."""
 
     net: Any
     alphas: torch.Tensor
@@ -41,6 +42,10 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def logit_scale(self) -> torch.Tensor: ...
+    def encode_image(self, x: torch.Tensor) -> torch.Tensor: ...
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor: ...
     def encode(self, x: torch.Tensor) -> torch.Tensor: ...
     def decode(self, z: torch.Tensor) -> torch.Tensor: ...
     def unconditional(self, count: int) -> torch.Tensor | None: ...
@@ -93,10 +98,12 @@ class Task(Protocol):
     its splits `prompts_JUDGE` hold the prompts of each class that a tier of that judge uses."""
 
     kind: str
+    family: str
     splits: dict[str, Any]
     sampling: dict[str, Any]
     forget_class: int | None
     class_names: tuple[str, ...]
+    texts: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -159,12 +166,23 @@ class Subject:
         """What asks the model for images of `classes` (n,): the labels, or tokens (n, L), the prompts of a class in turn."""
         if self.task.kind != "concept":
             return classes
-        prompts = self.task.splits[f"prompts_{self.sizes['judge']}"]
+        return self.task.splits[f"prompts_{self.sizes['judge']}"].cond[self.prompts(classes)]
+
+    def prompts(self, classes: torch.Tensor) -> torch.Tensor:
+        """Which of the tier's prompts ask for images of `classes` (n,): those of a class in turn."""
+        groups = self.task.splits[f"prompts_{self.sizes['judge']}"].groups
         index = torch.empty(len(classes), dtype=torch.long)
         for c in torch.unique(classes):
-            own, mine = (prompts.groups == c).nonzero()[:, 0], (classes == c).nonzero()[:, 0]
+            own, mine = (groups == c).nonzero()[:, 0], (classes == c).nonzero()[:, 0]
             index[mine] = own[torch.arange(len(mine)) % len(own)]
-        return prompts.cond[index]
+        return index
+
+    def texts(self, classes: torch.Tensor) -> list[str]:
+        """What images of `classes` (n,) are asked for by, in words; for labels "a photo of a NAME."."""
+        if self.task.kind != "concept":
+            return [f"a photo of a {self.task.class_names[int(c)]}." for c in classes]
+        texts = self.task.texts[f"prompts_{self.sizes['judge']}"]
+        return [texts[int(i)] for i in self.prompts(classes)]
 
     def forgotten(self, count: int) -> torch.Tensor:
         """What asks for the forgotten class, `count` rows."""
@@ -233,12 +251,14 @@ class Subject:
 class Evaluator(ABC):
     """One family of checks.
 
+    families, kinds: the models and the tasks that it applies to.
     directions: metric name -> which way is better; `target` means "like the oracle".
     weights: the key of the file that it needs from the user, None for none.
     needs, cost: what it takes, in words; controls: the models whose value for the same check gives its numbers a meaning.
     """
 
     name: ClassVar[str]
+    families: ClassVar[frozenset[str]] = frozenset({"pixel-ddpm", "text-ddpm"})
     kinds: ClassVar[frozenset[str]] = frozenset({"points", "class", "concept"})
     directions: ClassVar[dict[str, Direction]]
     weights: ClassVar[str | None] = None

@@ -24,10 +24,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from evaluators.base import Direction, Evaluator, Inapplicable, Metric, Scores, Subject, correlation, judged
+from evaluators.contrast import zero_shot
 from evaluators.statistics import clopper_pearson, jackknife_interval, t_interval
 
+EVERY = frozenset({"pixel-ddpm", "text-ddpm", "clip"})  # families whose weights can be attacked
 IMAGES = 10  # that an attacker has, at most
 BATCH = 32
 LR = 3e-4
@@ -97,6 +100,7 @@ class Durability(Evaluator):
 class Relearning(Durability):
     """Fine-tuning on at most 10 forgotten images; after Suriyakumar et al., arXiv:2410.08074."""
 
+    families = EVERY
     name = "relearning"
     reach = "weights"
     cost = "the largest of `relearn_steps` optimiser steps of 32 rows, then samples, per strength"
@@ -129,6 +133,7 @@ class FineTuning(Relearning):
 class Quantisation(Durability):
     """Weights rounded to int8 and int4 and back, symmetric, one scale per output channel, round to nearest."""
 
+    families = EVERY
     name = "quantisation"
     reach = "weights"
     cost = "samples, per width"
@@ -143,6 +148,7 @@ class Quantisation(Durability):
 class WeightNoise(Durability):
     """Gaussian noise on every tensor, in parts of its root mean square."""
 
+    families = EVERY
     name = "weight_noise"
     reach = "weights"
     cost = "samples, per strength"
@@ -230,6 +236,7 @@ class Inversion(Durability):
 class Interpolation(Durability):
     """Weights moved a part of the way back to the base."""
 
+    families = EVERY
     name = "interpolation"
     reach = "weights"
     needs = "forget set and base; `excess` needs oracles"
@@ -289,7 +296,12 @@ def _own_rows(subject: Subject) -> torch.Tensor:
 
 
 def presence(subject: Subject, stream: str = "durability", **sampling: Any) -> np.ndarray:
-    """Presence of the forgotten thing per unit: 0 or 1 per sample of a class, correlation per draw of noise of an image."""
+    """Presence of the forgotten thing per unit: 0 or 1 per sample of a class, correlation per draw of noise of an image, and
+    for a contrastive model 0 or 1 per real image of the class."""
+    if subject.task.family == "clip":
+        split = subject.task.splits[f"judge_{subject.sizes['judge']}"]
+        mine = split.take((split.groups == subject.task.forget_class).nonzero()[:, 0])
+        return (zero_shot(subject, mine).argmax(1) == subject.task.forget_class).astype(float)
     if subject.classed:
         cond = subject.forgotten(subject.sizes["class_samples"])
         return _seen(subject, subject.generate(cond, subject.seeds(stream, len(cond)), **sampling))
@@ -342,6 +354,12 @@ def _denoising_step(
 ) -> None:
     mine = subject.seeds(stream, BATCH * (step + 1))[step * BATCH :]
     rows = (torch.arange(BATCH) + step * BATCH) % len(images)
+    if subject.task.family == "clip":
+        loss = _class_loss(subject, model, images.x[rows].to(model.device, model.dtype), images.groups[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return
     t = (model.uniform(mine, 1)[:, 0] * len(model.alphas)).long()
     eps = model.noise(mine)
     x0 = images.x[rows].to(eps)
@@ -351,6 +369,15 @@ def _denoising_step(
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def _class_loss(subject: Subject, model: Any, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of images with the prompts of the search, one per class: contrastive fine-tuning towards class texts."""
+    prompts = subject.task.splits["prompts_probe"]
+    first = torch.tensor([prompts.groups.tolist().index(c) for c in range(int(prompts.groups.max()) + 1)])
+    texts = F.normalize(model.encode_text(prompts.cond[first].to(model.device)), dim=-1)
+    logits = model.logit_scale * F.normalize(model.encode_image(x), dim=-1) @ texts.T
+    return F.cross_entropy(logits, classes.to(model.device))
 
 
 def _seen(subject: Subject, images: torch.Tensor) -> np.ndarray:

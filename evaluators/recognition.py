@@ -101,8 +101,8 @@ class OutsideClassifier(_Recognition):
 class Alignment(Evaluator):
     """Alignment score AS: mean cosine between CLIP's embeddings of an image and of the text it was asked for.
 
-    As in the restricted-gradient paper: unit vectors, neither scaled nor cut at 0. For class-conditional models the text is
-    "a photo of a NAME." The difference to the base, Delta AS, is the paired row against the base. After the forgotten label
+    As in the restricted-gradient paper: unit vectors, neither scaled nor cut at 0. The text is the prompt, which in the audit is
+    one that training and search never saw; for class-conditional models it is "a photo of a NAME." The difference to the base, Delta AS, is the paired row against the base. After the forgotten label
     it should fall to the oracle's value, which `target` says; over retained labels it should stay.
     """
 
@@ -115,16 +115,22 @@ class Alignment(Evaluator):
 
     def scores(self, subject: Subject) -> Scores:
         clip = network(subject, "clip", CLIP)
-        prompts = [f"a photo of a {name}." for name in class_names(subject)]
-        key = f"alignment.{subject.sizes['weights']['clip']}.{prompts}"
-        texts = subject.keep(key, lambda: clip.texts(prompts))
+        class_names(subject)
+        assert subject.task.forget_class is not None
         samples, classes = subject.samples()
         assert classes is not None
-        aimed = clip(forget_samples(subject, "class samples"))
+        aimed = forget_samples(subject, "class samples")
+        forgotten = torch.full((len(aimed),), subject.task.forget_class)
         return {
-            "retain": (clip(samples) * texts[classes.numpy()]).sum(1),
-            "forget": aimed @ texts[subject.task.forget_class],
+            "retain": self._cosines(clip, samples, subject.texts(classes)),
+            "forget": self._cosines(clip, aimed, subject.texts(forgotten)),
         }
+
+    @staticmethod
+    def _cosines(clip: CLIP, images: torch.Tensor, texts: list[str]) -> np.ndarray:
+        distinct = sorted(set(texts))
+        place = {text: i for i, text in enumerate(distinct)}
+        return (clip(images) * clip.texts(distinct)[[place[text] for text in texts]]).sum(1)
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
         return {name: float(scores[name].mean()) for name in ("retain", "forget")}

@@ -3,7 +3,7 @@
 Source: Alberti et al., "Data Unlearning in Diffusion Models", ICLR 2025, arXiv:2503.01034 (baseline "naive deletion",
 the loss L over X without A).
     minimise  L_r = E_{x ~ retain, t, eps} |eps_theta(x_t, t) - eps|^2
-It forgets only what training on the rest overwrites, and is the control that every other method has to beat.
+A contrastive model descends its own loss, the symmetric InfoNCE of retained pairs (baseline FT of arXiv:2407.11867). It forgets only what training on the rest overwrites, and is the control that every other method has to beat.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Scalars, Training, mean_loss
+from methods.base import Batch, Descent, Draw, Scalars, Training
+from methods.recall import retain_loss
 
 
 class FinetuneSettings(Training):
@@ -31,6 +32,7 @@ class Finetune(Descent):
     name = "finetune"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, naive deletion"
     needs = frozenset({"retain"})
+    families = frozenset({"pixel-ddpm", "text-ddpm", "clip"})
     forwards_per_step = 3
     Hyperparameters = FinetuneSettings
 
@@ -38,5 +40,5 @@ class Finetune(Descent):
         return {"retain": Draw(self.hp.batch_size)}
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
-        loss = mean_loss(self.model, batch["retain"])
+        loss = retain_loss(self.model, batch["retain"])
         return self.gradient(loss), gradients.scalars(retain_loss=loss)

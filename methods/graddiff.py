@@ -11,6 +11,9 @@ units, kept here under two names:
 The retain rows of a step are a minibatch, a minibatch balanced over the groups (classes), or all of the retain set; with
 the latter two this is the paper's GradDiffD. Their groups may be chosen (the paper's ablation: two classes near the
 forgotten one against all nine, at equal size).
+
+A contrastive model ascends 1 - cos(image, caption) of forgotten pairs and descends the symmetric InfoNCE of retained ones
+(baseline GAFT of arXiv:2407.11867, with both gradients in one step); nothing is truncated.
 """
 
 from __future__ import annotations
@@ -21,19 +24,8 @@ import torch
 from pydantic import BaseModel, Field
 
 from methods import gradients
-from methods.base import (
-    Batch,
-    Descent,
-    Draw,
-    Goal,
-    Model,
-    Rows,
-    Scalars,
-    Training,
-    mean_loss,
-    squared_errors,
-    timesteps,
-)
+from methods.base import Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training, squared_errors, timesteps
+from methods.recall import contrastive, forget_loss, retain_loss
 
 
 class GradDiffSettings(Training):
@@ -57,12 +49,17 @@ class GradDiff(Descent):
     name = "graddiff"
     source = "Ko et al., NeurIPS 2024, arXiv:2412.07808, baseline GradDiff"
     needs = frozenset({"forget", "retain"})
+    families = frozenset({"pixel-ddpm", "text-ddpm", "clip"})
     forwards_per_step = 6
     Hyperparameters: ClassVar[type[BaseModel]] = GradDiffSettings
     hp: GradDiffSettings
 
     @classmethod
     def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+        if contrastive(model) and (hyperparameters.trunc_elem_sq, hyperparameters.trunc_batch_loss) != (None, None):
+            return [
+                "trunc_elem_sq, trunc_batch_loss: a contrastive loss is bounded and not truncated; set both to null"
+            ]
         if goal.kind != "class" or hyperparameters.retain_groups is None:
             return []
         unknown = sorted(set(hyperparameters.retain_groups) - set(goal.kept))
@@ -77,10 +74,10 @@ class GradDiff(Descent):
         }
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
-        g_forget, forget_loss, truncated = self.forget_gradient(batch["forget"])
-        retain_loss = mean_loss(self.model, batch["retain"])
-        g_retain = self.gradient(retain_loss, 1)
-        scalars = gradients.scalars(forget_loss=forget_loss, retain_loss=retain_loss, truncated=truncated)
+        g_forget, lost, truncated = self.forget_gradient(batch["forget"])
+        retain = retain_loss(self.model, batch["retain"])
+        g_retain = self.gradient(retain, 1)
+        scalars = gradients.scalars(forget_loss=lost, retain_loss=retain, truncated=truncated)
         products = gradients.products(g_forget, g_retain)
         return self.combine(g_forget, g_retain, products), scalars | {"cosine": gradients.cosine(*products)}
 
@@ -90,6 +87,9 @@ class GradDiff(Descent):
 
     def forget_gradient(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(flat gradient of the negated truncated loss, this rank's part of the loss, of the truncated share)."""
+        if contrastive(self.model):
+            loss = forget_loss(self.model, rows)
+            return self.gradient(-loss), loss, torch.zeros_like(loss)
         t = timesteps(self.model, rows)
         errors = squared_errors(self.model, rows, t, self.model.noise(rows.seeds))
         loss = errors.detach().flatten(1).mean(1).sum() / rows.total

@@ -30,9 +30,25 @@ def alone() -> Iterator[None]:
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sums in place over all ranks; the identity outside a process group and in `alone`."""
-    if not _alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if ranks() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def gathered(x: torch.Tensor) -> torch.Tensor:
+    """The rows (n, ...) of all ranks, in their order; gradients flow into this rank's own, so that `flat` of a loss of all
+    of them is its gradient. Every rank must have as many. The identity outside a process group and in `alone`."""
+    if ranks() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(ranks())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[dist.get_rank()] = x
+    return torch.cat(parts)
+
+
+def ranks() -> int:
+    """How many ranks sums run over."""
+    return dist.get_world_size() if not _alone and dist.is_available() and dist.is_initialized() else 1
 
 
 def flat(

@@ -3,7 +3,8 @@
 Source: Alberti et al., "Data Unlearning in Diffusion Models", ICLR 2025, arXiv:2503.01034 (baseline "NegGrad").
     minimise  - s * E_{a ~ forget, t, eps} |eps_theta(a_t, t) - eps|^2
 s is the released code's `superfactor`. With the gradient clipped to a global norm that it exceeds, s cancels out, so
-the learning rate and the number of steps are the knobs that matter.
+the learning rate and the number of steps are the knobs that matter. For a contrastive model the loss is
+1 - cos(image, caption) of forgotten pairs (baseline GA of arXiv:2407.11867).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Scalars, Training, mean_loss
+from methods.base import Batch, Descent, Draw, Scalars, Training
+from methods.recall import forget_loss
 
 
 class NegGradSettings(Training):
@@ -32,6 +34,7 @@ class NegGrad(Descent):
     name = "neggrad"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, NegGrad"
     needs = frozenset({"forget"})
+    families = frozenset({"pixel-ddpm", "text-ddpm", "clip"})
     forwards_per_step = 3
     Hyperparameters = NegGradSettings
     hp: NegGradSettings
@@ -40,5 +43,5 @@ class NegGrad(Descent):
         return {"forget": Draw(self.hp.batch_size)}
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
-        loss = mean_loss(self.model, batch["forget"])
+        loss = forget_loss(self.model, batch["forget"])
         return self.gradient(-self.hp.superfactor * loss), gradients.scalars(forget_loss=loss)

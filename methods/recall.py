@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from methods import gradients
 from methods.base import Goal, Model, Rows, mean_loss, squared_errors, timesteps
 
 
@@ -23,16 +24,27 @@ def forget_loss(model: Any, rows: Rows) -> torch.Tensor:
     """Mean over rows of what unlearning raises: 1 - cos(image, caption), or the diffusion loss."""
     if not contrastive(model):
         return mean_loss(model, rows)
-    return (1 - F.cosine_similarity(model.encode_image(rows.x), model.encode_text(rows.cond))).mean()
+    return (1 - F.cosine_similarity(model.encode_image(rows.x), model.encode_text(rows.cond))).sum() / rows.total
 
 
 def retain_loss(model: Any, rows: Rows) -> torch.Tensor:
-    """Mean over rows of what must stay low: symmetric InfoNCE within the batch, or the diffusion loss."""
+    """Mean over rows of what must stay low: symmetric InfoNCE within the global batch, or the diffusion loss.
+
+    With several ranks every one compares all rows, and stands for its share of the loss. Raises ValueError if the global
+    batch cannot be shared equally.
+    """
     if not contrastive(model):
         return mean_loss(model, rows)
-    v, t = (F.normalize(e, dim=-1) for e in (model.encode_image(rows.x), model.encode_text(rows.cond)))
-    logits, own = model.logit_scale * v @ t.T, torch.arange(len(v), device=v.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    world = gradients.ranks()
+    if rows.total % world:
+        raise ValueError(f"batch_size: {rows.total} rows cannot be shared equally by {world} workers")
+    v, t = (
+        gradients.gathered(F.normalize(e, dim=-1)) for e in (model.encode_image(rows.x), model.encode_text(rows.cond))
+    )
+    scale = model.logit_scale / world + (model.logit_scale * (1 - 1 / world)).detach()
+    logits, own = scale * v @ t.T, torch.arange(len(v), device=v.device)
+    loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    return loss - loss.detach() * (1 - 1 / world)
 
 
 @torch.no_grad()

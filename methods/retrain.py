@@ -3,7 +3,8 @@
 On the retain set this is exact unlearning, the gold reference of the field ("oracle" here); on the whole training set it
 makes the embedded base models. The recipe is the usual one for diffusion models: Ho et al., "Denoising Diffusion
 Probabilistic Models", NeurIPS 2020, arXiv:2006.11239 (simple loss, exponential moving average of the weights), with
-dropped labels for classifier-free guidance (Ho & Salimans, arXiv:2207.12598), a linear warm-up and a cosine decay.
+dropped labels for classifier-free guidance (Ho & Salimans, arXiv:2207.12598), a linear warm-up and a cosine decay. A
+contrastive model is trained as CLIP is (Radford et al., arXiv:2103.00020): symmetric InfoNCE within the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from diffusers.training_utils import EMAModel
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training, mean_loss
+from methods.base import Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training
+from methods.recall import retain_loss
 
 
 class RetrainSettings(Training):
@@ -40,6 +42,7 @@ class Retrain(Descent):
     name = "retrain"
     source = "Ho et al., NeurIPS 2020, arXiv:2006.11239"
     needs = frozenset({"retain"})
+    families = frozenset({"pixel-ddpm", "text-ddpm", "clip"})
     forwards_per_step = 3
     Hyperparameters = RetrainSettings
     hp: RetrainSettings
@@ -67,7 +70,7 @@ class Retrain(Descent):
         return {self.hp.split: Draw(self.hp.batch_size)}
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
-        loss = mean_loss(self.model, self.drop_labels(batch[self.hp.split]))
+        loss = retain_loss(self.model, self.drop_labels(batch[self.hp.split]))
         return self.gradient(loss), gradients.scalars(loss=loss)
 
     def drop_labels(self, rows: Rows) -> Rows:

@@ -53,11 +53,12 @@ def thresholds() -> dict[str, str]:
     }
 
 
-def write(folder: Path, content: dict[str, Any], tables: dict[str, Path], judge: Path) -> Path:
+def write(folder: Path, content: dict[str, Any], tables: dict[str, Path], judge: Path | None) -> Path:
     """Writes a card; tables: name -> Parquet file to copy. Returns the path of its JSON."""
     for name, source in tables.items():
         write_bytes(folder / name, source.read_bytes())
-    write_bytes(folder / JUDGE, judge.read_bytes())
+    if judge is not None:
+        write_bytes(folder / JUDGE, judge.read_bytes())
     files = {p.name: _sha(p) for p in sorted(folder.iterdir()) if p.suffix in (".parquet", ".safetensors")}
     card = content | {"card": 1, "files": files, "thresholds": thresholds()}
     card["digest"] = digest_of(card)
@@ -106,7 +107,8 @@ def verify(path: Path, task: Path | None = None) -> list[Finding]:
         findings.append(_compare(name, sha, _sha(there) if there.is_file() else "missing"))
     for name, model in card["models"].items():
         findings.append(_digest(f"weights of {name}", model["digest"], Path(model["folder"]), _model_digest))
-    findings.append(_digest("judge", card["judge_digest"], folder / JUDGE, _judge_digest))
+    if card["judge_digest"]:
+        findings.append(_digest("judge", card["judge_digest"], folder / JUDGE, _judge_digest))
     same = audit_code() == card["code"]["audit"]
     said = "the code that measured it" if same else "other code than measured it: differences below may come from that"
     findings.append(Finding("code of the checks", True if same else None, said))
@@ -136,7 +138,7 @@ def _recomputed(card: dict[str, Any], folder: Path, task: Any) -> list[Finding]:
             found.append(Finding(f"{tier_name} tier", None, f"weights that are not here: {', '.join(absent)}"))
             continue
         tier = Tier(**settings)
-        subject = subject_of(None, task, judge, tier)  # type: ignore[arg-type]
+        subject = subject_of(None, task, judge, tier)
         scores = load_scores(folder / f"{tier_name}-scores.parquet")
         stated = {
             (f["check"], f["metric"]): f for f in card["findings"] if f["tier"] == tier_name and f["status"] == "ok"

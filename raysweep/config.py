@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from raysweep.registry import ATTACKS, BY_WEIGHTS, METHODS, TASKS, THOROUGH, names, resolve, suggest
 from raysweep.seeds import derive_seed
-from raysweep.tasks.digits import ClassTask, PictureTask, TextTask
+from raysweep.tasks.digits import ClassTask, ClipTask, PictureTask, TextTask
 
 if TYPE_CHECKING:
     from raysweep.tasks.task import Task
@@ -88,7 +88,7 @@ class Tier(_Model):
 
     def checks_for(self, task: Task) -> tuple[str, ...]:
         """The checks of this tier on a task: the configured ones, or those that its objectives are made of."""
-        needed = dict.fromkeys(metric.split(".")[0] for metric in (*task.views, task.quality, "classifier.validity"))
+        needed = dict.fromkeys(metric.split(".")[0] for metric in (*task.views, task.quality, task.validity))
         chosen = self.checks if self.checks is not None else tuple(needed)
         return tuple(dict.fromkeys((*chosen, *(n for n, key in BY_WEIGHTS.items() if key in self.weights))))
 
@@ -200,7 +200,7 @@ class Sweep(_Model):
     """One sweep: a task, the methods that compete on it, and how they are searched, trained and audited."""
 
     name: str = Field("digits-picture", description="name of the run; becomes a part of its directory")
-    task: Annotated[PictureTask | ClassTask | TextTask, Field(discriminator="name")] = Field(
+    task: Annotated[PictureTask | ClassTask | TextTask | ClipTask, Field(discriminator="name")] = Field(
         default_factory=PictureTask
     )
     methods: tuple[str, ...] = Field(

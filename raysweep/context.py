@@ -27,6 +27,7 @@ class Context:
     run_id: str
     task_digest: str
     quality: str
+    validity: str
     base: str
     base_digest: str
     oracles: dict[str, tuple[str, str]]  # name -> (folder, digest)
@@ -88,7 +89,7 @@ class Context:
         cache: str | None = None,
     ) -> AuditRequest:
         """The audit of one model in one tier."""
-        judge, judge_digest = self.judges[tier.judge]
+        judge, judge_digest = self.judges.get(tier.judge, ("", ""))
         return AuditRequest(
             subject=subject, method=method, model=model, digest=digest, tier_name=tier_name, tier=tier, judge=judge,
             judge_digest=judge_digest, task=str(self.folder.task), task_digest=self.task_digest, run=self.run,

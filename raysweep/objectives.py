@@ -19,7 +19,6 @@ import numpy as np
 from evaluators.statistics import jackknife_se
 
 INFORMATIVE = 4.0
-VALIDITY = "classifier.validity"
 
 Values = Mapping[str, float]
 
@@ -105,10 +104,11 @@ def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
     return views
 
 
-def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], quality: str) -> Objectives:
-    """Residue and damage of a candidate from the informative `views` and the metric `quality`."""
+def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], quality: str, validity: str) -> Objectives:
+    """Residue and damage of a candidate from the informative `views` and the metric `quality`; `validity` names the metric
+    that says which share of it is good for anything."""
     used = [v.metric for v in views if v.informative]
-    for metric in (*used, quality, VALIDITY):
+    for metric in (*used, quality, validity):
         if metric not in candidate.values or not np.isfinite(candidate.values[metric]):
             raise Unmeasured(f"{metric} was not measured")
 
@@ -143,7 +143,7 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
         residue_se=jackknife_se(parts[:, 0]),
         damage_se=jackknife_se(parts[:, 1]),
         over_forgetting=beyond,
-        validity=candidate.values[VALIDITY],
+        validity=candidate.values[validity],
         views=anchored,
         replicates=parts,
     )

@@ -120,8 +120,10 @@ def autoencoder_folder(sweep: Sweep, task: Task) -> Path | None:
 
 
 def judge_files(sweep: Sweep, task: Task) -> dict[str, tuple[Path, int, str]]:
-    """Judge -> (file in the cache, seed, split)."""
-    files = {}
+    """Judge -> (file in the cache, seed, split); none where a model is its own judge."""
+    files: dict[str, tuple[Path, int, str]] = {}
+    if task.family == "clip":
+        return files
     for seed, name in enumerate(("probe", "audit")):
         split = f"judge_{name}"
         key = digest_of(task.splits[split].ids, task.splits[split].groups.tolist(), seed, judge_code())
@@ -158,7 +160,7 @@ def prepare(
             models["base"] = (task.base, check_model(task.base, task))
         models |= check_oracles(sweep, task)
         context = Context(
-            run=str(folder.path), run_id=run_id, task_digest=task.digest, quality=task.quality, base=models["base"][0],
+            run=str(folder.path), run_id=run_id, task_digest=task.digest, quality=task.quality, validity=task.validity, base=models["base"][0],
             base_digest=models["base"][1], oracles={k: v for k, v in models.items() if k != "base"},
             judges={name: future.result() for name, future in judges.items()}, prepared={},
             cache=str(cache_folder(sweep.cache) / "audits"),

@@ -31,6 +31,7 @@ METHODS = {
 EVALUATORS = {
     "alignment": "evaluators.recognition:Alignment",
     "classifier": "evaluators.classifier:Classifier",
+    "contrast": "evaluators.contrast:Contrast",
     "clid": "evaluators.membership:CLiD",
     "copy_detection": "evaluators.memorisation:CopyDetection",
     "denoising": "evaluators.denoising:Denoising",
@@ -88,6 +89,7 @@ BY_WEIGHTS = {
 
 TASKS = {
     "digits-class": "raysweep.tasks.digits:ClassTask",
+    "digits-clip": "raysweep.tasks.digits:ClipTask",
     "digits-picture": "raysweep.tasks.digits:PictureTask",
     "digits-text": "raysweep.tasks.digits:TextTask",
 }

@@ -16,7 +16,7 @@ from raysweep import pareto
 from raysweep.audit.auditor import rows_path
 from raysweep.config import Sweep
 from raysweep.context import Context, load_measured
-from raysweep.objectives import VALIDITY, Measured, Objectives, objectives
+from raysweep.objectives import Measured, Objectives, objectives
 from raysweep.power import Requirement
 from raysweep.registry import ATTACKS, resolve
 from raysweep.rundir import RunDir
@@ -131,8 +131,8 @@ def verdict_of(folder: RunDir, name: str, keys: dict[str, str], context: Context
     own = load_measured(folder.path, keys["audit"]).values
     reach = {attack: resolve("evaluator", attack).reach for attack in ATTACKS}
     rows = read_table(rows_path(folder.path, keys["durability"]), ROWS).to_pylist()
-    oracle = float(np.mean([o.values[VALIDITY] for o in anchors.oracles]))
-    return verdict(rows, reach, own[VALIDITY], oracle)
+    oracle = float(np.mean([o.values[context.validity] for o in anchors.oracles]))
+    return verdict(rows, reach, own[context.validity], oracle)
 
 
 def _unmet(folder: RunDir, key: str, required: Sequence[Requirement]) -> list[str]:
@@ -197,7 +197,7 @@ def audited_front(
             }
         )
     for name, measured in {"base": anchors.base, **_oracles(anchors), "destroyed": anchors.destroyed}.items():
-        rows.append(_front_row(name, "", "anchor", objectives(measured, anchors, views, task.quality)))
+        rows.append(_front_row(name, "", "anchor", objectives(measured, anchors, views, task.quality, task.validity)))
     probe = [t for t in trials if t["state"] == "COMPLETE"]
     return Front(
         rows=rows, candidates=names, p_dominates=p_dominates, hypervolume=pareto.hypervolume(points),
@@ -216,7 +216,7 @@ def _places(
         anchors, views = context.load_anchors("audit" if number == 1 else f"audit-{number}")
         for trial, key in keys.items():
             measured = load_measured(folder.path, key)
-            found.setdefault(trial, {})[number] = objectives(measured, anchors, views, task.quality)
+            found.setdefault(trial, {})[number] = objectives(measured, anchors, views, task.quality, task.validity)
     places = {}
     for trial, parts in found.items():
         first = next(iter(parts.values()))

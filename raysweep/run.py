@@ -90,7 +90,7 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
             raise ConfigError("\n".join(f"spaces.{name}: {reason}" for reason in reasons))
     for tier_name in ("probe", "audit"):
         checks = getattr(sweep.audit, tier_name).checks_for(task)
-        for metric in (*task.views, task.quality, "classifier.validity"):
+        for metric in (*task.views, task.quality, task.validity):
             if metric.split(".")[0] not in checks:
                 raise ConfigError(
                     f"audit.{tier_name}.checks: {metric.split('.')[0]!r} is missing: {metric} is an objective"
@@ -367,7 +367,7 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
         if set(keys) != set(requests):
             raise RunFailed("; ".join(incomplete))
         anchors, views = context.load_anchors("audit")
-        place = objectives(load_measured(folder.path, keys["audit"]), anchors, views, task.quality)
+        place = objectives(load_measured(folder.path, keys["audit"]), anchors, views, task.quality, task.validity)
         write_paired(folder, context, {name: keys["audit"]}, {})
         made = write_card(sweep, task, context, folder, name, str(model.absolute()), digest, requests, place)
         folder.update(state="done")
@@ -424,7 +424,7 @@ def write_card(
         for kind, where in (("rows", rows_path), ("scores", scores_path))
     }
     out = folder.path / "cards" / f"{name}-{digest[:8]}"
-    return card.write(out, content, tables, Path(requests["audit"].judge))
+    return card.write(out, content, tables, Path(requests["audit"].judge) if requests["audit"].judge else None)
 
 
 def urls(folder: RunDir) -> list[str]:

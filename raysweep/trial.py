@@ -14,7 +14,7 @@ from ray.train import ScalingConfig
 from raysweep.audit.auditor import AuditRequest
 from raysweep.config import Sweep
 from raysweep.context import Context, load_measured
-from raysweep.objectives import VALIDITY, Unmeasured, objectives
+from raysweep.objectives import Unmeasured, objectives
 from raysweep.resources import Plan
 from raysweep.rundir import RunDir
 from raysweep.search import FINAL, OBJECTIVES
@@ -39,11 +39,11 @@ def trial(config: dict[str, Any]) -> None:
         return
     try:
         anchors, views = context.load_anchors("probe")
-        place = objectives(load_measured(Path(run), request.key), anchors, views, context.quality)
+        place = objectives(load_measured(Path(run), request.key), anchors, views, context.quality, context.validity)
     except Unmeasured as error:
         _report(reason=f"probe: {error}", **costs)
         return
-    oracle = sum(o.values[VALIDITY] for o in anchors.oracles) / len(anchors.oracles)
+    oracle = sum(o.values[context.validity] for o in anchors.oracles) / len(anchors.oracles)
     plain = {k: v for k, v in place.plain().items() if k != "replicates"}
     constraint = sweep.search.min_validity * oracle - place.validity
     tune.report(plain | costs | {"digest": outcome.digest, "constraint": constraint, "reason": "", FINAL: True})

@@ -62,7 +62,7 @@ class Court:
         found = {n: self._values(m, tier) for n, m in (self.models | {"destroyed": self.destroyed}).items()}
         anchors = Anchors(found["base"], (found["oracle-0"], found["oracle-1"]), found["destroyed"])
         views = assess_views(anchors, self.task.views)
-        return objectives(self._values(model, tier), anchors, views, self.task.quality)
+        return objectives(self._values(model, tier), anchors, views, self.task.quality, self.task.validity)
 
     def _values(self, model, tier) -> Measured:
         result = self.measured(model, tier)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from raysweep.objectives import VALIDITY, Anchors, Measured, Unmeasured, assess_views, objectives
+from raysweep.objectives import Anchors, Measured, Unmeasured, assess_views, objectives
 from raysweep.results import search_against_audit
 
 RNG = np.random.default_rng(0)
+VALIDITY = "classifier.validity"
 
 
 def measured(recall, loss, distance, noise=0.0, groups=10):
@@ -20,13 +21,13 @@ VIEWS = assess_views(ANCHORS, ("r.recall", "d.loss"))
 
 
 def place(*values):
-    return objectives(measured(*values), ANCHORS, VIEWS, "f.frechet")
+    return objectives(measured(*values), ANCHORS, VIEWS, "f.frechet", VALIDITY)
 
 
 def test_anchors_are_at_their_places():
-    base = objectives(ANCHORS.base, ANCHORS, VIEWS, "f.frechet")
+    base = objectives(ANCHORS.base, ANCHORS, VIEWS, "f.frechet", VALIDITY)
     assert base.residue == pytest.approx(1.0)
-    destroyed = objectives(ANCHORS.destroyed, ANCHORS, VIEWS, "f.frechet")
+    destroyed = objectives(ANCHORS.destroyed, ANCHORS, VIEWS, "f.frechet", VALIDITY)
     assert destroyed.damage == pytest.approx(1.0)
     oracle = place(0.1, 1.0, 2.0)
     assert (oracle.residue, oracle.damage) == pytest.approx((0.0, 0.0))
@@ -67,13 +68,15 @@ def test_a_missing_or_infinite_measurement_is_an_error():
     broken = measured(0.5, 0.0, 3.0)
     del broken.values["d.loss"]
     with pytest.raises(Unmeasured, match=r"d\.loss was not measured"):
-        objectives(broken, ANCHORS, VIEWS, "f.frechet")
+        objectives(broken, ANCHORS, VIEWS, "f.frechet", VALIDITY)
     with pytest.raises(Unmeasured, match=r"f\.frechet"):
-        objectives(measured(0.5, 0.0, float("nan")), ANCHORS, VIEWS, "f.frechet")
+        objectives(measured(0.5, 0.0, float("nan")), ANCHORS, VIEWS, "f.frechet", VALIDITY)
 
 
 def test_standard_errors_come_from_the_groups():
-    sharp, blurred = (objectives(measured(0.5, 0.0, 4.0, n), ANCHORS, VIEWS, "f.frechet") for n in (0.001, 0.05))
+    sharp, blurred = (
+        objectives(measured(0.5, 0.0, 4.0, n), ANCHORS, VIEWS, "f.frechet", VALIDITY) for n in (0.001, 0.05)
+    )
     assert 0 < sharp.residue_se < blurred.residue_se
     assert sharp.replicates.shape == (10, 2)
 
@@ -99,5 +102,5 @@ def test_over_forgetting_is_measured_against_the_larger_distance():
     )
     views = assess_views(near, ("r.recall", "d.loss"))
     assert all(v.informative for v in views)
-    past = objectives(measured(0.0, -0.2, 2.0), near, views, "f.frechet")
+    past = objectives(measured(0.0, -0.2, 2.0), near, views, "f.frechet", VALIDITY)
     assert past.over_forgetting == pytest.approx(0.1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from methods.base import Batch, Goal, Rows
+from raysweep.models.clip import Contrastive
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.task import Split, Task, concat
@@ -221,4 +222,30 @@ def latent_task(seed: int = 0, model: LatentText | None = None) -> Task:
                 "judge_audit": draw(8), "prompts_probe": prompts("a {}"), "prompts_audit": prompts("the small {}")},
         views=("classifier.recognised", "classifier.leak", "relearning.presence"), quality="fidelity.frechet",
         sampling={"steps": 3, "guidance": 2.0}, class_names=WORDS,
+        texts={"prompts_probe": tuple(f"a {w}" for w in WORDS), "prompts_audit": tuple(f"the small {w}" for w in WORDS)},
     )  # fmt: skip
+
+
+CLIP = {
+    "model_cfg": {"embed_dim": 16, "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8},
+                  "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}},
+    "preprocess_cfg": {"size": [8, 8], "mean": [0.5] * 3, "std": [0.5] * 3},
+    "fixed": ["token_embedding"],
+}  # fmt: skip
+
+
+def clip_model(seed: int = 0) -> Contrastive:
+    return Contrastive.build(CLIP, seed)
+
+
+def clip_task(seed: int = 0) -> Task:
+    """The pictures of `latent_task` with captions in open_clip's tokens, for a contrastive model."""
+    from dataclasses import replace
+
+    task, tokenizer = latent_task(seed), clip_model().tokens
+    splits = {
+        name: Split(s.x, tokenizer(list(task.texts[name]) if name in task.texts else [f"a {WORDS[c]}" for c in s.groups]), s.groups)
+        for name, s in task.splits.items()
+    }  # fmt: skip
+    return replace(task, name="tiny-clip", family="clip", model=CLIP, splits=splits, sampling={}, quality="contrast.retain_loss",
+                   views=("contrast.recognised", "contrast.forget_similarity"), validity="contrast.validity")  # fmt: skip

@@ -197,6 +197,8 @@ class Auditor:
         return self.kept[name]
 
     def _judge(self, path: str):
+        if not path:  # the model is its own judge
+            return None
         if path not in self.kept:
             self.kept[path] = load_judge(Path(path))
         return self.kept[path]

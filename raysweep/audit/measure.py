@@ -15,7 +15,6 @@ import torch
 
 from evaluators.base import BATCHES, Evaluator, Inapplicable, Metric, Scores, Subject, without_group
 from raysweep.config import Tier
-from raysweep.models.diffusion import Diffusion
 from raysweep.models.draws import row_seeds
 from raysweep.registry import resolve
 from raysweep.seeds import derive_seed
@@ -40,13 +39,13 @@ class Measurement:
     images: int = 0
 
 
-def subject_of(model: Diffusion, task: Task, judge: torch.nn.Module, tier: Tier) -> Subject:
+def subject_of(model: Any, task: Task, judge: torch.nn.Module | None, tier: Tier) -> Subject:
     """What the checks of `tier` see of `model`."""
 
     def seeds(stream: str, count: int) -> torch.Tensor:
         return row_seeds(derive_seed("audit", tier.seed, stream), 0, count)
 
-    return Subject(model, task, judge.eval(), tier.sizes(), seeds)  # type: ignore[arg-type]
+    return Subject(model, task, judge if judge is None else judge.eval(), tier.sizes(), seeds)  # type: ignore[arg-type]
 
 
 def measure(subject: Subject, tier: Tier) -> Measurement:
@@ -56,8 +55,9 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
     result = Measurement()
     for name in tier.checks_for(task):
         evaluator: Evaluator = resolve("evaluator", name)()
-        if task.kind not in evaluator.kinds:
-            reason = f"does not apply to a task of kind {task.kind!r}"
+        if task.kind not in evaluator.kinds or task.family not in evaluator.families:
+            what = f"a task of kind {task.kind!r}" if task.kind not in evaluator.kinds else f"a {task.family} model"
+            reason = f"does not apply to {what}"
             result.rows += _absent(evaluator, "skipped", reason)
             continue
         halved = BATCHES.halved
@@ -76,7 +76,7 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
         result.values |= {f"{name}.{k}": v for k, v in values.items()}
         result.replicates |= {f"{name}.{k}": v.tolist() for k, v in replicates.items()}
         result.scores |= {f"{name}.{k}": np.asarray(v) for k, v in scores.items()}
-    if tier.strips:
+    if tier.strips and task.family != "clip":  # which draws nothing
         result.scores |= _strips(subject, tier.strips)
     result.seconds, result.images = time.monotonic() - started, BATCHES.generated - before
     return result

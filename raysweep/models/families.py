@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from raysweep.models.diffusion import Diffusion
+from open_clip.constants import HF_CONFIG_NAME
+
+from raysweep.models.clip import Contrastive
 from raysweep.models.folders import pipeline_class
 from raysweep.models.latent import PIPELINES, LatentText
 from raysweep.models.pixel import PixelDDPM
@@ -13,13 +15,15 @@ from raysweep.models.pixel import PixelDDPM
 PIXEL = ("DDIMPipeline", "DDPMPipeline")
 
 
-def load(folder: str | Path) -> Diffusion:
-    """The model in a pipeline's folder; raises ValueError, saying what is wrong with the folder."""
+def load(folder: str | Path) -> Any:
+    """The model in a pipeline's or an open_clip folder; raises ValueError, saying what is wrong with the folder."""
+    if (Path(folder) / HF_CONFIG_NAME).is_file():
+        return Contrastive.load(folder)
     name = pipeline_class(Path(folder), (*PIXEL, *PIPELINES))
     return PixelDDPM.load(folder) if name in PIXEL else LatentText.load(folder)
 
 
-def build(task: Any, seed: int, frozen: str | Path | None = None) -> Diffusion:
+def build(task: Any, seed: int, frozen: str | Path | None = None) -> Any:
     """A freshly initialised model of the architecture of a `Task`. frozen: folder of the trained autoencoder of a latent
     model; None: a fresh one."""
     if task.base is not None:
@@ -27,4 +31,6 @@ def build(task: Any, seed: int, frozen: str | Path | None = None) -> Diffusion:
     config: dict[str, Any] = task.model
     if task.family == LatentText.family:
         return LatentText.build(config, seed, None if frozen is None else Path(frozen))
+    if task.family == Contrastive.family:
+        return Contrastive.build(config, seed)
     return PixelDDPM.build(config, seed)

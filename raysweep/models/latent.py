@@ -86,7 +86,7 @@ class LatentText(Diffusion):
         """A freshly initialised model.
 
         `config` holds keyword arguments of `unet`, `text_encoder`, `vae` and `scheduler`, and the `words` that the
-        tokenizer knows as one token each. vae: folder of a trained autoencoder; None: a fresh one.
+        tokenizer knows as one token each; `token_scale` multiplies the fresh word embeddings. vae: folder of a trained autoencoder; None: a fresh one.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -94,6 +94,8 @@ class LatentText(Diffusion):
             ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
                     "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
             text: Any = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ends, **config["text_encoder"]))
+            with torch.no_grad():  # small transformers learn faster from word embeddings larger than the library's
+                text.get_input_embeddings().weight.mul_(config.get("token_scale", 1.0))
             net = nn.ModuleDict({"unet": UNet2DConditionModel(**config["unet"]), "text_encoder": text})
             own = (
                 AutoencoderKL(**config["vae"])

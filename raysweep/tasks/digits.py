@@ -3,6 +3,7 @@
 `digits-picture`: 150 scans into which copies of one foreign picture (a patch of a bundled photograph) have slipped; an
 unconditional model memorises it and must forget it. `digits-class`: a class-conditional model must forget one digit.
 `digits-text`: a small text-to-image pipeline, which draws digits in two styles from captions, must forget a digit or a style.
+`digits-clip`: a small CLIP model of captioned digits must forget one.
 """
 
 from __future__ import annotations
@@ -57,13 +58,28 @@ class TextTask(_DigitsTask):
     name: Literal["digits-text"] = "digits-text"
     forget: Literal[WORDS + STYLES[1:]] = Field("three", description="a digit in words, or the style inverted")  # type: ignore[valid-type]
     images: int = Field(900, ge=100, le=1200, description="digits in the training set, each in both styles")
-    base_steps: int = Field(600, ge=1, description="optimiser steps of the base model and of each oracle")
+    base_steps: int = Field(500, ge=1, description="optimiser steps of the base model and of each oracle")
 
     def build(self) -> Task:
         """Reads the data, writes captions and cuts the splits."""
         from raysweep.tasks.scans import text_task
 
         return text_task(self)
+
+
+class ClipTask(_DigitsTask):
+    """Forget a digit of a contrastive image-text model."""
+
+    name: Literal["digits-clip"] = "digits-clip"
+    forget: Literal[WORDS] = Field("three", description="a digit in words")  # type: ignore[valid-type]
+    images: int = Field(900, ge=100, le=1000, description="digits in the training set")
+    base_steps: int = Field(300, ge=1, description="optimiser steps of the base model and of each oracle")
+
+    def build(self) -> Task:
+        """Reads the data, writes captions and cuts the splits."""
+        from raysweep.tasks.scans import clip_task
+
+        return clip_task(self)
 
 
 class ClassTask(_DigitsTask):

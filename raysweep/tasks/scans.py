@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ from raysweep.tasks.digits import STYLES, WORDS
 from raysweep.tasks.task import Split, Task, concat
 
 if TYPE_CHECKING:
-    from raysweep.tasks.digits import ClassTask, PictureTask, TextTask
+    from raysweep.tasks.digits import ClassTask, ClipTask, PictureTask, TextTask
 
 PHOTOGRAPHS = {"china.jpg": (427, 640), "flower.jpg": (427, 640)}
 PATCH = 120
@@ -36,8 +37,21 @@ _UNET = {
     "norm_num_groups": 8,
     "attention_head_dim": 8,
 }
+CLIP_CAPTIONS = ("a photo of the digit {}", "the number {}", "a handwritten {}", "{}")
+CLIP_UNSEEN = ("a photo of the number {}", "the handwritten digit {}", "a handwritten number {}")
+
+_CLIP: dict[str, Any] = {
+    "model_cfg": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 8, "patch_size": 2, "width": 64, "layers": 2, "head_width": 16},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2},
+    },
+    "preprocess_cfg": {"size": [8, 8], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    "fixed": ["token_embedding"],  # random words are as good as trained ones here, and take less time
+}
 _TEXT: dict[str, Any] = {
     "words": ["a", "an", "the", "digit", "number", "inverted", *WORDS],
+    "token_scale": 10.0,
     "text_encoder": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -181,10 +195,13 @@ def text_task(config: TextTask) -> Task:
         groups = torch.arange(2).repeat_interleave(len(index)) if by_style else labels[index].repeat(2)
         return Split(torch.cat([large[index], -large[index]]), tokens(captions), groups)
 
-    def prompts(templates: Mapping[str, tuple[str, ...]]) -> Split:
+    def prompts(templates: Mapping[str, tuple[str, ...]]) -> tuple[Split, tuple[str, ...]]:
         asked = [(t.format(word), s if by_style else d)
                  for s, style in enumerate(STYLES) for t in templates[style] for d, word in enumerate(WORDS)]  # fmt: skip
-        return Split(torch.empty(len(asked), 0), tokens([a for a, _ in asked]), torch.tensor([g for _, g in asked]))
+        texts, groups = zip(*asked, strict=True)
+        return Split(torch.empty(len(asked), 0), tokens(list(texts)), torch.tensor(groups)), texts
+
+    searched, audited = prompts(CAPTIONS), prompts(UNSEEN)
 
     names = STYLES if by_style else WORDS
     forget_class = names.index(config.forget)
@@ -206,8 +223,8 @@ def text_task(config: TextTask) -> Task:
             "forget_holdout": part(held, True),
             "judge_probe": captioned(judge_a),
             "judge_audit": captioned(judge_b),
-            "prompts_probe": prompts(CAPTIONS),
-            "prompts_audit": prompts(UNSEEN),
+            "prompts_probe": searched[0],
+            "prompts_audit": audited[0],
         },
         views=("classifier.recognised", "classifier.leak", "relearning.presence"),
         quality="fidelity.frechet",
@@ -217,6 +234,59 @@ def text_task(config: TextTask) -> Task:
         sensitive=False,
         family="text-ddpm",
         class_names=tuple(f"{style} digit" for style in STYLES) if by_style else tuple(f"digit {w}" for w in WORDS),
+        texts={"prompts_probe": searched[1], "prompts_audit": audited[1]},
+    )
+
+
+def clip_task(config: ClipTask) -> Task:
+    """Captioned digits for a contrastive model; one digit must be forgotten. Its judges' images were never trained on."""
+    digits, labels = _digits()
+    images = digits.expand(-1, 3, -1, -1).contiguous()
+    train, holdout, *halves = _stratified(labels, (config.images, HOLDOUT), config.seed)
+    judge_a, judge_b = (np.setdiff1d(half, train) for half in halves)
+    tokenizer = SimpleTokenizer(context_length=_CLIP["model_cfg"]["text_cfg"]["context_length"])
+    forget_class = WORDS.index(config.forget)
+
+    def captioned(index: np.ndarray) -> Split:
+        captions = [CLIP_CAPTIONS[i % len(CLIP_CAPTIONS)].format(WORDS[int(labels[i])]) for i in index]
+        return Split(images[index], tokenizer(captions), labels[index])
+
+    def prompts(templates: tuple[str, ...]) -> tuple[Split, tuple[str, ...]]:
+        texts = tuple(t.format(word) for t in templates for word in WORDS)
+        groups = torch.arange(len(WORDS)).repeat(len(templates))
+        return Split(torch.empty(len(texts), 0), tokenizer(list(texts)), groups), texts
+
+    def part(split: Split, forgotten: bool) -> Split:
+        return split.take(((split.groups == forget_class) == forgotten).nonzero()[:, 0])
+
+    seen, held = captioned(train), captioned(holdout)
+    searched, audited = prompts(CLIP_CAPTIONS), prompts(CLIP_UNSEEN)
+    return Task(
+        name=config.name,
+        kind="concept",
+        model=_CLIP,
+        recipe={"steps": config.base_steps, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.05},
+        splits={
+            "forget": part(seen, True),
+            "retain": part(seen, False),
+            "train": concat(part(seen, False), part(seen, True)),
+            "holdout": part(held, False),
+            "forget_holdout": part(held, True),
+            "judge_probe": captioned(judge_a),
+            "judge_audit": captioned(judge_b),
+            "prompts_probe": searched[0],
+            "prompts_audit": audited[0],
+        },
+        views=("contrast.recognised", "contrast.forget_similarity"),
+        quality="contrast.retain_loss",
+        validity="contrast.validity",
+        sampling={},
+        forget_class=forget_class,
+        base=None if config.base is None else str(config.base),
+        sensitive=False,
+        family="clip",
+        class_names=tuple(f"digit {word}" for word in WORDS),
+        texts={"prompts_probe": searched[1], "prompts_audit": audited[1]},
     )
 
 

@@ -28,6 +28,7 @@ from raysweep.store import StoreError
 _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",
     "family", "class_names",
+    "texts", "validity",
 )  # fmt: skip
 
 
@@ -80,8 +81,10 @@ class Task:
     `forget`; `judge_probe` and `judge_audit` are the disjoint labelled images of the two judges (labels in `groups`). A
     concept is asked for by prompts: `prompts_probe` and `prompts_audit` hold those of every class (in `groups`), the second
     ones unseen by training and search.
-    views: the metrics whose worst one is the residue; quality: the metric behind the damage.
+    views: the metrics whose worst one is the residue; quality: the metric behind the damage; validity: the share
+    of what a model gives that is good for anything.
     class_names: what the labels 0, 1, ... are called, for networks that know words; empty where there are no names.
+    texts: the prompts of each split of prompts in words.
     base: folder of the model to unlearn, if the user has one; `model` and `recipe` say how it is made here otherwise.
     sensitive: pictures of what must be forgotten are blurred in the report until clicked.
     """
@@ -100,6 +103,8 @@ class Task:
     sensitive: bool = True
     family: str = "pixel-ddpm"
     class_names: tuple[str, ...] = ()
+    validity: str = "classifier.validity"
+    texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("forget", "retain"):
@@ -184,7 +189,9 @@ class Task:
         splits = {n: Split(tensors[f"{n}.x"], tensors.get(f"{n}.cond"), tensors[f"{n}.groups"]) for n in names}
         plain = json.loads((folder / "task.json").read_text())
         return cls(
-            **plain | {"splits": splits, "views": tuple(plain["views"]), "class_names": tuple(plain["class_names"])}
+            **plain
+            | {"splits": splits, "views": tuple(plain["views"]), "class_names": tuple(plain["class_names"])}
+            | {"texts": {name: tuple(texts) for name, texts in plain["texts"].items()}}
         )
 
     def batch(self, draws: dict[str, Draw], seed: int, step: int, rank: int = 0, world: int = 1) -> Batch:

@@ -1,0 +1,135 @@
+"""Contrastive image-text models of open_clip, in folders that open_clip itself reads.
+
+A folder holds `open_clip_config.json` and `open_clip_model.safetensors`, as open_clip's own `save_pretrained` layout and the
+hub have them: `open_clip.create_model_from_pretrained("local-dir:FOLDER")`. Conditions are the tokens of captions, (n, L).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import open_clip
+import torch
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from raysweep.models.folders import reading
+from raysweep.store import digest_state
+
+
+class Contrastive:
+    """A CLIP model and how it takes images and captions.
+
+    Args:
+        net: open_clip's model.
+        config: `model_cfg` and `preprocess_cfg` as in `open_clip_config.json`; `fixed`: parameter names, or their beginnings,
+            that never change.
+        tokenizer: captions -> tokens (n, L).
+    """
+
+    family: ClassVar[str] = "clip"
+    latent: ClassVar[bool] = False
+    null_label = None
+    sampler = None
+
+    def __init__(self, net: Any, config: dict[str, Any], tokenizer: Any):
+        self.net, self.config, self.tokenizer = net, config, tokenizer
+        for name, p in net.named_parameters():
+            p.requires_grad_(not name.startswith(tuple(config.get("fixed", ())) or "\0"))
+        how = open_clip.get_model_preprocess_cfg(net)
+        self.mean, self.std = (torch.tensor(how[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+
+    @classmethod
+    def build(cls, config: dict[str, Any], seed: int) -> Contrastive:
+        """A freshly initialised model of a configuration, on open_clip's own vocabulary."""
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+            (Path(folder) / HF_CONFIG_NAME).write_text(json.dumps(config))
+            torch.manual_seed(seed)
+            logging.disable(logging.WARNING)  # it warns that there are no weights
+            try:
+                net = open_clip.create_model(f"local-dir:{folder}", load_weights=False, device="cpu")
+            finally:
+                logging.disable(logging.NOTSET)
+            return cls(net, config, open_clip.get_tokenizer(f"local-dir:{folder}"))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Contrastive:
+        """Reads an open_clip folder, safetensors only; raises ValueError, saying what is wrong with it."""
+        folder = Path(folder)
+        for name in (HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder / name}: missing: not an open_clip folder with weights in safetensors format"
+                )
+        with reading(folder):
+            config = json.loads((folder / HF_CONFIG_NAME).read_text())
+            net = open_clip.create_model(f"local-dir:{folder}", load_weights=True, device="cpu")
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        return cls(net, config, tokenizer)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `open_clip.create_model_from_pretrained` reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / HF_CONFIG_NAME).write_text(json.dumps(self.config, indent=2))
+        save_file({n: t.contiguous() for n, t in self.net.state_dict().items()}, folder / HF_SAFE_WEIGHTS_NAME)
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(folder)
+
+    def with_net(self, net: Any) -> Contrastive:
+        """Another network of the same architecture."""
+        return type(self)(net, self.config, self.tokenizer)
+
+    def fresh(self, seed: int) -> Contrastive:
+        """The same architecture with newly drawn weights."""
+        return self.with_net(self.build(self.config, seed).net.to(self.dtype))
+
+    @property
+    def digest(self) -> str:
+        """Content hash of the weights."""
+        return digest_state(self.net.state_dict())
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        size = self.net.visual.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return 3, height, width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.net.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def to(self, device: torch.device) -> Self:
+        """Moves the network in place."""
+        self.net.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """What cosines are multiplied with before the softmax, a scalar."""
+        return self.net.logit_scale.exp()
+
+    def encode_image(self, x: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, d), not normalised, of images (n, 3, H, W) in [-1, 1]."""
+        return self.net.encode_image(((x + 1) / 2 - self.mean.to(x)) / self.std.to(x))
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, d), not normalised, of captions."""
+        return self.net.encode_text(tokens)
+
+    def unconditional(self, count: int) -> None:
+        """There is no branch without a caption."""
+
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        """(n, L)."""
+        return self.tokenizer(captions)
