@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from raysweep.registry import ATTACKS, BY_WEIGHTS, METHODS, TASKS, THOROUGH, names, resolve, suggest
 from raysweep.seeds import derive_seed
 from raysweep.tasks.digits import ClassTask, ClipTask, PictureTask, TextTask
+from raysweep.tasks.images import ImagesTask
 
 if TYPE_CHECKING:
     from raysweep.tasks.task import Task
@@ -200,7 +201,7 @@ class Sweep(_Model):
     """One sweep: a task, the methods that compete on it, and how they are searched, trained and audited."""
 
     name: str = Field("digits-picture", description="name of the run; becomes a part of its directory")
-    task: Annotated[PictureTask | ClassTask | TextTask | ClipTask, Field(discriminator="name")] = Field(
+    task: Annotated[PictureTask | ClassTask | TextTask | ClipTask | ImagesTask, Field(discriminator="name")] = Field(
         default_factory=PictureTask
     )
     methods: tuple[str, ...] = Field(

@@ -92,6 +92,7 @@ TASKS = {
     "digits-clip": "raysweep.tasks.digits:ClipTask",
     "digits-picture": "raysweep.tasks.digits:PictureTask",
     "digits-text": "raysweep.tasks.digits:TextTask",
+    "images": "raysweep.tasks.images:ImagesTask",
 }
 
 _TABLES = {"method": METHODS, "evaluator": EVALUATORS, "task": TASKS}

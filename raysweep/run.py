@@ -73,6 +73,10 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
         task = sweep.task.build()
     except ValueError as error:
         raise ConfigError(f"task: {error}") from error
+    if getattr(sweep.task, "base_steps", 1) == 0 and not sweep.oracle_models:
+        raise ConfigError(
+            "oracle_models: name folders of models retrained without the forgotten data, or set task.base_steps to train them here"
+        )
     problems = task.near_duplicates()
     if problems:
         raise ConfigError("\n".join(f"task: {problem}" for problem in problems))
@@ -274,7 +278,9 @@ def _conclude(
     incomplete: list[str] = []
     again = list(by_trial)
     front = None
-    while again and len(rounds) < sweep.audit.rounds:
+    # what draws nothing gives the same numbers again, and they would look like more evidence
+    most = 1 if task.family == "clip" else sweep.audit.rounds
+    while again and len(rounds) < most:
         started, number = time.monotonic(), len(rounds) + 1
         name, tier = sweep.audit.round(number)
         what = "candidates" if number == 1 else "candidates whose place on the front is uncertain"

@@ -1,0 +1,233 @@
+"""A task on a user's own model and images: forget some of the images, or a class of them.
+
+One pass over the training source sorts records into what must go (by label, by words of the caption, or by key) and what
+stays; of the latter, and of the holdout, a sample of bounded size is kept that depends on the content of the images and the
+seed alone, not on the order of files. So a source of any length takes the memory of the sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from raysweep.tasks.sources import Source, SourceError, Tally
+
+if TYPE_CHECKING:
+    import torch
+
+    from raysweep.tasks.task import Split, Task
+
+
+class Selection(BaseModel):
+    """Which records of the training source must be forgotten; one that any of the lists names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    labels: tuple[str, ...] = Field((), description="labels, as the source gives them")
+    captions: tuple[str, ...] = Field((), description="parts of captions, in any case")
+    keys: tuple[str, ...] = Field((), description="names of records within the source")
+
+    @model_validator(mode="after")
+    def _something(self):
+        if not (self.labels or self.captions or self.keys):
+            raise ValueError("name what must be forgotten: labels, captions or keys")
+        return self
+
+    def holds(self, record: Any) -> bool:
+        """Whether the record must be forgotten."""
+        caption = (record.caption or "").lower()
+        return (
+            record.label in self.labels or record.key in self.keys or any(c.lower() in caption for c in self.captions)
+        )
+
+
+class ImagesTask(BaseModel):
+    """Forget images, or a class of images, of a model of your own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["images"] = "images"
+    kind: Literal["points", "class"] = Field("points", description="forget these very images, or the class they are of")
+    base: Path = Field(description="diffusers folder of the model that must forget")
+    train: Source = Field(description="what the model was trained on, or a part of it")
+    forget: Selection = Field(description="which records of it must go")
+    holdout: Source = Field(description="images of the same kinds that the model was never trained on")
+    classes: tuple[str, ...] = Field(
+        (), description="labels in the order of the model's class indices; empty: numbers in order, then words in order"
+    )
+    override: str | None = Field(None, description="label that stands in for a forgotten class")
+    retain_images: int = Field(2000, ge=20, description="at most so many retained images are used")
+    forget_images: int = Field(1000, ge=1, description="at most so many forgotten ones")
+    holdout_images: int = Field(1000, ge=20, description="at most so many held-out ones")
+    steps: int = Field(50, ge=1, description="steps of the sampler")
+    guidance: float = Field(1.0, ge=0, description="classifier-free guidance of the sampler")
+    base_steps: int = Field(0, ge=0, description="optimiser steps of each oracle; 0: oracles are given (oracle_models)")
+    seed: int = Field(0, ge=0, description="seed of the samples of records")
+    sensitive: bool = Field(True, description="blur pictures of what must be forgotten in the report until clicked")
+
+    @model_validator(mode="after")
+    def _class_needs_labels(self):
+        if self.kind == "class" and len(self.forget.labels) != 1:
+            raise ValueError("forget.labels: a class is named by exactly one label")
+        if not (self.base / "model_index.json").is_file():
+            raise ValueError(f"base: {self.base} is not a diffusers folder (no model_index.json)")
+        return self
+
+    def build(self) -> Task:
+        """Reads the sources and cuts the splits."""
+        return images_task(self)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """One image of a sample: its content's place in the seed's order, and what is known of it."""
+
+    order: str
+    x: torch.Tensor
+    label: str | None
+    caption: str | None
+
+
+class Sample:
+    """The `size` images whose content comes first in the order of a seed; the rest is let go at once. A picture that is
+    there already is not taken again, unless `repeats`."""
+
+    def __init__(self, size: int, seed: int, repeats: bool = False):
+        self.size, self.seed, self.repeats = size, seed, repeats
+        self._heap: list[tuple[int, int, Picked]] = []
+        self._orders: set[str] = set()
+        self._count = 0
+
+    def add(self, x: torch.Tensor, label: str | None, caption: str | None) -> None:
+        order = hashlib.sha256(f"{self.seed} ".encode() + x.numpy().tobytes()).hexdigest()
+        if order in self._orders and not self.repeats:
+            return
+        self._count += 1
+        item = (-int(order, 16), -self._count, Picked(order, x, label, caption))
+        if len(self._heap) < self.size:
+            heapq.heappush(self._heap, item)
+        else:
+            gone = heapq.heappushpop(self._heap, item)
+            if gone is item:
+                return
+            self._orders.discard(gone[2].order)
+        self._orders.add(order)
+
+    def images(self) -> list[Picked]:
+        """The sample, in its order."""
+        return [item[2] for item in sorted(self._heap, reverse=True)]
+
+
+def pixels(source: Any, shape: tuple[int, int, int], tally: Tally) -> Iterator[tuple[Any, torch.Tensor]]:
+    """(record, image in [-1, 1] of `shape`) of a source: the largest centred square, resized."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    channels, height, width = shape
+    for record in source.records(tally):
+        try:
+            image = record.open().convert("L" if channels == 1 else "RGB")
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+        ) as error:  # what PIL raises on bytes that are no image, or not a whole one
+            tally.skip(f"not a readable image ({type(error).__name__})", record.key)
+            continue
+        fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        array = np.asarray(fitted, dtype=np.float32).reshape(height, width, channels)
+        yield record, torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def images_task(config: ImagesTask) -> Task:
+    """Reads both sources once and builds the task; raises SourceError if something needed is not there."""
+    import torch
+
+    from raysweep.models import families
+    from raysweep.tasks.task import Split, Task, concat
+
+    model = families.load(config.base)
+    shape = model.image_shape
+    forget, retain = Sample(config.forget_images, config.seed, repeats=True), Sample(config.retain_images, config.seed)
+    _sort(config.train, shape, lambda r: forget if config.forget.holds(r) else retain)
+    held_out, of_kind = Sample(config.holdout_images, config.seed), Sample(config.holdout_images, config.seed)
+    by_class = config.kind == "class"
+    _sort(config.holdout, shape, lambda r: of_kind if by_class and config.forget.holds(r) else held_out)
+    for what, sample in (("forget", forget), ("retain", retain), ("holdout", held_out)):
+        if not sample.images():
+            raise SourceError(
+                f"{config.holdout if what == 'holdout' else config.train}: nothing is left for the {what} set"
+            )
+    captioned = model.family == "text-ddpm"
+    found = _labels([*forget.images(), *retain.images(), *held_out.images(), *of_kind.images()])
+    names = list(config.classes) or found
+    unknown = [name for name in found if name not in names]
+    if unknown:
+        raise SourceError(f"classes: the sources also have the labels {', '.join(unknown)}")
+    if by_class and config.override is not None and config.override not in names:
+        raise SourceError(f"override: {config.override!r} is not a label; there are: {', '.join(names)}")
+    if by_class and not of_kind.images():
+        raise SourceError(f"{config.holdout}: holds no image of {config.forget.labels[0]!r}, the forgotten class")
+
+    def split(pictures: list[Picked]) -> Split:
+        groups = torch.tensor([names.index(p.label) if p.label is not None else 0 for p in pictures])
+        cond = groups if by_class else None
+        if captioned:
+            without = sum(p.caption is None for p in pictures)
+            if without:
+                raise SourceError(
+                    f"{config.train}: {without} of {len(pictures)} images have no caption, which the model needs"
+                )
+            cond = model.tokens([p.caption or "" for p in pictures])
+        return Split(torch.stack([p.x for p in pictures]), cond, groups)
+
+    held = held_out.images()
+    kind_holdout, rest = (of_kind.images(), held) if by_class else (held[::2], held[1::2])
+    labelled = [*retain.images(), *(forget.images() if by_class else [])]
+    forgotten = names.index(config.forget.labels[0]) if by_class else None
+    parts = {"forget": split(forget.images()), "retain": split(retain.images())}
+    return Task(
+        name=config.name,
+        kind=config.kind,
+        model={},
+        recipe={"steps": max(1, config.base_steps)},
+        splits=parts
+        | {
+            "train": concat(parts["retain"], parts["forget"]),
+            "holdout": split(rest),
+            "forget_holdout": split(kind_holdout),
+            "judge_probe": split(labelled[::2]),
+            "judge_audit": split(labelled[1::2]),
+        },
+        views=("classifier.recognised", "classifier.leak", "relearning.presence")
+        if by_class
+        else ("reconstruction.correlation", "denoising.forget_log_loss", "generation.rate"),
+        quality="fidelity.frechet",
+        sampling={"steps": config.steps, "guidance": config.guidance},
+        forget_class=forgotten,
+        override_class=None if config.override is None or not by_class else names.index(config.override),
+        base=str(config.base),
+        sensitive=config.sensitive,
+        family=model.family,
+        class_names=tuple(names) if by_class else (),
+    )
+
+
+def _sort(source: Any, shape: tuple[int, int, int], where: Any) -> None:
+    tally = Tally()
+    for record, x in pixels(source, shape, tally):
+        where(record).add(x, record.label, record.caption)
+    tally.check(source)
+
+
+def _labels(pictures: list[Picked]) -> list[str]:
+    """All labels, numbers in their order before words in theirs."""
+    found = {p.label for p in pictures if p.label is not None}
+    return sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))

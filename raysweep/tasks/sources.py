@@ -1,0 +1,252 @@
+"""Where a user's images come from: torchvision's datasets, folders, Parquet files, webdataset shards. All of them stream.
+
+A source yields records one at a time, so that a pass over a million rows holds no more of them than one row group or one
+shard member. A record that cannot be read (a corrupt picture, a member cut short, a missing caption) is skipped and counted;
+above a share of `MOST_BAD` the source is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MOST_BAD = 0.05  # share of unreadable records above which a source is refused
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+BATCH_ROWS = 64
+TORCHVISION = {
+    "CIFAR10": "cifar-10-batches-py", "STL10": "stl10_binary", "MNIST": "MNIST", "FashionMNIST": "FashionMNIST",
+    "CelebA": "celeba",
+}  # fmt: skip
+
+
+class SourceError(ValueError):
+    """A source that is missing or unreadable; the message names it, and says what it should be."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and what is known of it. key: its name within the source."""
+
+    key: str
+    open: Callable[[], Image.Image]
+    label: str | None = None
+    caption: str | None = None
+
+
+@dataclass
+class Tally:
+    """How many records a pass met, and why some were skipped."""
+
+    seen: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    first: str = ""
+
+    def skip(self, why: str, key: str) -> None:
+        """Counts a record that could not be used."""
+        self.bad[why] = self.bad.get(why, 0) + 1
+        self.first = self.first or f"{key}: {why}"
+
+    def check(self, source: object) -> None:
+        """Raises SourceError if there was nothing, or too much of it was bad."""
+        bad = sum(self.bad.values())
+        if self.seen == 0:
+            raise SourceError(f"{source}: holds no images")
+        if bad > MOST_BAD * self.seen:
+            raise SourceError(
+                f"{source}: {bad} of {self.seen} records cannot be used (first: {self.first}); at most {MOST_BAD:.0%} may be"
+            )
+
+
+class _Source(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def records(self, tally: Tally) -> Iterator[Record]:
+        """All records, in an order that depends on the data alone."""
+        raise NotImplementedError
+
+
+class FolderSource(_Source):
+    """Image files below a folder, with labels from folders' names and captions from `NAME.txt` or `metadata.jsonl`."""
+
+    folder: Path = Field(description="folder; images are found at any depth")
+    label: Literal["parent", "grandparent"] | None = Field(
+        "parent", description="whose name is the label (UnlearnCanvas: parent is the object, grandparent the style)"
+    )
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def records(self, tally: Tally) -> Iterator[Record]:
+        if not self.folder.is_dir():
+            raise SourceError(f"{self.folder}: no such folder")
+        captions = _metadata(self.folder / "metadata.jsonl")
+        for path in sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES):
+            tally.seen += 1
+            key = path.relative_to(self.folder).as_posix()
+            text = path.with_suffix(".txt")
+            caption = captions.get(key) or (text.read_text(encoding="utf-8").strip() if text.is_file() else None)
+            place = {"parent": path.parent, "grandparent": path.parent.parent}.get(self.label or "")
+            known = place is not None and place != self.folder and self.folder in place.parents
+            yield Record(key, partial(_read, path), place.name if place is not None and known else None, caption)
+
+
+class ParquetSource(_Source):
+    """Rows with the bytes of images, read row group by row group; any path or URI that pyarrow knows (S3 and GCS, too)."""
+
+    parquet: str = Field(description="a file, a folder of files, or a URI such as s3://bucket/path")
+    image: str = Field("image", description="column of encoded images: bytes, or a struct with `bytes`")
+    caption: str | None = Field(None, description="column of captions")
+    label: str | None = Field(None, description="column of labels")
+
+    def __str__(self) -> str:
+        return self.parquet
+
+    def records(self, tally: Tally) -> Iterator[Record]:
+        import pyarrow as pa
+        import pyarrow.dataset as ds
+
+        try:
+            data = ds.dataset(self.parquet, format="parquet")
+        except (OSError, pa.ArrowException) as error:
+            raise SourceError(f"{self.parquet}: not readable Parquet ({str(error).splitlines()[0]})") from error
+        columns = [c for c in (self.image, self.caption, self.label) if c is not None]
+        missing = [c for c in columns if c not in data.schema.names]
+        if missing:
+            raise SourceError(
+                f"{self.parquet}: no column {', '.join(map(repr, missing))}; there are: {', '.join(data.schema.names)}"
+            )
+        # one fragment, one batch at a time: read-ahead would hold many row groups at once
+        for fragment in data.get_fragments():
+            for batch in fragment.to_batches(
+                columns=columns, batch_size=BATCH_ROWS, batch_readahead=0, fragment_readahead=0
+            ):
+                for row in batch.to_pylist():
+                    key, tally.seen = f"row {tally.seen}", tally.seen + 1
+                    cell = row[self.image]
+                    content = cell.get("bytes") if isinstance(cell, dict) else cell
+                    if not content:
+                        tally.skip("no image bytes", key)
+                        continue
+                    yield Record(key, partial(_decode, content), _text(row, self.label), _text(row, self.caption))
+
+
+class ShardSource(_Source):
+    """Tar shards of samples in webdataset's layout, as img2dataset writes them (LAION): NNNN.jpg, NNNN.txt, NNNN.json."""
+
+    shards: str = Field(description="path or URL pattern, for example data/{00000..00009}.tar")
+    caption: str | None = Field("txt", description="extension of captions; null: there are none")
+    label: str | None = Field(None, description="extension of labels, for example cls; null: there are none")
+
+    def __str__(self) -> str:
+        return self.shards
+
+    def records(self, tally: Tally) -> Iterator[Record]:
+        import webdataset
+        from braceexpand import braceexpand
+
+        files = list(braceexpand(self.shards))
+        absent = [f for f in files if "://" not in f and not f.startswith("pipe:") and not Path(f).is_file()]
+        if absent:
+            raise SourceError(f"{absent[0]}: no such shard ({len(absent)} of {len(files)} are missing)")
+
+        def broken(error: Exception) -> bool:
+            tally.seen += 1
+            tally.skip("member cut short or unreadable", str(error).splitlines()[0] if str(error) else "shard")
+            return True
+
+        kinds = [s.removeprefix(".") for s in SUFFIXES]
+        for sample in webdataset.WebDataset(files, shardshuffle=False, handler=broken, empty_check=False):
+            tally.seen += 1
+            content = next((sample[k] for k in kinds if k in sample), None)
+            key = str(sample["__key__"])
+            if content is None:
+                tally.skip("no image", key)
+                continue
+            yield Record(key, partial(_decode, content), _decoded(sample, self.label), _decoded(sample, self.caption))
+
+
+class TorchvisionSource(_Source):
+    """One of torchvision's datasets, which must be there already: nothing is downloaded."""
+
+    torchvision: Literal["CIFAR10", "STL10", "MNIST", "FashionMNIST", "CelebA"] = Field(description="the dataset")
+    root: Path = Field(description="torchvision's root folder")
+    split: Literal["train", "test"] = Field("train", description="which part")
+
+    def __str__(self) -> str:
+        return f"{self.torchvision} ({self.split}) in {self.root}"
+
+    def records(self, tally: Tally) -> Iterator[Record]:
+        import torchvision.datasets as datasets
+
+        cls = getattr(datasets, self.torchvision)
+        how: dict[str, Any] = {"train": self.split == "train"}
+        if self.torchvision in ("STL10", "CelebA"):
+            how = {"split": self.split}
+        if self.torchvision == "CelebA":
+            how |= {"target_type": "identity"}
+        try:
+            data = cls(str(self.root), download=False, **how)
+        except (RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:
+            raise SourceError(
+                f"{self.root / TORCHVISION[self.torchvision]}: {self.torchvision} is not there; fetch it with "
+                f"torchvision.datasets.{self.torchvision}({str(self.root)!r}, download=True)"
+            ) from error
+        names = getattr(data, "classes", None)
+        for i in range(len(data)):
+            tally.seen += 1
+            image, target = data[i]
+            label = names[int(target)] if names is not None else str(int(target))
+            yield Record(str(i), partial(_given, image), label)
+
+
+Source = FolderSource | ParquetSource | ShardSource | TorchvisionSource
+
+
+def _decode(content: bytes) -> Image.Image:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
+
+
+def _read(path: Path) -> Image.Image:
+    return _decode(path.read_bytes())
+
+
+def _given(image: Image.Image) -> Image.Image:
+    return image
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Captions by file name, from the file that the Hugging Face image-folder layout knows."""
+    if not path.is_file():
+        return {}
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            found[row["file_name"]] = row.get("text") or row.get("caption") or ""
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise SourceError(f'{path}:{number}: not a line such as {{"file_name": ..., "text": ...}}') from error
+    return found
+
+
+def _text(row: dict[str, Any], column: str | None) -> str | None:
+    value = None if column is None else row[column]
+    return None if value is None else str(value)
+
+
+def _decoded(sample: dict[str, Any], extension: str | None) -> str | None:
+    value = None if extension is None else sample.get(extension)
+    return value.decode("utf-8", errors="replace").strip() if isinstance(value, bytes) else value

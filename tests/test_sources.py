@@ -1,0 +1,296 @@
+"""Users' images in every format, made by the libraries that own it; what cannot be read; tasks cut from them."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+from tiny import LATENT, tiny_config
+
+from raysweep.models.latent import LatentText
+from raysweep.models.pixel import PixelDDPM
+from raysweep.tasks.images import ImagesTask, Sample, pixels
+from raysweep.tasks.sources import (
+    FolderSource,
+    ParquetSource,
+    ShardSource,
+    Source,
+    SourceError,
+    Tally,
+    TorchvisionSource,
+)
+
+KINDS = ("cat", "dog", "fox")
+CAPTIONS = {"cat": "a cat on a mat", "dog": "A DOG in the sun", "fox": "a quick fox"}
+
+
+def picture(number: int, size: int = 12) -> Image.Image:
+    rng = np.random.default_rng(number)
+    return Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def encoded(number: int, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    picture(number).save(out, kind)
+    return out.getvalue()
+
+
+def labelled(count: int, start: int = 0) -> list[tuple[int, str]]:
+    return [(start + i, KINDS[i % 3]) for i in range(count)]
+
+
+def write_folder(folder: Path, rows: list[tuple[int, str]], captions: str = "txt") -> FolderSource:
+    lines = []
+    for number, kind in rows:
+        path = folder / kind / f"{number:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(number))
+        if captions == "txt":
+            path.with_suffix(".txt").write_text(CAPTIONS[kind] + "\n")
+        lines.append(json.dumps({"file_name": f"{kind}/{path.name}", "text": CAPTIONS[kind]}))
+    if captions == "jsonl":
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return FolderSource(folder=folder)
+
+
+def write_parquet(path: Path, rows: list[tuple[int, str]]) -> ParquetSource:
+    """As the Hugging Face hub keeps images: a struct of bytes and path."""
+    images = [{"bytes": encoded(n, "JPEG"), "path": f"{n}.jpg"} for n, _ in rows]
+    table = pa.table({"image": images, "text": [CAPTIONS[k] for _, k in rows], "kind": [k for _, k in rows]})
+    pq.write_table(table, path, row_group_size=4)
+    return ParquetSource(parquet=str(path), caption="text", label="kind")
+
+
+def write_shards(folder: Path, rows: list[tuple[int, str]]) -> ShardSource:
+    """As img2dataset writes them."""
+    folder.mkdir(exist_ok=True)
+    for shard in range(2):
+        with webdataset.TarWriter(str(folder / f"{shard:05}.tar")) as tar:
+            for n, kind in rows[shard::2]:
+                tar.write({"__key__": f"{n:09}", "jpg": encoded(n, "JPEG"), "txt": CAPTIONS[kind], "cls": kind})
+    return ShardSource(shards=str(folder / "{00000..00001}.tar"), label="cls")
+
+
+def write_cifar(root: Path) -> TorchvisionSource:
+    """The files of CIFAR-10 with a few rows; torchvision checks their hashes, so those are left out of the check."""
+    base = root / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        rows = {"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]}
+        (base / name).write_bytes(pickle.dumps(rows))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    return TorchvisionSource(torchvision="CIFAR10", root=root)
+
+
+def write_mnist(root: Path) -> TorchvisionSource:
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, 5, 28, 28) + images.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 5) + bytes([7, 1, 2, 3, 4]))
+    return TorchvisionSource(torchvision="MNIST", root=root)
+
+
+WRITERS = {
+    "folder": lambda p, rows: write_folder(p / "f", rows),
+    "jsonl": lambda p, rows: write_folder(p / "f", rows, "jsonl"),
+    "parquet": lambda p, rows: write_parquet(p / "p.parquet", rows),
+    "shards": lambda p, rows: write_shards(p / "s", rows),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_labels_captions_and_pixels(tmp_path, name):
+    source, tally = WRITERS[name](tmp_path, labelled(10)), Tally()
+    rows = list(pixels(source, (3, 12, 12), tally))
+    assert tally.seen == len(rows) == 10
+    assert not tally.bad
+    assert sorted(r.label for r, _ in rows) == sorted(k for _, k in labelled(10))
+    assert all(r.caption == CAPTIONS[r.label] for r, _ in rows)
+    loss = 0.25 if name in ("parquet", "shards") else 1e-6  # JPEG
+    expected = {float(torch.from_numpy(np.asarray(picture(n), dtype=np.float32)).mean() / 127.5 - 1) for n in range(10)}
+    assert all(min(abs(float(x.mean()) - e) for e in expected) < loss for _, x in rows)
+    assert all(x.shape == (3, 12, 12) and float(x.min()) >= -1 and float(x.max()) <= 1 for _, x in rows)
+    again = TypeAdapter(Source).validate_python(source.model_dump())
+    assert again == source
+
+
+def test_grey_images_and_other_sizes_are_fitted(tmp_path):
+    source = write_folder(tmp_path / "f", labelled(2))
+    assert all(x.shape == (1, 8, 6) for _, x in pixels(source, (1, 8, 6), Tally()))
+
+
+def test_styles_and_objects_of_a_tree(tmp_path):
+    path = tmp_path / "Van_Gogh" / "Dogs"
+    path.mkdir(parents=True)
+    (path / "1.png").write_bytes(encoded(1))
+    labels = {
+        how: next(FolderSource(folder=tmp_path, label=how).records(Tally())).label for how in ("parent", "grandparent")
+    }
+    assert labels == {"parent": "Dogs", "grandparent": "Van_Gogh"}
+
+
+@pytest.mark.parametrize("write", [write_mnist])
+def test_torchvision(tmp_path, write):
+    source, tally = write(tmp_path), Tally()
+    rows = list(pixels(source, (1, 28, 28), tally))
+    assert len(rows) == 5
+    assert rows[0][0].label == "7 - seven"
+
+
+def test_torchvision_cifar_checks_its_files(tmp_path):
+    """Other bytes than CIFAR-10's fail torchvision's own hash check, and say how to get the data."""
+    with pytest.raises(SourceError, match=r"CIFAR10 is not there; fetch it with torchvision.datasets.CIFAR10"):
+        list(write_cifar(tmp_path).records(Tally()))
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "STL10", "MNIST", "FashionMNIST", "CelebA"])
+def test_absent_datasets_say_how_to_get_them(tmp_path, name):
+    with pytest.raises(SourceError, match=f"{name} is not there; fetch it with torchvision.datasets.{name}"):
+        list(TorchvisionSource(torchvision=name, root=tmp_path).records(Tally()))
+
+
+def test_corrupt_pictures_are_skipped_and_counted_and_refused_when_many(tmp_path):
+    source = write_folder(tmp_path / "f", labelled(40))
+    bad = sorted((tmp_path / "f").rglob("*.png"))
+    bad[0].write_bytes(bad[0].read_bytes()[:60])
+    bad[1].write_bytes(b"not an image")
+    tally = Tally()
+    assert len(list(pixels(source, (3, 12, 12), tally))) == 38
+    assert sum(tally.bad.values()) == 2
+    tally.check(source)
+    for path in bad[2:6]:
+        path.write_bytes(b"")
+    tally = Tally()
+    list(pixels(source, (3, 12, 12), tally))
+    with pytest.raises(SourceError, match=r"6 of 40 records cannot be used \(first: .*\); at most 5%"):
+        tally.check(source)
+
+
+def test_a_shard_that_is_cut_short_is_counted(tmp_path):
+    source = write_shards(tmp_path / "s", labelled(12))
+    shard = tmp_path / "s" / "00001.tar"
+    with tarfile.open(shard) as tar:
+        end = tar.getmembers()[4].offset_data + 10
+    shard.write_bytes(shard.read_bytes()[:end])
+    tally = Tally()
+    rows = list(source.records(tally))
+    assert 6 <= len(rows) < 12
+    assert sum(tally.bad.values()) >= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: FolderSource(folder=p / "none"), "none: no such folder"),
+        (lambda p: ParquetSource(parquet=str(p / "none.parquet")), "not readable Parquet"),
+        (
+            lambda p: ParquetSource(parquet=str(p / "p.parquet"), image="picture"),
+            "no column 'picture'; there are: image, text",
+        ),
+        (lambda p: ShardSource(shards=str(p / "{0..2}.tar")), r"0.tar: no such shard \(3 of 3 are missing\)"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path, make, message):
+    write_parquet(tmp_path / "p.parquet", labelled(3))
+    with pytest.raises(SourceError, match=message):
+        list(make(tmp_path).records(Tally()))
+
+
+def test_an_empty_source_is_refused(tmp_path):
+    tally = Tally()
+    list(FolderSource(folder=tmp_path).records(tally))
+    with pytest.raises(SourceError, match="holds no images"):
+        tally.check(tmp_path)
+
+
+def test_a_sample_depends_on_content_and_seed_alone():
+    g = torch.Generator().manual_seed(0)
+    images = [torch.rand((1, 2, 2), generator=g) for _ in range(30)]
+
+    def taken(order, seed=0, repeats=False):
+        sample = Sample(8, seed, repeats)
+        for i in order:
+            sample.add(images[i], str(i), None)
+        return [p.label for p in sample.images()]
+
+    first = taken(range(30))
+    assert len(first) == len(set(first)) == 8
+    assert taken(reversed(range(30))) == first
+    assert taken(range(30), seed=1) != first
+    assert taken([*range(30), *range(30)]) == first
+    assert len(taken([3] * 5, repeats=True)) == 5
+
+
+def class_conditional(folder: Path, classes: int = 3) -> Path:
+    config = tiny_config(classes)
+    config["unet"] |= {"sample_size": 8, "in_channels": 3, "out_channels": 3}
+    PixelDDPM.build(config, 0).save(folder)
+    return folder
+
+
+def test_a_class_of_a_users_model(tmp_path):
+    base = class_conditional(tmp_path / "base")
+    config = ImagesTask(
+        kind="class", base=base, train=write_parquet(tmp_path / "train.parquet", labelled(60)),
+        forget={"labels": ["dog"]}, holdout=write_folder(tmp_path / "held", labelled(30, 1000)), override="fox",
+        retain_images=30,
+    )  # fmt: skip
+    task = config.build()
+    assert task.family == "pixel-ddpm"
+    assert (task.forget_class, task.override_class, task.class_names) == (1, 2, KINDS)
+    assert len(task.splits["forget"]) == 20
+    assert len(task.splits["retain"]) == 30
+    assert set(task.splits["retain"].groups.tolist()) == {0, 2}
+    assert set(task.splits["forget_holdout"].groups.tolist()) == {1}
+    assert not set(task.splits["judge_probe"].ids) & set(task.splits["judge_audit"].ids)
+    assert task.digest == config.build().digest
+
+
+def test_pictures_of_a_captioned_model(tmp_path):
+    LatentText.build(LATENT, 0).save(tmp_path / "base")
+    config = ImagesTask(
+        base=tmp_path / "base", train=write_shards(tmp_path / "train", labelled(30)), forget={"captions": ["dog"]},
+        holdout=write_folder(tmp_path / "held", labelled(40, 1000)),
+    )  # fmt: skip
+    task = config.build()
+    assert task.family == "text-ddpm"
+    assert len(task.splits["forget"]) == 10
+    assert task.splits["forget"].cond.shape == (10, 6)
+    assert task.forget_class is None
+    without = config.model_copy(update={"holdout": write_folder(tmp_path / "bare", labelled(40, 2000), "none")})
+    with pytest.raises(SourceError, match="images have no caption, which the model needs"):
+        without.build()
+
+
+def test_selections_that_cannot_work(tmp_path):
+    base = class_conditional(tmp_path / "base")
+    rows = {"base": base, "train": write_folder(tmp_path / "t", labelled(30)),
+            "holdout": write_folder(tmp_path / "h", labelled(30, 500))}  # fmt: skip
+    with pytest.raises(ValidationError, match="name what must be forgotten"):
+        ImagesTask(**rows, forget={})
+    with pytest.raises(ValidationError, match="a class is named by exactly one label"):
+        ImagesTask(**rows, kind="class", forget={"labels": ["cat", "dog"]})
+    with pytest.raises(ValidationError, match="is not a diffusers folder"):
+        ImagesTask(**rows | {"base": tmp_path}, forget={"labels": ["cat"]})
+    with pytest.raises(SourceError, match="nothing is left for the forget set"):
+        ImagesTask(**rows, forget={"captions": ["unicorn"]}).build()
+    with pytest.raises(SourceError, match="override: 'wolf' is not a label; there are: cat, dog, fox"):
+        ImagesTask(**rows, kind="class", forget={"labels": ["cat"]}, override="wolf").build()
+    with pytest.raises(SourceError, match="classes: the sources also have the labels fox"):
+        ImagesTask(**rows, kind="class", forget={"labels": ["cat"]}, classes=("dog", "cat")).build()
