@@ -4,12 +4,14 @@
     python benchmarks/meta.py points --models 20 --jobs 2
 
 The pool varies in seed, width and length of training, so that a check must see the forget set and not the recipe. Every
-model is audited like a candidate, next to the base and three oracles, which are not in the pool. A check whose AUC is under
-0.9 is labelled uninformative on this task, in reports too (`--rate`). `flagged` are the shares of either kind whose gap or excess
-to the oracles lies above the margin that verdicts and equivalence tests use, one-sided at 5 %: the power of the check, and its
-rate of false alarms; models of other widths and lengths of training than the oracles' differ from them a little, which is what
-the margin is for. Results go to `benchmarks/results/meta-KIND.json`, where finished models are found again, and are printed as
-a table. What measures quality or retained images is left out: it is not to tell these models apart.
+model is audited like a candidate, next to the base and three oracles, which are not in the pool. The direction in which a
+check tells them apart is fixed beforehand, so one that is the wrong way round has an AUC under one half. A check whose AUC is
+under 0.9 is labelled uninformative on this task, in reports too (`--rate`). `flagged` are the shares of either kind whose gap
+or excess to the oracles lies above the margin that verdicts and equivalence tests use, one-sided at 5 %: the power of the
+check, and its rate of false alarms; models of other widths and lengths of training than the oracles' differ from them a
+little, which is what the margin is for. Results go to `benchmarks/results/meta-KIND.json`, where finished models are found
+again (`--only` measures some checks of them anew), and are printed as a table. What measures quality or retained images is
+left out: it is not to tell these models apart.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ STEPS = (250, 400, 600)
 ONE_SIDED = 1.645
 TABLE = Path(__file__).resolve().parent.parent / "raysweep" / "informative.json"
 MARGINS = {"gap": membership.MARGIN, "excess": verdict.MARGIN}
+LOWER = ("unlearning_accuracy", "forget_loss", "forget_log_loss", "forget_bits")  # low where the thing is known
 OTHER = ("validity", "energy", "log_ratio", "holdout_rate", "equivalence_p", "frechet")
 
 
@@ -82,7 +85,7 @@ def study(kind: str, has: bool, number: int, without: tuple[str, ...] = ()) -> d
 
 
 def ratings(results: list[dict[str, Any]]) -> dict[str, tuple[float, float, float, bool]]:
-    """Metric -> (AUC over models, low, high, whether models with the forget set score lower), turned round if below 1/2."""
+    """Metric -> (AUC over models, low, high, whether models with the forget set are expected to score lower)."""
     found = {}
     for name in sorted({n for r in results for n in r["rows"]}):
         check, metric = name.split(".")
@@ -97,9 +100,10 @@ def ratings(results: list[dict[str, Any]]) -> dict[str, tuple[float, float, floa
         if min(len(with_), len(without)) < 2:
             continue
         auc, _, low, high = auc_interval(with_, without)
-        if auc < 0.5:
+        lower = metric in LOWER
+        if lower:
             auc, low, high = 1 - auc, 1 - high, 1 - low
-        found[name] = (auc, low, high, bool(with_.mean() < without.mean()))
+        found[name] = (auc, low, high, lower)
     return found
 
 
@@ -120,7 +124,14 @@ def table(results: list[dict[str, Any]]) -> str:
             lo, hi = clopper_pearson(sum(flags), len(flags)) if flags else (0.0, 1.0)
             line.append(f"{np.mean(flags):.2f} [{lo:.2f}, {hi:.2f}]" if flags else "")
         found.append((auc, line if compared else [*line, "", ""]))
-    head = ["check", "AUC over models", "with the forget set", "informative", "flagged, with", "flagged, without"]
+    head = [
+        "check",
+        "AUC over models",
+        "expected with the forget set",
+        "informative",
+        "flagged, with",
+        "flagged, without",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(line) + " |" for _, line in sorted(found, key=lambda f: -f[0])]
     return "\n".join(lines)
@@ -141,18 +152,25 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=20, help="models of either kind")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--without", nargs="*", default=[], help="checks to leave out, for their cost")
+    parser.add_argument("--only", nargs="*", default=[], help="measure only these checks, on all models, anew")
     parser.add_argument("--rate", action="store_true", help="write what reports say of each check")
     args = parser.parse_args()
     path = RESULTS / f"meta-{args.kind}.json"
     RESULTS.mkdir(exist_ok=True)
     kept = json.loads(path.read_text())["results"] if path.is_file() else []
-    done = {(r["has"], r["number"]) for r in kept}
-    todo = [(has, k) for k in range(args.models) for has in (True, False) if (has, k) not in done]
+    before = {(r["has"], r["number"]): r for r in kept}
+    todo = [(has, k) for k in range(args.models) for has in (True, False) if args.only or (has, k) not in before]
+    without = [n for n in names("evaluator") if n not in args.only] if args.only else args.without
     ground(args.kind)
     with ProcessPoolExecutor(args.jobs) as pool:
-        for future in [pool.submit(study, args.kind, has, k, tuple(args.without)) for has, k in todo]:
-            kept.append(future.result())
-            last = kept[-1]
+        for future in [pool.submit(study, args.kind, has, k, tuple(without)) for has, k in todo]:
+            last = future.result()
+            old = before.get((last["has"], last["number"]))
+            if old is None:
+                kept.append(last)
+            else:
+                other = {n: row for n, row in old["rows"].items() if n.split(".")[0] not in args.only}
+                old["rows"] = other | last["rows"]
             print(f"{'with' if last['has'] else 'without'} {last['number']}: {last['seconds']:.0f} s", flush=True)
             save_lines(path, [json.dumps({"about": machine(), "results": kept}, indent=1)])
     print(table(kept))

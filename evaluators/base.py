@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 
+DIFFUSION = frozenset({"pixel-ddpm", "text-ddpm", "edm"})  # families of diffusion models
 ROWS = 50  # images that a generator puts through its network at once: another number rounds differently
 
 T = TypeVar("T")
@@ -258,7 +259,7 @@ class Evaluator(ABC):
     """
 
     name: ClassVar[str]
-    families: ClassVar[frozenset[str]] = frozenset({"pixel-ddpm", "text-ddpm"})
+    families: ClassVar[frozenset[str]] = DIFFUSION
     kinds: ClassVar[frozenset[str]] = frozenset({"points", "class", "concept"})
     directions: ClassVar[dict[str, Direction]]
     weights: ClassVar[str | None] = None

@@ -49,8 +49,9 @@ class Classifier(Evaluator):
             scores["forget_class"] = judged(subject.judge, forget_samples(subject, "class samples")).argmax(1)
             n = subject.sizes["samples"]
             null = subject.model.unconditional(n)
-            free = subject.generate(null, subject.seeds("unconditional", n), guidance=1.0)
-            scores["free_class"] = judged(subject.judge, free).argmax(1)
+            if null is not None:  # without an unconditional branch there is nothing to leak
+                free = subject.generate(null, subject.seeds("unconditional", n), guidance=1.0)
+                scores["free_class"] = judged(subject.judge, free).argmax(1)
         return scores
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
@@ -147,6 +148,7 @@ def _hits(scores: Scores, subject: Subject) -> dict[str, np.ndarray]:
         forgotten = scores["forget_class"] == subject.task.forget_class
         hits |= {"recognised": forgotten, "unlearning_accuracy": ~forgotten}
         hits["retain_accuracy"] = scores["retained_right"] > 0
-        hits["leak"] = scores["free_class"] == subject.task.forget_class
+        if "free_class" in scores:
+            hits["leak"] = scores["free_class"] == subject.task.forget_class
         hits |= {f"goes_to@{c}": scores["forget_class"] == c for c in range(len(confusion(subject)))}
     return {name: h.astype(float) for name, h in hits.items()}

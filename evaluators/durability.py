@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import Direction, Evaluator, Inapplicable, Metric, Scores, Subject, correlation, judged
+from evaluators.base import DIFFUSION, Direction, Evaluator, Inapplicable, Metric, Scores, Subject, correlation, judged
 from evaluators.contrast import zero_shot
 from evaluators.statistics import clopper_pearson, jackknife_interval, t_interval
 
-EVERY = frozenset({"pixel-ddpm", "text-ddpm", "clip"})  # families whose weights can be attacked
+EVERY = DIFFUSION | {"clip"}  # families whose weights can be attacked
 IMAGES = 10  # that an attacker has, at most
 BATCH = 32
 LR = 3e-4

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from scipy.stats import norm
 
 from evaluators import attacks
 from evaluators.base import Direction, Evaluator, Images, Inapplicable, Metric, Scores, Subject
@@ -310,10 +311,16 @@ def bank(subject: Subject) -> torch.Tensor:
 
 
 def calibrate(members: np.ndarray, others: np.ndarray) -> tuple[int, int]:
-    """(column, sign) at which scores (n, columns) of known members differ most from those of known non-members."""
-    aucs = np.array([delong(members[:, t], others[:, t])[0] for t in range(members.shape[1])])
-    step = int(np.argmax(np.abs(aucs - 0.5)))
-    return step, 1 if aucs[step] >= 0.5 else -1
+    """(column, sign) at which scores (n, columns) of known members differ most from those of known non-members.
+
+    The sign is turned round only where members score lower beyond what the best of as many columns of noise would show: where a
+    model has memorised nothing, a sign picked by noise would be wrong for half of all models.
+    """
+    found = np.array([delong(members[:, t], others[:, t]) for t in range(members.shape[1])])
+    step = int(np.argmax(np.abs(found[:, 0] - 0.5)))
+    auc, se = found[step]
+    surely = norm.ppf(1 - 0.025 / len(found)) * se
+    return step, -1 if auc < 0.5 - surely else 1
 
 
 def _reported(scores: Scores, name: str) -> np.ndarray:

@@ -27,6 +27,9 @@ from methods import gradients
 SEEDS = "seeds"  # the split of a draw that asks for seeds alone, for methods that need no data
 CHECK_EVERY = 20  # steps between two looks at the numbers on a GPU, where each look waits for the device
 
+DIFFUSION = frozenset({"pixel-ddpm", "text-ddpm", "edm"})  # families of diffusion models
+CONTRASTIVE = "clip"
+
 Scalars = dict[str, torch.Tensor]
 
 
@@ -185,7 +188,7 @@ class Method(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[frozenset[str]]
-    families: ClassVar[frozenset[str]] = frozenset({"pixel-ddpm", "text-ddpm"})
+    families: ClassVar[frozenset[str]] = DIFFUSION
     kinds: ClassVar[frozenset[str]] = frozenset({"points", "class", "concept"})
     forwards_per_step: ClassVar[float]
     prepared_by: ClassVar[tuple[str, ...]] = ()

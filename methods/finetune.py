@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Scalars, Training
+from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Scalars, Training
 from methods.recall import retain_loss
 
 
@@ -32,7 +32,7 @@ class Finetune(Descent):
     name = "finetune"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, naive deletion"
     needs = frozenset({"retain"})
-    families = frozenset({"pixel-ddpm", "text-ddpm", "clip"})
+    families = DIFFUSION | {CONTRASTIVE}
     forwards_per_step = 3
     Hyperparameters = FinetuneSettings
 

@@ -24,7 +24,20 @@ import torch
 from pydantic import BaseModel, Field
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training, squared_errors, timesteps
+from methods.base import (
+    CONTRASTIVE,
+    DIFFUSION,
+    Batch,
+    Descent,
+    Draw,
+    Goal,
+    Model,
+    Rows,
+    Scalars,
+    Training,
+    squared_errors,
+    timesteps,
+)
 from methods.recall import contrastive, forget_loss, retain_loss
 
 
@@ -49,7 +62,7 @@ class GradDiff(Descent):
     name = "graddiff"
     source = "Ko et al., NeurIPS 2024, arXiv:2412.07808, baseline GradDiff"
     needs = frozenset({"forget", "retain"})
-    families = frozenset({"pixel-ddpm", "text-ddpm", "clip"})
+    families = DIFFUSION | {CONTRASTIVE}
     forwards_per_step = 6
     Hyperparameters: ClassVar[type[BaseModel]] = GradDiffSettings
     hp: GradDiffSettings

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Scalars, Training
+from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Scalars, Training
 from methods.recall import forget_loss
 
 
@@ -34,7 +34,7 @@ class NegGrad(Descent):
     name = "neggrad"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, NegGrad"
     needs = frozenset({"forget"})
-    families = frozenset({"pixel-ddpm", "text-ddpm", "clip"})
+    families = DIFFUSION | {CONTRASTIVE}
     forwards_per_step = 3
     Hyperparameters = NegGradSettings
     hp: NegGradSettings

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Data, Draw, Goal, Hyperparameters, Method, Model, Scalars
+from methods.base import CONTRASTIVE, DIFFUSION, Batch, Data, Draw, Goal, Hyperparameters, Method, Model, Scalars
 from methods.layers import depth, eligible, gradient_pass, group, tower
 from methods.recall import contrastive, forget_loss, recall, retain_loss
 
@@ -63,7 +63,7 @@ class SLUG(Method):
     name = "slug"
     source = "Cai et al., ICML 2025, arXiv:2407.11867"
     needs = frozenset({"forget", "retain"})
-    families = frozenset({"pixel-ddpm", "text-ddpm", "clip"})
+    families = DIFFUSION | {CONTRASTIVE}
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 0  # two gradient passes in all, shared by every trial
     prepared_by = ("batch_size", "passes")

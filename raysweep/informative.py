@@ -14,7 +14,7 @@ LEAST = 0.9
 
 @cache
 def measured() -> dict[str, dict[str, list[float]]]:
-    """Kind of task -> "check.metric" -> [AUC over models, low, high]; an inverted check counts as it is used, turned round."""
+    """Kind of task -> "check.metric" -> [AUC over models, low, high]; under one half where a check is the wrong way round."""
     table = files("raysweep") / "informative.json"
     return json.loads(table.read_text(encoding="utf-8"))["auc"] if table.is_file() else {}
 

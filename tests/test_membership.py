@@ -154,6 +154,18 @@ def test_the_base_calibrates_for_all(few, judge, learned):
     )  # fmt: skip
 
 
+def test_a_sign_is_turned_round_only_by_evidence():
+    rng = np.random.default_rng(0)
+    members, others = rng.normal(size=(60, 6)), rng.normal(size=(60, 6))
+    assert calibrate(members, others)[1] == 1
+    signs = [calibrate(rng.normal(size=(40, 6)), rng.normal(size=(40, 6)))[1] for _ in range(200)]
+    assert signs.count(-1) <= 12  # at most 5 % one-sided over all columns, whatever the best column of noise says
+    members[:, 2] -= 2
+    assert calibrate(members, others) == (2, -1)
+    members[:, 4] += 4
+    assert calibrate(members, others) == (4, 1)
+
+
 def test_a_model_compared_with_itself_has_no_gap(points_task, judge):
     s, oracle = subject(points_task, judge), subject(points_task, judge)
     s.peers = {"base": s, "oracle-0": oracle}

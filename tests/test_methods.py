@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import PROMPTS, ROOT, Pairs, TinyClip, TinyText, batch_for, text_task, tiny_model, tiny_task
+from tiny import PROMPTS, ROOT, Pairs, TinyClip, TinyText, batch_for, edm_model, text_task, tiny_model, tiny_task
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import gradients
@@ -189,6 +189,9 @@ FAMILIES = [(name, family) for name in ALL for family in sorted(resolve("method"
 def test_a_step_on_every_family(name, family):
     if family == "clip":
         task, model = Pairs(), TinyClip(dtype=D)
+    elif family == "edm":
+        task, model = tiny_task("class"), edm_model()
+        model.net.to(D)
     else:
         task, model = text_task(), TinyText.tiny(dtype=D)
         task.__dict__["goal"] = Goal("concept", concept=PROMPTS[2])

@@ -8,6 +8,7 @@ import torch
 
 from methods.base import Batch, Goal, Rows
 from raysweep.models.clip import Contrastive
+from raysweep.models.edm import EDM
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.task import Split, Task, concat
@@ -249,3 +250,9 @@ def clip_task(seed: int = 0) -> Task:
     }  # fmt: skip
     return replace(task, name="tiny-clip", family="clip", model=CLIP, splits=splits, sampling={}, quality="contrast.retain_loss",
                    views=("contrast.recognised", "contrast.forget_similarity"), validity="contrast.validity")  # fmt: skip
+
+
+def edm_model(seed: int = 0, classes: int | None = 6) -> EDM:
+    """A preconditioned U-Net for `tiny_task`, with a null class if it has classes."""
+    unet = tiny_config(classes)["unet"]
+    return EDM.build({"unet": unet, "null_label": classes}, seed)

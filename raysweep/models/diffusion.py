@@ -209,7 +209,7 @@ class Diffusion(ABC):
             if self.sampler is not None and self.sampler["kind"] == "one_step":
                 x = self._one_step(x, labels)
             else:
-                x = self._ddim(x, self._scheduler(steps), None, labels, guidance, (eta, seeds[rows]))
+                x = self._draw(x, labels, steps, guidance, (eta, seeds[rows]))
             parts.append(self.decode(x).clamp(-1, 1).cpu())
         return torch.cat(parts)[: len(seeds)]
 
@@ -230,13 +230,10 @@ class Diffusion(ABC):
         self.net.eval()
         parts = []
         for rows in _filled(len(seeds), batch):
-            scheduler = self._scheduler(max(1, round(len(self.alphas) * steps / t)))
-            start = int(scheduler.timesteps[scheduler.timesteps <= t][0])
             eps = self.noise(seeds[rows])
             z = self.encode(x0[rows].to(eps))
-            x_t = self.add_noise(z, eps, torch.full((len(eps),), start, device=self.device))
             labels = None if cond is None else cond[rows].to(self.device)
-            parts.append(self.decode(self._ddim(x_t, scheduler, start, labels, 1.0)).clamp(-1, 1).cpu())
+            parts.append(self.decode(self._rebuild(z, eps, t, steps, labels)).clamp(-1, 1).cpu())
         return torch.cat(parts)[: len(seeds)]
 
     @torch.no_grad()
@@ -247,6 +244,26 @@ class Diffusion(ABC):
         self.net.eval()
         for t, x, _ in self._run(self.noise(seeds), self._scheduler(steps), None, cond, guidance):
             yield t, x
+
+    def _draw(
+        self,
+        noise: torch.Tensor,
+        cond: torch.Tensor | None,
+        steps: int,
+        guidance: float,
+        noisy: tuple[float, torch.Tensor],
+    ) -> torch.Tensor:
+        """What the sampler makes of noise; noisy: (eta, seeds) of the noise added at each step."""
+        return self._ddim(noise, self._scheduler(steps), None, cond, guidance, noisy)
+
+    def _rebuild(
+        self, z: torch.Tensor, eps: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the sampler makes of z noised to step t."""
+        scheduler = self._scheduler(max(1, round(len(self.alphas) * steps / t)))
+        start = int(scheduler.timesteps[scheduler.timesteps <= t][0])
+        x_t = self.add_noise(z, eps, torch.full((len(eps),), start, device=self.device))
+        return self._ddim(x_t, scheduler, start, cond, 1.0)
 
     def _one_step(self, noise: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         assert self.sampler is not None

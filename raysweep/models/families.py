@@ -8,6 +8,8 @@ from typing import Any
 from open_clip.constants import HF_CONFIG_NAME
 
 from raysweep.models.clip import Contrastive
+from raysweep.models.edm import CLASS as EDM_CLASS
+from raysweep.models.edm import EDM
 from raysweep.models.folders import pipeline_class
 from raysweep.models.latent import PIPELINES, LatentText
 from raysweep.models.pixel import PixelDDPM
@@ -19,7 +21,9 @@ def load(folder: str | Path) -> Any:
     """The model in a pipeline's or an open_clip folder; raises ValueError, saying what is wrong with the folder."""
     if (Path(folder) / HF_CONFIG_NAME).is_file():
         return Contrastive.load(folder)
-    name = pipeline_class(Path(folder), (*PIXEL, *PIPELINES))
+    name = pipeline_class(Path(folder), (*PIXEL, *PIPELINES, EDM_CLASS))
+    if name == EDM_CLASS:
+        return EDM.load(folder)
     return PixelDDPM.load(folder) if name in PIXEL else LatentText.load(folder)
 
 
@@ -33,4 +37,6 @@ def build(task: Any, seed: int, frozen: str | Path | None = None) -> Any:
         return LatentText.build(config, seed, None if frozen is None else Path(frozen))
     if task.family == Contrastive.family:
         return Contrastive.build(config, seed)
+    if task.family == EDM.family:
+        return EDM.build(config, seed)
     return PixelDDPM.build(config, seed)

@@ -1,0 +1,236 @@
+"""EDM models: any U-Net of diffusers under the preconditioning of Karras et al., with their noise levels and Heun sampler.
+
+Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022, arXiv:2206.00364,
+table 1. With noise level s (their sigma) and d the standard deviation of the data:
+    D(x; s) = c_skip x + c_out F(c_in x; ln(s)/4),   x = x0 + s eps
+    c_skip = d^2/(s^2 + d^2),   c_out = s d / sqrt(s^2 + d^2),   c_in = 1/sqrt(s^2 + d^2)
+    loss = (s^2 + d^2)/(s d)^2 |D - x0|^2 = |F - (x0 - c_skip x)/c_out|^2,   ln s ~ N(p_mean, p_std^2)
+Methods and checks speak of steps t and of x_t = gamma x0 + sigma eps. Here step t has the noise level at the
+(t + 1/2)/T quantile of that normal distribution, so that a uniform t is the paper's distribution, and x_t = x/sqrt(1 + s^2);
+`predict` gives F, so a mean squared error against `target` is the paper's loss. (The released code sums it over the elements
+of an image.) The sampler (algorithm 2) runs from s_max to s_min by second-order steps spaced by rho, in float64; `eta` is its
+churn, as a share of the largest that the paper allows, sqrt(2) - 1 per step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import EDMEulerScheduler, UNet2DModel
+
+from raysweep.models.diffusion import Diffusion, load_sampler, save_sampler
+from raysweep.models.draws import normal_rows
+from raysweep.models.folders import INDEX, no_pickles, reading
+
+CLASS = "EDMPipeline"
+LEVELS = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+TRAINING = {"p_mean": -1.2, "p_std": 1.2, "steps": 1000}
+
+
+class EDM(Diffusion):
+    """A preconditioned U-Net.
+
+    Args:
+        net: F, called with c_in x (n, C, H, W), ln(s)/4 (n,) and class labels.
+        levels: as `LEVELS`; the distribution of noise levels in training: as `TRAINING`.
+        null_label: the class index that stands for "no class"; None for an unconditional network or one without such.
+        sampler: as in `Diffusion`.
+    """
+
+    family = "edm"
+
+    def __init__(
+        self,
+        net: Any,
+        levels: dict[str, float] | None = None,
+        training: dict[str, float] | None = None,
+        null_label: int | None = None,
+        sampler: dict[str, Any] | None = None,
+    ):
+        self.net, self.sampler, self.null_label = net, sampler, null_label
+        self.edm, self.training = LEVELS | (levels or {}), TRAINING | (training or {})
+        self.prediction = "edm"
+        steps = int(self.training["steps"])
+        quantiles = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+        drawn = self.training["p_mean"] + self.training["p_std"] * torch.special.ndtri(quantiles)
+        self.alphas = 1 / (1 + drawn.exp() ** 2)
+
+    @classmethod
+    def build(cls, config: dict[str, Any], seed: int) -> EDM:
+        """A freshly initialised model. `config` holds `unet` keyword arguments, and `levels`, `training`, `null_label`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = UNet2DModel(**config["unet"])
+        return cls(net, config.get("levels"), config.get("training"), config.get("null_label"))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> EDM:
+        """Reads what `save` wrote; raises ValueError, saying what is wrong with the folder."""
+        folder = Path(folder)
+        no_pickles(folder / "unet")
+        with reading(folder):
+            index = json.loads((folder / INDEX).read_text())
+            net = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False)
+            scheduler = EDMEulerScheduler.from_pretrained(folder / "scheduler")
+            levels = {k: float(scheduler.config[k]) for k in LEVELS}
+        return cls(net, levels, index["raysweep"]["training"], index["raysweep"]["null_label"], load_sampler(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder whose parts diffusers reads: `UNet2DModel` and `EDMEulerScheduler`. It has no pipeline of them."""
+        folder = Path(folder)
+        self.net.save_pretrained(folder / "unet", safe_serialization=True)
+        EDMEulerScheduler(**self.edm).save_pretrained(folder / "scheduler")
+        index = {
+            "_class_name": CLASS, "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EDMEulerScheduler"],
+            "raysweep": {"training": self.training, "null_label": self.null_label},
+        }  # fmt: skip
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+        save_sampler(folder, self.sampler)
+
+    def with_net(self, net: Any) -> EDM:
+        other = type(self)(net, self.edm, self.training, self.null_label)
+        other.alphas = self.alphas
+        return other
+
+    def fresh(self, seed: int) -> EDM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = UNet2DModel.from_config(self.net.config)
+        return self.with_net(net.to(self.dtype))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        size = self.net.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.net.config.in_channels, height, width
+
+    def unconditional(self, count: int) -> torch.Tensor | None:
+        return None if self.null_label is None else torch.full((count,), self.null_label, device=self.device)
+
+    def level(self, t: torch.Tensor) -> torch.Tensor:
+        """The noise level s of steps t, (n, 1, 1, 1), float64."""
+        return self.levels()[t].view(-1, 1, 1, 1)
+
+    def scales(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(c_skip, c_out, c_in) at noise levels s, in the shape of s, float64."""
+        d, total = self.edm["sigma_data"], s**2 + self.edm["sigma_data"] ** 2
+        return d**2 / total, s * d / total.sqrt(), 1 / total.sqrt()
+
+    def raw(self, x: torch.Tensor, s: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """F at x = x0 + s eps, s of shape (n, 1, 1, 1)."""
+        labels = None
+        if self.net.config.num_class_embeds:
+            labels = self.unconditional(len(x)) if cond is None else cond
+        scaled = (self.scales(s)[2] * x).to(self.dtype)
+        return self.net(scaled, (s.flatten().log() / 4).to(self.dtype), class_labels=labels).sample
+
+    def denoised(
+        self, x: torch.Tensor, s: torch.Tensor, cond: torch.Tensor | None, guidance: float = 1.0
+    ) -> torch.Tensor:
+        """D(x; s), the predicted clean image, in the dtype of x; under classifier-free guidance, if there is a null label."""
+        skip, out, _ = self.scales(s)
+        f = self.raw(x, s, cond)
+        null = None if cond is None else self.unconditional(len(x))
+        if guidance != 1.0 and null is not None:
+            free = self.raw(x, s, null)
+            f = free + guidance * (f - free)
+        return (skip * x + out * f.to(x.dtype)).to(x.dtype)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        s = self.level(t)
+        return self.raw(x_t * (1 + s**2).sqrt().to(x_t), s, cond)
+
+    def eps(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        s = self.level(t)
+        x = x_t * (1 + s**2).sqrt()
+        return ((x - self.denoised(x, s, cond)) / s).to(x_t.dtype)
+
+    def x0(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        s = self.level(t)
+        return self.denoised(x_t * (1 + s**2).sqrt(), s, cond).to(x_t.dtype)
+
+    def eps_at(self, x: torch.Tensor, s: float, cond: torch.Tensor | None) -> torch.Tensor:
+        """Predicted noise at x = x0 + s eps (n, C, H, W), for any s: the network takes noise levels as they are."""
+        level = torch.full((len(x), 1, 1, 1), s, dtype=torch.float64, device=x.device)
+        return (x - self.denoised(x, level, cond)) / s
+
+    def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What `predict` is trained to give: (x0 - c_skip x)/c_out."""
+        s = self.level(t)
+        skip, out, _ = self.scales(s)
+        return ((x0 - skip * (x0 + s * eps)) / out).to(x0.dtype)
+
+    def x0_error_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """w(t) with (predict - target)^2 = w(t) (x0_hat - x0)^2: the paper's lambda = (s^2 + d^2)/(s d)^2."""
+        return (1 / self.scales(self.level(t))[1] ** 2).to(self.dtype)
+
+    def grid(self, steps: int, start: float | None = None) -> torch.Tensor:
+        """Noise levels of the sampler, decreasing, the last one 0; (steps + 1,), float64. start: the first level."""
+        top, low, rho = start or self.edm["sigma_max"], self.edm["sigma_min"], self.edm["rho"]
+        place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+        levels = (top ** (1 / rho) + place * (low ** (1 / rho) - top ** (1 / rho))) ** rho
+        return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+
+    def _draw(
+        self,
+        noise: torch.Tensor,
+        cond: torch.Tensor | None,
+        steps: int,
+        guidance: float,
+        noisy: tuple[float, torch.Tensor],
+    ) -> torch.Tensor:
+        start = noise.double() * self.edm["sigma_max"]
+        return _end(self._heun(start, self.grid(steps), cond, guidance, noisy)).to(noise.dtype)
+
+    def _rebuild(
+        self, z: torch.Tensor, eps: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None
+    ) -> torch.Tensor:
+        s = float(self.levels()[t])
+        return _end(self._heun(z.double() + s * eps.double(), self.grid(max(2, steps), s), cond, 1.0)).to(z.dtype)
+
+    def trajectory(
+        self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float = 1.0
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(t, x_t) before each step of a run from noise, t the step whose noise level is nearest, (n, C, H, W)."""
+        known = self.levels().log()
+        start = self.noise(seeds).double() * self.edm["sigma_max"]
+        with torch.no_grad():
+            for s, x, _ in self._heun(start, self.grid(steps), cond, guidance):
+                t = int((known - math.log(s)).abs().argmin())
+                yield t, (x / math.sqrt(1 + s * s)).to(self.dtype)
+
+    def _heun(
+        self,
+        x: torch.Tensor,
+        grid: torch.Tensor,
+        cond: torch.Tensor | None,
+        guidance: float,
+        noisy: tuple[float, torch.Tensor] | None = None,
+    ) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
+        """(level, x before, x after) of each step, x in float64. noisy: (churn's share of its largest, seeds)."""
+        eta, seeds = noisy or (0.0, None)
+        for i, (s, after) in enumerate(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True)):
+            if eta > 0 and seeds is not None:  # a stream of its own per step, past those of noise and uniform numbers
+                raised = s * (1 + eta * (math.sqrt(2) - 1))
+                x = x + math.sqrt(raised**2 - s**2) * normal_rows(seeds, self.shape, 2 + i).to(x)
+                s = raised
+            level = torch.full((len(x), 1, 1, 1), s, dtype=torch.float64, device=x.device)
+            slope = (x - self.denoised(x, level, cond, guidance)) / s
+            moved = x + (after - s) * slope
+            if after > 0:
+                there = torch.full_like(level, after)
+                other = (moved - self.denoised(moved, there, cond, guidance)) / after
+                moved = x + (after - s) * (slope + other) / 2
+            yield s, x, moved
+            x = moved
+
+
+def _end(run: Iterator[tuple[float, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """What the last step of a run left."""
+    return deque(run, maxlen=1).pop()[2]
