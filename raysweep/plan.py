@@ -49,7 +49,7 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     retrain = _time_steps("retrain", task.recipe, task)
     judge = Judge(task.splits["judge_probe"].x.shape[1], int(task.splits["judge_probe"].groups.max()) + 1)
     probe_s, audit_s = (
-        measure(subject_of(families.build(task, 0), task, judge, tier), tier).seconds
+        measure(subject_of(families.example(task), task, judge, tier), tier).seconds
         for tier in (sweep.audit.probe, sweep.audit.audit)
     )
     missing = [name for name, there in found.items() if not there and not name.startswith("judge")]
@@ -124,7 +124,7 @@ def _typical(space: Space) -> dict[str, Any]:
 def _time_steps(name: str, settings: dict[str, Any], task: Task) -> float:
     """Median seconds of a step, after one that warms up; 0 for a method without steps."""
     method_class: type[Method] = resolve("method", name)
-    model, hp = families.build(task, 0), method_class.Hyperparameters(**settings)
+    model, hp = families.example(task), method_class.Hyperparameters(**settings)
     task = encoded(task, model)
     cheap = hp.model_copy(update={k: v for k, v in CHEAP.items() if k in method_class.prepared_by})
     method = method_class(model, hp, method_class.prepare(model, task, 0, cheap), task.goal)

@@ -64,11 +64,11 @@ def check_oracles(sweep: Sweep, task: Task) -> dict[str, tuple[str, str]]:
 
     An oracle is the base's recipe without the forgotten data: of another architecture it would say what that changes.
     """
-    from raysweep.models.families import build, load
+    from raysweep.models.families import example, load
 
     if not sweep.oracle_models:
         return {}
-    base = build(task, 0)
+    base = example(task)
     wanted, found = _shapes(base), {}
     for k, given in enumerate(sweep.oracle_models):
         found[f"oracle-{k}"] = (str(given.absolute()), check_model(str(given), task, "oracle_models"))

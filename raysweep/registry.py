@@ -31,8 +31,8 @@ METHODS = {
 EVALUATORS = {
     "alignment": "evaluators.recognition:Alignment",
     "classifier": "evaluators.classifier:Classifier",
-    "contrast": "evaluators.contrast:Contrast",
     "clid": "evaluators.membership:CLiD",
+    "contrast": "evaluators.contrast:Contrast",
     "copy_detection": "evaluators.memorisation:CopyDetection",
     "denoising": "evaluators.denoising:Denoising",
     "fidelity": "evaluators.fidelity:Fidelity",

@@ -80,6 +80,10 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
     problems = task.near_duplicates()
     if problems:
         raise ConfigError("\n".join(f"task: {problem}" for problem in problems))
+    try:
+        model = families.example(task)
+    except ValueError as error:
+        raise ConfigError(f"task.base: {error}") from error
     spaces = []
     for name in sweep.methods:
         reasons = refusals(resolve("method", name), task)
@@ -89,7 +93,7 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
             spaces.append(load_space(name, sweep.spaces.get(name), task.kind))
         except SpaceError as error:
             raise ConfigError(str(error)) from error
-        reasons = misfits(spaces[-1], task)
+        reasons = misfits(spaces[-1], task, model)
         if reasons:
             raise ConfigError("\n".join(f"spaces.{name}: {reason}" for reason in reasons))
     for tier_name in ("probe", "audit"):
@@ -115,9 +119,9 @@ def refusals(method: type[Method], task: Task) -> list[str]:
     return reasons + [f"it needs the {need} set" for need in sorted(method.needs - set(task.splits))]
 
 
-def misfits(space: Space, task: Task) -> list[str]:
+def misfits(space: Space, task: Task, model: Any) -> list[str]:
     """Why values of a space cannot work on a task's model; each reason once."""
-    method, model = resolve("method", space.method), families.build(task, 0)
+    method = resolve("method", space.method)
     start = space.fixed | {p.name: p.values[0] for p in space.parameters if not p.open and not p.when}
     trials = [start | {p.name: v} for p in space.parameters if not p.open and not p.when for v in p.values]
     trials += [start | point.values for point in space.points]

@@ -99,7 +99,7 @@ def submit(head, shipped: Path, name: str, storage: Path, cache: Path, *flags: s
         head, "submit", "--submission-id", name, "--working-dir", str(shipped), *flags,
         "--runtime-env-json", json.dumps({"env_vars": variables}),
         "--", "python", "-m", "raysweep", "run", "small.yaml", f"storage={storage}",
-        "search.trials=14", "audit.rounds=1", "audit.finalists=0",
+        "search.trials=8", "audit.rounds=1", "audit.finalists=0",
     )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def test_a_job_is_stopped_resumed_and_finished(head, shipped, cache, tmp_path_fa
     assert "succeeded" in followed
     assert json.loads(manifest.read_text())["state"] == "done"
     trials = read_table(storage / "small" / "trials.parquet", TRIALS).to_pylist()
-    assert [t["state"] for t in trials] == ["COMPLETE"] * 14
+    assert [t["state"] for t in trials] == ["COMPLETE"] * 8
     assert {p: p.stat().st_mtime_ns for p in cards} == cards
     assert (storage / "small" / "report.html").is_file()
 

@@ -140,6 +140,9 @@ class TinyClip:
     def logit_scale(self) -> torch.Tensor:
         return self.net.logit_scale.exp()
 
+    def unconditional(self, count: int) -> None:
+        return None
+
     def encode_image(self, x: torch.Tensor) -> torch.Tensor:
         return self.net.encode_image(x)
 

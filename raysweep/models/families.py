@@ -27,6 +27,11 @@ def load(folder: str | Path) -> Any:
     return PixelDDPM.load(folder) if name in PIXEL else LatentText.load(folder)
 
 
+def example(task: Any) -> Any:
+    """A model of a task's architecture, to look at: the user's own, or a freshly initialised one. ValueError as by `load`."""
+    return build(task, 0) if task.base is None else load(task.base)
+
+
 def build(task: Any, seed: int, frozen: str | Path | None = None) -> Any:
     """A freshly initialised model of the architecture of a `Task`. frozen: folder of the trained autoencoder of a latent
     model; None: a fresh one."""
