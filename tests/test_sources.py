@@ -22,6 +22,7 @@ from tiny import LATENT, tiny_config
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.images import ImagesTask, Sample, pixels
+from raysweep.tasks.prompts import PromptError, PromptFile, PromptGrid
 from raysweep.tasks.sources import (
     FolderSource,
     ParquetSource,
@@ -294,3 +295,64 @@ def test_selections_that_cannot_work(tmp_path):
         ImagesTask(**rows, kind="class", forget={"labels": ["cat"]}, override="wolf").build()
     with pytest.raises(SourceError, match="classes: the sources also have the labels fox"):
         ImagesTask(**rows, kind="class", forget={"labels": ["cat"]}, classes=("dog", "cat")).build()
+
+
+def write_prompts(folder: Path) -> tuple[PromptFile, PromptGrid]:
+    rows = [{"text": CAPTIONS[k], "animal": k} for k in KINDS] + [{"text": "a wolf", "animal": "wolf"}]
+    (folder / "p.json").write_text(json.dumps(rows))
+    grid = PromptGrid(template="a {mood} {animal}", slots={"mood": ("calm", "wild"), "animal": KINDS}, label="animal")
+    return PromptFile(file=folder / "p.json", prompt="text", label="animal"), grid
+
+
+def test_prompts_of_files_and_grids(tmp_path):
+    file, grid = write_prompts(tmp_path)
+    assert file.pairs()[:2] == [("a cat on a mat", "cat"), ("A DOG in the sun", "dog")]
+    assert len(grid.pairs()) == 6
+    assert ("a wild fox", "fox") in grid.pairs()
+    i2p = tmp_path / "i2p.csv"
+    i2p.write_text('prompt,categories,evaluation_seed\n"a, b",violence,7\n"a, b",violence,8\nc,hate,9\n')
+    assert PromptFile(file=i2p, label="categories").pairs() == [("a, b", "violence"), ("c", "hate")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt,label\na,\n", "row 1 has no 'label'; its columns: prompt, label"),
+        ("text,label\na,b\n", "row 1 has no 'prompt'; its columns: text, label"),
+        ("", "must be a list of objects"),
+        (None, "p.csv: No such file"),
+    ],
+)
+def test_prompt_files_that_cannot_be_used(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "p.csv").write_text(content)
+    with pytest.raises(PromptError, match=message):
+        PromptFile(file=tmp_path / "p.csv").pairs()
+
+
+def test_grids_that_do_not_fit():
+    with pytest.raises(ValidationError, match="template and slots differ in place"):
+        PromptGrid(
+            template="a {mood} {animal}", slots={"mood": ("x",), "animal": ("y",), "place": ("z",)}, label="animal"
+        )
+    with pytest.raises(ValidationError, match="'kind' is not a slot"):
+        PromptGrid(template="a {animal}", slots={"animal": ("y",)}, label="kind")
+
+
+def test_a_concept_of_a_users_model(tmp_path):
+    LatentText.build(LATENT, 0).save(tmp_path / "base")
+    search, audit = write_prompts(tmp_path)
+    rows = {"base": tmp_path / "base", "train": write_parquet(tmp_path / "t.parquet", labelled(60)),
+            "holdout": write_parquet(tmp_path / "h.parquet", labelled(30, 700)), "forget": {"labels": ["dog"]}}  # fmt: skip
+    task = ImagesTask(**rows, kind="concept", search_prompts=search, audit_prompts=audit).build()
+    assert (task.kind, task.forget_class, task.thing) == ("concept", 1, "the concept 'dog'")
+    assert task.texts["prompts_probe"] == tuple(CAPTIONS[k] for k in KINDS)  # of a wolf there is no image
+    assert len(task.splits["prompts_audit"]) == 6
+    assert task.splits["forget"].cond.shape == (20, 6)
+    with pytest.raises(ValueError, match="prompts are used both by the search and by the audit"):
+        ImagesTask(**rows, kind="concept", search_prompts=search, audit_prompts=search).build()
+    with pytest.raises(ValidationError, match="a concept needs both"):
+        ImagesTask(**rows, kind="concept")
+    pixel = class_conditional(tmp_path / "pixel")
+    with pytest.raises(SourceError, match="is a pixel-ddpm model"):
+        ImagesTask(**rows | {"base": pixel}, kind="concept", search_prompts=search, audit_prompts=audit).build()

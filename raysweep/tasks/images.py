@@ -1,4 +1,4 @@
-"""A task on a user's own model and images: forget some of the images, or a class of them.
+"""A task on a user's own model and images: forget some of the images, a class of them, or a concept that prompts ask for.
 
 One pass over the training source sorts records into what must go (by label, by words of the caption, or by key) and what
 stays; of the latter, and of the holdout, a sample of bounded size is kept that depends on the content of the images and the
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from raysweep.tasks.prompts import Prompts
 from raysweep.tasks.sources import Source, SourceError, Tally
 
 if TYPE_CHECKING:
@@ -48,12 +49,14 @@ class Selection(BaseModel):
 
 
 class ImagesTask(BaseModel):
-    """Forget images, or a class of images, of a model of your own."""
+    """Forget images, a class of images, or a concept that prompts ask for, of a model of your own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["images"] = "images"
-    kind: Literal["points", "class"] = Field("points", description="forget these very images, or the class they are of")
+    kind: Literal["points", "class", "concept"] = Field(
+        "points", description="forget these very images, the class they are of, or the concept that prompts ask for"
+    )
     base: Path = Field(description="diffusers folder of the model that must forget")
     train: Source = Field(description="what the model was trained on, or a part of it")
     forget: Selection = Field(description="which records of it must go")
@@ -61,6 +64,8 @@ class ImagesTask(BaseModel):
     classes: tuple[str, ...] = Field(
         (), description="labels in the order of the model's class indices; empty: numbers in order, then words in order"
     )
+    search_prompts: Prompts | None = Field(None, description="concept: prompts of every class, for training and search")
+    audit_prompts: Prompts | None = Field(None, description="concept: other prompts of every class, for the audit")
     override: str | None = Field(None, description="label that stands in for a forgotten class")
     retain_images: int = Field(2000, ge=20, description="at most so many retained images are used")
     forget_images: int = Field(1000, ge=1, description="at most so many forgotten ones")
@@ -73,8 +78,10 @@ class ImagesTask(BaseModel):
 
     @model_validator(mode="after")
     def _class_needs_labels(self):
-        if self.kind == "class" and len(self.forget.labels) != 1:
-            raise ValueError("forget.labels: a class is named by exactly one label")
+        if self.kind != "points" and len(self.forget.labels) != 1:
+            raise ValueError(f"forget.labels: a {self.kind} is named by exactly one label")
+        if self.kind == "concept" and (self.search_prompts is None or self.audit_prompts is None):
+            raise ValueError("search_prompts, audit_prompts: a concept needs both")
         if not (self.base / "model_index.json").is_file():
             raise ValueError(f"base: {self.base} is not a diffusers folder (no model_index.json)")
         return self
@@ -151,14 +158,16 @@ def images_task(config: ImagesTask) -> Task:
     import torch
 
     from raysweep.models import families
-    from raysweep.tasks.task import Split, Task, concat
+    from raysweep.tasks.task import PROMPTS, Split, Task, concat
 
     model = families.load(config.base)
+    if config.kind == "concept" and model.family != "text-ddpm":
+        raise SourceError(f"kind: a concept is asked for by prompts, and {config.base} is a {model.family} model")
     shape = model.image_shape
     forget, retain = Sample(config.forget_images, config.seed, repeats=True), Sample(config.retain_images, config.seed)
     _sort(config.train, shape, lambda r: forget if config.forget.holds(r) else retain)
     held_out, of_kind = Sample(config.holdout_images, config.seed), Sample(config.holdout_images, config.seed)
-    by_class = config.kind == "class"
+    by_class = config.kind != "points"
     _sort(config.holdout, shape, lambda r: of_kind if by_class and config.forget.holds(r) else held_out)
     for what, sample in (("forget", forget), ("retain", retain), ("holdout", held_out)):
         if not sample.images():
@@ -178,7 +187,7 @@ def images_task(config: ImagesTask) -> Task:
 
     def split(pictures: list[Picked]) -> Split:
         groups = torch.tensor([names.index(p.label) if p.label is not None else 0 for p in pictures])
-        cond = groups if by_class else None
+        cond = groups if config.kind == "class" else None
         if captioned:
             without = sum(p.caption is None for p in pictures)
             if without:
@@ -193,6 +202,14 @@ def images_task(config: ImagesTask) -> Task:
     labelled = [*retain.images(), *(forget.images() if by_class else [])]
     forgotten = names.index(config.forget.labels[0]) if by_class else None
     parts = {"forget": split(forget.images()), "retain": split(retain.images())}
+    texts: dict[str, tuple[str, ...]] = {}
+    if config.kind == "concept":
+        for name, prompts in zip(PROMPTS, (config.search_prompts, config.audit_prompts), strict=True):
+            assert prompts is not None
+            pairs = [(text, label) for text, label in prompts.pairs() if label in names]
+            groups = torch.tensor([names.index(label) for _, label in pairs], dtype=torch.long)
+            texts[name] = tuple(text for text, _ in pairs)
+            parts[name] = Split(torch.empty(len(pairs), 0), model.tokens(list(texts[name])), groups)
     return Task(
         name=config.name,
         kind=config.kind,
@@ -217,6 +234,7 @@ def images_task(config: ImagesTask) -> Task:
         sensitive=config.sensitive,
         family=model.family,
         class_names=tuple(names) if by_class else (),
+        texts=texts,
     )
 
 

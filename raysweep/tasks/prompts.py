@@ -1,0 +1,93 @@
+"""Prompts of a concept task: from JSON or CSV files, or from a grid of slots.
+
+Each prompt belongs to a class, what it asks for, which is one of the labels of the task's images. Files may be those of others:
+the columns are named (I2P: `prompt: prompt, label: categories`). A grid is a template with slots, as in the restricted-gradient
+paper (arXiv:2412.07808: moods x activities x places x times); two sets of prompts are disjoint if some slot's levels are.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class PromptError(ValueError):
+    """A set of prompts that is missing or unreadable; the message names it, and says what it should be."""
+
+
+class _Prompts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(prompt, class), in the order of the source, repeated prompts once."""
+        raise NotImplementedError
+
+
+class PromptFile(_Prompts):
+    """A CSV file with a header, or a JSON list of objects."""
+
+    file: Path = Field(description="path of the file; .csv, or .json")
+    prompt: str = Field("prompt", description="column of prompts")
+    label: str = Field("label", description="column of classes")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        try:
+            text = self.file.read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise PromptError(f"{self.file}: {error.strerror or error}") from error
+        if self.file.suffix == ".csv":
+            rows: Any = list(csv.DictReader(text.splitlines()))
+        else:
+            try:
+                rows = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise PromptError(f"{self.file}:{error.lineno}: not valid JSON: {error.msg}") from error
+        if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
+            raise PromptError(
+                f"{self.file}: must be a list of objects such as {{{self.prompt!r}: ..., {self.label!r}: ...}}"
+            )
+        found: dict[tuple[str, str], None] = {}
+        for number, row in enumerate(rows, 1):
+            missing = [c for c in (self.prompt, self.label) if not row.get(c)]
+            if missing:
+                there = ", ".join(k for k in row if k)
+                raise PromptError(f"{self.file}: row {number} has no {missing[0]!r}; its columns: {there}")
+            found[(str(row[self.prompt]).strip(), str(row[self.label]).strip())] = None
+        return list(found)
+
+
+class PromptGrid(_Prompts):
+    """A template and the levels of its slots; every combination is a prompt."""
+
+    template: str = Field(description="text with slots in braces, for example: a {mood} painting of {subject}")
+    slots: dict[str, tuple[str, ...]] = Field(description="slot -> its levels")
+    label: str = Field(description="the slot whose level is the class")
+
+    @model_validator(mode="after")
+    def _slots_fit(self):
+        named = {name for _, name, _, _ in string.Formatter().parse(self.template) if name}
+        if named != set(self.slots):
+            odd = sorted(named ^ set(self.slots))
+            raise ValueError(f"template and slots differ in {', '.join(odd)}")
+        if self.label not in self.slots:
+            raise ValueError(f"label: {self.label!r} is not a slot; there are: {', '.join(self.slots)}")
+        if not all(self.slots.values()):
+            raise ValueError("slots: a slot has no level")
+        return self
+
+    def pairs(self) -> list[tuple[str, str]]:
+        names = list(self.slots)
+        found: dict[tuple[str, str], None] = {}
+        for levels in itertools.product(*self.slots.values()):
+            at = dict(zip(names, levels, strict=True))
+            found[(self.template.format(**at), at[self.label])] = None
+        return list(found)
+
+
+Prompts = PromptFile | PromptGrid
