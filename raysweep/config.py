@@ -178,11 +178,23 @@ class SearchConfig(_Model):
     min_validity: float = Field(0.2, ge=0, le=1, description="constraint: share of valid samples a candidate must keep")
 
 
+class LoRA(_Model):
+    """Low-rank adapters on the attention of a text-to-image U-Net, merged before the audit (needs the extra `lora`)."""
+
+    rank: int = Field(4, ge=1, description="rank of the adapters")
+    alpha: int = Field(4, ge=1, description="their scale times the rank")
+
+
 class TrainConfig(_Model):
     """How trials are trained."""
 
     executor: Literal["warm", "isolated"] = Field("warm", description="long-lived worker groups, or one per trial")
     workers: int = Field(1, ge=1, le=512, description="data-parallel workers per trial")
+    modules: tuple[str, ...] = Field(
+        (),
+        description="text-to-image models: the modules whose weights may change (unet, text_encoder, ...); empty: all",
+    )
+    lora: LoRA | None = Field(None, description="text-to-image models: train low-rank adapters instead of weights")
     budget_s: float = Field(600, gt=0, description="seconds after which a trial counts as hung")
     checkpoint_s: float = Field(60, gt=0, description="seconds between the checkpoints of a running trial")
 

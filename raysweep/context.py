@@ -63,6 +63,8 @@ class Context:
             prepared=self.prepared_file(config["method"], config["hyperparameters"]),
             budget_s=sweep.train.budget_s,
             checkpoint_s=sweep.train.checkpoint_s,
+            modules=sweep.train.modules,
+            lora=None if sweep.train.lora is None else sweep.train.lora.model_dump(),
             inputs={
                 "task": self.task_digest,
                 "base": self.base_digest,

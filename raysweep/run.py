@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from raysweep.prepare import (
     measure_anchors,
     open_choices,
     prepare,
+    prepares,
     save_task,
 )
 from raysweep.registry import resolve
@@ -84,6 +86,7 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
         model = families.example(task)
     except ValueError as error:
         raise ConfigError(f"task.base: {error}") from error
+    check_training(sweep, task, model)
     spaces = []
     for name in sweep.methods:
         reasons = refusals(resolve("method", name), task)
@@ -107,6 +110,28 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
     if problems:
         raise ConfigError("\n".join(problems))
     return task, spaces
+
+
+def check_training(sweep: Sweep, task: Task, model: Any) -> None:
+    """Raises ConfigError if the modules or adapters that are to be trained do not fit the task's model and the methods."""
+    train = sweep.train
+    if (train.modules or train.lora) and task.family != "text-ddpm":
+        key = "modules" if train.modules else "lora"
+        raise ConfigError(
+            f"train.{key}: is for text-to-image models, and the task {task.name} is about {task.family} models"
+        )
+    unknown = [m for m in train.modules if m not in model.net] if train.modules else []
+    if unknown:
+        raise ConfigError(f"train.modules: the model has no {', '.join(unknown)}; valid: {', '.join(model.net)}")
+    if train.lora is None:
+        return
+    if train.modules:
+        raise ConfigError("train.lora: adapters lie on the U-Net; leave train.modules empty")
+    if find_spec("peft") is None:
+        raise ConfigError("train.lora: the library is missing: pip install 'raysweep[lora]'")
+    for name in sweep.methods:
+        if prepares(resolve("method", name)):
+            raise ConfigError(f"train.lora: {name} works on the tensors of the base model by name, not on adapters")
 
 
 def refusals(method: type[Method], task: Task) -> list[str]:

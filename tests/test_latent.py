@@ -17,13 +17,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from evaluators.judge import Judge
 from methods.retrain import Retrain, RetrainSettings
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config import Tier
+from raysweep.config import ConfigError, Tier, load
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
-from raysweep.models.latent import Frozen, LatentText
+from raysweep.models.latent import ATTENTION, Frozen, LatentText
 from raysweep.models.words import tokenizer_of
 from raysweep.registry import BY_WEIGHTS, EVALUATORS, resolve
+from raysweep.run import resolve_sweep
 from raysweep.tasks.task import Split, encoded
+from raysweep.train.jobs import Job
+from raysweep.train.loop import Resident, run
 
 SEEDS = torch.tensor([5, 6, 7])
 
@@ -281,3 +284,67 @@ def test_training_lowers_the_loss_of_latents_and_keeps_the_autoencoder():
     losses = [float(method.step(latents.batch(method.draws(), 0, k))["loss"]) for k in range(60)]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert model.encoder_digest == before
+
+
+def test_adapters_learn_and_are_merged(tmp_path):
+    """The candidate has the base's tensors and no adapter; its U-Net's attention has changed, and nothing else."""
+    task, base = latent_task(), plain()
+    task.save(_made(tmp_path / "task"))
+    base.save(tmp_path / "base")
+    job = Job(
+        id="t", kind="train", method="finetune", hyperparameters={"lr": 1e-2, "steps": 3, "batch_size": 8}, seed=1,
+        task=str(tmp_path / "task"), base=str(tmp_path / "base"), out=str(tmp_path / "out"), lora={"rank": 2, "alpha": 2},
+    )  # fmt: skip
+    outcome = run(job, Resident())
+    assert outcome.status == "ok", outcome.reason
+    found = families.load(tmp_path / "out")
+    assert found.digest == outcome.digest
+    before, after = base.net.state_dict(), found.net.state_dict()
+    assert set(before) == set(after)
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed
+    assert all(any(f".{part}." in n for part in ATTENTION) for n in changed)
+    assert (
+        run(replace(job, out=str(tmp_path / "again"), lora={"rank": 3, "alpha": 2}), Resident()).digest
+        != outcome.digest
+    )
+
+
+def test_only_a_module_is_trained(tmp_path):
+    task, base = latent_task(), plain()
+    task.save(_made(tmp_path / "task"))
+    base.save(tmp_path / "base")
+    job = Job(
+        id="t", kind="train", method="finetune", hyperparameters={"lr": 1e-2, "steps": 2, "batch_size": 8}, seed=1,
+        task=str(tmp_path / "task"), base=str(tmp_path / "base"), out=str(tmp_path / "out"), modules=("text_encoder",),
+    )  # fmt: skip
+    assert run(job, Resident()).status == "ok"
+    before, after = base.net.state_dict(), families.load(tmp_path / "out").net.state_dict()
+    assert {n.split(".")[0] for n in before if not torch.equal(before[n], after[n])} == {"text_encoder"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ("train.lora={rank: 2}", "task=digits-class", "methods=[graddiff]"),
+            "train.lora: is for text-to-image models",
+        ),
+        (
+            ("train.modules=[vae]", "task=digits-text", "methods=[graddiff]"),
+            "train.modules: the model has no vae; valid: unet",
+        ),
+        (
+            ("train.lora={rank: 2}", "task=digits-text", "methods=[slug]"),
+            "train.lora: slug works on the tensors of the base",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_sweep(load(None, (*settings, "search.trials=2")))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

@@ -38,6 +38,9 @@ for _logging in (diffusers_logging, transformers_logging):  # bars of files unde
     _logging.disable_progress_bar()
 
 
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
 @dataclass(frozen=True)
 class Frozen:
     """What a pipeline holds beside its trainable modules.
@@ -58,7 +61,7 @@ class LatentText(Diffusion):
     Args:
         net: modules `unet`, `text_encoder` and, for an XL model, `text_encoder_2`.
         frozen: the rest of the pipeline.
-        trains: names of the modules whose weights may change.
+        trains: names of the modules whose weights may change; None: as their `requires_grad` says.
         sampler: as in `Diffusion`.
     """
 
@@ -69,16 +72,16 @@ class LatentText(Diffusion):
         self,
         net: nn.ModuleDict,
         frozen: Frozen,
-        trains: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2"),
+        trains: tuple[str, ...] | None = None,
         sampler: dict[str, Any] | None = None,
     ):
         # without what a configuration remembers of its origin: defaults of one scheduler are not those of another
         config = {k: v for k, v in frozen.scheduler.config.items() if not k.startswith("_")}
         super().__init__(net, DDIMScheduler.from_config(config), sampler)
-        self.frozen, self.trains = frozen, trains
+        self.frozen = frozen
         frozen.vae.requires_grad_(False).eval()
-        for name, module in net.items():
-            module.requires_grad_(name in trains)
+        if trains is not None:
+            self.train_only(trains)
         self._embedded: tuple[Any, Any] = (None, None)
 
     @classmethod
@@ -105,7 +108,7 @@ class LatentText(Diffusion):
         return cls(net, Frozen(own, (tokenizer,), DDIMScheduler(**config["scheduler"])))
 
     @classmethod
-    def load(cls, folder: str | Path, trains: tuple[str, ...] | None = None) -> LatentText:
+    def load(cls, folder: str | Path) -> LatentText:
         """Reads a pipeline's folder; safetensors only, without its safety checker.
 
         Raises ValueError if it is of another class, or a part of it is missing, pickled, cut short, or does not fit the others.
@@ -136,10 +139,8 @@ class LatentText(Diffusion):
                 f"takes {pipe.unet.config.in_channels}: they are not of the same model"
             )
         zero = bool("XL" in name and pipe.config.get("force_zeros_for_empty_prompt", True))
-        trains = tuple(modules) if trains is None else trains
-        return cls(
-            nn.ModuleDict(modules), Frozen(pipe.vae, tokenizers, pipe.scheduler, zero), trains, load_sampler(folder)
-        )
+        frozen = Frozen(pipe.vae, tokenizers, pipe.scheduler, zero)
+        return cls(nn.ModuleDict(modules), frozen, tuple(modules), load_sampler(folder))
 
     def save(self, folder: str | Path) -> None:
         self.pipeline().save_pretrained(folder, safe_serialization=True)
@@ -160,7 +161,7 @@ class LatentText(Diffusion):
         )
 
     def with_net(self, net: Any) -> LatentText:
-        other = type(self)(net, self.frozen, self.trains)
+        other = type(self)(net, self.frozen)
         other.alphas = self.alphas
         return other
 
@@ -172,6 +173,32 @@ class LatentText(Diffusion):
                 for n, m in self.net.items()
             }
         return self.with_net(nn.ModuleDict(modules).to(self.dtype))
+
+    def train_only(self, modules: tuple[str, ...]) -> None:
+        """Lets only the weights of these modules change; raises ValueError for one that there is not."""
+        unknown = sorted(set(modules) - set(self.net))
+        if unknown:
+            raise ValueError(f"the model has no module {', '.join(unknown)}; valid: {', '.join(self.net)}")
+        for name, module in self.net.items():
+            module.requires_grad_(name in modules)
+
+    def adapt(self, rank: int, alpha: int, seed: int) -> None:
+        """Puts low-rank adapters (LoRA, arXiv:2106.09685) on the attention of the U-Net; only they change from here on."""
+        from peft import LoraConfig
+
+        self.net.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=ATTENTION)
+            self.net["unet"].add_adapter(config)
+
+    def merge(self) -> None:
+        """Adds what the adapters learned to the weights and removes them: an adapter that can be taken off again would bring
+        back what was forgotten."""
+        unet: Any = self.net["unet"]
+        if getattr(unet, "peft_config", None):
+            unet.fuse_lora()
+            unet.unload_lora()
 
     def to(self, device: torch.device) -> LatentText:
         self.frozen.vae.to(device)

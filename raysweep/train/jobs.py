@@ -19,7 +19,8 @@ class Job:
 
     kind: "train" makes a candidate at `out` (a folder), "prepare" makes the method's prepared tensors (a file).
     base: folder of the model to start from; None: freshly initialised from the task and the seed. frozen: folder of the
-    trained autoencoder that a freshly initialised model works with, if it does.
+    trained autoencoder that a freshly initialised model works with, if it does. modules: those of a text-to-image model whose
+    weights may change, () for all; lora: rank and alpha of adapters to train instead.
     inputs: content hashes of what the paths lead to (task, base, prepared tensors, code).
     """
 
@@ -33,6 +34,8 @@ class Job:
     out: str
     prepared: str | None = None
     frozen: str | None = None
+    modules: tuple[str, ...] = ()
+    lora: dict[str, Any] | None = None
     budget_s: float = 600.0
     checkpoint_s: float = 60.0
     inputs: dict[str, str] = field(default_factory=dict)
@@ -41,7 +44,16 @@ class Job:
     @property
     def digest(self) -> str:
         """Hash of everything that the result depends on."""
-        return digest_of(self.kind, self.method, self.hyperparameters, self.seed, self.base is None, self.inputs)
+        return digest_of(
+            self.kind,
+            self.method,
+            self.hyperparameters,
+            self.seed,
+            self.base is None,
+            self.inputs,
+            list(self.modules),
+            self.lora,
+        )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Resident:
     def __init__(self, device: torch.device | None = None):
         self.device = device or torch.device("cpu")
         self._tasks: dict[str, Task] = {}
-        self._models: dict[str, Diffusion] = {}
+        self._models: dict[str, Any] = {}
 
     def task(self, folder: str) -> Task:
         if folder not in self._tasks:
@@ -56,14 +56,19 @@ class Resident:
             self._tasks[key] = encoded(self.task(folder), model, Path(folder).parent / "latents")
         return self._tasks[key]
 
-    def model(self, job: Job, task: Task) -> Diffusion:
+    def model(self, job: Job, task: Task) -> Any:
         """A copy of the job's base model that the job may change."""
         if job.base is None:
             return families.build(task, derive_seed("init", job.seed), job.frozen).to(self.device)
         if job.base not in self._models:
             self._models[job.base] = families.load(job.base).to(self.device)
         kept = self._models[job.base]
-        return kept.with_net(copy.deepcopy(kept.net))
+        model = kept.with_net(copy.deepcopy(kept.net))
+        if job.modules:
+            model.train_only(job.modules)
+        if job.lora is not None:
+            model.adapt(job.lora["rank"], job.lora["alpha"], derive_seed("adapter", job.seed))
+        return model
 
 
 def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outcome:
@@ -84,6 +89,8 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
         task = resident.encoded(job.task, method.model)  # type: ignore[arg-type]
         step_seconds, diagnostics = _train(job, method, task, rank, world, progress)
         diagnostics |= method.finish()
+        if job.lora is not None:
+            method.model.merge()  # type: ignore[attr-defined]
     except Diverged as error:
         return Outcome("failed", str(error), seconds=time.monotonic() - started)
     except Exception as error:  # whatever a method raises must end as a recorded failure of its trial alone
