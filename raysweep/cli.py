@@ -438,33 +438,60 @@ def _show_cards(paths: list[Path], as_json: bool) -> int:
 @main.command()
 @click.argument("run")
 @click.argument("trial")
-@click.argument("out_dir")
+@click.argument("out")
+@click.option("--delta", "as_delta", is_flag=True, help="Write only the tensors that changed, as one file OUT.")
 @_errors
-def export(run: str, trial: str, out_dir: str) -> int:
-    """Copy a candidate as a diffusers folder with its card, its weights checked against their hash."""
+def export(run: str, trial: str, out: str, as_delta: bool) -> int:
+    """Copy a candidate as a folder of its own library with a model card, its weights checked against their hash."""
+    from raysweep import delta, modelcard
     from raysweep.config import ConfigError
+    from raysweep.context import Context
     from raysweep.models.families import load
     from raysweep.registry import suggest
     from raysweep.store import StoreError, write_folder
     from raysweep.train.jobs import CARD
 
-    source, target = _run_dir(run).candidates / trial, Path(out_dir)
+    source, target = _run_dir(run).candidates / trial, Path(out)
     if not (source / CARD).is_file():
         there = sorted(p.name for p in source.parent.glob("*") if (p / CARD).is_file())
         raise ConfigError(f"{run}: no candidate {trial!r}{suggest(trial, there)}")
     if target.exists():
-        raise ConfigError(f"{target}: exists already; choose another folder")
-    expected = json.loads((source / CARD).read_text())["outcome"]["digest"]
+        raise ConfigError(f"{target}: exists already; choose another place")
+    card = json.loads((source / CARD).read_text())
+    expected = card["outcome"]["digest"]
     found = load(source).digest
     if found != expected:
         raise StoreError(f"{source}: the weights hash to {found}, but the card says {expected}; not exported")
-    write_folder(target, lambda folder: _copy(source, folder))
+    if as_delta:
+        header = delta.write(target, Path(Context.load(str(_run_dir(run).path)).base), source)
+        click.echo(f"{target}  {header['tensors']} tensors, {header['bytes'] / 1e6:.2f} MB")
+        return OK
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        modelcard.write(_run_dir(run), card, folder)
+
+    write_folder(target, fill)
     click.echo(str(target))
     return OK
 
 
-def _copy(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+@main.command()
+@click.argument("delta_file")
+@click.argument("model_dir")
+@click.argument("out_dir")
+@click.option("--revert", is_flag=True, help="Take the delta back: from the candidate to the base.")
+@_errors
+def patch(delta_file: str, model_dir: str, out_dir: str, revert: bool) -> int:
+    """Apply a delta that `export --delta` wrote to the model it was made from; hashes are checked before and after."""
+    from raysweep import delta
+    from raysweep.config import ConfigError
+
+    if Path(out_dir).exists():
+        raise ConfigError(f"{out_dir}: exists already; choose another folder")
+    digest = delta.apply(Path(delta_file), Path(model_dir), Path(out_dir), revert)
+    click.echo(f"{out_dir}  {digest}")
+    return OK
 
 
 @main.command(name="ls")

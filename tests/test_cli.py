@@ -15,9 +15,10 @@ from raysweep.config import load
 SURFACE = {
     "audit": ["MODEL_DIR", "CONFIG", "OVERRIDES", "--base", "--oracle", "--json"],
     "doctor": ["--json"],
-    "export": ["RUN", "TRIAL", "OUT_DIR"],
+    "export": ["RUN", "TRIAL", "OUT", "--delta"],
     "init": ["NAME", "--task"],
     "ls": ["WHAT", "--json"],
+    "patch": ["DELTA_FILE", "MODEL_DIR", "OUT_DIR", "--revert"],
     "report": ["RUNS", "--compare", "--out"],
     "run": ["CONFIG", "OVERRIDES", "--dry-run"],
     "shadows": ["RUN", "TRIAL", "--models", "--json"],

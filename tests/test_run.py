@@ -182,6 +182,10 @@ def test_show_status_export_and_ls(run, tmp_path):
     card = json.loads((tmp_path / "out" / "raysweep.json").read_text())
     assert card["method"] == "neggrad"
     assert call("export", "small", "000-neggrad", str(tmp_path / "out")).exit_code == 2
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert card["outcome"]["digest"] in page
+    assert "library_name: diffusers" in page
+    assert "not a proof of erasure" in page
     assert json.loads(call("ls", "runs", "--json").output)[0]["state"] == "done"
 
 

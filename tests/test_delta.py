@@ -1,0 +1,74 @@
+"""Deltas: small, bit for bit there and back, and for the very model that they were made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import clip_model, edm_model, latent_task, tiny_config, tiny_model, tiny_task
+
+from raysweep import delta
+from raysweep.config import ConfigError
+from raysweep.models import families
+from raysweep.models.latent import LatentText
+from raysweep.models.pixel import PixelDDPM
+
+
+def made(kind: str):
+    if kind == "latent":
+        return LatentText.build(latent_task().model, 0)
+    return {"pixel": lambda: tiny_model(tiny_task()), "edm": edm_model, "clip": clip_model}[kind]()
+
+
+@pytest.fixture(params=["pixel", "latent", "edm", "clip"])
+def pair(request, tmp_path) -> tuple[Path, Path, str]:
+    """(base, candidate, the tensor that differs)."""
+    model = made(request.param)
+    model.save(tmp_path / "base")
+    name, weight = next((n, p) for n, p in model.net.named_parameters() if p.dim() > 1 and p.requires_grad)
+    with torch.no_grad():
+        weight.mul_(1.1).add_(1e-3)
+    model.save(tmp_path / "candidate")
+    return tmp_path / "base", tmp_path / "candidate", name
+
+
+def test_there_and_back(pair, tmp_path):
+    base, candidate, name = pair
+    header = delta.write(tmp_path / "d.safetensors", base, candidate)
+    assert header["tensors"] == 1
+    assert set(delta.read(tmp_path / "d.safetensors")[1]) == {f"before/{name}", f"after/{name}"}
+    digest = delta.apply(tmp_path / "d.safetensors", base, tmp_path / "applied")
+    assert digest == families.load(candidate).digest == families.load(tmp_path / "applied").digest
+    delta.apply(tmp_path / "d.safetensors", tmp_path / "applied", tmp_path / "back", revert=True)
+    assert families.load(tmp_path / "back").digest == families.load(base).digest
+
+
+def test_a_sampler_comes_along(tmp_path):
+    model = tiny_model(tiny_task())
+    model.save(tmp_path / "base")
+    model.sampler = {"kind": "one_step", "t": 700}
+    model.save(tmp_path / "candidate")
+    delta.write(tmp_path / "d.safetensors", tmp_path / "base", tmp_path / "candidate")
+    delta.apply(tmp_path / "d.safetensors", tmp_path / "base", tmp_path / "applied")
+    assert families.load(tmp_path / "applied").sampler == model.sampler
+
+
+def test_what_does_not_fit_is_refused(pair, tmp_path):
+    base, candidate, _ = pair
+    path = tmp_path / "d.safetensors"
+    delta.write(path, base, candidate)
+    with pytest.raises(ConfigError, match="and the delta goes from"):
+        delta.apply(path, candidate, tmp_path / "out")
+    PixelDDPM.build(tiny_config(3), 0).save(tmp_path / "other")
+    with pytest.raises(ConfigError, match="is of another architecture"):
+        delta.write(tmp_path / "no", base, tmp_path / "other")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match="not a readable safetensors file"):
+        delta.apply(path, base, tmp_path / "out")
+    with pytest.raises(ConfigError, match="no such file"):
+        delta.read(tmp_path / "absent")
+    weights = next(base.rglob("*.safetensors"))
+    with pytest.raises(ConfigError, match="not a delta"):
+        delta.read(weights)
+    assert not (tmp_path / "out").exists()
