@@ -146,9 +146,9 @@ def _nodes(sweep: Any) -> list[Any]:
 
 
 def _dry_run(sweep: Any) -> int:
+    from raysweep.fit import resolve_sweep
     from raysweep.plan import describe
     from raysweep.resources import make_plan
-    from raysweep.run import resolve_sweep
     from raysweep.rundir import RunDir
 
     task, spaces = resolve_sweep(sweep)
@@ -173,10 +173,10 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     loads and fits, that the run directory is free for this config, and that everything fits the cluster; says what
     differences the configured samples can show, and refuses requirements that they cannot decide.
     """
+    from raysweep.fit import resolve_sweep
     from raysweep.power import detectable
     from raysweep.prepare import check_model, check_oracles
     from raysweep.resources import make_plan
-    from raysweep.run import resolve_sweep
     from raysweep.rundir import RunDir
 
     sweep = _config(config, overrides)
@@ -225,7 +225,8 @@ def audit(
     raysweep audit MODEL --base BASE --oracle RETRAINED-1 --oracle RETRAINED-2 config.yaml name=mine
     """
     from raysweep.display import Display
-    from raysweep.run import RunFailed, audit_model
+    from raysweep.prepare import RunFailed
+    from raysweep.single import audit_model
 
     if base is not None:
         overrides = (*overrides, f"task.base={json.dumps(base)}")
@@ -283,7 +284,7 @@ def shadows(run: str, trial: str, models: int, as_json: bool) -> int:
     many sweeps' preparation. What was trained is found again.
     """
     from raysweep.display import Display
-    from raysweep.run import RunFailed
+    from raysweep.prepare import RunFailed
     from raysweep.shadows import run_shadows
 
     with Display("none" if as_json else None) as display:

@@ -13,6 +13,7 @@ import ray
 
 from methods.base import Method
 from raysweep.artifacts import cache_folder, code_digest, judge_code, load_tensors, training_code
+from raysweep.audit.auditor import AuditRequest
 from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.context import Context, load_measured, prepared_key
 from raysweep.objectives import Anchors, assess_views
@@ -195,6 +196,25 @@ def measure_anchors(task: Task, context: Context, actors: Pool, tier_name: str, 
     for view in views:
         verdict = f"base {view.base:.3g}, oracle {view.oracle:.3g}" if view.informative else f"left out: {view.reason}"
         say("anchor", f"{tier_name} view {view.metric}: {verdict}")
+
+
+def gather(
+    pending: dict[Any, str], requests: dict[str, AuditRequest], say: Say, tick: Tick
+) -> tuple[dict[str, str], list[str]]:
+    """Waits for audits by reference; (subject -> key of those that ended well, in the order of `requests`; what is missing)."""
+    ended, incomplete = {}, []
+    while pending:
+        ready, _ = ray.wait(list(pending), num_returns=1)
+        name = pending.pop(ready[0])
+        answer = ray.get(ready[0])
+        tick("audits", len(requests) - len(pending), len(requests))
+        incomplete += [f"{name}: {check}" for check in answer["failed"]]
+        if answer["status"] == "ok":
+            ended[name] = requests[name].key
+        else:
+            incomplete.append(f"{name}: {answer['reason']}")
+            say("failed", f"audit of {name}: {answer['reason']}")
+    return {name: ended[name] for name in requests if name in ended}, incomplete
 
 
 def folder_path(context: Context) -> Path:

@@ -18,12 +18,12 @@ from evaluators.judge import Judge
 from methods.retrain import Retrain, RetrainSettings
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config import ConfigError, Tier, load
+from raysweep.fit import resolve_sweep
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
 from raysweep.models.latent import ATTENTION, Frozen, LatentText
 from raysweep.models.words import tokenizer_of
 from raysweep.registry import BY_WEIGHTS, EVALUATORS, resolve
-from raysweep.run import resolve_sweep
 from raysweep.tasks.task import Split, encoded
 from raysweep.train.jobs import Job
 from raysweep.train.loop import Resident, run

@@ -6,8 +6,8 @@ import pytest
 
 from evaluators.statistics import clopper_pearson
 from raysweep.config import ConfigError, load
+from raysweep.fit import resolve_sweep
 from raysweep.power import Requirement, detectable, requirements, undecidable
-from raysweep.run import resolve_sweep
 
 
 def sweep(**require: str):

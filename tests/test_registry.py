@@ -14,8 +14,8 @@ from evaluators.base import Evaluator
 from evaluators.durability import Durability
 from methods.base import Method
 from raysweep.artifacts import training_code
+from raysweep.fit import refusals
 from raysweep.registry import ATTACKS, EVALUATORS, METHODS, TASKS, UnknownName, names, resolve
-from raysweep.run import refusals
 
 
 def test_tables_match_the_files():

@@ -1,0 +1,103 @@
+"""Does everything that a sweep names fit together? Task, model, methods, spaces, training and checks, before anything starts."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from methods.base import Method
+from raysweep.config import ConfigError, Sweep
+from raysweep.models import families
+from raysweep.power import undecidable
+from raysweep.prepare import prepares
+from raysweep.registry import resolve
+from raysweep.spaces import Space, SpaceError
+from raysweep.spaces import load as load_space
+from raysweep.tasks.task import Task
+
+
+def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
+    """The task and the search spaces, checked against each other; raises ConfigError."""
+    try:
+        task = sweep.task.build()
+    except ValueError as error:
+        raise ConfigError(f"task: {error}") from error
+    if getattr(sweep.task, "base_steps", 1) == 0 and not sweep.oracle_models:
+        raise ConfigError(
+            "oracle_models: name folders of models retrained without the forgotten data, or set task.base_steps to train them here"
+        )
+    problems = task.near_duplicates()
+    if problems:
+        raise ConfigError("\n".join(f"task: {problem}" for problem in problems))
+    try:
+        model = families.example(task)
+    except ValueError as error:
+        raise ConfigError(f"task.base: {error}") from error
+    check_training(sweep, task, model)
+    spaces = []
+    for name in sweep.methods:
+        reasons = refusals(resolve("method", name), task)
+        if reasons:
+            raise ConfigError(f"methods: {name} cannot serve the task {task.name}: {'; '.join(reasons)}")
+        try:
+            spaces.append(load_space(name, sweep.spaces.get(name), task.kind))
+        except SpaceError as error:
+            raise ConfigError(str(error)) from error
+        reasons = misfits(spaces[-1], task, model)
+        if reasons:
+            raise ConfigError("\n".join(f"spaces.{name}: {reason}" for reason in reasons))
+    for tier_name in ("probe", "audit"):
+        checks = getattr(sweep.audit, tier_name).checks_for(task)
+        for metric in (*task.views, task.quality, task.validity):
+            if metric.split(".")[0] not in checks:
+                raise ConfigError(
+                    f"audit.{tier_name}.checks: {metric.split('.')[0]!r} is missing: {metric} is an objective"
+                )
+    problems = undecidable(sweep)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return task, spaces
+
+
+def check_training(sweep: Sweep, task: Task, model: Any) -> None:
+    """Raises ConfigError if the modules or adapters that are to be trained do not fit the task's model and the methods."""
+    train = sweep.train
+    if (train.modules or train.lora) and task.family != "text-ddpm":
+        key = "modules" if train.modules else "lora"
+        raise ConfigError(
+            f"train.{key}: is for text-to-image models, and the task {task.name} is about {task.family} models"
+        )
+    unknown = [m for m in train.modules if m not in model.net] if train.modules else []
+    if unknown:
+        raise ConfigError(f"train.modules: the model has no {', '.join(unknown)}; valid: {', '.join(model.net)}")
+    if train.lora is None:
+        return
+    if train.modules:
+        raise ConfigError("train.lora: adapters lie on the U-Net; leave train.modules empty")
+    if find_spec("peft") is None:
+        raise ConfigError("train.lora: the library is missing: pip install 'raysweep[lora]'")
+    for name in sweep.methods:
+        if prepares(resolve("method", name)):
+            raise ConfigError(f"train.lora: {name} works on the tensors of the base model by name, not on adapters")
+
+
+def refusals(method: type[Method], task: Task) -> list[str]:
+    """Why a method cannot serve a task at all."""
+    reasons = []
+    if task.family not in method.families:
+        reasons.append(f"it works on {' or '.join(sorted(method.families))} models, and the task's is {task.family}")
+    if task.kind not in method.kinds:
+        reasons.append(f"it forgets {' or '.join(sorted(method.kinds))}, and the task is of kind {task.kind!r}")
+    return reasons + [f"it needs the {need} set" for need in sorted(method.needs - set(task.splits))]
+
+
+def misfits(space: Space, task: Task, model: Any) -> list[str]:
+    """Why values of a space cannot work on a task's model; each reason once."""
+    method = resolve("method", space.method)
+    start = space.fixed | {p.name: p.values[0] for p in space.parameters if not p.open and not p.when}
+    trials = [start | {p.name: v} for p in space.parameters if not p.open and not p.when for v in p.values]
+    trials += [start | point.values for point in space.points]
+    found = [
+        reason for values in trials for reason in method.unsuited(method.Hyperparameters(**values), model, task.goal)
+    ]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,119 @@
+"""The audit of one model that anyone made, without a sweep, and its card."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from raysweep import card
+from raysweep.audit.auditor import AuditRequest, rows_path, scores_path
+from raysweep.config import Sweep
+from raysweep.context import Context, load_measured
+from raysweep.fit import resolve_sweep
+from raysweep.informative import caveat
+from raysweep.objectives import Objectives, objectives
+from raysweep.pool import connected, has_trial_slots, pool
+from raysweep.prepare import (
+    RunFailed,
+    Say,
+    Tick,
+    check_model,
+    check_oracles,
+    gather,
+    measure_anchors,
+    prepare,
+    save_task,
+)
+from raysweep.resources import make_plan
+from raysweep.results import verdict_of, write_paired
+from raysweep.rundir import RunDir, git_commit, versions
+from raysweep.tasks.task import Task
+from raysweep.trial import make_executor
+
+
+def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, dict[str, Any]]:
+    """Audits a diffusers folder in the full tier and by all attacks, next to base and oracles; (path of the card, card).
+
+    Raises ConfigError if the folder holds no model that fits the task.
+    """
+    sweep = sweep.model_copy(update={"name": f"{sweep.name[:50]}-audits"})
+    task, _ = resolve_sweep(sweep)
+    digest, name = check_model(str(model), task, str(model)), model.absolute().name
+    check_oracles(sweep, task)
+    folder, run_id = RunDir.of(sweep), f"{sweep.name}-{sweep.digest[:8]}"
+    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}), connected(sweep) as nodes:
+        save_task(folder, task)
+        plan = make_plan(nodes, sweep, has_trial_slots())
+        with pool(folder.path, run_id, sweep, plan) as actors:
+            executor = make_executor(str(folder.path), run_id, sweep, plan)
+            context = prepare(sweep, task, [], folder, run_id, executor, actors, say, tick)
+            actors.audit_only()
+            requests = {
+                tier: context.request(tier, getattr(sweep.audit, tier), name, "", str(model.absolute()), digest)
+                for tier in ("audit", "durability")
+            }
+            pending = {actors.manager.audit.remote(r): tier for tier, r in requests.items()}
+            measure_anchors(task, context, actors, "audit", sweep.audit.audit, say)
+            keys, incomplete = gather(pending, requests, say, tick)
+        if set(keys) != set(requests):
+            raise RunFailed("; ".join(incomplete))
+        anchors, views = context.load_anchors("audit")
+        place = objectives(load_measured(folder.path, keys["audit"]), anchors, views, task.quality, task.validity)
+        write_paired(folder, context, {name: keys["audit"]}, {})
+        made = write_card(sweep, task, context, folder, name, str(model.absolute()), digest, requests, place)
+        folder.update(state="done")
+    return made, card.read(made)
+
+
+def write_card(
+    sweep: Sweep,
+    task: Task,
+    context: Context,
+    folder: RunDir,
+    name: str,
+    model: str,
+    digest: str,
+    requests: dict[str, AuditRequest],
+    place: Objectives,
+) -> Path:
+    """Writes the audit card of one model from what its audits left in the run."""
+    verdict = verdict_of(folder, name, {tier: r.key for tier, r in requests.items()}, context)
+    findings = [f for tier, r in requests.items() for f in card.findings_of(
+        rows_path(folder.path, r.key), folder.rows / f"paired-{r.key}.parquet", tier)]  # fmt: skip
+    for f in findings:
+        f["reason"] = "; ".join(filter(None, (f["reason"], caveat(task.kind, f"{f['check']}.{f['metric']}"))))
+    forget = len(task.splits["forget"].distinct())
+    thing = task.thing or f"{forget} distinct image{'s' * (forget > 1)}"
+    given = "given" if sweep.oracle_models else "trained here"
+    skipped = [f for f in findings if f["status"] == "skipped" and f["metric"] in ("auc", "presence")]
+    untested = ["Adversarial prompts were not tried.", *(f"{f['check']}: {f['reason']}" for f in skipped)]
+    content = {
+        "subject": name,
+        "created_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "answer": [
+            f"Residue {place.residue:.3f} ± {place.residue_se:.3f} (0 like a model that never saw the forgotten data, 1 like "
+            f"the base) at damage {place.damage:.3f} ± {place.damage_se:.3f} (0 like the oracles, 1 like a destroyed model).",
+            f"Under attack: {verdict.sentence()}.",
+        ],
+        "asked": f"Has {name} forgotten {thing} of the task {task.name}, and what did that cost? Compared with the base model and "
+        f"{len(context.oracles)} oracles ({given}) that never saw it.",
+        "objectives": {k: v for k, v in place.plain().items() if k != "replicates"},
+        "verdict": verdict.plain(),
+        "findings": findings,
+        "untested": untested,
+        "tiers": {tier: r.tier.model_dump(mode="json") for tier, r in requests.items()},
+        "models": {name: {"folder": model, "digest": digest}}
+        | {n: {"folder": f, "digest": d} for n, f, d in requests["audit"].anchors},
+        "task": {"name": task.name, "digest": task.digest, "folder": str(folder.task)},
+        "judge_digest": requests["audit"].judge_digest,
+        "code": {"version": versions()["raysweep"], "commit": git_commit(), "audit": requests["audit"].code},
+        "versions": versions(),
+    }
+    tables = {
+        f"{tier}-{kind}.parquet": where(folder.path, r.key)
+        for tier, r in requests.items()
+        for kind, where in (("rows", rows_path), ("scores", scores_path))
+    }
+    out = folder.path / "cards" / f"{name}-{digest[:8]}"
+    return card.write(out, content, tables, Path(requests["audit"].judge) if requests["audit"].judge else None)
