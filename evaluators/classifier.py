@@ -4,7 +4,8 @@ For a class: `recognised` = share of samples under the forgotten label that the 
 `retain_accuracy` = RA, `leak` = share of samples of the unconditional branch that show the class. Unlearning accuracy
 alone is met by noise, so `validity` = share of the retained samples whose energy (log-sum-exp of the logits) is at least
 the 5 % quantile of real held-out images; real images score 0.95 by construction, and the destroyed model is the control.
-`energy` is the mean itself, minus that of real held-out images.
+`energy` is the mean itself, minus that of real held-out images. `blank` is the share of samples that are one colour, such as
+the black ones that a safety checker or an overflow leaves.
 
 Where the mass went: `goes_to@c` = share of samples under the forgotten label that the judge takes for class c. The judge errs,
 so `recognised_corrected` is the share of the forgotten class behind those shares, given how it errs on real held-out images.
@@ -22,6 +23,7 @@ from evaluators.base import Direction, Evaluator, Metric, Scores, Subject, judge
 from evaluators.statistics import clopper_pearson, corrected_shares, jackknife_interval, t_interval
 
 REAL_QUANTILE = 0.05
+BLANK = 0.01  # standard deviation over the pixels of an image, in [-1, 1], under which it is one colour
 
 
 class Classifier(Evaluator):
@@ -30,6 +32,7 @@ class Classifier(Evaluator):
     name = "classifier"
     directions = {
         "validity": "max",
+        "blank": "min",
         "recognised": "target",
         "unlearning_accuracy": "target",
         "retain_accuracy": "max",
@@ -44,6 +47,7 @@ class Classifier(Evaluator):
         samples, classes = subject.samples()
         logits = judged(subject.judge, samples)
         scores: Scores = {"energy": logsumexp(logits, axis=1)}
+        scores["blank"] = (samples.double().flatten(1).std(1) < BLANK).numpy().astype(float)
         if classes is not None:
             scores["retained_right"] = (logits.argmax(1) == classes.numpy()).astype(float)
             scores["forget_class"] = judged(subject.judge, forget_samples(subject, "class samples")).argmax(1)
@@ -143,7 +147,7 @@ def _real(subject: Subject) -> np.ndarray:
 def _hits(scores: Scores, subject: Subject) -> dict[str, np.ndarray]:
     """Metric -> outcome (0 or 1) per sample."""
     threshold = float(np.quantile(_real(subject), REAL_QUANTILE))
-    hits = {"validity": scores["energy"] >= threshold}
+    hits = {"validity": scores["energy"] >= threshold, "blank": scores["blank"] > 0}
     if "forget_class" in scores:
         forgotten = scores["forget_class"] == subject.task.forget_class
         hits |= {"recognised": forgotten, "unlearning_accuracy": ~forgotten}

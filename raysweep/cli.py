@@ -152,12 +152,18 @@ def _dry_run(sweep: Any) -> int:
     from raysweep.rundir import RunDir
 
     task, spaces = resolve_sweep(sweep)
+    _warn(sweep)
     RunDir.of(sweep).check(sweep)
     plan = make_plan(_nodes(sweep), sweep)
     for kind, text in describe(sweep, task, spaces, plan):
         click.echo(f"{kind:<9} {text}")
     click.echo("nothing was started")
     return OK
+
+
+def _warn(sweep: Any) -> None:
+    for text in sweep.warnings:
+        click.echo(f"warning: {text}", err=True)
 
 
 @main.command()
@@ -181,6 +187,7 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
 
     sweep = _config(config, overrides)
     task, spaces = resolve_sweep(sweep)
+    _warn(sweep)
     if task.base is not None:
         check_model(task.base, task)
     check_oracles(sweep, task)

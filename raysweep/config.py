@@ -194,6 +194,9 @@ class TrainConfig(_Model):
         (),
         description="text-to-image models: the modules whose weights may change (unet, text_encoder, ...); empty: all",
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the passes of a trial's training; weights and their updates are fp32 in either case"
+    )
     lora: LoRA | None = Field(None, description="text-to-image models: train low-rank adapters instead of weights")
     budget_s: float = Field(600, gt=0, description="seconds after which a trial counts as hung")
     checkpoint_s: float = Field(60, gt=0, description="seconds between the checkpoints of a running trial")
@@ -265,6 +268,11 @@ class Sweep(_Model):
                 f"use a multiple of {len(self.methods)}"
             )
         return self
+
+    @property
+    def warnings(self) -> list[str]:
+        """What works and is still unwise, for people."""
+        return list(getattr(self.task, "warnings", ()))
 
     def resolved(self) -> dict[str, Any]:
         """Every setting as plain data."""

@@ -64,6 +64,7 @@ class Context:
             budget_s=sweep.train.budget_s,
             checkpoint_s=sweep.train.checkpoint_s,
             modules=sweep.train.modules,
+            precision=sweep.train.precision,
             lora=None if sweep.train.lora is None else sweep.train.lora.model_dump(),
             inputs={
                 "task": self.task_digest,

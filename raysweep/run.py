@@ -73,6 +73,8 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
         before = trial_table(folder, run_id)
         ended = sum(t["state"] != "RUNNING" for t in before)
         say("run", f"{folder.path}" + (f"  (resuming: {ended} of {sweep.search.trials} trials done)" if before else ""))
+        for text in sweep.warnings:
+            say("warning", text)
         save_task(folder, task)
         try:
             result = _with_ray(sweep, task, spaces, folder, run_id, say, tick)

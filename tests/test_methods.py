@@ -463,3 +463,34 @@ def test_salun_stand_ins():
 def test_names_are_their_files():
     for cls in (Finetune, GradDiff, NegGrad, RGD, SalUn):
         assert cls.__module__ == f"methods.{cls.name}"
+
+
+def test_half_precision_passes_lose_no_update(tmp_path):
+    """A learning rate of 1e-6 moves nearly every weight of single precision, and next to none of bfloat16."""
+    from raysweep.train.jobs import Job
+    from raysweep.train.loop import Resident
+    from raysweep.train.loop import run as do
+
+    task = tiny_task("points")
+    (tmp_path / "task").mkdir()
+    task.save(tmp_path / "task")
+    base = tiny_model(task)
+    base.save(tmp_path / "base")
+    found = {}
+    for precision in ("fp32", "bf16"):
+        job = Job(
+            id="j", kind="train", method="finetune", hyperparameters={"lr": 1e-6, "steps": 3, "batch_size": 12}, seed=1,
+            task=str(tmp_path / "task"), base=str(tmp_path / "base"), out=str(tmp_path / precision), precision=precision,
+        )  # fmt: skip
+        outcome = do(job, Resident())
+        assert outcome.status == "ok", outcome.reason
+        found[precision] = PixelDDPM.load(tmp_path / precision).net.state_dict()
+    before = base.net.state_dict()
+    assert any(not torch.equal(found["fp32"][n], found["bf16"][n]) for n in before)
+    for n, w in before.items():
+        moved = (found["bf16"][n] - w).abs()
+        assert found["bf16"][n].dtype == torch.float32
+        assert float((moved > 0).double().mean()) > 0.5
+        if w.dim() > 1:
+            lost = (w.bfloat16() + moved.bfloat16()) == w.bfloat16()
+            assert float(lost.double().mean()) > 0.9

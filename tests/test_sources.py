@@ -238,11 +238,11 @@ def test_a_sample_depends_on_content_and_seed_alone():
     assert len(taken([3] * 5, repeats=True)) == 5
 
 
-def class_conditional(folder: Path, classes: int = 3) -> Path:
+def class_conditional(folder: Path, classes: int = 3) -> str:
     config = tiny_config(classes)
     config["unet"] |= {"sample_size": 8, "in_channels": 3, "out_channels": 3}
     PixelDDPM.build(config, 0).save(folder)
-    return folder
+    return str(folder)
 
 
 def test_a_class_of_a_users_model(tmp_path):
@@ -266,7 +266,7 @@ def test_a_class_of_a_users_model(tmp_path):
 def test_pictures_of_a_captioned_model(tmp_path):
     LatentText.build(LATENT, 0).save(tmp_path / "base")
     config = ImagesTask(
-        base=tmp_path / "base", train=write_shards(tmp_path / "train", labelled(30)), forget={"captions": ["dog"]},
+        base=str(tmp_path / "base"), train=write_shards(tmp_path / "train", labelled(30)), forget={"captions": ["dog"]},
         holdout=write_folder(tmp_path / "held", labelled(40, 1000)),
     )  # fmt: skip
     task = config.build()
@@ -287,8 +287,10 @@ def test_selections_that_cannot_work(tmp_path):
         ImagesTask(**rows, forget={})
     with pytest.raises(ValidationError, match="a class is named by exactly one label"):
         ImagesTask(**rows, kind="class", forget={"labels": ["cat", "dog"]})
-    with pytest.raises(ValidationError, match="is not a diffusers folder"):
-        ImagesTask(**rows | {"base": tmp_path}, forget={"labels": ["cat"]})
+    with pytest.raises(ValidationError, match="no such folder, and not an id on the Hugging Face hub"):
+        ImagesTask(**rows | {"base": str(tmp_path / "none")}, forget={"labels": ["cat"]})
+    with pytest.raises(ValueError, match="not a diffusers pipeline folder"):
+        ImagesTask(**rows | {"base": str(tmp_path)}, forget={"labels": ["cat"]}).build()
     with pytest.raises(SourceError, match="nothing is left for the forget set"):
         ImagesTask(**rows, forget={"captions": ["unicorn"]}).build()
     with pytest.raises(SourceError, match="override: 'wolf' is not a label; there are: cat, dog, fox"):
@@ -342,7 +344,7 @@ def test_grids_that_do_not_fit():
 def test_a_concept_of_a_users_model(tmp_path):
     LatentText.build(LATENT, 0).save(tmp_path / "base")
     search, audit = write_prompts(tmp_path)
-    rows = {"base": tmp_path / "base", "train": write_parquet(tmp_path / "t.parquet", labelled(60)),
+    rows = {"base": str(tmp_path / "base"), "train": write_parquet(tmp_path / "t.parquet", labelled(60)),
             "holdout": write_parquet(tmp_path / "h.parquet", labelled(30, 700)), "forget": {"labels": ["dog"]}}  # fmt: skip
     task = ImagesTask(**rows, kind="concept", search_prompts=search, audit_prompts=audit).build()
     assert (task.kind, task.forget_class, task.thing) == ("concept", 1, "the concept 'dog'")
@@ -356,3 +358,26 @@ def test_a_concept_of_a_users_model(tmp_path):
     pixel = class_conditional(tmp_path / "pixel")
     with pytest.raises(SourceError, match="is a pixel-ddpm model"):
         ImagesTask(**rows | {"base": pixel}, kind="concept", search_prompts=search, audit_prompts=audit).build()
+
+
+def test_a_model_on_the_hub(tmp_path, monkeypatch):
+    """From the hub's own cache layout, without a network; what is not there says how to get it."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    class_conditional(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    rows = {"train": write_folder(tmp_path / "t", labelled(40)), "holdout": write_folder(tmp_path / "h", labelled(40, 500)),
+            "kind": "class", "forget": {"labels": ["cat"]}}  # fmt: skip
+    pinned = ImagesTask(**rows, base="someone/tiny", revision=commit)
+    assert pinned.warnings == []
+    assert Path(pinned.build().base) == repository / "snapshots" / commit
+    loose = ImagesTask(**rows, base="someone/tiny")
+    assert loose.build().digest == pinned.build().digest
+    assert "someone/tiny is not pinned to a commit" in loose.warnings[0]
+    with pytest.raises(ValueError, match="run `hf download someone/other --revision abc` where it can"):
+        ImagesTask(**rows, base="someone/other", revision="abc").build()

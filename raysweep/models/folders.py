@@ -1,13 +1,53 @@
-"""Looks at a pipeline's folder before a library reads it, so that what is wrong with it is said in one sentence."""
+"""Finds a model's folder and looks at it before a library reads it, so that what is wrong with it is said in one sentence."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 INDEX = "model_index.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # never pickles
+VARIANTS = ["*.fp16.*", "*.bf16.*", "*non_ema*"]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder looks like an id on the Hugging Face hub."""
+    return not Path(name).is_dir() and HUB_ID.fullmatch(name) is not None
+
+
+def located(name: str, revision: str | None = None) -> Path:
+    """The folder of a model given by its path, or by its id on the hub at a revision, from the hub's cache or the hub.
+
+    Raises ValueError, saying how to get it, if it is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_hub_id(name):
+        raise ValueError(f"{name}: no such folder, and not an id on the Hugging Face hub (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError as NoRevision
+
+    at = f" --revision {revision}" if revision else ""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=VARIANTS))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{name}: is gated: accept its conditions at https://huggingface.co/{name}, and log in with `hf auth login`"
+        ) from error
+    except NoRevision as error:
+        raise ValueError(f"{name}: has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{name}: is neither a folder nor a repository that the hub shows you") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"{name}: is not in the hub's cache, and the hub cannot be reached: run `hf download {name}{at}` where it can, and "
+            "name the folder that it prints"
+        ) from error
 
 
 def pipeline_class(folder: Path, valid: Iterable[str]) -> str:

@@ -123,7 +123,12 @@ class LatentText(Diffusion):
         extra = {} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
         with reading(folder):
             pipe = PIPELINES[name].from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, **extra
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+                **extra,
             )
         modules = {part: getattr(pipe, part) for part in parts if part != "vae"}
         tokenizers = tuple(getattr(pipe, t) for t in ("tokenizer", "tokenizer_2") if getattr(pipe, t, None) is not None)
@@ -244,7 +249,10 @@ class LatentText(Diffusion):
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         vae = self.frozen.vae
-        return vae.decode(z.to(vae.dtype) / vae.config.scaling_factor).sample.to(z.dtype)
+        images = vae.decode(z.to(vae.dtype) / vae.config.scaling_factor).sample.to(z.dtype)
+        if not bool(torch.isfinite(images).all()):
+            raise ValueError("the autoencoder gave values that are not finite, which would be shown as black images")
+        return images
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         tokens = self.unconditional(len(x_t)) if cond is None else cond

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from raysweep.models.folders import is_hub_id, located
 from raysweep.tasks.prompts import Prompts
 from raysweep.tasks.sources import Source, SourceError, Tally
 
@@ -57,7 +58,10 @@ class ImagesTask(BaseModel):
     kind: Literal["points", "class", "concept"] = Field(
         "points", description="forget these very images, the class they are of, or the concept that prompts ask for"
     )
-    base: Path = Field(description="diffusers folder of the model that must forget")
+    base: str = Field(description="the model that must forget: its folder, or its id on the Hugging Face hub")
+    revision: str | None = Field(
+        None, description="commit of the model on the hub; without one it may change under you"
+    )
     train: Source = Field(description="what the model was trained on, or a part of it")
     forget: Selection = Field(description="which records of it must go")
     holdout: Source = Field(description="images of the same kinds that the model was never trained on")
@@ -82,9 +86,18 @@ class ImagesTask(BaseModel):
             raise ValueError(f"forget.labels: a {self.kind} is named by exactly one label")
         if self.kind == "concept" and (self.search_prompts is None or self.audit_prompts is None):
             raise ValueError("search_prompts, audit_prompts: a concept needs both")
-        if not (self.base / "model_index.json").is_file():
-            raise ValueError(f"base: {self.base} is not a diffusers folder (no model_index.json)")
+        if not Path(self.base).is_dir() and not is_hub_id(self.base):
+            raise ValueError(f"base: {self.base}: no such folder, and not an id on the Hugging Face hub (OWNER/NAME)")
         return self
+
+    @property
+    def warnings(self) -> list[str]:
+        """What works and is still unwise."""
+        if is_hub_id(self.base) and self.revision is None:
+            return [
+                f"task.revision: {self.base} is not pinned to a commit: the same config may mean another model tomorrow"
+            ]
+        return []
 
     def build(self) -> Task:
         """Reads the sources and cuts the splits."""
@@ -160,7 +173,8 @@ def images_task(config: ImagesTask) -> Task:
     from raysweep.models import families
     from raysweep.tasks.task import PROMPTS, Split, Task, concat
 
-    model = families.load(config.base)
+    folder = located(config.base, config.revision)
+    model = families.load(folder)
     if config.kind == "concept" and model.family != "text-ddpm":
         raise SourceError(f"kind: a concept is asked for by prompts, and {config.base} is a {model.family} model")
     shape = model.image_shape
@@ -230,7 +244,7 @@ def images_task(config: ImagesTask) -> Task:
         sampling={"steps": config.steps, "guidance": config.guidance},
         forget_class=forgotten,
         override_class=None if config.override is None or not by_class else names.index(config.override),
-        base=str(config.base),
+        base=str(folder),
         sensitive=config.sensitive,
         family=model.family,
         class_names=tuple(names) if by_class else (),

@@ -20,7 +20,7 @@ class Job:
     kind: "train" makes a candidate at `out` (a folder), "prepare" makes the method's prepared tensors (a file).
     base: folder of the model to start from; None: freshly initialised from the task and the seed. frozen: folder of the
     trained autoencoder that a freshly initialised model works with, if it does. modules: those of a text-to-image model whose
-    weights may change, () for all; lora: rank and alpha of adapters to train instead.
+    weights may change, () for all; lora: rank and alpha of adapters to train instead. precision: of the passes of training.
     inputs: content hashes of what the paths lead to (task, base, prepared tensors, code).
     """
 
@@ -36,6 +36,7 @@ class Job:
     frozen: str | None = None
     modules: tuple[str, ...] = ()
     lora: dict[str, Any] | None = None
+    precision: str = "fp32"
     budget_s: float = 600.0
     checkpoint_s: float = 60.0
     inputs: dict[str, str] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Job:
             self.inputs,
             list(self.modules),
             self.lora,
+            self.precision,
         )
 
 

@@ -128,7 +128,9 @@ def _train(
     weight = next(iter(method.model.net.parameters()))
     while method.done < steps:
         batch = task.batch(method.draws(), seed, method.done, rank, world)
-        scalars = method.step({name: rows.to(weight.device, weight.dtype) for name, rows in batch.items()})
+        # weights and optimiser stay in single precision; nothing is cached, since a step may change weights more than once
+        with torch.autocast(weight.device.type, torch.bfloat16, job.precision == "bf16", cache_enabled=False):
+            scalars = method.step({name: rows.to(weight.device, weight.dtype) for name, rows in batch.items()})
         if progress is not None and rank == 0 and (method.done % TELL_EVERY == 0 or method.done == steps):
             progress(job.id, method.done, steps, float(next(iter(scalars.values()), 0.0)))
         if rank == 0 and time.monotonic() - saved > job.checkpoint_s:
