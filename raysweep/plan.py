@@ -45,8 +45,9 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
 
     torch.set_num_threads(1)
     found = cached(sweep, task, RunDir.of(sweep))
-    steps = {s.method: _time_steps(s.method, _typical(s), task) for s in spaces}
-    retrain = _time_steps("retrain", task.recipe, task)
+    inputs = encoded(task, families.example(task))
+    steps = {s.method: _time_steps(s.method, _typical(s), inputs) for s in spaces}
+    retrain = _time_steps("retrain", task.recipe, inputs)
     judge = Judge(task.splits["judge_probe"].x.shape[1], int(task.splits["judge_probe"].groups.max()) + 1)
     probe_s, audit_s = (
         measure(subject_of(families.example(task), task, judge, tier), tier).seconds
@@ -122,10 +123,9 @@ def _typical(space: Space) -> dict[str, Any]:
 
 
 def _time_steps(name: str, settings: dict[str, Any], task: Task) -> float:
-    """Median seconds of a step, after one that warms up; 0 for a method without steps."""
+    """Median seconds of a step on a task as its network takes it, after one that warms up; 0 for a method without steps."""
     method_class: type[Method] = resolve("method", name)
     model, hp = families.example(task), method_class.Hyperparameters(**settings)
-    task = encoded(task, model)
     cheap = hp.model_copy(update={k: v for k, v in CHEAP.items() if k in method_class.prepared_by})
     method = method_class(model, hp, method_class.prepare(model, task, 0, cheap), task.goal)
     times = []
