@@ -58,7 +58,7 @@ class TextTask(_DigitsTask):
     name: Literal["digits-text"] = "digits-text"
     forget: Literal[WORDS + STYLES[1:]] = Field("three", description="a digit in words, or the style inverted")  # type: ignore[valid-type]
     images: int = Field(900, ge=100, le=1200, description="digits in the training set, each in both styles")
-    base_steps: int = Field(500, ge=1, description="optimiser steps of the base model and of each oracle")
+    base_steps: int = Field(400, ge=1, description="optimiser steps of the base model and of each oracle")
 
     def build(self) -> Task:
         """Reads the data, writes captions and cuts the splits."""

@@ -228,7 +228,7 @@ def text_task(config: TextTask) -> Task:
         },
         views=("classifier.recognised", "classifier.leak", "relearning.presence"),
         quality="fidelity.frechet",
-        sampling={"steps": 10, "guidance": 3.0},
+        sampling={"steps": 8, "guidance": 3.0},
         forget_class=forget_class,
         base=None if config.base is None else str(config.base),
         sensitive=False,
