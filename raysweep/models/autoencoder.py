@@ -17,7 +17,7 @@ BATCH = 48
 
 
 def train_autoencoder(
-    x: torch.Tensor, config: dict[str, Any], seed: int, steps: int = 150, lr: float = 3e-3
+    x: torch.Tensor, config: dict[str, Any], seed: int, steps: int = 250, lr: float = 3e-3
 ) -> AutoencoderKL:
     """An autoencoder of images (n, C, H, W) in [-1, 1], with its scaling factor set; `config`: its keyword arguments."""
     generator = torch.Generator().manual_seed(seed)

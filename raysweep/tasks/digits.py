@@ -21,7 +21,7 @@ class _DigitsTask(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0, description="seed of the split into training, holdout and judges' images")
-    base_steps: int = Field(400, ge=1, description="optimiser steps of the base model and of each oracle")
+    base_steps: int = Field(500, ge=1, description="optimiser steps of the base model and of each oracle")
     base: Path | None = Field(None, description="diffusers folder of a trained base model; null: trained here, cached")
 
     @model_validator(mode="after")
@@ -58,7 +58,7 @@ class TextTask(_DigitsTask):
     name: Literal["digits-text"] = "digits-text"
     forget: Literal[WORDS + STYLES[1:]] = Field("three", description="a digit in words, or the style inverted")  # type: ignore[valid-type]
     images: int = Field(900, ge=100, le=1200, description="digits in the training set, each in both styles")
-    base_steps: int = Field(400, ge=1, description="optimiser steps of the base model and of each oracle")
+    base_steps: int = Field(500, ge=1, description="optimiser steps of the base model and of each oracle")
 
     def build(self) -> Task:
         """Reads the data, writes captions and cuts the splits."""
