@@ -63,8 +63,7 @@ def gather(folder: RunDir) -> ReportData:
     subjects = {p["trial"] for p in points}
     keys = [r for r in read_table(folder.rows, ROWS).to_pylist() if r["subject"] in subjects]
     task = json.loads((folder.task / "task.json").read_text())
-    unet = task["model"]["unet"]
-    size = unet["sample_size"]
+    original = load_file(folder.task / "splits.safetensors")["forget.x"][:8]
     styles = {m: (COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)]) for i, m in enumerate(sweep.methods)}
     return ReportData(
         sweep=sweep,
@@ -76,10 +75,10 @@ def gather(folder: RunDir) -> ReportData:
         scores=_scores(folder, subjects),
         anchors={t: json.loads(folder.anchors(t).read_text()) for t in ("probe", "audit")},
         styles=styles,
-        shape=(unet["in_channels"], size, size),
+        shape=original.shape[1:],
         kind=task["kind"],
         sensitive=task["sensitive"],
-        original=load_file(folder.task / "splits.safetensors")["forget.x"][:8],
+        original=original,
     )
 
 
@@ -191,6 +190,9 @@ def _answer_rows(data: ReportData, best: dict[str, Any] | None) -> list[dict[str
         "classifier.validity",
         "classifier.unlearning_accuracy",
         "classifier.retain_accuracy",
+        "contrast.unlearning_accuracy",
+        "contrast.retain_accuracy",
+        "contrast.retain_loss",
     ]
     wanted += ["loss.auc", "loss.gap", "loss.retain_auc"]
     rows = []
