@@ -16,15 +16,18 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from raysweep.artifacts import ROOT
+from raysweep.artifacts import ROOT, cache_folder
 from raysweep.config import ConfigError, Sweep
 from raysweep.config import validate as validate_config
-from raysweep.store import write_bytes, write_json
+from raysweep.store import clear_temporaries, write_bytes, write_json
 
 PACKAGES = (
     "raysweep", "torch", "ray", "optuna", "diffusers", "torch-fidelity", "numpy", "scipy", "pyarrow", "moocore",
     "open-clip-torch", "transformers", "torchdiffeq",
 )  # fmt: skip
+
+
+DAY_S = 24 * 3600.0
 
 
 class RunDir:
@@ -102,6 +105,8 @@ class RunDir:
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
         try:
             self.check(sweep)
+            clear_temporaries(self.path)
+            clear_temporaries(cache_folder(sweep.cache), DAY_S)  # other runs write there too
             if not self.exists():
                 text = "# resolved config of this run\n" + yaml.safe_dump(sweep.resolved(), sort_keys=False)
                 write_bytes(self.config, text.encode())
@@ -109,6 +114,7 @@ class RunDir:
             self.update(state="running", pid=os.getpid(), resumed_at=_now())
             yield
         finally:
+            clear_temporaries(self.path)  # also what processes of a killed run were at when this one began
             lock.release()
 
     def update(self, **changes: Any) -> None:

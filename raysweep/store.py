@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def clear_temporaries(folder: Path, age_s: float = 0.0) -> None:
+    """Removes what writes that were killed have left below `folder`, if it is older than `age_s` seconds."""
+    before = time.time() - age_s
+    for leftover in [*folder.rglob(".*.tmp")]:
+        with contextlib.suppress(OSError):  # its writer was alive after all, and has just ended
+            if leftover.stat().st_mtime <= before:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def digest_state(state: dict[str, Any]) -> str:

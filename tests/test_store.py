@@ -149,6 +149,26 @@ def test_a_run_directory_belongs_to_one_config_and_one_process(tmp_path):
         RunDir.of(stuff).check(stuff)
 
 
+def test_what_killed_writes_left_is_cleared_away(tmp_path):
+    cache = tmp_path / "cache"
+    sweep = load(None, (f"storage={tmp_path / 'runs'}", f"cache={cache}"))
+    folder = RunDir.of(sweep)
+    with folder.claim(sweep, {}):
+        (folder.path / "rows").mkdir()
+    left = [folder.path / "rows" / ".a.parquet.7.tmp", cache / "audits" / ".old.parquet.7.tmp"]
+    (cache / "audits").mkdir(parents=True)
+    for path in (*left, alive := cache / "audits" / ".new.parquet.8.tmp"):
+        path.write_bytes(b"PAR1")
+    os.utime(left[1], (0, 0))
+    (model := folder.path / "candidates" / ".000-rgd.7.tmp").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    with folder.claim(sweep, {}):
+        assert alive.exists()  # another run may be writing it
+        assert not any(p.exists() for p in (*left, model))
+        left[0].write_bytes(b"PAR1")
+    assert not left[0].exists()
+
+
 def test_storage_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     sweep = load(None, (f"storage={tmp_path / 'file'}",))
