@@ -83,11 +83,13 @@ class Model(Protocol):
 
 
 class Images(Protocol):
-    """Rows of a split: images (n, C, H, W) in [-1, 1], conditions (labels (n,), or tokens (n, L)) or None, groups (n,)."""
+    """Rows of a split: images (n, C, H, W) in [-1, 1], conditions (labels (n,), or tokens (n, L)) or None, groups (n,), labels
+    of a second domain (n,) or None."""
 
     x: torch.Tensor
     cond: torch.Tensor | None
     groups: torch.Tensor
+    other: torch.Tensor | None
 
     def __len__(self) -> int: ...
     def distinct(self) -> Images: ...

@@ -13,8 +13,6 @@ so `recognised_corrected` is the share of the forgotten class behind those share
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from scipy.special import logsumexp
@@ -83,36 +81,6 @@ class Classifier(Evaluator):
             how = "jackknife over samples"
             rows.append(Metric("recognised_corrected", value, n, se, max(0.0, lo), min(1.0, hi), how))
         return rows
-
-
-def domain_accuracies(
-    asked: Mapping[str, np.ndarray],
-    seen: Mapping[str, np.ndarray],
-    domain: str,
-    member: int,
-    *,
-    with_forgotten: bool = False,
-) -> dict[str, float]:
-    """UA, IRA and CRA of UnlearnCanvas (arXiv:2402.11846) for images asked for by one member of each of several domains.
-
-    asked, seen: domain -> members (n,) that prompts named, and that the domain's classifier saw. `member` of `domain` was to be
-    forgotten. "unlearning_accuracy" is the share of images asked for by it that are not seen as it; "in_domain" the mean over
-    the domain's other members of the accuracy on images asked for by each; "cross_domain" the same over the members of all other
-    domains. No code was released for the last; images that also name the forgotten member are left out of it unless
-    `with_forgotten`.
-    """
-    forgotten = asked[domain] == member
-
-    def accuracy(of: str, among: np.ndarray) -> float:
-        right, by = seen[of] == asked[of], asked[of]
-        return float(np.mean([right[among & (by == m)].mean() for m in np.unique(by[among])]))
-
-    others = np.full_like(forgotten, True) if with_forgotten else ~forgotten
-    return {
-        "unlearning_accuracy": float((seen[domain][forgotten] != member).mean()),
-        "in_domain": accuracy(domain, ~forgotten),
-        "cross_domain": float(np.mean([accuracy(other, others) for other in asked if other != domain])),
-    }
 
 
 def forget_samples(subject: Subject, stream: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -60,6 +61,21 @@ def train_judge(x: torch.Tensor, labels: torch.Tensor, seed: int, steps: int = 4
         loss.backward()
         optimizer.step()
         schedule.step()
+    return judge.eval()
+
+
+def to_array(judge: Judge) -> np.ndarray:
+    """All weights and statistics of a judge in one array (n,), float64."""
+    return np.concatenate([t.double().flatten().numpy() for t in judge.state_dict().values()])
+
+
+def from_array(array: np.ndarray, channels: int, classes: int) -> Judge:
+    """The judge that `to_array` was made of, in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        judge = Judge(channels, classes)
+    state, rest = judge.state_dict(), torch.from_numpy(array)
+    parts = rest.split([t.numel() for t in state.values()])
+    judge.load_state_dict({k: p.view(t.shape).to(t.dtype) for (k, t), p in zip(state.items(), parts, strict=True)})
     return judge.eval()
 
 

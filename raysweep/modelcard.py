@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from raysweep.models.diffusion import SAMPLER
 from raysweep.rundir import RunDir
 
 LIBRARY = {"pixel-ddpm": "diffusers", "text-ddpm": "diffusers", "edm": "diffusers", "clip": "open_clip"}
@@ -31,7 +32,8 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
         if point
         else "This candidate was not audited: it was probed in the search, and another one was chosen."
     )
-    sampler = "" if not card["outcome"].get("sampler") else " It has a sampler of its own (`raysweep_sampler.json`)."
+    own = (folder.candidates / card["trial"] / SAMPLER).is_file()
+    sampler = f" It is drawn from by a sampler of its own (`{SAMPLER}`), which raysweep knows." if own else ""
     matter = {"library_name": LIBRARY[task["family"]], "tags": ["machine-unlearning", "raysweep", card["method"]]}
     thing = (
         task["class_names"][task["forget_class"]] if task["class_names"] and task["forget_class"] is not None else None

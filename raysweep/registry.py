@@ -35,6 +35,7 @@ EVALUATORS = {
     "contrast": "evaluators.contrast:Contrast",
     "copy_detection": "evaluators.memorisation:CopyDetection",
     "denoising": "evaluators.denoising:Denoising",
+    "domains": "evaluators.domains:Domains",
     "fidelity": "evaluators.fidelity:Fidelity",
     "fidelity_clip": "evaluators.fidelity:CLIPFidelity",
     "fidelity_dino": "evaluators.fidelity:DINOFidelity",

@@ -13,7 +13,7 @@ from test_external import Real
 from tiny import tiny_model
 
 from evaluators.base import BATCHES, without_group
-from evaluators.classifier import Classifier, confusion, domain_accuracies
+from evaluators.classifier import Classifier, confusion
 from evaluators.fidelity import Fidelity
 from evaluators.judge import Judge, train_judge
 from evaluators.likelihood import Likelihood, bits_per_dimension, log_density
@@ -200,19 +200,3 @@ def test_inception_score_and_diversity(class_task, good_judge):
     values = Fidelity().values(Fidelity().scores(one), one)
     assert values["diversity"] == pytest.approx(0, abs=1e-9)
     assert values["inception_score"] == pytest.approx(1)
-
-
-def test_accuracies_in_and_across_domains():
-    """Three styles by four objects, ten images each; style 1 is forgotten, and with it object 3 suffers in its pictures."""
-    style, thing = (a.ravel().repeat(10) for a in np.meshgrid(np.arange(3), np.arange(4), indexing="ij"))
-    asked = {"style": style, "object": thing}
-    seen = {"style": np.where(style == 1, 0, style), "object": thing.copy()}
-    assert domain_accuracies(asked, seen, "style", 1) == {"unlearning_accuracy": 1, "in_domain": 1, "cross_domain": 1}
-    seen["object"][(style == 1) & (thing == 3)] = 0
-    assert domain_accuracies(asked, seen, "style", 1)["cross_domain"] == 1
-    found = domain_accuracies(asked, seen, "style", 1, with_forgotten=True)["cross_domain"]
-    assert found == pytest.approx((1 + 1 + 1 + 2 / 3) / 4)
-    seen["style"][(style == 2) & (thing == 0)] = 0
-    assert domain_accuracies(asked, seen, "style", 1)["in_domain"] == pytest.approx((1 + 3 / 4) / 2)
-    # what is forgotten of the other domain is told by its own classifier
-    assert domain_accuracies(asked, {"style": style, "object": thing}, "object", 2)["unlearning_accuracy"] == 0

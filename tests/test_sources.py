@@ -140,10 +140,11 @@ def test_styles_and_objects_of_a_tree(tmp_path):
     path = tmp_path / "Van_Gogh" / "Dogs"
     path.mkdir(parents=True)
     (path / "1.png").write_bytes(encoded(1))
-    labels = {
-        how: next(FolderSource(folder=tmp_path, label=how).records(Tally())).label for how in ("parent", "grandparent")
-    }
-    assert labels == {"parent": "Dogs", "grandparent": "Van_Gogh"}
+    record = next(FolderSource(folder=tmp_path, label="parent", other="grandparent").records(Tally()))
+    assert (record.label, record.other) == ("Dogs", "Van_Gogh")
+    (tmp_path / "2.png").write_bytes(encoded(2))
+    record = next(FolderSource(folder=tmp_path, other="grandparent").records(Tally()))
+    assert (record.key, record.label, record.other) == ("2.png", None, None)
 
 
 @pytest.mark.parametrize("write", [write_mnist])
@@ -308,12 +309,14 @@ def write_prompts(folder: Path) -> tuple[PromptFile, PromptGrid]:
 
 def test_prompts_of_files_and_grids(tmp_path):
     file, grid = write_prompts(tmp_path)
-    assert file.pairs()[:2] == [("a cat on a mat", "cat"), ("A DOG in the sun", "dog")]
-    assert len(grid.pairs()) == 6
-    assert ("a wild fox", "fox") in grid.pairs()
+    assert file.rows()[:2] == [("a cat on a mat", "cat", None), ("A DOG in the sun", "dog", None)]
+    assert len(grid.rows()) == 6
+    assert ("a wild fox", "fox", None) in grid.rows()
+    both = grid.model_copy(update={"other": "mood"})
+    assert ("a wild fox", "fox", "wild") in both.rows()
     i2p = tmp_path / "i2p.csv"
     i2p.write_text('prompt,categories,evaluation_seed\n"a, b",violence,7\n"a, b",violence,8\nc,hate,9\n')
-    assert PromptFile(file=i2p, label="categories").pairs() == [("a, b", "violence"), ("c", "hate")]
+    assert PromptFile(file=i2p, label="categories").rows() == [("a, b", "violence", None), ("c", "hate", None)]
 
 
 @pytest.mark.parametrize(
@@ -329,7 +332,7 @@ def test_prompt_files_that_cannot_be_used(tmp_path, content, message):
     if content is not None:
         (tmp_path / "p.csv").write_text(content)
     with pytest.raises(PromptError, match=message):
-        PromptFile(file=tmp_path / "p.csv").pairs()
+        PromptFile(file=tmp_path / "p.csv").rows()
 
 
 def test_grids_that_do_not_fit():

@@ -202,7 +202,9 @@ LATENT = {
 
 
 def latent_task(seed: int = 0, model: LatentText | None = None) -> Task:
-    """Four kinds of noisy 8x8 colour patterns with captions in the model's tokens; "ring" is the concept to forget."""
+    """Four kinds of noisy 8x8 colour patterns with captions in the model's tokens; "ring" is the concept to forget.
+
+    Whether the number of a kind is even or odd is the second domain."""
     model = model or LatentText.build(LATENT, 0)
     g = torch.Generator().manual_seed(seed)
     centres = torch.rand((4, 3, 8, 8), generator=g) * 2 - 1
@@ -210,13 +212,15 @@ def latent_task(seed: int = 0, model: LatentText | None = None) -> Task:
     def draw(per_class: int) -> Split:
         labels = torch.arange(4).repeat_interleave(per_class)
         x = (centres[labels] + 0.2 * torch.randn((len(labels), 3, 8, 8), generator=g)).clamp(-1, 1)
-        return Split(x, model.tokens([f"a {WORDS[c]}" for c in labels]), labels)
+        return Split(x, model.tokens([f"a {WORDS[c]}" for c in labels]), labels, labels % 2)
 
     def part(split: Split, forgotten: bool) -> Split:
         return split.take(((split.groups == 2) == forgotten).nonzero()[:, 0])
 
     def prompts(template: str) -> Split:
-        return Split(torch.empty(4, 0), model.tokens([template.format(w) for w in WORDS]), torch.arange(4))
+        return Split(
+            torch.empty(4, 0), model.tokens([template.format(w) for w in WORDS]), torch.arange(4), torch.arange(4) % 2
+        )
 
     seen, held = draw(6), draw(6)
     return Task(

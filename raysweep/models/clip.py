@@ -10,7 +10,7 @@ import json
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import open_clip
 import torch
@@ -18,10 +18,10 @@ from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from raysweep.models.folders import reading
-from raysweep.store import digest_state
+from raysweep.models.handle import Handle
 
 
-class Contrastive:
+class Contrastive(Handle):
     """A CLIP model and how it takes images and captions.
 
     Args:
@@ -31,8 +31,7 @@ class Contrastive:
         tokenizer: captions -> tokens (n, L).
     """
 
-    family: ClassVar[str] = "clip"
-    latent: ClassVar[bool] = False
+    family = "clip"
     null_label = None
     sampler = None
 
@@ -89,30 +88,15 @@ class Contrastive:
         return self.with_net(self.build(self.config, seed).net.to(self.dtype))
 
     @property
-    def digest(self) -> str:
-        """Content hash of the weights."""
-        return digest_state(self.net.state_dict())
-
-    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         size = self.net.visual.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return 3, height, width
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.net.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.net.parameters()).device
-
     def to(self, device: torch.device) -> Self:
-        """Moves the network in place."""
-        self.net.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
-        return self
+        return super().to(device)
 
     @property
     def logit_scale(self) -> torch.Tensor:

@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,12 +26,13 @@ from diffusers import DDIMScheduler
 from evaluators.base import ROWS
 from methods.sld import SafetyGuidance
 from raysweep.models.draws import normal_rows, uniform_rows
-from raysweep.store import digest_of, digest_state
+from raysweep.models.handle import Handle
+from raysweep.store import digest_of
 
 SAMPLER = "raysweep_sampler.json"
 
 
-class Diffusion(ABC):
+class Diffusion(Handle, ABC):
     """A network and its noise schedule; see `methods.base.Model` for shapes.
 
     What the network denoises need not be images: `encode` and `decode` lead from images in [-1, 1] to what it denoises
@@ -43,8 +44,6 @@ class Diffusion(ABC):
         sampler: how it is sampled, as plain data; None for DDIM.
     """
 
-    family: ClassVar[str]
-    latent: ClassVar[bool] = False
     null_label: int | None = None
 
     def __init__(self, net: Any, scheduler: DDIMScheduler, sampler: dict[str, Any] | None = None):
@@ -105,23 +104,13 @@ class Diffusion(ABC):
     @property
     def digest(self) -> str:
         """Content hash of weights and sampler."""
-        weights = digest_state(self.net.state_dict())
+        weights = super().digest
         return weights if self.sampler is None else digest_of(weights, self.sampler)
-
-    # diffusers' own `dtype` walks through every module at each look, a tenth of a step of a small network
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.net.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.net.parameters()).device
 
     def to(self, device: torch.device) -> Self:
         """Moves the network and its schedule in place."""
-        self.net.to(device)
         self.alphas = self.alphas.to(device)
-        return self
+        return super().to(device)
 
     def noise(self, seeds: torch.Tensor) -> torch.Tensor:
         """Standard normal noise (n, C, H, W); row i depends on seeds[i] alone."""

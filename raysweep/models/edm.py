@@ -24,16 +24,17 @@ from typing import Any
 import torch
 from diffusers import EDMEulerScheduler, UNet2DModel
 
-from raysweep.models.diffusion import Diffusion, load_sampler, save_sampler
+from raysweep.models.diffusion import load_sampler, save_sampler
 from raysweep.models.draws import normal_rows
 from raysweep.models.folders import INDEX, no_pickles, reading
+from raysweep.models.unet import OneUNet, drawn
 
 CLASS = "EDMPipeline"
 LEVELS = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 TRAINING = {"p_mean": -1.2, "p_std": 1.2, "steps": 1000}
 
 
-class EDM(Diffusion):
+class EDM(OneUNet):
     """A preconditioned U-Net.
 
     Args:
@@ -64,9 +65,7 @@ class EDM(Diffusion):
     @classmethod
     def build(cls, config: dict[str, Any], seed: int) -> EDM:
         """A freshly initialised model. `config` holds `unet` keyword arguments, and `levels`, `training`, `null_label`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            net = UNet2DModel(**config["unet"])
+        net = drawn(lambda: UNet2DModel(**config["unet"]), seed)
         return cls(net, config.get("levels"), config.get("training"), config.get("null_label"))
 
     @classmethod
@@ -97,21 +96,6 @@ class EDM(Diffusion):
         other = type(self)(net, self.edm, self.training, self.null_label)
         other.alphas = self.alphas
         return other
-
-    def fresh(self, seed: int) -> EDM:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            net = UNet2DModel.from_config(self.net.config)
-        return self.with_net(net.to(self.dtype))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        size = self.net.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.net.config.in_channels, height, width
-
-    def unconditional(self, count: int) -> torch.Tensor | None:
-        return None if self.null_label is None else torch.full((count,), self.null_label, device=self.device)
 
     def level(self, t: torch.Tensor) -> torch.Tensor:
         """The noise level s of steps t, (n, 1, 1, 1), float64."""

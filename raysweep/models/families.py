@@ -12,9 +12,8 @@ from raysweep.models.edm import CLASS as EDM_CLASS
 from raysweep.models.edm import EDM
 from raysweep.models.folders import pipeline_class
 from raysweep.models.latent import PIPELINES, LatentText
+from raysweep.models.pixel import CLASSES as PIXEL
 from raysweep.models.pixel import PixelDDPM
-
-PIXEL = ("DDIMPipeline", "DDPMPipeline")
 
 
 def load(folder: str | Path) -> Any:

@@ -9,7 +9,6 @@ means of the encoder, scaled as the pipelines scale them.
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,7 +88,8 @@ class LatentText(Diffusion):
         """A freshly initialised model.
 
         `config` holds keyword arguments of `unet`, `text_encoder`, `vae` and `scheduler`, and the `words` that the
-        tokenizer knows as one token each; `token_scale` multiplies the fresh word embeddings. vae: folder of a trained autoencoder; None: a fresh one.
+        tokenizer knows as one token each; `token_scale` multiplies the fresh word embeddings. vae: folder of a trained
+        autoencoder; None: a fresh one.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -288,9 +288,3 @@ class LatentText(Diffusion):
         _, height, width = self.image_shape
         sizes = torch.tensor([height, width, 0, 0, height, width], device=tokens.device, dtype=hidden.dtype)
         return hidden, {"text_embeds": pooled, "time_ids": sizes.expand(len(tokens), -1)}
-
-
-def is_latent(folder: Path) -> bool:
-    """Whether a folder holds a pipeline of this family."""
-    index = folder / "model_index.json"
-    return index.is_file() and json.loads(index.read_text()).get("_class_name") in PIPELINES

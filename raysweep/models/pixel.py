@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from raysweep.models.diffusion import Diffusion, load_sampler, save_sampler
+from raysweep.models.diffusion import load_sampler, save_sampler
+from raysweep.models.folders import no_pickles, pipeline_class, reading
+from raysweep.models.unet import OneUNet, drawn
+
+CLASSES = ("DDIMPipeline", "DDPMPipeline")
 
 
-class PixelDDPM(Diffusion):
+class PixelDDPM(OneUNet):
     """A U-Net and its noise schedule.
 
     Args:
@@ -35,27 +39,18 @@ class PixelDDPM(Diffusion):
     @classmethod
     def build(cls, config: dict, seed: int) -> PixelDDPM:
         """A freshly initialised model. `config` holds `unet` and `scheduler` keyword arguments and `null_label`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            net = UNet2DModel(**config["unet"])
+        net = drawn(lambda: UNet2DModel(**config["unet"]), seed)
         return cls(net, DDIMScheduler(**config["scheduler"]), config.get("null_label"))
 
     @classmethod
     def load(cls, folder: str | Path) -> PixelDDPM:
         """Reads a diffusers folder (`DDIMPipeline.save_pretrained` layout, safetensors only)."""
         folder = Path(folder)
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{folder}: not a diffusers pipeline folder (model_index.json is missing)")
-        unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
-        if not unet.is_file():
-            pickles = [p.name for p in (folder / "unet").glob("*.bin")]
-            found = f"; found {', '.join(pickles)}, but pickled weights are never loaded" if pickles else ""
-            raise ValueError(f"{unet}: missing: weights must be in safetensors format{found}")
-        try:
+        pipeline_class(folder, CLASSES)
+        no_pickles(folder / "unet")
+        with reading(folder / "unet"):
             net = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False)
-        except Exception as error:  # truncated or foreign files surface as many different exceptions
-            raise ValueError(f"{unet}: cannot be read: {str(error).splitlines()[0]}") from error
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+            scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         classes = net.config.num_class_embeds
         return cls(net, scheduler, classes - 1 if classes else None, load_sampler(folder))
 
@@ -68,21 +63,6 @@ class PixelDDPM(Diffusion):
         other = type(self)(net, self.scheduler, self.null_label)
         other.alphas = self.alphas
         return other
-
-    def unconditional(self, count: int) -> torch.Tensor | None:
-        return None if self.null_label is None else torch.full((count,), self.null_label, device=self.device)
-
-    def fresh(self, seed: int) -> PixelDDPM:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            net = UNet2DModel.from_config(self.net.config)
-        return self.with_net(net.to(self.dtype))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        size = self.net.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.net.config.in_channels, height, width
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         labels = None

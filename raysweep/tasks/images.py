@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,6 +112,7 @@ class Picked:
     x: torch.Tensor
     label: str | None
     caption: str | None
+    other: str | None = None
 
 
 class Sample:
@@ -124,12 +125,12 @@ class Sample:
         self._orders: set[str] = set()
         self._count = 0
 
-    def add(self, x: torch.Tensor, label: str | None, caption: str | None) -> None:
+    def add(self, x: torch.Tensor, label: str | None, caption: str | None, other: str | None = None) -> None:
         order = hashlib.sha256(f"{self.seed} ".encode() + x.numpy().tobytes()).hexdigest()
         if order in self._orders and not self.repeats:
             return
         self._count += 1
-        item = (-int(order, 16), -self._count, Picked(order, x, label, caption))
+        item = (-int(order, 16), -self._count, Picked(order, x, label, caption, other))
         if len(self._heap) < self.size:
             heapq.heappush(self._heap, item)
         else:
@@ -189,7 +190,8 @@ def images_task(config: ImagesTask) -> Task:
                 f"{config.holdout if what == 'holdout' else config.train}: nothing is left for the {what} set"
             )
     captioned = model.family == "text-ddpm"
-    found = _labels([*forget.images(), *retain.images(), *held_out.images(), *of_kind.images()])
+    pictures = [*forget.images(), *retain.images(), *held_out.images(), *of_kind.images()]
+    found, second = _ordered(p.label for p in pictures), _ordered(p.other for p in pictures)
     names = list(config.classes) or found
     unknown = [name for name in found if name not in names]
     if unknown:
@@ -198,6 +200,11 @@ def images_task(config: ImagesTask) -> Task:
         raise SourceError(f"override: {config.override!r} is not a label; there are: {', '.join(names)}")
     if by_class and not of_kind.images():
         raise SourceError(f"{config.holdout}: holds no image of {config.forget.labels[0]!r}, the forgotten class")
+
+    def others(labels: list[str | None]) -> torch.Tensor | None:
+        """Labels of the second domain, if every row has one that images have, too."""
+        known = [second.index(o) for o in labels if o in second]
+        return torch.tensor(known, dtype=torch.long) if second and len(known) == len(labels) else None
 
     def split(pictures: list[Picked]) -> Split:
         groups = torch.tensor([names.index(p.label) if p.label is not None else 0 for p in pictures])
@@ -209,7 +216,7 @@ def images_task(config: ImagesTask) -> Task:
                     f"{config.train}: {without} of {len(pictures)} images have no caption, which the model needs"
                 )
             cond = model.tokens([p.caption or "" for p in pictures])
-        return Split(torch.stack([p.x for p in pictures]), cond, groups)
+        return Split(torch.stack([p.x for p in pictures]), cond, groups, others([p.other for p in pictures]))
 
     held = held_out.images()
     kind_holdout, rest = (of_kind.images(), held) if by_class else (held[::2], held[1::2])
@@ -220,10 +227,11 @@ def images_task(config: ImagesTask) -> Task:
     if config.kind == "concept":
         for name, prompts in zip(PROMPTS, (config.search_prompts, config.audit_prompts), strict=True):
             assert prompts is not None
-            pairs = [(text, label) for text, label in prompts.pairs() if label in names]
-            groups = torch.tensor([names.index(label) for _, label in pairs], dtype=torch.long)
-            texts[name] = tuple(text for text, _ in pairs)
-            parts[name] = Split(torch.empty(len(pairs), 0), model.tokens(list(texts[name])), groups)
+            rows = [row for row in prompts.rows() if row[1] in names]
+            groups = torch.tensor([names.index(label) for _, label, _ in rows], dtype=torch.long)
+            texts[name] = tuple(text for text, _, _ in rows)
+            tokens = model.tokens(list(texts[name]))
+            parts[name] = Split(torch.empty(len(rows), 0), tokens, groups, others([other for _, _, other in rows]))
     return Task(
         name=config.name,
         kind=config.kind,
@@ -255,11 +263,13 @@ def images_task(config: ImagesTask) -> Task:
 def _sort(source: Any, shape: tuple[int, int, int], where: Any) -> None:
     tally = Tally()
     for record, x in pixels(source, shape, tally):
-        where(record).add(x, record.label, record.caption)
+        where(record).add(x, record.label, record.caption, record.other)
     tally.check(source)
 
 
-def _labels(pictures: list[Picked]) -> list[str]:
-    """All labels, numbers in their order before words in theirs."""
-    found = {p.label for p in pictures if p.label is not None}
-    return sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+def _ordered(labels: Iterable[str | None]) -> list[str]:
+    """All labels once, numbers in their order before words in theirs."""
+    return sorted(
+        {label for label in labels if label is not None},
+        key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name),
+    )

@@ -1,6 +1,7 @@
 """Prompts of a concept task: from JSON or CSV files, or from a grid of slots.
 
-Each prompt belongs to a class, what it asks for, which is one of the labels of the task's images. Files may be those of others:
+Each prompt belongs to a class, what it asks for, which is one of the labels of the task's images; it may name a member of a
+second domain, too, such as a style besides an object. Files may be those of others:
 the columns are named (I2P: `prompt: prompt, label: categories`). A grid is a template with slots, as in the restricted-gradient
 paper (arXiv:2412.07808: moods x activities x places x times); two sets of prompts are disjoint if some slot's levels are.
 """
@@ -11,6 +12,7 @@ import csv
 import itertools
 import json
 import string
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,12 @@ class PromptError(ValueError):
     """A set of prompts that is missing or unreadable; the message names it, and says what it should be."""
 
 
-class _Prompts(BaseModel):
+class _Prompts(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """(prompt, class), in the order of the source, repeated prompts once."""
-        raise NotImplementedError
+    @abstractmethod
+    def rows(self) -> list[tuple[str, str, str | None]]:
+        """(prompt, class, label of the second domain), in the order of the source, repeated ones once."""
 
 
 class PromptFile(_Prompts):
@@ -35,8 +37,9 @@ class PromptFile(_Prompts):
     file: Path = Field(description="path of the file; .csv, or .json")
     prompt: str = Field("prompt", description="column of prompts")
     label: str = Field("label", description="column of classes")
+    other: str | None = Field(None, description="column of labels of a second domain")
 
-    def pairs(self) -> list[tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str, str | None]]:
         try:
             text = self.file.read_text(encoding="utf-8-sig")
         except OSError as error:
@@ -52,13 +55,14 @@ class PromptFile(_Prompts):
             raise PromptError(
                 f"{self.file}: must be a list of objects such as {{{self.prompt!r}: ..., {self.label!r}: ...}}"
             )
-        found: dict[tuple[str, str], None] = {}
+        found: dict[tuple[str, str, str | None], None] = {}
         for number, row in enumerate(rows, 1):
-            missing = [c for c in (self.prompt, self.label) if not row.get(c)]
+            missing = [c for c in (self.prompt, self.label, self.other) if c is not None and not row.get(c)]
             if missing:
                 there = ", ".join(k for k in row if k)
                 raise PromptError(f"{self.file}: row {number} has no {missing[0]!r}; its columns: {there}")
-            found[(str(row[self.prompt]).strip(), str(row[self.label]).strip())] = None
+            other = None if self.other is None else str(row[self.other]).strip()
+            found[(str(row[self.prompt]).strip(), str(row[self.label]).strip(), other)] = None
         return list(found)
 
 
@@ -68,6 +72,7 @@ class PromptGrid(_Prompts):
     template: str = Field(description="text with slots in braces, for example: a {mood} painting of {subject}")
     slots: dict[str, tuple[str, ...]] = Field(description="slot -> its levels")
     label: str = Field(description="the slot whose level is the class")
+    other: str | None = Field(None, description="the slot whose level is the label of a second domain")
 
     @model_validator(mode="after")
     def _slots_fit(self):
@@ -75,18 +80,20 @@ class PromptGrid(_Prompts):
         if named != set(self.slots):
             odd = sorted(named ^ set(self.slots))
             raise ValueError(f"template and slots differ in {', '.join(odd)}")
-        if self.label not in self.slots:
-            raise ValueError(f"label: {self.label!r} is not a slot; there are: {', '.join(self.slots)}")
+        for name in filter(None, (self.label, self.other)):
+            if name not in self.slots:
+                raise ValueError(f"{name!r} is not a slot; there are: {', '.join(self.slots)}")
         if not all(self.slots.values()):
             raise ValueError("slots: a slot has no level")
         return self
 
-    def pairs(self) -> list[tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str, str | None]]:
         names = list(self.slots)
-        found: dict[tuple[str, str], None] = {}
+        found: dict[tuple[str, str, str | None], None] = {}
         for levels in itertools.product(*self.slots.values()):
             at = dict(zip(names, levels, strict=True))
-            found[(self.template.format(**at), at[self.label])] = None
+            other = None if self.other is None else at[self.other]
+            found[(self.template.format(**at), at[self.label], other)] = None
         return list(found)
 
 

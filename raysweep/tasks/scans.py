@@ -147,27 +147,13 @@ def _other_patches(config: PictureTask) -> Split:
 def class_task(config: ClassTask) -> Task:
     """Labelled digits, one of which must be forgotten."""
     digits, labels = _digits()
-    train, holdout, judge_a, judge_b = _stratified(labels, (config.images, HOLDOUT), config.seed)
-
-    def labelled(index: np.ndarray) -> Split:
-        return Split(digits[index], labels[index], labels[index])
-
-    is_forget = labels.numpy() == config.forget
-    forget, retain = labelled(train[is_forget[train]]), labelled(train[~is_forget[train]])
+    index = _stratified(labels, (config.images, HOLDOUT), config.seed)
     return Task(
         name=config.name,
         kind="class",
         model={"unet": _UNET | {"num_class_embeds": 11}, "scheduler": _SCHEDULER, "null_label": 10},
         recipe={"steps": config.base_steps},
-        splits={
-            "forget": forget,
-            "retain": retain,
-            "train": concat(retain, forget),
-            "holdout": labelled(holdout[~is_forget[holdout]]),
-            "forget_holdout": labelled(holdout[is_forget[holdout]]),
-            "judge_probe": labelled(judge_a),
-            "judge_audit": labelled(judge_b),
-        },
+        splits=_cut([Split(digits[i], labels[i], labels[i]) for i in index], config.forget),
         views=("classifier.recognised", "classifier.leak", "relearning.presence"),
         quality="fidelity.frechet",
         sampling={"steps": 10, "guidance": 1.5},
@@ -183,49 +169,36 @@ def text_task(config: TextTask) -> Task:
     """Digits in two styles with captions; one digit, or one style, must be forgotten."""
     digits, labels = _digits()
     large = F.interpolate(digits, size=16, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
-    train, holdout, judge_a, judge_b = _stratified(labels, (config.images, HOLDOUT), config.seed)
+    index = _stratified(labels, (config.images, HOLDOUT), config.seed)
     by_style = config.forget in STYLES
     tokenizer = tokenizer_of(tuple(_TEXT["words"]), _TEXT["text_encoder"]["max_position_embeddings"])
 
     def tokens(prompts: list[str]) -> torch.Tensor:
         return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
+    def split(x: torch.Tensor, texts: list[str], digit: torch.Tensor, style: torch.Tensor) -> Split:
+        return Split(x, tokens(texts), *((style, digit) if by_style else (digit, style)))
+
     def captioned(index: np.ndarray) -> Split:
         captions = [CAPTIONS[s][i % 2].format(WORDS[int(labels[i])]) for s in STYLES for i in index]
-        groups = torch.arange(2).repeat_interleave(len(index)) if by_style else labels[index].repeat(2)
-        return Split(torch.cat([large[index], -large[index]]), tokens(captions), groups)
+        styles = torch.arange(len(STYLES)).repeat_interleave(len(index))
+        return split(torch.cat([large[index], -large[index]]), captions, labels[index].repeat(len(STYLES)), styles)
 
     def prompts(templates: Mapping[str, tuple[str, ...]]) -> tuple[Split, tuple[str, ...]]:
-        asked = [(t.format(word), s if by_style else d)
+        asked = [(t.format(word), d, s)
                  for s, style in enumerate(STYLES) for t in templates[style] for d, word in enumerate(WORDS)]  # fmt: skip
-        texts, groups = zip(*asked, strict=True)
-        return Split(torch.empty(len(asked), 0), tokens(list(texts)), torch.tensor(groups)), texts
+        texts, digit, style = zip(*asked, strict=True)
+        return split(torch.empty(len(asked), 0), list(texts), torch.tensor(digit), torch.tensor(style)), texts
 
     searched, audited = prompts(CAPTIONS), prompts(UNSEEN)
-
-    names = STYLES if by_style else WORDS
-    forget_class = names.index(config.forget)
-    seen, held = captioned(train), captioned(holdout)
-
-    def part(split: Split, forgotten: bool) -> Split:
-        return split.take(((split.groups == forget_class) == forgotten).nonzero()[:, 0])
-
+    forget_class = (STYLES if by_style else WORDS).index(config.forget)
     return Task(
         name=config.name,
         kind="concept",
         model=_TEXT,
         recipe={"steps": config.base_steps, "batch_size": 48},
-        splits={
-            "forget": part(seen, True),
-            "retain": part(seen, False),
-            "train": concat(part(seen, False), part(seen, True)),
-            "holdout": part(held, False),
-            "forget_holdout": part(held, True),
-            "judge_probe": captioned(judge_a),
-            "judge_audit": captioned(judge_b),
-            "prompts_probe": searched[0],
-            "prompts_audit": audited[0],
-        },
+        splits=_cut([captioned(i) for i in index], forget_class)
+        | {"prompts_probe": searched[0], "prompts_audit": audited[0]},
         views=("classifier.recognised", "classifier.leak", "relearning.presence"),
         quality="fidelity.frechet",
         sampling={"steps": 8, "guidance": 3.0},
@@ -243,7 +216,6 @@ def clip_task(config: ClipTask) -> Task:
     digits, labels = _digits()
     images = digits.expand(-1, 3, -1, -1).contiguous()
     train, holdout, *halves = _stratified(labels, (config.images, HOLDOUT), config.seed)
-    judge_a, judge_b = (np.setdiff1d(half, train) for half in halves)
     tokenizer = SimpleTokenizer(context_length=_CLIP["model_cfg"]["text_cfg"]["context_length"])
     forget_class = WORDS.index(config.forget)
 
@@ -256,27 +228,15 @@ def clip_task(config: ClipTask) -> Task:
         groups = torch.arange(len(WORDS)).repeat(len(templates))
         return Split(torch.empty(len(texts), 0), tokenizer(list(texts)), groups), texts
 
-    def part(split: Split, forgotten: bool) -> Split:
-        return split.take(((split.groups == forget_class) == forgotten).nonzero()[:, 0])
-
-    seen, held = captioned(train), captioned(holdout)
     searched, audited = prompts(CLIP_CAPTIONS), prompts(CLIP_UNSEEN)
+    index = [train, holdout, *(np.setdiff1d(half, train) for half in halves)]
     return Task(
         name=config.name,
         kind="concept",
         model=_CLIP,
         recipe={"steps": config.base_steps, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.05},
-        splits={
-            "forget": part(seen, True),
-            "retain": part(seen, False),
-            "train": concat(part(seen, False), part(seen, True)),
-            "holdout": part(held, False),
-            "forget_holdout": part(held, True),
-            "judge_probe": captioned(judge_a),
-            "judge_audit": captioned(judge_b),
-            "prompts_probe": searched[0],
-            "prompts_audit": audited[0],
-        },
+        splits=_cut([captioned(i) for i in index], forget_class)
+        | {"prompts_probe": searched[0], "prompts_audit": audited[0]},
         views=("contrast.recognised", "contrast.forget_similarity"),
         quality="contrast.retain_loss",
         validity="contrast.validity",
@@ -288,6 +248,24 @@ def clip_task(config: ClipTask) -> Task:
         class_names=tuple(f"digit {word}" for word in WORDS),
         texts={"prompts_probe": searched[1], "prompts_audit": audited[1]},
     )
+
+
+def _cut(parts: list[Split], forget_class: int) -> dict[str, Split]:
+    """The splits of a task that forgets a class, of (training images, held-out ones, judge A's, judge B's)."""
+    train, holdout, judge_a, judge_b = parts
+
+    def of(split: Split, forgotten: bool) -> Split:
+        return split.take(((split.groups == forget_class) == forgotten).nonzero()[:, 0])
+
+    return {
+        "forget": of(train, True),
+        "retain": of(train, False),
+        "train": concat(of(train, False), of(train, True)),
+        "holdout": of(holdout, False),
+        "forget_holdout": of(holdout, True),
+        "judge_probe": judge_a,
+        "judge_audit": judge_b,
+    }
 
 
 def _digits() -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 MOST_BAD = 0.05  # share of unreadable records above which a source is refused
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BATCH_ROWS = 64
+URL = re.compile(r"(https?|s3|gs)://[\w./+=%~,:{}-]+")
 TORCHVISION = {
     "CIFAR10": "cifar-10-batches-py", "STL10": "stl10_binary", "MNIST": "MNIST", "FashionMNIST": "FashionMNIST",
     "CelebA": "celeba",
@@ -35,12 +38,13 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One image and what is known of it. key: its name within the source."""
+    """One image and what is known of it. key: its name within the source; other: its label in a second domain."""
 
     key: str
     open: Callable[[], Image.Image]
     label: str | None = None
     caption: str | None = None
+    other: str | None = None
 
 
 @dataclass
@@ -67,12 +71,12 @@ class Tally:
             )
 
 
-class _Source(BaseModel):
+class _Source(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @abstractmethod
     def records(self, tally: Tally) -> Iterator[Record]:
         """All records, in an order that depends on the data alone."""
-        raise NotImplementedError
 
 
 class FolderSource(_Source):
@@ -81,6 +85,9 @@ class FolderSource(_Source):
     folder: Path = Field(description="folder; images are found at any depth")
     label: Literal["parent", "grandparent"] | None = Field(
         "parent", description="whose name is the label (UnlearnCanvas: parent is the object, grandparent the style)"
+    )
+    other: Literal["parent", "grandparent"] | None = Field(
+        None, description="whose name is the label of the second domain"
     )
 
     def __str__(self) -> str:
@@ -95,9 +102,12 @@ class FolderSource(_Source):
             key = path.relative_to(self.folder).as_posix()
             text = path.with_suffix(".txt")
             caption = captions.get(key) or (text.read_text(encoding="utf-8").strip() if text.is_file() else None)
-            place = {"parent": path.parent, "grandparent": path.parent.parent}.get(self.label or "")
-            known = place is not None and place != self.folder and self.folder in place.parents
-            yield Record(key, partial(_read, path), place.name if place is not None and known else None, caption)
+            label, other = (self._name(path, which) for which in (self.label, self.other))
+            yield Record(key, partial(_read, path), label, caption, other)
+
+    def _name(self, path: Path, which: str | None) -> str | None:
+        place = {"parent": path.parent, "grandparent": path.parent.parent}.get(which or "")
+        return place.name if place is not None and self.folder in place.parents else None
 
 
 class ParquetSource(_Source):
@@ -107,6 +117,7 @@ class ParquetSource(_Source):
     image: str = Field("image", description="column of encoded images: bytes, or a struct with `bytes`")
     caption: str | None = Field(None, description="column of captions")
     label: str | None = Field(None, description="column of labels")
+    other: str | None = Field(None, description="column of labels of a second domain")
 
     def __str__(self) -> str:
         return self.parquet
@@ -119,7 +130,7 @@ class ParquetSource(_Source):
             data = ds.dataset(self.parquet, format="parquet")
         except (OSError, pa.ArrowException) as error:
             raise SourceError(f"{self.parquet}: not readable Parquet ({str(error).splitlines()[0]})") from error
-        columns = [c for c in (self.image, self.caption, self.label) if c is not None]
+        columns = [c for c in (self.image, self.caption, self.label, self.other) if c is not None]
         missing = [c for c in columns if c not in data.schema.names]
         if missing:
             raise SourceError(
@@ -137,7 +148,8 @@ class ParquetSource(_Source):
                     if not content:
                         tally.skip("no image bytes", key)
                         continue
-                    yield Record(key, partial(_decode, content), _text(row, self.label), _text(row, self.caption))
+                    label, caption, other = (_text(row, c) for c in (self.label, self.caption, self.other))
+                    yield Record(key, partial(_decode, content), label, caption, other)
 
 
 class ShardSource(_Source):
@@ -146,6 +158,15 @@ class ShardSource(_Source):
     shards: str = Field(description="path or URL pattern, for example data/{00000..00009}.tar")
     caption: str | None = Field("txt", description="extension of captions; null: there are none")
     label: str | None = Field(None, description="extension of labels, for example cls; null: there are none")
+    other: str | None = Field(None, description="extension of labels of a second domain")
+
+    @field_validator("shards")
+    @classmethod
+    def _no_commands(cls, shards: str) -> str:
+        """webdataset hands URLs to a shell, and runs what follows `pipe:`."""
+        if shards.startswith("pipe:") or ("://" in shards and not URL.fullmatch(shards)):
+            raise ValueError("must be a path, or a URL of letters, digits and ./_-+=%~,:{} alone; commands are not run")
+        return shards
 
     def __str__(self) -> str:
         return self.shards
@@ -155,7 +176,7 @@ class ShardSource(_Source):
         from braceexpand import braceexpand
 
         files = list(braceexpand(self.shards))
-        absent = [f for f in files if "://" not in f and not f.startswith("pipe:") and not Path(f).is_file()]
+        absent = [f for f in files if "://" not in f and not Path(f).is_file()]
         if absent:
             raise SourceError(f"{absent[0]}: no such shard ({len(absent)} of {len(files)} are missing)")
 
@@ -172,7 +193,8 @@ class ShardSource(_Source):
             if content is None:
                 tally.skip("no image", key)
                 continue
-            yield Record(key, partial(_decode, content), _decoded(sample, self.label), _decoded(sample, self.caption))
+            label, caption, other = (_decoded(sample, e) for e in (self.label, self.caption, self.other))
+            yield Record(key, partial(_decode, content), label, caption, other)
 
 
 class TorchvisionSource(_Source):

@@ -27,8 +27,7 @@ from raysweep.store import StoreError
 
 _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",
-    "family", "class_names",
-    "texts", "validity",
+    "family", "class_names", "texts", "validity",
 )  # fmt: skip
 
 
@@ -43,11 +42,13 @@ NEAR = 0.05  # root mean square difference, in [-1, 1], under which two images c
 @dataclass(frozen=True)
 class Split:
     """Images (n, C, H, W) in [-1, 1], float32; cond: class labels (n,), tokens of captions (n, L), or None; groups: what
-    balancing is over, and what judges tell apart, (n,). A split of prompts has images of no elements, (n, 0)."""
+    balancing is over, and what judges tell apart, (n,); other: labels of a second domain (n,), such as the style where groups
+    are objects, or None. A split of prompts has images of no elements, (n, 0)."""
 
     x: torch.Tensor
     cond: torch.Tensor | None
     groups: torch.Tensor
+    other: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -58,7 +59,8 @@ class Split:
         return [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in self.x]
 
     def take(self, index: torch.Tensor) -> Split:
-        return Split(self.x[index], None if self.cond is None else self.cond[index], self.groups[index])
+        cond, other = (None if a is None else a[index] for a in (self.cond, self.other))
+        return Split(self.x[index], cond, self.groups[index], other)
 
     def distinct(self) -> Split:
         """Without repeated images, in order of first appearance."""
@@ -67,10 +69,14 @@ class Split:
 
 
 def concat(*splits: Split) -> Split:
-    """All rows of `splits` in order; either all of them are labelled or none."""
-    conds = [s.cond for s in splits]
-    cond = None if any(c is None for c in conds) else torch.cat([c for c in conds if c is not None])
-    return Split(torch.cat([s.x for s in splits]), cond, torch.cat([s.groups for s in splits]))
+    """All rows of `splits` in order; labels and second labels stay where all of them have some."""
+
+    def joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+        there = [p for p in parts if p is not None]
+        return torch.cat(there) if len(there) == len(parts) else None
+
+    cond, other = joined([s.cond for s in splits]), joined([s.other for s in splits])
+    return Split(torch.cat([s.x for s in splits]), cond, torch.cat([s.groups for s in splits]), other)
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ class Task:
         for name, split in sorted(self.splits.items()):
             labels = "" if split.cond is None else repr(split.cond.tolist())
             parts += [name, "".join(split.ids), labels, repr(split.groups.tolist())]
+            parts += [] if split.other is None else [repr(split.other.tolist())]
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
     def near_duplicates(self) -> list[str]:
@@ -178,6 +185,8 @@ class Task:
             tensors |= {f"{name}.x": split.x.clone(), f"{name}.groups": split.groups.clone()}
             if split.cond is not None:
                 tensors[f"{name}.cond"] = split.cond.clone()
+            if split.other is not None:
+                tensors[f"{name}.other"] = split.other.clone()
         save_file(tensors, folder / "splits.safetensors")
         (folder / "task.json").write_text(json.dumps({k: getattr(self, k) for k in _PLAIN}, indent=2))
 
@@ -186,7 +195,10 @@ class Task:
         """Reads what `save` wrote."""
         tensors = load_file(folder / "splits.safetensors")
         names = dict.fromkeys(key.split(".")[0] for key in tensors)
-        splits = {n: Split(tensors[f"{n}.x"], tensors.get(f"{n}.cond"), tensors[f"{n}.groups"]) for n in names}
+        splits = {
+            n: Split(tensors[f"{n}.x"], tensors.get(f"{n}.cond"), tensors[f"{n}.groups"], tensors.get(f"{n}.other"))
+            for n in names
+        }
         plain = json.loads((folder / "task.json").read_text())
         return cls(
             **plain

@@ -1,0 +1,36 @@
+"""What all handles of models share: where the weights are, and their hash."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+
+from raysweep.store import digest_state
+
+
+class Handle:
+    """Holds a network, `net`. family: which kind of model it is; latent: whether images are encoded beforehand."""
+
+    family: ClassVar[str]
+    latent: ClassVar[bool] = False
+    net: Any
+
+    @property
+    def digest(self) -> str:
+        """Content hash of all that makes the model what it is."""
+        return digest_state(self.net.state_dict())
+
+    # diffusers' own `dtype` walks through every module at each look, a tenth of a step of a small network
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.net.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def to(self, device: torch.device) -> Self:
+        """Moves the model in place."""
+        self.net.to(device)
+        return self
