@@ -26,9 +26,9 @@ from methods.base import Goal, Method, Rows
 from raysweep.models.draws import row_seeds
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
-from raysweep.tasks.scans import _SCHEDULER, _UNET
+from raysweep.tasks.scans import SCHEDULER, UNET
 
-WIDE = _UNET | {"block_out_channels": (128, 256), "norm_num_groups": 32, "attention_head_dim": 64}
+WIDE = UNET | {"block_out_channels": (128, 256), "norm_num_groups": 32, "attention_head_dim": 64}
 LAM, RHO, MIX = 1.0, 0.5, 0.5
 Step = Callable[[dict[str, Rows]], None]
 
@@ -151,7 +151,7 @@ def peak_bytes(step: Step, batch: dict[str, Rows], params: list[torch.Tensor], r
 
 def compare(name: str, unet: dict[str, Any], batch_size: int, repeats: int) -> dict[str, Any]:
     """One method against its plain rendering on one network."""
-    config = {"unet": unet, "scheduler": _SCHEDULER, "null_label": None}
+    config = {"unet": unet, "scheduler": SCHEDULER, "null_label": None}
     model, method = PixelDDPM.build(config, 0), ours(name, PixelDDPM.build(config, 0), batch_size)
     contenders: dict[str, Step] = {"plain": PLAIN[name](model), "raysweep": method.step}  # type: ignore[dict-item]
     batch = {"forget": rows(model, batch_size, 1), "retain": rows(model, batch_size, 2)}
@@ -261,7 +261,7 @@ def main() -> None:
         }
     else:
         found = {f"{name}, {label}, batch {batch}": compare(name, unet, batch, args.repeats)
-                 for name in PLAIN for label, unet, batch in (("digits", _UNET, 16), ("digits", _UNET, 64), ("wide", WIDE, 8))}  # fmt: skip
+                 for name in PLAIN for label, unet, batch in (("digits", UNET, 16), ("digits", UNET, 64), ("wide", WIDE, 8))}  # fmt: skip
     print(json.dumps(found | {"about": machine()}, indent=2))
 
 

@@ -229,13 +229,24 @@ class Subject:
         BATCHES.generated += len(seeds)
         return torch.cat(BATCHES.map(part, len(seeds)))
 
+    def rebuilt(self, images: Images, row: int, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the model rebuilds, the picture), each (n, C, H, W), for one row of `images` noised to `injection_t` by n seeds and
+        denoised in `injection_steps` under its own condition."""
+        n = len(seeds)
+        x0 = images.x[row].expand(n, *images.x.shape[1:])
+        cond = None if images.cond is None else images.cond[row].expand(n, *images.cond.shape[1:])
+        return self.reconstruct(x0, seeds, self.sizes["injection_t"], self.sizes["injection_steps"], cond), x0
+
     def samples(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images (n, C, H, W) of the retained content, and their classes (n,): unconditional, or over the kept classes."""
+        """Images (n, C, H, W) of the retained content, and their classes (n,): over the kept classes; or, where there are none,
+        by the captions of retained images, or unconditional."""
 
         def make() -> tuple[torch.Tensor, torch.Tensor | None]:
             n = self.sizes["samples"]
             if not self.classed:
-                return self.generate(None, self.seeds("samples", n)), None
+                captions = self.task.splits["retain"].cond
+                cond = None if captions is None else captions[torch.arange(n) % len(captions)]
+                return self.generate(cond, self.seeds("samples", n)), None
             kept = torch.unique(self.task.splits["retain"].groups)
             classes = kept[torch.arange(n) % len(kept)]
             return self.generate(self.condition(classes), self.seeds("samples", n)), classes

@@ -305,12 +305,8 @@ def presence(subject: Subject, stream: str = "durability", **sampling: Any) -> n
     if subject.classed:
         cond = subject.forgotten(subject.sizes["class_samples"])
         return _seen(subject, subject.generate(cond, subject.seeds(stream, len(cond)), **sampling))
-    n, sizes = subject.sizes["noises"], subject.sizes
-    seeds, columns = subject.seeds(stream, n), []
-    for image in subject.task.splits["forget"].distinct().x:
-        x0 = image.expand(n, *image.shape)
-        rebuilt = subject.reconstruct(x0, seeds, sizes["injection_t"], sizes["injection_steps"])
-        columns.append(correlation(rebuilt, x0))
+    images, seeds = subject.task.splits["forget"].distinct(), subject.seeds(stream, subject.sizes["noises"])
+    columns = [correlation(*subject.rebuilt(images, i, seeds)) for i in range(len(images))]
     return torch.stack(columns, 1).mean(1).numpy()
 
 

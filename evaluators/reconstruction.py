@@ -25,14 +25,9 @@ class Reconstruction(Evaluator):
     cost = "`noises` x `injection_steps` passes per distinct image"
 
     def scores(self, subject: Subject) -> Scores:
-        images = subject.task.splits["forget"].distinct().x
-        n, sizes = subject.sizes["noises"], subject.sizes
-        seeds = subject.seeds("injection", n)
-        columns = []
-        for image in images:
-            x0 = image.expand(n, *image.shape)
-            rebuilt = subject.reconstruct(x0, seeds, sizes["injection_t"], sizes["injection_steps"])
-            columns.append(correlation(rebuilt, x0))
+        images = subject.task.splits["forget"].distinct()
+        seeds = subject.seeds("injection", subject.sizes["noises"])
+        columns = [correlation(*subject.rebuilt(images, i, seeds)) for i in range(len(images))]
         return {"correlation": torch.stack(columns, 1).numpy()}
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:

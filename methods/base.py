@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -67,8 +67,9 @@ class Model(Protocol):
 class Goal:
     """What a task wants, as far as a method may know it without its images.
 
-    classes: the labels that the base model was trained on, in order; empty where there are none. concept: what a text
-    model must forget, as the tokens of a prompt.
+    classes: the labels that the base model was trained on, or that prompts ask for, in order; empty where there are none.
+    concept: what a text model must forget, as the tokens of a prompt. prompts: (class, tokens) of all prompts of the search;
+    those of two classes that come from the same templates are in the same order.
     """
 
     kind: Literal["points", "class", "concept"]
@@ -76,6 +77,7 @@ class Goal:
     override_class: int | None = None
     classes: tuple[int, ...] = ()
     concept: tuple[int, ...] | None = None
+    prompts: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def override(self) -> int:
@@ -87,6 +89,11 @@ class Goal:
     def kept(self) -> tuple[int, ...]:
         """The classes that stay."""
         return tuple(c for c in self.classes if c != self.forget_class)
+
+    def asking(self, classes: Sequence[int], device: torch.device) -> torch.Tensor:
+        """All conditions that ask for any of `classes`: the labels (k,), or the tokens of their prompts (m, length)."""
+        tokens = [p for c, p in self.prompts if c in classes]
+        return torch.tensor(tokens if self.kind == "concept" else list(classes), device=device)
 
     def forgotten(self, count: int, device: torch.device) -> torch.Tensor:
         """The condition of what must go: labels (count,), or tokens (count, length)."""
@@ -335,6 +342,12 @@ def timesteps(model: Model, rows: Rows, low: int = 0, high: int | None = None) -
     high = len(model.alphas) if high is None else high
     u = model.uniform(rows.seeds, 1)[:, 0]
     return (low + (u * (high - low)).long()).clamp(max=high - 1)
+
+
+def picked(model: Model, rows: Rows, pool: torch.Tensor, column: int = 1) -> torch.Tensor:
+    """One of `pool` (k, ...) for each row, each equally likely, (n, ...); column: which of a row's uniform numbers decides."""
+    u = model.uniform(rows.seeds, column + 1)[:, column].to(pool.device)
+    return pool[(u * len(pool)).long().clamp(max=len(pool) - 1)]
 
 
 def squared_errors(model: Model, rows: Rows, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:

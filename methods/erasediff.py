@@ -23,8 +23,7 @@ import torch
 from pydantic import Field, model_validator
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training, mean_loss, timesteps
-from methods.salun import other_class
+from methods.base import Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training, mean_loss, picked, timesteps
 
 DEFAULT = 0.1  # lam_B and eta of the released code
 
@@ -63,7 +62,7 @@ class EraseDiff(Descent):
 
     @classmethod
     def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
-        if hyperparameters.target == "relabel" and goal.kind != "class":
+        if hyperparameters.target == "relabel" and not goal.kept:
             return ["target: relabel needs classes; valid here: auto, uniform"]
         return []
 
@@ -107,9 +106,9 @@ class EraseDiff(Descent):
         """This rank's part of L_f."""
         model, t = self.model, timesteps(self.model, rows)
         x_t = model.add_noise(rows.x, model.noise(rows.seeds), t)
-        if self.goal.kind == "class" and self.hp.target != "uniform":
+        if self.goal.kept and self.hp.target != "uniform":
             with torch.no_grad():
-                teacher = model.predict(x_t, t, other_class(model, rows, self.goal))
+                teacher = model.predict(x_t, t, picked(model, rows, self.goal.asking(self.goal.kept, rows.x.device)))
             errors = model.predict(x_t, t, rows.cond) - teacher
         else:
             u = model.uniform(rows.seeds ^ 0x2545F4914F6CDD1D, x_t[0].numel()).view_as(x_t).to(x_t)

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from methods import gradients
 from methods.base import (
+    DIFFUSION,
     Batch,
     Data,
     Descent,
@@ -31,6 +32,7 @@ from methods.base import (
     Scalars,
     Training,
     mean_loss,
+    picked,
     squared_errors,
     timesteps,
 )
@@ -54,8 +56,8 @@ class SalUn(Descent):
     name = "salun"
     source = "Fan et al., ICLR 2024, arXiv:2310.12508"
     needs = frozenset({"forget", "retain"})
-    families = frozenset({"pixel-ddpm"})
-    kinds = frozenset({"class"})
+    families = DIFFUSION
+    kinds = frozenset({"class", "concept"})
     forwards_per_step = 7
     passes = 8  # draws of noise and timestep per forget row when the saliency is summed
     Hyperparameters = SalUnSettings
@@ -106,21 +108,22 @@ class SalUn(Descent):
         flat.mul_(self.mask)
 
     def stand_in(self, rows: Rows) -> torch.Tensor:
-        """The class imitated for each row, (n,)."""
-        assert rows.cond is not None
-        if self.hp.relabel == "random":
-            return other_class(self.model, rows, self.goal)
+        """What is imitated for each row: a label (n,), or one of the prompts of a class (n, length)."""
         classes, forgotten = self.goal.classes, self.goal.forget_class
         assert forgotten is not None
-        following = classes[(classes.index(forgotten) + 1) % len(classes)]
-        return torch.full_like(rows.cond, following if self.hp.relabel == "next" else self.goal.override)
+        if self.hp.relabel == "random":
+            imitated = self.goal.kept
+        elif self.hp.relabel == "next":
+            imitated = (classes[(classes.index(forgotten) + 1) % len(classes)],)
+        else:
+            imitated = (self.goal.override,)
+        return picked(self.model, rows, self.goal.asking(imitated, self.params[0].device))
 
-
-def other_class(model: Model, rows: Rows, goal: Goal) -> torch.Tensor:
-    """A retained class per row, (n,), each equally likely."""
-    kept = torch.tensor(goal.kept)
-    pick = (model.uniform(rows.seeds, 2)[:, 1] * len(kept)).long().clamp(max=len(kept) - 1)
-    return kept.to(pick.device)[pick]
+    @classmethod
+    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+        if hyperparameters.relabel == "override" and goal.override_class is None:
+            return ["relabel: the task names no class or concept that is to stand in for the forgotten one"]
+        return []
 
 
 def _place(model: Model) -> tuple[torch.device, torch.dtype]:

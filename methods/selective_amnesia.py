@@ -24,6 +24,7 @@ from pydantic import Field
 
 from methods import gradients
 from methods.base import (
+    DIFFUSION,
     SEEDS,
     Batch,
     Data,
@@ -34,6 +35,7 @@ from methods.base import (
     Rows,
     Scalars,
     Training,
+    picked,
     squared_errors,
     timesteps,
 )
@@ -62,8 +64,8 @@ class SelectiveAmnesia(Descent):
     name = "selective_amnesia"
     source = "Heng & Soh, NeurIPS 2023, arXiv:2305.10120"
     needs = frozenset()
-    families = frozenset({"pixel-ddpm"})
-    kinds = frozenset({"class"})
+    families = DIFFUSION
+    kinds = frozenset({"class", "concept"})
     forwards_per_step = 6
     prepared_by = ("replay_per_class", "fisher_per_class", "fisher_timesteps", "sampler_steps", "guidance")
     Hyperparameters = SelectiveAmnesiaSettings
@@ -81,21 +83,28 @@ class SelectiveAmnesia(Descent):
         self.fisher = torch.cat([self.prepared[f"fisher/{name}"].reshape(-1) for name in self.names]).to(place)
         self.theta0 = torch.cat([p.reshape(-1) for p in self.start])
         self.x, self.cond = self.prepared["x"].to(place), self.prepared["cond"].to(place.device)
-        self.kept = torch.ne(self.cond, self.goal.forgotten(1, place.device)).nonzero()[:, 0]
-        self.surrogates = torch.eq(self.cond, self.goal.override).nonzero()[:, 0]
+        groups = self.prepared["groups"]
+        self.kept = torch.isin(groups, torch.tensor(self.goal.kept)).nonzero()[:, 0].to(place.device)
+        if hyperparameters.surrogate == "override":
+            self.surrogates = torch.eq(groups, self.goal.override).nonzero()[:, 0].to(place.device)
+        self.gone = self.goal.asking([self.goal.forget_class], place.device)  # type: ignore[list-item]
 
     @classmethod
     def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
-        """`x` and `cond`, generated samples of all classes, and `fisher/NAME` for every parameter."""
-        hp, classes = hyperparameters, torch.tensor(task.goal.classes)
-        rows = task.batch({"replay": Draw(hp.replay_per_class * len(classes), split=SEEDS)}, seed, 0)["replay"]
-        cond = classes.repeat_interleave(hp.replay_per_class)
-        x = model.sample(cond, rows.seeds, hp.sampler_steps, hp.guidance)  # type: ignore[attr-defined]
+        """`x`, `cond` and `groups`, generated samples of all classes as the network takes them, what asked for them, and their
+        classes; and `fisher/NAME` for every parameter."""
+        hp, goal, each = hyperparameters, task.goal, torch.arange(hyperparameters.replay_per_class)
+        rows = task.batch({"replay": Draw(hp.replay_per_class * len(goal.classes), split=SEEDS)}, seed, 0)["replay"]
+        pools = [goal.asking([c], torch.device("cpu")) for c in goal.classes]
+        cond = torch.cat([pool[each % len(pool)] for pool in pools])
+        images = model.sample(cond, rows.seeds, hp.sampler_steps, hp.guidance)  # type: ignore[attr-defined]
+        x = model.encode(images.to(model.noise(rows.seeds[:1]))).cpu()  # type: ignore[attr-defined]
+        groups = torch.tensor(goal.classes).repeat_interleave(hp.replay_per_class)
         place = torch.arange(len(x)) % hp.replay_per_class
         used = (place < hp.fisher_per_class).nonzero()[:, 0]
         sample = Rows(x[used], cond[used], rows.seeds[used], len(used))
         fisher = diagonal_fisher(model, sample, hp.fisher_timesteps)
-        return {"x": x, "cond": cond} | {f"fisher/{name}": f for name, f in fisher.items()}
+        return {"x": x, "cond": cond, "groups": groups} | {f"fisher/{name}": f for name, f in fisher.items()}
 
     def draws(self) -> dict[str, Draw]:
         return {name: Draw(self.hp.batch_size, split=SEEDS) for name in ("forget", "replay")}
@@ -122,12 +131,11 @@ class SelectiveAmnesia(Descent):
             shape = self.model.shape
             u = self.model.uniform(rows.seeds ^ 0x2545F4914F6CDD1D, torch.Size(shape).numel())
             rows = Rows(u.mul_(2).sub_(1).view(-1, *shape).to(self.x), None, rows.seeds, rows.total)
-        return Rows(rows.x, self.goal.forgotten(len(rows.x), self.cond.device), rows.seeds, rows.total)
+        return Rows(rows.x, picked(self.model, rows, self.gone, 2), rows.seeds, rows.total)
 
     def generated(self, rows: Rows, members: torch.Tensor) -> Rows:
         """A generated sample among `members` for each row's seed."""
-        u = self.model.uniform(rows.seeds, 2)[:, 1].to(members.device)
-        index = members[(u * len(members)).long().clamp(max=len(members) - 1)]
+        index = picked(self.model, rows, members)
         return Rows(self.x[index], self.cond[index], rows.seeds, rows.total)
 
 
@@ -149,7 +157,7 @@ def diagonal_fisher(model: Model, rows: Rows, count: int) -> dict[str, torch.Ten
     model.net.eval()
     for i in range(len(rows.x)):
         x = rows.x[i : i + 1].to(weights[0]).expand(count, *rows.x.shape[1:])
-        cond = None if rows.cond is None else rows.cond[i : i + 1].to(t.device).expand(count)
+        cond = None if rows.cond is None else rows.cond[i].to(t.device).expand(count, *rows.cond.shape[1:])
         seeds = rows.seeds[i] ^ (torch.arange(count) * 0x5851F42D4C957F2D % 2**62)
         errors = squared_errors(model, Rows(x, cond, seeds, count), t, model.noise(seeds))
         total += gradients.flat(errors.sum() * (length / count), weights).square_()

@@ -27,7 +27,20 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import SEEDS, Batch, Draw, Goal, Hyperparameters, Method, Model, Rows, Scalars, timesteps
+from methods.base import (
+    DIFFUSION,
+    SEEDS,
+    Batch,
+    Draw,
+    Goal,
+    Hyperparameters,
+    Method,
+    Model,
+    Rows,
+    Scalars,
+    picked,
+    timesteps,
+)
 
 
 class SFDSettings(Hyperparameters):
@@ -64,8 +77,8 @@ class SFD(Method):
     name = "sfd"
     source = "Chen, Zhang, Zhou, ICLR 2025, arXiv:2409.11219"
     needs = frozenset()
-    families = frozenset({"pixel-ddpm"})
-    kinds = frozenset({"class"})
+    families = DIFFUSION
+    kinds = frozenset({"class", "concept"})
     forwards_per_step = 22  # per branch: 4 for the fake score (1 + 3), 7 for the generator (3 + 2 + 2)
     Hyperparameters = SFDSettings
     hp: SFDSettings
@@ -89,11 +102,19 @@ class SFD(Method):
         ]
         self.room = [gradients.empty(params) for params in (self.fake_params, self.params)]
         self.ema = [p.detach().clone() for p in self.params]
+        device = self.params[0].device
+        self.kept = self.goal.asking(self.goal.kept, device)
+        if self.goal.forget_class is not None:
+            self.gone = self.goal.asking([self.goal.forget_class], device)
+        if self.goal.override_class is not None:
+            self.instead = self.goal.asking([self.goal.override_class], device)
 
     @classmethod
     def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
         reasons, hp, length = [], hyperparameters, len(model.alphas)
-        if goal.override_class == goal.forget_class:
+        if goal.override_class is None and hp.override == "fixed":
+            reasons.append("override: the task names no class or concept that is to stand in for the forgotten one")
+        elif goal.override_class == goal.forget_class:
             reasons.append(f"override: must differ from the forgotten class {goal.forget_class}")
         if not hp.t_min < hp.t_max <= length:
             reasons.append(f"t_min < t_max <= {length} must hold, not {hp.t_min}, {hp.t_max}")
@@ -129,13 +150,15 @@ class SFD(Method):
 
     def branches(self, batch: Batch) -> list[tuple[str, Rows, torch.Tensor, torch.Tensor, float, float]]:
         """(diagnostic, rows, c1, c2, weight for theta, weight for psi) of what is kept and of what is forgotten."""
-        hp, c_r = self.hp, self.pick(batch["remain"], 1)
+        hp, c_r = self.hp, picked(self.model, batch["remain"], self.kept)
         found = [("gap", batch["remain"], c_r, c_r, hp.remain, hp.fake_remain)]
         if hp.forget or hp.fake_forget:
             rows = batch["forget"]
-            c_f = self.goal.forgotten(len(rows.seeds), c_r.device)
+            # a prompt of the forgotten concept, and the one of the same template that stands in for it
+            place = picked(self.model, rows, torch.arange(len(self.gone), device=c_r.device), 2)
+            c_f = self.gone[place]
             fixed = hp.override == "fixed"
-            c_o = torch.full_like(c_f, self.goal.override) if fixed else self.pick(rows, 1)
+            c_o = self.instead[place % len(self.instead)] if fixed else picked(self.model, rows, self.kept)
             found.append(("forget_gap", rows, c_f, c_o, hp.forget, hp.fake_forget))
         return found
 
@@ -151,7 +174,7 @@ class SFD(Method):
 
     def generate(self, rows: Rows, cond: torch.Tensor) -> torch.Tensor:
         """x_g = G(z, c), (n, C, H, W), z from the rows' seeds."""
-        t = torch.full_like(cond, self.t_init)
+        t = torch.full((len(cond),), self.t_init, device=cond.device)
         _, sigma = self.model.gamma_sigma(t)
         return self.model.x0(sigma * self.model.noise(rows.seeds), t, cond)
 
@@ -188,12 +211,6 @@ class SFD(Method):
             return net.x0(x_t, t, cond)
         gamma, sigma = net.gamma_sigma(t)
         return (x_t - sigma * self.guided(net, x_t, t, cond)) / gamma
-
-    def pick(self, rows: Rows, column: int) -> torch.Tensor:
-        """A kept class for each row, each equally likely."""
-        kept = torch.tensor(self.goal.kept, device=self.params[0].device)
-        u = self.model.uniform(rows.seeds, column + 1)[:, column]
-        return kept[(u * len(kept)).long().clamp(max=len(kept) - 1)]
 
     def finish(self) -> dict[str, float]:
         if self.hp.ema > 0:

@@ -12,6 +12,7 @@ so there the teacher is not the original one. The fake score continues from stag
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class SFDTwoStage(SFD):
             t_max=hp.t_max, cond_scale=hp.cond_scale,
         )  # fmt: skip
         student = model.with_net(copy.deepcopy(model.net))
-        stage = SFD(student, settings, {}, Goal("class", None, None, task.goal.classes))
+        stage = SFD(student, settings, {}, replace(task.goal, forget_class=None, override_class=None))
         for step in range(settings.steps):
             stage.step(task.batch(stage.draws(), seed, step))
         stage.finish()

@@ -39,8 +39,8 @@ class SLD(Method):
     name = "sld"
     source = "Schramowski et al., CVPR 2023, arXiv:2211.05105"
     needs = frozenset()
-    families = frozenset({"pixel-ddpm"})
-    kinds = frozenset({"class"})
+    families = frozenset({"pixel-ddpm", "text-ddpm"})
+    kinds = frozenset({"class", "concept"})
     forwards_per_step = 0
     Hyperparameters = SLDSettings
     hp: SLDSettings
@@ -57,10 +57,11 @@ class SLD(Method):
         return {}
 
     def step(self, batch: Batch) -> Scalars:
-        raise NotImplementedError("SLD has no steps")
+        return {}  # never called: there are no steps
 
     def finish(self) -> dict[str, float]:
-        concept = {"concept": self.goal.forget_class}
+        asked = self.goal.concept
+        concept = {"concept": self.goal.forget_class if asked is None else list(asked)}
         self.model.sampler = {"kind": "safe"} | concept | self.hp.model_dump()
         return super().finish()
 

@@ -54,10 +54,13 @@ def main() -> None:
 
 
 def _config(path: str | None, overrides: tuple[str, ...]) -> Any:
+    from raysweep import presets
     from raysweep.config import load
 
     if path is not None and "=" in path:
         overrides, path = (path, *overrides), None
+    if path in presets.names() and not Path(path).exists():
+        path = str(presets.path_of(path))
     return load(None if path is None else Path(path), overrides)
 
 
@@ -503,11 +506,11 @@ def patch(delta_file: str, model_dir: str, out_dir: str, revert: bool) -> int:
 
 
 @main.command(name="ls")
-@click.argument("what", type=click.Choice(["methods", "evaluators", "spaces", "tasks", "runs"]))
+@click.argument("what", type=click.Choice(["methods", "evaluators", "spaces", "tasks", "presets", "runs"]))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @_errors
 def list_(what: str, as_json: bool) -> int:
-    """List what there is: methods, evaluators, spaces, tasks, runs."""
+    """List what there is: methods, evaluators, spaces, tasks, presets, runs."""
     from raysweep.listing import listing
 
     rows = listing(what, STORAGE)

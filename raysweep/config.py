@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from raysweep import presets
 from raysweep.registry import ATTACKS, BY_WEIGHTS, METHODS, TASKS, THOROUGH, names, resolve, suggest
 from raysweep.seeds import derive_seed
 from raysweep.tasks.digits import ClassTask, ClipTask, PictureTask, TextTask
@@ -233,6 +234,8 @@ class Sweep(_Model):
     train: TrainConfig = Field(default_factory=TrainConfig)
     audit: AuditConfig = Field(default_factory=AuditConfig)
     resources: ResourceConfig = Field(default_factory=ResourceConfig)
+    preset: str | None = Field(None, description="the paper's experiment that this is (`raysweep ls presets`)")
+    scale: presets.Scale | None = Field(None, description="paper, or tiny: on miniatures of its models and data")
     storage: Path = Field(Path("runs"), description="folder of run directories; shared by all nodes of a cluster")
     cache: Path | None = Field(None, description="folder of base models, oracles and judges; null: ~/.cache/raysweep")
 
@@ -306,8 +309,33 @@ def load(path: Path | None, overrides: tuple[str, ...] = ()) -> Sweep:
         raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: must be a mapping of keys, not {type(data).__name__}")
+    _scale(data, overrides, where, text)
     set_by_hand = [_override(data, item) for item in overrides]
     return validate(data, where, text, set_by_hand)
+
+
+def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: str) -> None:
+    """Takes the parts of a preset out of `data`, and at `scale=tiny` sets what that changes."""
+    about, tiny, asked = data.pop("about", None), data.pop("tiny", None), dict[str, Any]()
+    for item in overrides:
+        _override(asked, item)
+    scale = asked.get("scale", data.get("scale"))
+    if about is None or tiny is None:
+        if scale is not None:
+            raise ConfigError(f"{where}: scale: only presets have one (`raysweep ls presets`)")
+        return
+    try:
+        presets.About.model_validate(about)
+        data |= {"preset": data.get("name"), "scale": scale or "paper"}
+        if data["scale"] == "tiny":
+            data["name"] = f"{data.get('name')}-tiny"
+            cache = asked.get("cache", data.get("cache"))
+            methods = len(asked.get("methods") or data["methods"])
+            for key, value in presets.settings(tiny, methods, None if cache is None else Path(cache)).items():
+                _put(data, key, value, f"tiny.set.{key}")
+    except ValidationError as error:
+        lines = _line_numbers(text)
+        raise ConfigError("\n".join(_explain(e, where, lines, []) for e in error.errors())) from error
 
 
 def validate(data: dict[str, Any], where: str, text: str = "", set_by_hand: list[str] | None = None) -> Sweep:
@@ -357,6 +385,12 @@ def _override(data: dict[str, Any], item: str) -> str:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as error:
         raise ConfigError(f"{item!r}: the value is not valid YAML") from error
+    _put(data, key, value, item)
+    return key
+
+
+def _put(data: dict[str, Any], key: str, value: Any, item: str) -> None:
+    """Sets a dotted key of nested `data`; `item` names it in a message."""
     *parents, last = key.split(".")
     node = data
     for parent in parents:
@@ -366,7 +400,6 @@ def _override(data: dict[str, Any], item: str) -> str:
         if not isinstance(node, dict):
             raise ConfigError(f"{item!r}: {parent} is a single value and has no keys below it")
     node[last] = value
-    return key
 
 
 def _explain(error: Any, where: str, lines: dict[str, int], set_by_hand: list[str]) -> str:

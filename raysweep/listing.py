@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 import search_spaces
+from raysweep import presets
 from raysweep.config import validate
 from raysweep.registry import external, names, resolve
 from raysweep.rundir import list_runs
@@ -25,6 +26,8 @@ def listing(what: str, storage: Path) -> list[dict[str, Any]]:
         return [{"name": n, "about": (resolve("task", n).__doc__ or "").strip()} for n in names("task")]
     if what == "spaces":
         return [_space(name) for name in search_spaces.names()]
+    if what == "presets":
+        return [_preset(name) for name in presets.names()]
     return [{"name": r.path.name, "state": r.read_manifest()["state"], "path": str(r.path)} for r in list_runs(storage)]
 
 
@@ -52,6 +55,12 @@ def _evaluator(name: str) -> dict[str, Any]:
         "kinds": ", ".join(sorted(evaluator.kinds)),
         "external": name in external("evaluator"),
     }
+
+
+def _preset(name: str) -> dict[str, Any]:
+    about = presets.about(name)
+    bring = "; ".join(f"{b.key}: {b.what}" for b in about.bring)
+    return {"name": name, "title": about.title, "paper": about.paper, "bring": f"bring {bring}"}
 
 
 def _space(name: str) -> dict[str, Any]:

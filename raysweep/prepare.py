@@ -16,6 +16,7 @@ from raysweep.artifacts import cache_folder, code_digest, judge_code, load_tenso
 from raysweep.audit.auditor import AuditRequest
 from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.context import Context, load_measured, prepared_key
+from raysweep.models import families
 from raysweep.objectives import Anchors, assess_views
 from raysweep.pool import Pool
 from raysweep.registry import module_of, resolve
@@ -42,10 +43,8 @@ def save_task(folder: RunDir, task: Task) -> None:
 
 def check_model(path: str, task: Task, key: str = "task.base") -> str:
     """Hash of a model given by the user; raises ConfigError, naming `key`, if it does not load or fit the task."""
-    from raysweep.models.families import load
-
     try:
-        model = load(path)
+        model = families.load(path)
     except ValueError as error:
         raise ConfigError(str(error) if key == path else f"{key}: {error}") from error
     if model.family != task.family:
@@ -65,15 +64,13 @@ def check_oracles(sweep: Sweep, task: Task) -> dict[str, tuple[str, str]]:
 
     An oracle is the base's recipe without the forgotten data: of another architecture it would say what that changes.
     """
-    from raysweep.models.families import example, load
-
     if not sweep.oracle_models:
         return {}
-    base = example(task)
+    base = families.example(task)
     wanted, found = _shapes(base), {}
     for k, given in enumerate(sweep.oracle_models):
         found[f"oracle-{k}"] = (str(given.absolute()), check_model(str(given), task, "oracle_models"))
-        shapes = _shapes(load(given))
+        shapes = _shapes(families.load(given))
         odd = next((n for n in (*wanted, *shapes) if wanted.get(n) != shapes.get(n)), None)
         if odd is not None:
             raise ConfigError(
@@ -89,7 +86,7 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 def retrain_jobs(sweep: Sweep, task: Task, task_folder: Path) -> dict[str, Job]:
     """The training of the base model (unless given) and of the oracles, by subject, into the cache."""
-    subjects = {} if task.base else {"base": ("train", derive_seed("base", sweep.task.seed))}
+    subjects = {} if task.given else {"base": ("train", derive_seed("base", sweep.task.seed))}
     if not sweep.oracle_models:
         subjects |= {f"oracle-{k}": ("retain", derive_seed("oracle", sweep.task.seed, k)) for k in range(sweep.oracles)}
     return {s: retrain_job(sweep, task, task_folder, s, split, seed) for s, (split, seed) in subjects.items()}
@@ -102,6 +99,8 @@ def retrain_job(sweep: Sweep, task: Task, task_folder: Path, subject: str, split
     frozen = autoencoder_folder(sweep, task)
     if frozen is not None:
         inputs["autoencoder"] = frozen.name
+    if task.base and not task.trained:
+        inputs["start"] = families.load(task.base).digest
     key = digest_of(settings, seed, inputs)
     return Job(
         id=f"{subject}-{key}", kind="train", method="retrain", hyperparameters=settings, seed=seed, task=str(task_folder),
@@ -157,8 +156,8 @@ def prepare(
         }
         _wait({**retrained, **{f"judge {n}": f for n, f in judges.items()}}, actors, say, tick)
         models = {s: _model(s, job, retrained[s].result()) for s, job in retrain_jobs(sweep, task, folder.task).items()}
-        if task.base:
-            models["base"] = (task.base, check_model(task.base, task))
+        if task.given:
+            models["base"] = (task.given, check_model(task.given, task))
         models |= check_oracles(sweep, task)
         context = Context(
             run=str(folder.path), run_id=run_id, task_digest=task.digest, quality=task.quality, validity=task.validity, base=models["base"][0],

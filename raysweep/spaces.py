@@ -112,7 +112,8 @@ class Space:
 
 
 def load(method: str, overrides: dict[str, Any] | None = None, kind: str | None = None) -> Space:
-    """Reads the space of a method, with a sweep's overrides: a distribution, or a plain value that is then fixed.
+    """Reads the space of a method, with a sweep's overrides: a distribution, or a plain value that is then fixed; `enqueue`: the
+    settings to be tried first, instead of the file's.
 
     `kind` leaves out the points that are for another kind of task.
 
@@ -128,7 +129,13 @@ def load(method: str, overrides: dict[str, Any] | None = None, kind: str | None 
             raise SpaceError(f"search_spaces/{method}.yaml: missing: {method!r} has no search space") from error
         data = own
     fixed, space = dict(data.get("fixed") or {}), dict(data.get("space") or {})
-    for name, value in (overrides or {}).items():
+    overrides = dict(overrides or {})
+    enqueued = overrides.pop("enqueue", None)
+    if enqueued is not None:
+        if not isinstance(enqueued, list) or not all(isinstance(entry, dict) for entry in enqueued):
+            raise SpaceError(f"spaces.{method}.enqueue: must be a list of settings, each with its source")
+        data = data | {"enqueue": enqueued}
+    for name, value in overrides.items():
         where = f"spaces.{method}"
         (space if isinstance(value, dict) else fixed)[name] = value
         (fixed if isinstance(value, dict) else space).pop(name, None)
@@ -139,7 +146,8 @@ def load(method: str, overrides: dict[str, Any] | None = None, kind: str | None 
     parameters = tuple(_parameter(where, name, value) for name, value in space.items())
     points = []
     for entry in data.get("enqueue") or []:
-        values = {k: v for k, v in entry.items() if k not in ("source", "kind") and k not in (overrides or {})}
+        taken = () if enqueued is not None else overrides
+        values = {k: v for k, v in entry.items() if k not in ("source", "kind") and k not in taken}
         if kind is None or entry.get("kind", kind) == kind:
             points.append(Point(entry.get("source", ""), values, entry.get("kind")))
     result = Space(method, fixed, parameters, tuple(points))

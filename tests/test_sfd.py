@@ -292,12 +292,26 @@ def test_moving_average_is_what_is_kept(class_task, tmp_path):  # 17, 20
 def test_random_override(class_task, forget):  # 18
     goal = Goal("class", forget, None, tuple(range(6)))
     method = build(class_task, goal=goal, override="random", batch_size=3000)
-    c_o = method.pick(batch_for(method, class_task)["forget"], 1)
+    c_o = method.branches(batch_for(method, class_task))[1][3]
     counts = torch.bincount(c_o, minlength=6)
     assert counts[forget] == 0
     assert float(counts[counts > 0].min()) > 3000 / 5 * 0.85
     two = build(class_task, goal=Goal("class", 0, None, (0, 1)), override="random")  # 24
-    assert set(two.pick(batch_for(two, class_task)["forget"], 1).tolist()) == {1}
+    assert set(two.branches(batch_for(two, class_task))[1][3].tolist()) == {1}
+
+
+def test_prompts_are_replaced_within_their_template(class_task):
+    """Class c in template k has the tokens (c, k): what stands in keeps the template of what must go."""
+    prompts = tuple((c, (c, k)) for k in range(3) for c in range(4))
+    goal = Goal("concept", 2, 0, (0, 1, 2, 3), (2, 0), prompts)
+    method = build(class_task, goal=goal, batch_size=400)
+    _, (name, _, c_f, c_o, *_) = branches = method.branches(batch_for(method, class_task))
+    assert name == "forget_gap"
+    assert {tuple(c) for c in c_f.tolist()} == {(2, 0), (2, 1), (2, 2)}
+    assert torch.equal(c_o, torch.stack([torch.zeros_like(c_f[:, 0]), c_f[:, 1]], 1))
+    kept = branches[0][2]
+    assert {c for c, _ in kept.tolist()} == {0, 1, 3}
+    assert torch.equal(kept, branches[0][3])
 
 
 def test_override_must_differ(class_task):  # 24

@@ -181,8 +181,12 @@ class Pairs:
         x, cond = self.rows[split]
         return Rows(x, cond, torch.arange(len(x)) + seed % 1000, len(x))
 
-    def batch(self, draws, seed: int, step: int) -> Batch:
-        return {name: self.all_rows(name, seed + step) for name in draws}
+    def batch(self, draws, seed: int, step: int, rank: int = 0, world: int = 1) -> Batch:
+        def part(rows: Rows) -> Rows:
+            low, high = rank * rows.total // world, (rank + 1) * rows.total // world
+            return Rows(rows.x[low:high], rows.cond[low:high], rows.seeds[low:high], rows.total)
+
+        return {name: part(self.all_rows(name, seed + step)) for name in draws}
 
 
 WORDS = ("dot", "bar", "ring", "box")
@@ -224,7 +228,7 @@ def latent_task(seed: int = 0, model: LatentText | None = None) -> Task:
 
     seen, held = draw(6), draw(6)
     return Task(
-        name="tiny-latent", kind="concept", model=LATENT, recipe={"steps": 20}, family="text-ddpm", forget_class=2,
+        name="tiny-latent", kind="concept", model=LATENT, recipe={"steps": 20}, family="text-ddpm", forget_class=2, override_class=0,
         splits={"forget": part(seen, True), "retain": part(seen, False), "train": concat(part(seen, False), part(seen, True)),
                 "holdout": part(held, False), "forget_holdout": part(held, True), "judge_probe": draw(8),
                 "judge_audit": draw(8), "prompts_probe": prompts("a {}"), "prompts_audit": prompts("the small {}")},

@@ -90,13 +90,11 @@ def _strips(subject: Subject, count: int) -> Scores:
         seeds = subject.seeds("class samples", count)
         strips["strip.forgotten"] = subject.generate(cond, seeds)
     else:
-        x0, t = subject.task.splits["forget"].distinct().x[:1].expand(count, -1, -1, -1), subject.sizes["injection_t"]
-        seeds = subject.seeds("injection", count)
-        noise = subject.model.noise(seeds).cpu()
-        model = subject.model
-        noised = model.add_noise(model.encode(x0.to(noise)).to(model.device), noise.to(model.device), torch.tensor([t]))
+        model, seeds = subject.model, subject.seeds("injection", count)
+        strips["strip.rebuilt"], x0 = subject.rebuilt(subject.task.splits["forget"].distinct(), 0, seeds)
+        noise, t = model.noise(seeds), torch.tensor([subject.sizes["injection_t"]])
+        noised = model.add_noise(model.encode(x0.to(noise)), noise, t)
         strips["strip.noised"] = model.decode(noised).cpu()
-        strips["strip.rebuilt"] = subject.reconstruct(x0, seeds, t, subject.sizes["injection_steps"])
     return {name: images.float().numpy() for name, images in strips.items()}
 
 

@@ -7,7 +7,7 @@ gamma = sqrt(alphas), sigma = sqrt(1 - alphas), x_t = gamma x0 + sigma eps.
 A model is its weights and the way it is sampled. Usually that is DDIM; a method may leave another sampler, which is saved
 in `raysweep_sampler.json` beside the weights:
     {"kind": "one_step", "t": t}          a generator: x0 predicted once, from noise of step t
-    {"kind": "safe", "concept": c, ...}   DDIM that steers away from class c (see `methods.sld`)
+    {"kind": "safe", "concept": c, ...}   DDIM that steers away from class c, or from the prompt of tokens c (`methods.sld`)
 """
 
 from __future__ import annotations
@@ -314,7 +314,7 @@ class Diffusion(Handle, ABC):
         free = self.predict(x, t, null)
         if safe is None:
             return free + guidance * (output - free)
-        concept = self.predict(x, t, torch.full_like(cond, safe.hp["concept"]))
+        concept = self.predict(x, t, torch.as_tensor(safe.hp["concept"], device=cond.device).expand_as(cond))
         unit = 1.0 if self.prediction == "epsilon" else self.gamma_sigma(t)[0]  # v differs from epsilon by 1/gamma
         return safe(output, free, concept, guidance, unit)
 

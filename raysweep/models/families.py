@@ -32,10 +32,11 @@ def example(task: Any) -> Any:
 
 
 def build(task: Any, seed: int, frozen: str | Path | None = None) -> Any:
-    """A freshly initialised model of the architecture of a `Task`. frozen: folder of the trained autoencoder of a latent
+    """A model of the architecture of a `Task` to be trained: freshly initialised, or the weights that a task starts from. frozen: folder of the trained autoencoder of a latent
     model; None: a fresh one."""
     if task.base is not None:
-        return load(task.base).fresh(seed)
+        given = load(task.base)
+        return given.fresh(seed) if task.trained else given
     config: dict[str, Any] = task.model
     if task.family == LatentText.family:
         return LatentText.build(config, seed, None if frozen is None else Path(frozen))

@@ -57,8 +57,28 @@ class TextTask(_DigitsTask):
 
     name: Literal["digits-text"] = "digits-text"
     forget: Literal[WORDS + STYLES[1:]] = Field("three", description="a digit in words, or the style inverted")  # type: ignore[valid-type]
+    override: Literal[WORDS + STYLES[:1]] | None = Field(  # type: ignore[valid-type]
+        None, description="what stands in for it, for methods that relabel; null: eight (or three), or the style plain"
+    )
     images: int = Field(900, ge=100, le=1200, description="digits in the training set, each in both styles")
     base_steps: int = Field(500, ge=1, description="optimiser steps of the base model and of each oracle")
+
+    @model_validator(mode="after")
+    def _override_fits(self):
+        if self.override == self.forget or (self.override is not None and (self.override in STYLES) != self.by_style):
+            raise ValueError(f"override: {self.override!r} must be another {'style' if self.by_style else 'digit'}")
+        return self
+
+    @property
+    def by_style(self) -> bool:
+        """Whether a style must be forgotten."""
+        return self.forget in STYLES
+
+    @property
+    def stand_in(self) -> str:
+        """What stands in for what must be forgotten."""
+        usual = STYLES[0] if self.by_style else "eight" if self.forget != "eight" else "three"
+        return self.override or usual
 
     def build(self) -> Task:
         """Reads the data, writes captions and cuts the splits."""

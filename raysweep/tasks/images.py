@@ -11,6 +11,7 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,24 @@ if TYPE_CHECKING:
     import torch
 
     from raysweep.tasks.task import Split, Task
+
+CAPTIONED = ("text-ddpm", "clip")  # families whose conditions are captions
+# What the search minimises, by what is forgotten.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "points": {
+        "views": ("reconstruction.correlation", "denoising.forget_log_loss", "generation.rate"),
+        "quality": "fidelity.frechet",
+    },
+    "class": {
+        "views": ("classifier.recognised", "classifier.leak", "relearning.presence"),
+        "quality": "fidelity.frechet",
+    },
+    "clip": {
+        "views": ("contrast.recognised", "contrast.forget_similarity"),
+        "quality": "contrast.retain_loss",
+        "validity": "contrast.validity",
+    },
+}
 
 
 class Selection(BaseModel):
@@ -59,6 +78,10 @@ class ImagesTask(BaseModel):
         "points", description="forget these very images, the class they are of, or the concept that prompts ask for"
     )
     base: str = Field(description="the model that must forget: its folder, or its id on the Hugging Face hub")
+    trained: bool = Field(
+        True,
+        description="false: the folder holds weights from which the base, and each oracle, is trained by `base_steps`",
+    )
     revision: str | None = Field(
         None, description="commit of the model on the hub; without one it may change under you"
     )
@@ -77,6 +100,7 @@ class ImagesTask(BaseModel):
     steps: int = Field(50, ge=1, description="steps of the sampler")
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance of the sampler")
     base_steps: int = Field(0, ge=0, description="optimiser steps of each oracle; 0: oracles are given (oracle_models)")
+    recipe: dict[str, Any] = Field(default_factory=dict, description="other settings of their training (see `retrain`)")
     seed: int = Field(0, ge=0, description="seed of the samples of records")
     sensitive: bool = Field(True, description="blur pictures of what must be forgotten in the report until clicked")
 
@@ -84,6 +108,14 @@ class ImagesTask(BaseModel):
     def _class_needs_labels(self):
         if self.kind != "points" and len(self.forget.labels) != 1:
             raise ValueError(f"forget.labels: a {self.kind} is named by exactly one label")
+        from methods.retrain import RetrainSettings
+
+        unknown = sorted(set(self.recipe) - (set(RetrainSettings.model_fields) - {"steps", "split"}))
+        if unknown:
+            raise ValueError(f"recipe: {', '.join(unknown)}: not a setting of `retrain`")
+        RetrainSettings(**self.recipe)
+        if not self.trained and not self.base_steps:
+            raise ValueError("base_steps: how long are base and oracles to be trained?")
         if self.kind == "concept" and (self.search_prompts is None or self.audit_prompts is None):
             raise ValueError("search_prompts, audit_prompts: a concept needs both")
         if not Path(self.base).is_dir() and not is_hub_id(self.base):
@@ -169,95 +201,133 @@ def pixels(source: Any, shape: tuple[int, int, int], tally: Tally) -> Iterator[t
 
 def images_task(config: ImagesTask) -> Task:
     """Reads both sources once and builds the task; raises SourceError if something needed is not there."""
-    import torch
-
     from raysweep.models import families
-    from raysweep.tasks.task import PROMPTS, Split, Task, concat
+    from raysweep.tasks.task import Task, concat
 
     folder = located(config.base, config.revision)
     model = families.load(folder)
-    if config.kind == "concept" and model.family != "text-ddpm":
+    if config.kind == "concept" and model.family not in CAPTIONED:
         raise SourceError(f"kind: a concept is asked for by prompts, and {config.base} is a {model.family} model")
-    shape = model.image_shape
-    forget, retain = Sample(config.forget_images, config.seed, repeats=True), Sample(config.retain_images, config.seed)
-    _sort(config.train, shape, lambda r: forget if config.forget.holds(r) else retain)
-    held_out, of_kind = Sample(config.holdout_images, config.seed), Sample(config.holdout_images, config.seed)
+    if config.kind != "concept" and model.family == "clip":
+        raise SourceError(f"kind: a contrastive model forgets a concept, not {config.kind}")
+    samples = _samples(config, model.image_shape)
+    pictures = [p for sample in samples.values() for p in sample]
+    labels = Labels.of(config, pictures)
+    split = partial(_split, config, model, labels)
     by_class = config.kind != "points"
-    _sort(config.holdout, shape, lambda r: of_kind if by_class and config.forget.holds(r) else held_out)
-    for what, sample in (("forget", forget), ("retain", retain), ("holdout", held_out)):
-        if not sample.images():
-            raise SourceError(
-                f"{config.holdout if what == 'holdout' else config.train}: nothing is left for the {what} set"
-            )
-    captioned = model.family == "text-ddpm"
-    pictures = [*forget.images(), *retain.images(), *held_out.images(), *of_kind.images()]
-    found, second = _ordered(p.label for p in pictures), _ordered(p.other for p in pictures)
-    names = list(config.classes) or found
-    unknown = [name for name in found if name not in names]
-    if unknown:
-        raise SourceError(f"classes: the sources also have the labels {', '.join(unknown)}")
-    if by_class and config.override is not None and config.override not in names:
-        raise SourceError(f"override: {config.override!r} is not a label; there are: {', '.join(names)}")
-    if by_class and not of_kind.images():
-        raise SourceError(f"{config.holdout}: holds no image of {config.forget.labels[0]!r}, the forgotten class")
-
-    def others(labels: list[str | None]) -> torch.Tensor | None:
-        """Labels of the second domain, if every row has one that images have, too."""
-        known = [second.index(o) for o in labels if o in second]
-        return torch.tensor(known, dtype=torch.long) if second and len(known) == len(labels) else None
-
-    def split(pictures: list[Picked]) -> Split:
-        groups = torch.tensor([names.index(p.label) if p.label is not None else 0 for p in pictures])
-        cond = groups if config.kind == "class" else None
-        if captioned:
-            without = sum(p.caption is None for p in pictures)
-            if without:
-                raise SourceError(
-                    f"{config.train}: {without} of {len(pictures)} images have no caption, which the model needs"
-                )
-            cond = model.tokens([p.caption or "" for p in pictures])
-        return Split(torch.stack([p.x for p in pictures]), cond, groups, others([p.other for p in pictures]))
-
-    held = held_out.images()
-    kind_holdout, rest = (of_kind.images(), held) if by_class else (held[::2], held[1::2])
-    labelled = [*retain.images(), *(forget.images() if by_class else [])]
-    forgotten = names.index(config.forget.labels[0]) if by_class else None
-    parts = {"forget": split(forget.images()), "retain": split(retain.images())}
-    texts: dict[str, tuple[str, ...]] = {}
-    if config.kind == "concept":
-        for name, prompts in zip(PROMPTS, (config.search_prompts, config.audit_prompts), strict=True):
-            assert prompts is not None
-            rows = [row for row in prompts.rows() if row[1] in names]
-            groups = torch.tensor([names.index(label) for _, label, _ in rows], dtype=torch.long)
-            texts[name] = tuple(text for text, _, _ in rows)
-            tokens = model.tokens(list(texts[name]))
-            parts[name] = Split(torch.empty(len(rows), 0), tokens, groups, others([other for _, _, other in rows]))
+    held, of_kind = samples["holdout"], samples["of_kind"]
+    kind_holdout, rest = (of_kind, held) if by_class else (held[::2], held[1::2])
+    judged = [*samples["retain"], *(samples["forget"] if by_class else [])]
+    forget, retain = split(samples["forget"]), split(samples["retain"])
+    prompts, texts = _prompts(config, model, labels)
     return Task(
         name=config.name,
         kind=config.kind,
         model={},
-        recipe={"steps": max(1, config.base_steps)},
-        splits=parts
-        | {
-            "train": concat(parts["retain"], parts["forget"]),
+        recipe={**config.recipe, "steps": max(1, config.base_steps)},
+        splits={
+            "forget": forget,
+            "retain": retain,
+            "train": concat(retain, forget),
             "holdout": split(rest),
             "forget_holdout": split(kind_holdout),
-            "judge_probe": split(labelled[::2]),
-            "judge_audit": split(labelled[1::2]),
+            "judge_probe": split(judged[::2]),
+            "judge_audit": split(judged[1::2]),
+            **prompts,
         },
-        views=("classifier.recognised", "classifier.leak", "relearning.presence")
-        if by_class
-        else ("reconstruction.correlation", "denoising.forget_log_loss", "generation.rate"),
-        quality="fidelity.frechet",
-        sampling={"steps": config.steps, "guidance": config.guidance},
-        forget_class=forgotten,
-        override_class=None if config.override is None or not by_class else names.index(config.override),
+        **OBJECTIVES["clip" if model.family == "clip" else "points" if config.kind == "points" else "class"],
+        sampling={} if model.family == "clip" else {"steps": config.steps, "guidance": config.guidance},
+        forget_class=labels.own.index(config.forget.labels[0]) if by_class else None,
+        override_class=None if config.override is None or not by_class else labels.own.index(config.override),
         base=str(folder),
+        trained=config.trained,
         sensitive=config.sensitive,
         family=model.family,
-        class_names=tuple(names) if by_class else (),
+        class_names=labels.own if by_class else (),
         texts=texts,
     )
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of both domains, in the order of their numbers."""
+
+    own: tuple[str, ...]
+    other: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: ImagesTask, pictures: list[Picked]) -> Labels:
+        """Those of the configuration, else of the pictures; raises SourceError if the two do not fit."""
+        found = _ordered(p.label for p in pictures)
+        names = config.classes or found
+        unknown = [name for name in found if name not in names]
+        if unknown:
+            raise SourceError(f"classes: the sources also have the labels {', '.join(unknown)}")
+        if config.kind != "points" and config.override is not None and config.override not in names:
+            raise SourceError(f"override: {config.override!r} is not a label; there are: {', '.join(names)}")
+        return cls(names, _ordered(p.other for p in pictures))
+
+    def others(self, labels: list[str | None]) -> torch.Tensor | None:
+        """Numbers of labels of the second domain, if there are labels in every row, and such as images have, too."""
+        import torch
+
+        known = [self.other.index(o) for o in labels if o in self.other]
+        return torch.tensor(known, dtype=torch.long) if self.other and len(known) == len(labels) else None
+
+
+def _samples(config: ImagesTask, shape: tuple[int, int, int]) -> dict[str, list[Picked]]:
+    """The pictures that must go, those that stay, held-out ones, and (for a class) held-out ones of its kind."""
+    forget, retain = Sample(config.forget_images, config.seed, repeats=True), Sample(config.retain_images, config.seed)
+    held, of_kind = Sample(config.holdout_images, config.seed), Sample(config.holdout_images, config.seed)
+    by_class = config.kind != "points"
+    _sort(config.train, shape, lambda r: forget if config.forget.holds(r) else retain)
+    _sort(config.holdout, shape, lambda r: of_kind if by_class and config.forget.holds(r) else held)
+    found = {"forget": forget, "retain": retain, "holdout": held, "of_kind": of_kind}
+    for what, sample in found.items():
+        if not sample.images() and what != "of_kind":
+            raise SourceError(
+                f"{config.holdout if what == 'holdout' else config.train}: nothing is left for the {what} set"
+            )
+    if by_class and not of_kind.images():
+        raise SourceError(f"{config.holdout}: holds no image of {config.forget.labels[0]!r}, the forgotten class")
+    return {what: sample.images() for what, sample in found.items()}
+
+
+def _split(config: ImagesTask, model: Any, labels: Labels, pictures: list[Picked]) -> Split:
+    import torch
+
+    from raysweep.tasks.task import Split
+
+    groups = torch.tensor([labels.own.index(p.label) if p.label is not None else 0 for p in pictures])
+    cond = groups if config.kind == "class" else None
+    if model.family in CAPTIONED:
+        without = sum(p.caption is None for p in pictures)
+        if without:
+            raise SourceError(
+                f"{config.train}: {without} of {len(pictures)} images have no caption, which the model needs"
+            )
+        cond = model.tokens([p.caption or "" for p in pictures])
+    return Split(torch.stack([p.x for p in pictures]), cond, groups, labels.others([p.other for p in pictures]))
+
+
+def _prompts(config: ImagesTask, model: Any, labels: Labels) -> tuple[dict[str, Split], dict[str, tuple[str, ...]]]:
+    """The splits of prompts of a concept, and their texts."""
+    import torch
+
+    from raysweep.tasks.task import PROMPTS, Split
+
+    splits: dict[str, Split] = {}
+    texts: dict[str, tuple[str, ...]] = {}
+    if config.kind != "concept":
+        return splits, texts
+    for name, prompts in zip(PROMPTS, (config.search_prompts, config.audit_prompts), strict=True):
+        assert prompts is not None
+        rows = [row for row in prompts.rows() if row[1] in labels.own]
+        groups = torch.tensor([labels.own.index(label) for _, label, _ in rows], dtype=torch.long)
+        texts[name] = tuple(text for text, _, _ in rows)
+        others = labels.others([other for _, _, other in rows])
+        splits[name] = Split(torch.empty(len(rows), 0), model.tokens(list(texts[name])), groups, others)
+    return splits, texts
 
 
 def _sort(source: Any, shape: tuple[int, int, int], where: Any) -> None:
@@ -267,9 +337,7 @@ def _sort(source: Any, shape: tuple[int, int, int], where: Any) -> None:
     tally.check(source)
 
 
-def _ordered(labels: Iterable[str | None]) -> list[str]:
+def _ordered(labels: Iterable[str | None]) -> tuple[str, ...]:
     """All labels once, numbers in their order before words in theirs."""
-    return sorted(
-        {label for label in labels if label is not None},
-        key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name),
-    )
+    found = {label for label in labels if label is not None}
+    return tuple(sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))

@@ -26,7 +26,7 @@ HOLDOUT = 300
 CAPTIONS = {"plain": ("a digit {}", "the number {}"), "inverted": ("an inverted digit {}", "the inverted number {}")}
 UNSEEN = {"plain": ("the digit {}", "a number {}"), "inverted": ("the inverted digit {}", "an inverted number {}")}
 
-_UNET = {
+UNET = {
     "sample_size": 8,
     "in_channels": 1,
     "out_channels": 1,
@@ -40,7 +40,7 @@ _UNET = {
 CLIP_CAPTIONS = ("a photo of the digit {}", "the number {}", "a handwritten {}", "{}")
 CLIP_UNSEEN = ("a photo of the number {}", "the handwritten digit {}", "a handwritten number {}")
 
-_CLIP: dict[str, Any] = {
+CLIP: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 64,
         "vision_cfg": {"image_size": 8, "patch_size": 2, "width": 64, "layers": 2, "head_width": 16},
@@ -49,7 +49,7 @@ _CLIP: dict[str, Any] = {
     "preprocess_cfg": {"size": [8, 8], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     "fixed": ["token_embedding"],  # random words are as good as trained ones here, and take less time
 }
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "words": ["a", "an", "the", "digit", "number", "inverted", *WORDS],
     "token_scale": 10.0,
     "text_encoder": {
@@ -94,7 +94,7 @@ _TEXT: dict[str, Any] = {
         "steps_offset": 1,
     },
 }
-_SCHEDULER = {
+SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
@@ -114,7 +114,7 @@ def picture_task(config: PictureTask) -> Task:
     return Task(
         name=config.name,
         kind="points",
-        model={"unet": _UNET, "scheduler": _SCHEDULER, "null_label": None},
+        model={"unet": UNET, "scheduler": SCHEDULER, "null_label": None},
         recipe={"steps": config.base_steps},
         splits={
             "forget": forget,
@@ -151,7 +151,7 @@ def class_task(config: ClassTask) -> Task:
     return Task(
         name=config.name,
         kind="class",
-        model={"unet": _UNET | {"num_class_embeds": 11}, "scheduler": _SCHEDULER, "null_label": 10},
+        model={"unet": UNET | {"num_class_embeds": 11}, "scheduler": SCHEDULER, "null_label": 10},
         recipe={"steps": config.base_steps},
         splits=_cut([Split(digits[i], labels[i], labels[i]) for i in index], config.forget),
         views=("classifier.recognised", "classifier.leak", "relearning.presence"),
@@ -170,8 +170,8 @@ def text_task(config: TextTask) -> Task:
     digits, labels = _digits()
     large = F.interpolate(digits, size=16, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
     index = _stratified(labels, (config.images, HOLDOUT), config.seed)
-    by_style = config.forget in STYLES
-    tokenizer = tokenizer_of(tuple(_TEXT["words"]), _TEXT["text_encoder"]["max_position_embeddings"])
+    by_style, names = config.by_style, STYLES if config.by_style else WORDS
+    tokenizer = tokenizer_of(tuple(TEXT["words"]), TEXT["text_encoder"]["max_position_embeddings"])
 
     def tokens(prompts: list[str]) -> torch.Tensor:
         return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -191,11 +191,11 @@ def text_task(config: TextTask) -> Task:
         return split(torch.empty(len(asked), 0), list(texts), torch.tensor(digit), torch.tensor(style)), texts
 
     searched, audited = prompts(CAPTIONS), prompts(UNSEEN)
-    forget_class = (STYLES if by_style else WORDS).index(config.forget)
+    forget_class = names.index(config.forget)
     return Task(
         name=config.name,
         kind="concept",
-        model=_TEXT,
+        model=TEXT,
         recipe={"steps": config.base_steps, "batch_size": 48},
         splits=_cut([captioned(i) for i in index], forget_class)
         | {"prompts_probe": searched[0], "prompts_audit": audited[0]},
@@ -203,6 +203,7 @@ def text_task(config: TextTask) -> Task:
         quality="fidelity.frechet",
         sampling={"steps": 8, "guidance": 3.0},
         forget_class=forget_class,
+        override_class=names.index(config.stand_in),
         base=None if config.base is None else str(config.base),
         sensitive=False,
         family="text-ddpm",
@@ -216,7 +217,7 @@ def clip_task(config: ClipTask) -> Task:
     digits, labels = _digits()
     images = digits.expand(-1, 3, -1, -1).contiguous()
     train, holdout, *halves = _stratified(labels, (config.images, HOLDOUT), config.seed)
-    tokenizer = SimpleTokenizer(context_length=_CLIP["model_cfg"]["text_cfg"]["context_length"])
+    tokenizer = SimpleTokenizer(context_length=CLIP["model_cfg"]["text_cfg"]["context_length"])
     forget_class = WORDS.index(config.forget)
 
     def captioned(index: np.ndarray) -> Split:
@@ -233,7 +234,7 @@ def clip_task(config: ClipTask) -> Task:
     return Task(
         name=config.name,
         kind="concept",
-        model=_CLIP,
+        model=CLIP,
         recipe={"steps": config.base_steps, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.05},
         splits=_cut([captioned(i) for i in index], forget_class)
         | {"prompts_probe": searched[0], "prompts_audit": audited[0]},

@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from raysweep import unpickle
+
 if TYPE_CHECKING:
     from PIL import Image
 
 MOST_BAD = 0.05  # share of unreadable records above which a source is refused
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BATCH_ROWS = 64
+LISTS = ("train_list", "test_list", "meta", "file_list")  # where torchvision's datasets name their files and hashes
+MD5 = re.compile(r"[0-9a-f]{32}")
 URL = re.compile(r"(https?|s3|gs)://[\w./+=%~,:{}-]+")
 TORCHVISION = {
     "CIFAR10": "cifar-10-batches-py", "STL10": "stl10_binary", "MNIST": "MNIST", "FashionMNIST": "FashionMNIST",
@@ -74,9 +78,19 @@ class Tally:
 class _Source(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    only: tuple[str, ...] = Field((), description="records with these labels alone; empty: all")
+    keys: tuple[str, ...] = Field((), description="records of these names alone; empty: all")
+    repeat: int = Field(1, ge=1, description="how often each record counts, as a duplicate in training data does")
+
     @abstractmethod
-    def records(self, tally: Tally) -> Iterator[Record]:
+    def _all(self, tally: Tally) -> Iterator[Record]:
         """All records, in an order that depends on the data alone."""
+
+    def records(self, tally: Tally) -> Iterator[Record]:
+        """The records that are wanted, in an order that depends on the data alone."""
+        for record in self._all(tally):
+            if (not self.only or record.label in self.only) and (not self.keys or record.key in self.keys):
+                yield from [record] * self.repeat
 
 
 class FolderSource(_Source):
@@ -93,7 +107,7 @@ class FolderSource(_Source):
     def __str__(self) -> str:
         return str(self.folder)
 
-    def records(self, tally: Tally) -> Iterator[Record]:
+    def _all(self, tally: Tally) -> Iterator[Record]:
         if not self.folder.is_dir():
             raise SourceError(f"{self.folder}: no such folder")
         captions = _metadata(self.folder / "metadata.jsonl")
@@ -122,7 +136,7 @@ class ParquetSource(_Source):
     def __str__(self) -> str:
         return self.parquet
 
-    def records(self, tally: Tally) -> Iterator[Record]:
+    def _all(self, tally: Tally) -> Iterator[Record]:
         import pyarrow as pa
         import pyarrow.dataset as ds
 
@@ -171,7 +185,7 @@ class ShardSource(_Source):
     def __str__(self) -> str:
         return self.shards
 
-    def records(self, tally: Tally) -> Iterator[Record]:
+    def _all(self, tally: Tally) -> Iterator[Record]:
         import webdataset
         from braceexpand import braceexpand
 
@@ -203,14 +217,25 @@ class TorchvisionSource(_Source):
     torchvision: Literal["CIFAR10", "STL10", "MNIST", "FashionMNIST", "CelebA"] = Field(description="the dataset")
     root: Path = Field(description="torchvision's root folder")
     split: Literal["train", "test"] = Field("train", description="which part")
+    checksums: bool = Field(
+        True, description="false: a part of the dataset in its own format, which has other checksums"
+    )
 
     def __str__(self) -> str:
         return f"{self.torchvision} ({self.split}) in {self.root}"
 
-    def records(self, tally: Tally) -> Iterator[Record]:
+    def _all(self, tally: Tally) -> Iterator[Record]:
         import torchvision.datasets as datasets
 
         cls = getattr(datasets, self.torchvision)
+        if not self.checksums:
+            lists = {name: _without_hashes(getattr(cls, name)) for name in LISTS if hasattr(cls, name)}
+            cls = type(self.torchvision, (cls,), lists)
+            for path in (self.root / TORCHVISION[self.torchvision]).glob("*batch*"):  # which torchvision unpickles
+                try:
+                    unpickle.check(path)
+                except unpickle.Unsafe as error:
+                    raise SourceError(str(error)) from error
         how: dict[str, Any] = {"train": self.split == "train"}
         if self.torchvision in ("STL10", "CelebA"):
             how = {"split": self.split}
@@ -231,7 +256,31 @@ class TorchvisionSource(_Source):
             yield Record(str(i), partial(_given, image), label)
 
 
-Source = FolderSource | ParquetSource | ShardSource | TorchvisionSource
+class MixedSource(_Source):
+    """Several sources, one after the other."""
+
+    mix: tuple[FolderSource | ParquetSource | ShardSource | TorchvisionSource, ...] = Field(
+        min_length=1, description="the sources"
+    )
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.mix))
+
+    def _all(self, tally: Tally) -> Iterator[Record]:
+        for source in self.mix:
+            yield from source.records(tally)
+
+
+Source = FolderSource | ParquetSource | ShardSource | TorchvisionSource | MixedSource
+
+
+def _without_hashes(files: Any) -> Any:
+    """torchvision's lists of files with None for each MD5, which it then does not check."""
+    if isinstance(files, dict):
+        return {k: _without_hashes(v) for k, v in files.items()}
+    if isinstance(files, list | tuple):
+        return type(files)(_without_hashes(v) for v in files)
+    return None if isinstance(files, str) and MD5.fullmatch(files) else files
 
 
 def _decode(content: bytes) -> Image.Image:

@@ -27,7 +27,7 @@ from raysweep.store import StoreError
 
 _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",
-    "family", "class_names", "texts", "validity",
+    "family", "class_names", "texts", "validity", "trained",
 )  # fmt: skip
 
 
@@ -91,7 +91,8 @@ class Task:
     of what a model gives that is good for anything.
     class_names: what the labels 0, 1, ... are called, for networks that know words; empty where there are no names.
     texts: the prompts of each split of prompts in words.
-    base: folder of the model to unlearn, if the user has one; `model` and `recipe` say how it is made here otherwise.
+    base: folder of the model to unlearn, if the user has one; `model` and `recipe` say how it is made here otherwise. Unless
+    `trained`, the folder holds the weights from which base and oracles are yet to be trained.
     sensitive: pictures of what must be forgotten are blurred in the report until clicked.
     """
 
@@ -111,6 +112,7 @@ class Task:
     class_names: tuple[str, ...] = ()
     validity: str = "classifier.validity"
     texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    trained: bool = True
 
     def __post_init__(self) -> None:
         for name in ("forget", "retain"):
@@ -139,11 +141,18 @@ class Task:
         """What methods may know without the images; the classes are those of the training labels."""
         if self.kind == "concept":
             prompts = self.splits[PROMPTS[0]]
-            first = prompts.groups.tolist().index(self.forget_class)
-            return Goal("concept", concept=tuple(prompts.cond[first].tolist()))  # type: ignore[index]
+            asked = list(zip(prompts.groups.tolist(), map(tuple, prompts.cond.tolist()), strict=True))  # type: ignore[union-attr]
+            first = next(tokens for group, tokens in asked if group == self.forget_class)
+            every = tuple(dict.fromkeys(sorted(group for group, _ in asked)))
+            return Goal("concept", self.forget_class, self.override_class, every, first, tuple(asked))
         cond = self.splits["train"].cond
-        classes = () if cond is None else tuple(torch.unique(cond).tolist())
+        classes = () if cond is None or self.kind != "class" else tuple(torch.unique(cond).tolist())
         return Goal(self.kind, self.forget_class, self.override_class, classes)
+
+    @property
+    def given(self) -> str | None:
+        """Folder of the very model that must forget, if there is one already."""
+        return self.base if self.trained else None
 
     @property
     def thing(self) -> str:

@@ -1,0 +1,240 @@
+"""Miniatures: tiny models and datasets in the formats of the real ones, so that an experiment runs before its files are there.
+
+Models have random weights (but for the autoencoder of a pipeline) and the layout that their own library writes; datasets show
+scikit-learn's scans of digits, each digit standing in for a class, in the layout that their own library reads.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import pickle
+import struct
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from raysweep.artifacts import cache_folder, code_digest
+from raysweep.store import digest_of, write_folder
+
+TINTS = {"plain": (1.0, 1.0, 1.0), "inverted": (-1.0, -1.0, -1.0), "red": (1.0, 0.2, 0.2), "blue": (0.2, 0.4, 1.0)}
+Picture = tuple[Image.Image, int, str]  # image, digit, style
+
+
+def made(spec: dict[str, Any], cache: Path | None) -> Path:
+    """The folder that holds what `spec` asks for: name -> {maker: its arguments}. Made once, found again in the cache."""
+    code = code_digest("raysweep/miniature.py", "raysweep/tasks/scans.py", "raysweep/models/*.py")
+    folder = cache_folder(cache) / "miniatures" / digest_of(spec, code)
+    if not folder.is_dir():
+
+        def fill(out: Path) -> None:
+            for name, how in spec.items():
+                ((maker, arguments),) = how.items()
+                MAKERS[maker](out / name, **(arguments or {}))
+
+        write_folder(folder, fill)
+    return folder
+
+
+def pictures(
+    size: int, images: int, styles: Sequence[str] = ("plain",), digits: Sequence[int] = tuple(range(10)), skip: int = 0
+) -> list[Picture]:
+    """`images` colour pictures of each digit in each style, size x size; `skip`: so many scans of each digit are passed over."""
+    x, labels = _scans()
+    found = []
+    for style in styles:
+        for digit in digits:
+            rows = np.flatnonzero(labels == digit)[skip : skip + images]
+            if len(rows) < images:
+                raise ValueError(f"there are only {int((labels == digit).sum())} scans of the digit {digit}")
+            found += [(_tinted(x[row], style, size), digit, style) for row in rows]
+    return found
+
+
+@lru_cache(maxsize=1)
+def _scans() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return data.images.astype(np.float32) / 8 - 1, data.target
+
+
+def _tinted(scan: np.ndarray, style: str, size: int) -> Image.Image:
+    """A scan (8, 8) in [-1, 1] as a colour picture."""
+    pixels = np.stack([scan * tint for tint in TINTS[style]], -1)
+    image = Image.fromarray(np.uint8(np.round((pixels + 1) * 127.5)))
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def ddpm(out: Path, channels: int = 3, classes: int = 0, null: bool = True) -> None:
+    """A `DDPMPipeline` folder of 8x8 images; classes: how many labels, besides the one that stands for none."""
+    from raysweep.models.pixel import PixelDDPM
+
+    PixelDDPM.build(_unet_config(channels, classes + 1 if classes else 0), 0).save(out)
+
+
+def edm(out: Path, channels: int = 3, classes: int = 10) -> None:
+    """A class-conditional EDM of 8x8 images, without a label that stands for none, as the published one."""
+    from raysweep.models.edm import EDM
+
+    EDM.build({"unet": _unet_config(channels, classes)["unet"]}, 0).save(out)
+
+
+def _unet_config(channels: int, classes: int) -> dict[str, Any]:
+    from raysweep.tasks.scans import SCHEDULER, UNET
+
+    unet = UNET | {"in_channels": channels, "out_channels": channels}
+    if classes:
+        unet["num_class_embeds"] = classes
+    return {"unet": unet, "scheduler": SCHEDULER, "null_label": classes - 1 if classes else None}
+
+
+def stable_diffusion(out: Path, words: Sequence[str], styles: Sequence[str] = ("plain",), steps: int = 250) -> None:
+    """A `StableDiffusionPipeline` folder of 16x16 images whose tokenizer knows `words`; its autoencoder is trained."""
+    from raysweep.models.autoencoder import train_autoencoder
+    from raysweep.models.latent import LatentText
+    from raysweep.tasks.scans import TEXT
+
+    rows = [image for image, _, _ in pictures(16, 60, styles)]
+    x = torch.from_numpy(np.stack([np.asarray(image) for image in rows])).permute(0, 3, 1, 2) / 127.5 - 1
+    vae = train_autoencoder(x.contiguous(), TEXT["vae"], 0, steps=steps)
+    vae.save_pretrained(out / "vae", safe_serialization=True)
+    text = TEXT["text_encoder"] | {"max_position_embeddings": 16}
+    LatentText.build(TEXT | {"words": list(words), "text_encoder": text}, 0, out / "vae").save(out)
+
+
+def clip(out: Path) -> None:
+    """An open_clip folder of 8x8 images."""
+    from raysweep.models.clip import Contrastive
+    from raysweep.tasks.scans import CLIP
+
+    Contrastive.build(CLIP, 0).save(out)
+
+
+def idx(
+    out: Path, name: str = "MNIST", images: int = 60, digits: Sequence[int] = tuple(range(10)), style: str = "plain"
+) -> None:
+    """MNIST's or Fashion-MNIST's files; the test part holds other scans than the training part."""
+    folder = out / name / "raw"
+    folder.mkdir(parents=True)
+    for part, skip in (("train", 0), ("t10k", images)):
+        rows = pictures(28, images if part == "train" else 40, (style,), digits, skip)
+        pixels = np.stack([np.asarray(image.convert("L")) for image, _, _ in rows])
+        labels = bytes(digit for _, digit, _ in rows)
+        head = struct.pack(">IIII", 2051, len(rows), 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, len(rows)) + labels)
+
+
+def cifar10(out: Path, images: int = 60) -> None:
+    """CIFAR-10's Python batches."""
+    folder = out / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    train, test = pictures(32, images), pictures(32, 40, skip=images)
+    parts = {f"data_batch_{i + 1}": train[i::5] for i in range(5)} | {"test_batch": test}
+    for name, rows in parts.items():
+        data = np.stack([np.asarray(image).transpose(2, 0, 1).ravel() for image, _, _ in rows])
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [digit for _, digit, _ in rows]}, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10)}, protocol=2))
+
+
+def stl10(out: Path, images: int = 60) -> None:
+    """STL-10's binary files."""
+    folder = out / "stl10_binary"
+    folder.mkdir(parents=True)
+    for part, rows in (("train", pictures(96, images)), ("test", pictures(96, 40, skip=images))):
+        data = np.stack([np.asarray(image).transpose(2, 1, 0) for image, _, _ in rows])
+        (folder / f"{part}_X.bin").write_bytes(data.tobytes())
+        (folder / f"{part}_y.bin").write_bytes(bytes(digit + 1 for _, digit, _ in rows))
+    (folder / "unlabeled_X.bin").write_bytes(b"")
+    (folder / "class_names.txt").write_text("\n".join(STL10) + "\n")
+
+
+def celeba(out: Path, images: int = 40) -> None:
+    """CelebA's aligned images with their lists; digits are identities."""
+    folder = out / "celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    rows = [(r, "0") for r in pictures(32, images)] + [(r, "2") for r in pictures(32, 20, skip=images)]
+    lists: dict[str, list[list[str]]] = {n: [] for n in ("identity_CelebA", "list_eval_partition", "list_attr_celeba",
+                                                         "list_bbox_celeba", "list_landmarks_align_celeba")}  # fmt: skip
+    for number, ((image, digit, _), part) in enumerate(rows, 1):
+        name = f"{number:06}.jpg"
+        image.save(folder / "img_align_celeba" / name, quality=95)
+        for key, row in zip(lists, ([str(digit)], [part], ["1"], ["0"] * 4, ["0"] * 10), strict=True):
+            lists[key].append([name, *row])
+    heads = {"list_attr_celeba": "Smiling", "list_bbox_celeba": "image_id x_1 y_1 width height",
+             "list_landmarks_align_celeba": "lefteye_x"}  # fmt: skip
+    for key, table in lists.items():
+        head = f"{len(table)}\n{heads[key]}\n" if key in heads else ""
+        (folder / f"{key}.txt").write_text(head + "".join(" ".join(row) + "\n" for row in table))
+
+
+def files(out: Path, images: int = 60, size: int = 32, skip: int = 0, digits: Sequence[int] = tuple(range(10))) -> None:
+    """A flat folder of numbered JPEG files, as CelebA-HQ is published."""
+    out.mkdir(parents=True)
+    for number, (image, _, _) in enumerate(pictures(size, images, digits=digits, skip=skip)):
+        image.save(out / f"{number}.jpg", quality=95)
+
+
+def tree(
+    out: Path,
+    names: Sequence[str],
+    styles: Sequence[str] = (),
+    images: int = 20,
+    size: int = 32,
+    skip: int = 0,
+    caption: str = "",
+    look: str = "plain",
+) -> None:
+    """Folders of JPEG files by class, or by style and class (UnlearnCanvas); `caption`: a template with {name} and {style}.
+    look: how they are tinted where there are no styles."""
+    looks = dict(zip(styles, TINTS, strict=False)) or {"": look}
+    for style, look in looks.items():
+        for number, (image, digit, _) in enumerate(pictures(size, images, (look,), range(len(names)), skip)):
+            folder = out / style / names[digit]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{number % images + 1}.jpg", quality=95)
+            if caption:
+                text = caption.format(name=names[digit].replace("_", " "), style=style.replace("_", " "))
+                (folder / f"{number % images + 1}.txt").write_text(text)
+
+
+def shards(
+    out: Path,
+    names: Sequence[str],
+    captions: Sequence[str] = ("a photo of {name}",),
+    images: int = 40,
+    size: int = 32,
+    skip: int = 0,
+    number: int = 2,
+) -> None:
+    """Tar shards as img2dataset writes them, with a `cls` beside image and caption."""
+    import webdataset
+
+    out.mkdir(parents=True)
+    rows = pictures(size, images, digits=range(len(names)), skip=skip)
+    for shard in range(number):
+        with webdataset.TarWriter(str(out / f"{shard:05}.tar")) as tar:
+            for i, (image, digit, _) in list(enumerate(rows))[shard::number]:
+                content = io.BytesIO()
+                image.save(content, "JPEG", quality=95)
+                text = captions[i % len(captions)].format(name=names[digit])
+                tar.write({"__key__": f"{i:09}", "jpg": content.getvalue(), "txt": text, "cls": names[digit]})
+
+
+def table(out: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A CSV file of prompts."""
+    with out.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+MAKERS: dict[str, Callable[..., None]] = {
+    f.__name__: f for f in (ddpm, edm, stable_diffusion, clip, idx, cifar10, stl10, celeba, files, tree, shards, table)
+}
