@@ -72,6 +72,7 @@ class PromptGrid(_Prompts):
     template: str = Field(description="text with slots in braces, for example: a {mood} painting of {subject}")
     slots: dict[str, tuple[str, ...]] = Field(description="slot -> its levels")
     label: str = Field(description="the slot whose level is the class")
+    classes: dict[str, str] = Field(default_factory=dict, description="level -> class, where it is not the level itself")
     other: str | None = Field(None, description="the slot whose level is the label of a second domain")
 
     @model_validator(mode="after")
@@ -83,6 +84,9 @@ class PromptGrid(_Prompts):
         for name in filter(None, (self.label, self.other)):
             if name not in self.slots:
                 raise ValueError(f"{name!r} is not a slot; there are: {', '.join(self.slots)}")
+        unknown = sorted(set(self.classes) - set(self.slots[self.label]))
+        if unknown:
+            raise ValueError(f"classes: {', '.join(unknown)}: not a level of {self.label!r}")
         if not all(self.slots.values()):
             raise ValueError("slots: a slot has no level")
         return self
@@ -93,7 +97,8 @@ class PromptGrid(_Prompts):
         for levels in itertools.product(*self.slots.values()):
             at = dict(zip(names, levels, strict=True))
             other = None if self.other is None else at[self.other]
-            found[(self.template.format(**at), at[self.label], other)] = None
+            own = self.classes.get(at[self.label], at[self.label])
+            found[(self.template.format(**at), own, other)] = None
         return list(found)
 
 

@@ -12,7 +12,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,6 +80,10 @@ class _Source(BaseModel, ABC):
 
     only: tuple[str, ...] = Field((), description="records with these labels alone; empty: all")
     keys: tuple[str, ...] = Field((), description="records of these names alone; empty: all")
+    labelled: str | None = Field(None, description="label of all its records")
+    captioned: str | None = Field(
+        None, description="caption of all its records, with {label} and {other}, for example: a photo of {label}"
+    )
     repeat: int = Field(1, ge=1, description="how often each record counts, as a duplicate in training data does")
 
     @abstractmethod
@@ -89,8 +93,22 @@ class _Source(BaseModel, ABC):
     def records(self, tally: Tally) -> Iterator[Record]:
         """The records that are wanted, in an order that depends on the data alone."""
         for record in self._all(tally):
+            if self.labelled is not None:
+                record = replace(record, label=self.labelled)
+            if self.captioned is not None:
+                record = replace(record, caption=self.captioned.format(label=record.label, other=record.other))
             if (not self.only or record.label in self.only) and (not self.keys or record.key in self.keys):
                 yield from [record] * self.repeat
+
+    @field_validator("captioned")
+    @classmethod
+    def _known_fields(cls, template: str | None) -> str | None:
+        if template is not None:
+            try:
+                template.format(label="", other="")
+            except (KeyError, IndexError, ValueError) as error:
+                raise ValueError("may hold {label} and {other} in braces, and nothing else") from error
+        return template
 
 
 class FolderSource(_Source):
