@@ -183,6 +183,8 @@ class Method(ABC):
         needs: splits of the task that it reads; empty for a method that needs no data.
         families, kinds: the models and the tasks that it can serve.
         forwards_per_step: cost of a step in forward passes of one batch, a backward pass counting as two.
+        copies: how many numbers a step holds at once per trained weight (weights, gradients, moments, and so on).
+        tape: of how many forward passes of a batch it holds the activations at once.
         prepared_by: hyperparameters that `prepare` reads; every other one leaves the prepared tensors as they are.
 
     Args:
@@ -198,6 +200,8 @@ class Method(ABC):
     families: ClassVar[frozenset[str]] = DIFFUSION
     kinds: ClassVar[frozenset[str]] = frozenset({"points", "class", "concept"})
     forwards_per_step: ClassVar[float]
+    copies: ClassVar[float] = 6
+    tape: ClassVar[float] = 1
     prepared_by: ClassVar[tuple[str, ...]] = ()
     Hyperparameters: ClassVar[type[BaseModel]]
 

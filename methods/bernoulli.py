@@ -31,6 +31,7 @@ class Bernoulli(SubtractedScores):
     name = "bernoulli"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, Bernoulli ablation"
     forwards_per_step = 5
+    tape = 1.2  # its graph stays for the second backward pass
     Hyperparameters = BernoulliSettings
     hp: BernoulliSettings
 

@@ -57,6 +57,7 @@ class EraseDiff(Descent):
     source = "Wu et al., arXiv:2401.05779"
     needs = frozenset({"forget", "retain"})
     forwards_per_step = 15  # two inner steps of 4, an outer one of 7
+    copies = 9
     Hyperparameters = EraseDiffSettings
     hp: EraseDiffSettings
 

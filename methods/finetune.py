@@ -34,6 +34,7 @@ class Finetune(Descent):
     needs = frozenset({"retain"})
     families = DIFFUSION | {CONTRASTIVE}
     forwards_per_step = 3
+    copies = 5
     Hyperparameters = FinetuneSettings
 
     def draws(self) -> dict[str, Draw]:

@@ -36,6 +36,7 @@ class NegGrad(Descent):
     needs = frozenset({"forget"})
     families = DIFFUSION | {CONTRASTIVE}
     forwards_per_step = 3
+    copies = 5
     Hyperparameters = NegGradSettings
     hp: NegGradSettings
 

@@ -59,6 +59,8 @@ class SalUn(Descent):
     families = DIFFUSION
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 7
+    copies = 8
+    tape = 2
     passes = 8  # draws of noise and timestep per forget row when the saliency is summed
     Hyperparameters = SalUnSettings
     hp: SalUnSettings

@@ -67,6 +67,8 @@ class SelectiveAmnesia(Descent):
     families = DIFFUSION
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 6
+    copies = 11
+    tape = 2
     prepared_by = ("replay_per_class", "fisher_per_class", "fisher_timesteps", "sampler_steps", "guidance")
     Hyperparameters = SelectiveAmnesiaSettings
     hp: SelectiveAmnesiaSettings

@@ -80,6 +80,8 @@ class SFD(Method):
     families = DIFFUSION
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 22  # per branch: 4 for the fake score (1 + 3), 7 for the generator (3 + 2 + 2)
+    copies = 12
+    tape = 5.5
     Hyperparameters = SFDSettings
     hp: SFDSettings
 

@@ -45,6 +45,7 @@ class SFDTwoStage(SFD):
 
     name = "sfd_two_stage"
     source = "Chen, Zhang, Zhou, ICLR 2025, arXiv:2409.11219, two stages"
+    copies = 14
     prepared_by = (
         "stage1_steps", "stage1_lr", "stage1_lr_fake", "stage1_ema", "stage1_batch_size", "sigma_init", "t_min", "t_max",
         "cond_scale",

@@ -116,6 +116,7 @@ class SISS(SubtractedScores):
     name = "siss"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, SISS"
     forwards_per_step = 5  # one forward pass and two backward passes; two forward passes under two conditions
+    tape = 1.2  # its graph stays for the second backward pass
     Hyperparameters = SISSSettings
     hp: SISSSettings
 

@@ -22,6 +22,7 @@ class SISSNoIS(SubtractedScores):
     name = "siss_no_is"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, SISS (No IS)"
     forwards_per_step = 6
+    tape = 2
     Hyperparameters = SubtractSettings
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:

@@ -42,6 +42,8 @@ class SLD(Method):
     families = frozenset({"pixel-ddpm", "text-ddpm"})
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 0
+    copies = 1
+    tape = 0
     Hyperparameters = SLDSettings
     hp: SLDSettings
 

@@ -66,6 +66,8 @@ class SLUG(Method):
     families = DIFFUSION | {CONTRASTIVE}
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 0  # two gradient passes in all, shared by every trial
+    copies = 3
+    tape = 0
     prepared_by = ("batch_size", "passes")
     Hyperparameters = SLUGSettings
     hp: SLUGSettings

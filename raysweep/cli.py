@@ -53,7 +53,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _config(path: str | None, overrides: tuple[str, ...]) -> Any:
+def _config(path: str | None, overrides: tuple[str, ...], absent: bool = False) -> Any:
     from raysweep import presets
     from raysweep.config import load
 
@@ -61,7 +61,7 @@ def _config(path: str | None, overrides: tuple[str, ...]) -> Any:
         overrides, path = (path, *overrides), None
     if path in presets.names() and not Path(path).exists():
         path = str(presets.path_of(path))
-    return load(None if path is None else Path(path), overrides)
+    return load(None if path is None else Path(path), overrides, absent)
 
 
 def _run_dir(path: str) -> Any:
@@ -89,7 +89,7 @@ def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
 
     Exit codes: 0 ok, 1 failed, 2 bad input, 3 finished but some checks failed or are missing, 130 interrupted.
     """
-    sweep = _config(config, overrides)
+    sweep = _config(config, overrides, absent=dry_run)
     if dry_run:
         return _dry_run(sweep)
     from raysweep.display import Display
@@ -149,6 +149,8 @@ def _nodes(sweep: Any) -> list[Any]:
 
 
 def _dry_run(sweep: Any) -> int:
+    if sweep.scale == "paper":
+        return _dry_run_of_preset(sweep)
     from raysweep.fit import resolve_sweep
     from raysweep.plan import describe
     from raysweep.resources import make_plan
@@ -160,6 +162,16 @@ def _dry_run(sweep: Any) -> int:
     plan = make_plan(_nodes(sweep), sweep)
     for kind, text in describe(sweep, task, spaces, plan):
         click.echo(f"{kind:<9} {text}")
+    click.echo("nothing was started")
+    return OK
+
+
+def _dry_run_of_preset(sweep: Any) -> int:
+    from raysweep import forecast, presets
+
+    for kind, text in forecast.describe(sweep, presets.about(sweep.preset)):
+        click.echo(f"{kind:<9} {text}")
+    _warn(sweep)
     click.echo("nothing was started")
     return OK
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from raysweep import presets
 from raysweep.registry import ATTACKS, BY_WEIGHTS, METHODS, TASKS, THOROUGH, names, resolve, suggest
@@ -76,9 +76,9 @@ class Tier(_Model):
         return value
 
     @model_validator(mode="after")
-    def _enough_units(self):
+    def _enough_units(self, info: ValidationInfo):
         for brought, path in self.weights.items():
-            if not path.exists():
+            if not path.exists() and not (info.context or {}).get("absent"):
                 raise ValueError(f"weights.{brought}: {path} does not exist")
         for name in self.checks or ():
             if BY_WEIGHTS.get(name, name) not in (name, *self.weights):
@@ -289,8 +289,10 @@ class Sweep(_Model):
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load(path: Path | None, overrides: tuple[str, ...] = ()) -> Sweep:
+def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = False) -> Sweep:
     """Reads a sweep from YAML (None: the embedded default) and applies overrides such as `search.trials=12`.
+
+    absent: models and weights that it names need not be there yet.
 
     Raises:
         ConfigError: one message for every mistake, with file, key and line.
@@ -311,7 +313,7 @@ def load(path: Path | None, overrides: tuple[str, ...] = ()) -> Sweep:
         raise ConfigError(f"{where}: must be a mapping of keys, not {type(data).__name__}")
     _scale(data, overrides, where, text)
     set_by_hand = [_override(data, item) for item in overrides]
-    return validate(data, where, text, set_by_hand)
+    return validate(data, where, text, set_by_hand, absent)
 
 
 def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: str) -> None:
@@ -338,7 +340,9 @@ def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: s
         raise ConfigError("\n".join(_explain(e, where, lines, []) for e in error.errors())) from error
 
 
-def validate(data: dict[str, Any], where: str, text: str = "", set_by_hand: list[str] | None = None) -> Sweep:
+def validate(
+    data: dict[str, Any], where: str, text: str = "", set_by_hand: list[str] | None = None, absent: bool = False
+) -> Sweep:
     """Builds a `Sweep` from plain data; `text` is the YAML source that line numbers are looked up in."""
     data = json.loads(json.dumps(data, default=str))
     if isinstance(data.get("task"), str):
@@ -354,7 +358,7 @@ def validate(data: dict[str, Any], where: str, text: str = "", set_by_hand: list
         if isinstance(audit, dict) and isinstance(audit.get(tier), dict):
             audit[tier] = default.model_dump(mode="json") | audit[tier]
     try:
-        return Sweep.model_validate(data)
+        return Sweep.model_validate(data, context={"absent": absent})
     except ValidationError as error:
         lines = _line_numbers(text)
         raise ConfigError("\n".join(_explain(e, where, lines, set_by_hand or []) for e in error.errors())) from error

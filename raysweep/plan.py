@@ -46,7 +46,7 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     torch.set_num_threads(1)
     found = cached(sweep, task, RunDir.of(sweep))
     inputs = encoded(task, families.example(task))
-    steps = {s.method: _time_steps(s.method, _typical(s), inputs) for s in spaces}
+    steps = {s.method: _time_steps(s.method, typical(s), inputs) for s in spaces}
     retrain = _time_steps("retrain", task.recipe, inputs)
     judge = Judge(task.splits["judge_probe"].x.shape[1], int(task.splits["judge_probe"].groups.max()) + 1)
     probe_s, audit_s = (
@@ -56,7 +56,7 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     missing = [name for name, there in found.items() if not there and not name.startswith("judge")]
     prepare = retrain * task.recipe["steps"] * len(missing)
     trials = sweep.search.trials // len(spaces)
-    train = sum(trials * steps[s.method] * _typical(s).get("steps", 1) for s in spaces)
+    train = sum(trials * steps[s.method] * typical(s).get("steps", 1) for s in spaces)
     search = train + sweep.search.trials * probe_s
     audited = sweep.audit.top + sweep.oracles + 2
     audit = audited * audit_s + (sweep.oracles + 2) * probe_s
@@ -110,7 +110,7 @@ def describe(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> list[
     ]  # fmt: skip
 
 
-def _typical(space: Space) -> dict[str, Any]:
+def typical(space: Space) -> dict[str, Any]:
     """Settings in the middle of a space: the first enqueued point, else the geometric middle of steps."""
     values = dict(space.fixed)
     for p in space.parameters:

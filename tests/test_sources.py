@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import struct
 import tarfile
 from pathlib import Path
 
@@ -19,12 +18,15 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from tiny import LATENT, tiny_config
 
+from raysweep import miniature
+from raysweep.models import families
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.images import ImagesTask, Sample, pixels
 from raysweep.tasks.prompts import PromptError, PromptFile, PromptGrid
 from raysweep.tasks.sources import (
     FolderSource,
+    MixedSource,
     ParquetSource,
     ShardSource,
     Source,
@@ -97,16 +99,6 @@ def write_cifar(root: Path) -> TorchvisionSource:
     return TorchvisionSource(torchvision="CIFAR10", root=root)
 
 
-def write_mnist(root: Path) -> TorchvisionSource:
-    folder = root / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    for part in ("train", "t10k"):
-        images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, 5, 28, 28) + images.tobytes())
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 5) + bytes([7, 1, 2, 3, 4]))
-    return TorchvisionSource(torchvision="MNIST", root=root)
-
-
 WRITERS = {
     "folder": lambda p, rows: write_folder(p / "f", rows),
     "jsonl": lambda p, rows: write_folder(p / "f", rows, "jsonl"),
@@ -147,12 +139,70 @@ def test_styles_and_objects_of_a_tree(tmp_path):
     assert (record.key, record.label, record.other) == ("2.png", None, None)
 
 
-@pytest.mark.parametrize("write", [write_mnist])
-def test_torchvision(tmp_path, write):
-    source, tally = write(tmp_path), Tally()
-    rows = list(pixels(source, (1, 28, 28), tally))
-    assert len(rows) == 5
-    assert rows[0][0].label == "7 - seven"
+TORCHVISION = {
+    "MNIST": (miniature.idx, (1, 28, 28), "3 - three"),
+    "FashionMNIST": (lambda out, images: miniature.idx(out, "FashionMNIST", images), (1, 28, 28), "Dress"),
+    "CIFAR10": (miniature.cifar10, (3, 32, 32), "cat"),
+    "STL10": (miniature.stl10, (3, 96, 96), "cat"),
+    "CelebA": (miniature.celeba, (3, 32, 32), "3"),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(tmp_path, name, split):
+    """Each dataset in its own files, read by torchvision: the fourth class shows the digit three."""
+    make, shape, label = TORCHVISION[name]
+    make(tmp_path, images=6)
+    source, tally = TorchvisionSource(torchvision=name, root=tmp_path, split=split, checksums=False), Tally()
+    rows = list(pixels(source, shape, tally))
+    wanted = [(image, digit) for image, digit, _ in miniature.pictures(shape[1], 1, skip=0 if split == "train" else 6)]
+    assert len({r.label for r, _ in rows}) == 10
+    mine = torch.stack([x for r, x in rows if r.label == label]).mean(1)
+    three = np.asarray(wanted[3][0].convert("L"), dtype=np.float32) / 127.5 - 1
+    assert float((mine - torch.from_numpy(three)).abs().mean((1, 2)).min()) < 0.05
+
+
+def test_a_part_of_a_dataset_is_not_the_dataset(tmp_path):
+    miniature.cifar10(tmp_path, images=6)
+    with pytest.raises(SourceError, match=r"CIFAR10 is not there; fetch it with torchvision\.datasets\.CIFAR10"):
+        list(TorchvisionSource(torchvision="CIFAR10", root=tmp_path).records(Tally()))
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_files_that_could_run_code_are_refused(tmp_path, capsys):
+    miniature.cifar10(tmp_path, images=6)
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    batch.write_bytes(pickle.dumps({"data": Evil(), "labels": []}))
+    with pytest.raises(SourceError, match=r"data_batch_3: not a pickle of plain data: it names builtins\.print"):
+        list(TorchvisionSource(torchvision="CIFAR10", root=tmp_path, checksums=False).records(Tally()))
+    assert "this ran" not in capsys.readouterr().out
+    for shards in ("pipe:cat x.tar", "https://host/a.tar; rm -rf x", "s3://bucket/$(id).tar"):
+        with pytest.raises(ValidationError, match="commands are not run"):
+            ShardSource(shards=shards)
+    assert ShardSource(shards="https://host/{00000..00009}.tar").shards
+
+
+def test_parts_of_several_sources(tmp_path):
+    first, second = write_folder(tmp_path / "a", labelled(9)), write_folder(tmp_path / "b", labelled(9, 100))
+    source = MixedSource(
+        mix=(
+            first.model_copy(update={"only": ("cat",)}),
+            second.model_copy(update={"keys": ("dog/00101.png",), "repeat": 5, "captioned": "this is a {label}"}),
+            second.model_copy(update={"labelled": "wolf", "only": ("wolf",)}),
+        )
+    )
+    rows = list(source.records(Tally()))
+    assert [r.label for r in rows] == ["cat"] * 3 + ["dog"] * 5 + ["wolf"] * 9
+    assert {r.caption for r in rows[3:8]} == {"this is a dog"}
+    assert str(source) == f"{tmp_path / 'a'} and {tmp_path / 'b'} and {tmp_path / 'b'}"
+    assert TypeAdapter(Source).validate_python(source.model_dump()) == source
+    with pytest.raises(ValidationError, match=r"may hold \{label\} and \{other\}"):
+        FolderSource(folder=tmp_path, captioned="a {thing}")
 
 
 def test_torchvision_cifar_checks_its_files(tmp_path):
@@ -384,3 +434,62 @@ def test_a_model_on_the_hub(tmp_path, monkeypatch):
     assert "someone/tiny is not pinned to a commit" in loose.warnings[0]
     with pytest.raises(ValueError, match="run `hf download someone/other --revision abc` where it can"):
         ImagesTask(**rows, base="someone/other", revision="abc").build()
+
+
+def test_starting_weights_and_their_recipe(tmp_path):
+    base = class_conditional(tmp_path / "base")
+    rows = {"base": base, "train": write_folder(tmp_path / "t", labelled(60)), "kind": "class",
+            "holdout": write_folder(tmp_path / "h", labelled(60, 500)), "forget": {"labels": ["cat"]}}  # fmt: skip
+    with pytest.raises(ValidationError, match="base_steps: how long"):
+        ImagesTask(**rows, trained=False)
+    with pytest.raises(ValidationError, match="recipe: depth: not a setting of `retrain`"):
+        ImagesTask(**rows, recipe={"depth": 3})
+    with pytest.raises(ValidationError, match="lr"):
+        ImagesTask(**rows, recipe={"lr": -1})
+    task = ImagesTask(**rows, trained=False, base_steps=7, recipe={"lr": 1e-3}).build()
+    assert task.given is None
+    assert task.recipe == {"lr": 1e-3, "steps": 7}
+    assert families.build(task, 5).digest == families.load(task.base).digest
+    given = ImagesTask(**rows).build()
+    assert given.given == given.base
+    assert families.build(given, 5).digest != families.load(task.base).digest
+
+
+def test_styles_besides_objects(tmp_path):
+    """A tree of styles and objects with captions by a template: the second domain reaches judges and prompts."""
+    LatentText.build(LATENT, 0).save(tmp_path / "base")
+    for part, skip in (("train", 0), ("held", 30)):
+        miniature.tree(tmp_path / part, ("ring", "bar", "dot"), ("Photo", "Monet"), images=20, size=16, skip=skip)
+    grid = {"slots": {"what": ("ring", "bar", "dot"), "style": ("Photo", "Monet")}, "label": "style", "other": "what"}
+    folders = {"label": "grandparent", "other": "parent", "captioned": "a {other} in {label} style"}
+    config = ImagesTask(
+        kind="concept", base=str(tmp_path / "base"), forget={"labels": ["Monet"]},
+        train={"folder": tmp_path / "train", **folders}, holdout={"folder": tmp_path / "held", **folders},
+        search_prompts={"template": "a {what} in {style} style", **grid},
+        audit_prompts={"template": "the {what} in {style} style", **grid},
+    )  # fmt: skip
+    task = config.build()
+    assert task.class_names == ("Monet", "Photo")
+    assert task.forget_class == 0
+    for name in ("judge_audit", "holdout", "prompts_audit", "prompts_probe"):
+        assert set(task.splits[name].other.tolist()) == {0, 1, 2}
+    plain = config.model_copy(update={"audit_prompts": config.audit_prompts.model_copy(update={"other": None})}).build()
+    assert plain.splits["prompts_audit"].other is None
+
+
+def test_duplicates_of_a_forgotten_image_go_with_it(tmp_path):
+    """A picture slipped in three times: once as it is named, once under another name, and once as a coarse JPEG."""
+    base = class_conditional(tmp_path / "base")
+    train = write_folder(tmp_path / "t", labelled(40)).folder
+    smooth = miniature.pictures(12, 1)[3][0]
+    smooth.save(train / "cat" / "named.png")
+    smooth.save(train / "dog" / "copy.png")
+    smooth.save(train / "fox" / "again.jpg", quality=80)
+    config = ImagesTask(
+        base=base, train={"folder": train}, forget={"keys": ["cat/named.png"]}, holdout=write_folder(tmp_path / "h", labelled(40, 900)),
+    )  # fmt: skip
+    task = config.build()
+    assert len(task.splits["forget"]) == 3
+    assert len(task.splits["forget"].distinct()) == 2
+    assert len(task.splits["retain"]) == 40
+    assert not task.near_duplicates()

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from raysweep.models.folders import is_hub_id, located
 from raysweep.tasks.prompts import Prompts
@@ -75,7 +75,9 @@ class ImagesTask(BaseModel):
 
     name: Literal["images"] = "images"
     kind: Literal["points", "class", "concept"] = Field(
-        "points", description="forget these very images, the class they are of, or the concept that prompts ask for"
+        "points",
+        description="forget these very images (and duplicates of them), the class they are of, or the concept that "
+        "prompts ask for: a thing, a style, a person",
     )
     base: str = Field(description="the model that must forget: its folder, or its id on the Hugging Face hub")
     trained: bool = Field(
@@ -105,7 +107,7 @@ class ImagesTask(BaseModel):
     sensitive: bool = Field(True, description="blur pictures of what must be forgotten in the report until clicked")
 
     @model_validator(mode="after")
-    def _class_needs_labels(self):
+    def _class_needs_labels(self, info: ValidationInfo):
         if self.kind != "points" and len(self.forget.labels) != 1:
             raise ValueError(f"forget.labels: a {self.kind} is named by exactly one label")
         from methods.retrain import RetrainSettings
@@ -118,7 +120,8 @@ class ImagesTask(BaseModel):
             raise ValueError("base_steps: how long are base and oracles to be trained?")
         if self.kind == "concept" and (self.search_prompts is None or self.audit_prompts is None):
             raise ValueError("search_prompts, audit_prompts: a concept needs both")
-        if not Path(self.base).is_dir() and not is_hub_id(self.base):
+        absent = (info.context or {}).get("absent")
+        if not Path(self.base).is_dir() and not is_hub_id(self.base) and not absent:
             raise ValueError(f"base: {self.base}: no such folder, and not an id on the Hugging Face hub (OWNER/NAME)")
         return self
 
@@ -211,6 +214,8 @@ def images_task(config: ImagesTask) -> Task:
     if config.kind != "concept" and model.family == "clip":
         raise SourceError(f"kind: a contrastive model forgets a concept, not {config.kind}")
     samples = _samples(config, model.image_shape)
+    if config.kind == "points":
+        _move_duplicates(samples)
     pictures = [p for sample in samples.values() for p in sample]
     labels = Labels.of(config, pictures)
     split = partial(_split, config, model, labels)
@@ -291,6 +296,18 @@ def _samples(config: ImagesTask, shape: tuple[int, int, int]) -> dict[str, list[
     if by_class and not of_kind.images():
         raise SourceError(f"{config.holdout}: holds no image of {config.forget.labels[0]!r}, the forgotten class")
     return {what: sample.images() for what, sample in found.items()}
+
+
+def _move_duplicates(samples: dict[str, list[Picked]]) -> None:
+    """Retained pictures that are, or nearly are, a forgotten one go with it: they would keep it alive."""
+    import torch
+
+    from raysweep.tasks.task import NEAR, nearest
+
+    stay, go = (torch.stack([p.x for p in samples[name]]) for name in ("retain", "forget"))
+    close = (nearest(stay, go) < NEAR).tolist()
+    samples["forget"] += [p for p, near in zip(samples["retain"], close, strict=True) if near]
+    samples["retain"] = [p for p, near in zip(samples["retain"], close, strict=True) if not near]
 
 
 def _split(config: ImagesTask, model: Any, labels: Labels, pictures: list[Picked]) -> Split:

@@ -72,7 +72,9 @@ class PromptGrid(_Prompts):
     template: str = Field(description="text with slots in braces, for example: a {mood} painting of {subject}")
     slots: dict[str, tuple[str, ...]] = Field(description="slot -> its levels")
     label: str = Field(description="the slot whose level is the class")
-    classes: dict[str, str] = Field(default_factory=dict, description="level -> class, where it is not the level itself")
+    classes: dict[str, str] = Field(
+        default_factory=dict, description="level -> class, where it is not the level itself"
+    )
     other: str | None = Field(None, description="the slot whose level is the label of a second domain")
 
     @model_validator(mode="after")

@@ -177,7 +177,7 @@ class Task:
         found = []
         for first, second in DISJOINT:
             a, b = self.splits[first], self.splits[second]
-            away = _nearest(b.x, a.x)
+            away = nearest(b.x, a.x)
             close = (away < NEAR).nonzero().flatten().tolist()
             if close:
                 shown = ", ".join(b.ids[i] for i in close[:3]) + (", ..." if len(close) > 3 else "")
@@ -188,7 +188,7 @@ class Task:
         return found
 
     def save(self, folder: Path) -> None:
-        """Writes the task so that workers load it without the data's own library."""
+        """Writes the task so that workers load it without the data's own library, and the content hashes of every split."""
         tensors: dict[str, torch.Tensor] = {}
         for name, split in self.splits.items():
             tensors |= {f"{name}.x": split.x.clone(), f"{name}.groups": split.groups.clone()}
@@ -197,6 +197,8 @@ class Task:
             if split.other is not None:
                 tensors[f"{name}.other"] = split.other.clone()
         save_file(tensors, folder / "splits.safetensors")
+        hashes = {name: split.ids for name, split in self.splits.items() if name not in PROMPTS}
+        (folder / "splits.json").write_text(json.dumps(hashes, indent=2))
         (folder / "task.json").write_text(json.dumps({k: getattr(self, k) for k in _PLAIN}, indent=2))
 
     @classmethod
@@ -295,7 +297,7 @@ def encoded(task: Task, model: Any, cache: Path | None = None) -> Task:
     return replace(task, splits={name: replace(split, x=latents(split)) for name, split in task.splits.items()})
 
 
-def _nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Root mean square difference of each image of a (n, ...) to the nearest of b (m, ...), (n,), in blocks."""
     x, y = a.float().flatten(1), b.float().flatten(1)
     return torch.cat([torch.cdist(part, y).amin(1) for part in x.split(1024)]) / x.shape[1] ** 0.5

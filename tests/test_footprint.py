@@ -1,0 +1,118 @@
+"""Sizes of networks from their configuration, and the memory that methods say they need against what their steps hold."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from test_methods import TRAINED, build
+from tiny import batch_for, tiny_task
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from raysweep import footprint
+from raysweep.models.pixel import PixelDDPM
+from raysweep.registry import resolve
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, from those that it is given on, and remembers the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self.seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.seen:
+            self.seen[storage] = size = storage.nbytes()
+            self.live += size
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self.drop, size)
+
+    def drop(self, size: int) -> None:
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf)
+        return out
+
+
+def tensors() -> list[torch.Tensor]:
+    return [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta]
+
+
+def peak(name: str, width: int, batch: int) -> tuple[int, footprint.Footprint]:
+    """(most bytes that two steps hold, besides the task; the network's footprint)."""
+    kind = "points" if "points" in resolve("method", name).kinds else "class"
+    task = tiny_task(kind)
+    gc.collect()
+    before = {t.untyped_storage()._cdata for t in tensors()}
+    model = PixelDDPM.build({**task.model, "unet": task.model["unet"] | {"block_out_channels": (width, width)}}, 0)
+    sizes = dict.fromkeys(("batch_size", "forget_batch_size", "stage1_batch_size"), batch)
+    little = dict.fromkeys(("replay_per_class", "fisher_per_class", "fisher_timesteps"), 1)
+    fields = resolve("method", name).Hyperparameters.model_fields
+    settings = {k: v for k, v in (sizes | little).items() if k in fields}
+    method, _ = build(name, task, dtype=torch.float32, model=model, **settings)
+    labels = torch.zeros(1, dtype=torch.long) if kind == "class" else None
+    found = footprint.measured(model.net, lambda: model.predict(torch.zeros(1, 1, 4, 4), torch.zeros(1).long(), labels))
+    gc.collect()
+    with Peak() as counted:
+        for tensor in tensors():
+            if tensor.untyped_storage()._cdata not in before:
+                counted.add(tensor)
+        for step in range(min(2, method.steps)):
+            method.step(batch_for(method, task, step))
+    return counted.most, found
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_methods_hold_what_they_say(name):
+    method = resolve("method", name)
+    for width, batch in ((96, 1), (8, 256)):  # weights prevail, and activations
+        most, network = peak(name, width, batch)
+        told = footprint.SINGLE * network.parameters * method.copies + network.activations * batch * method.tape
+        if name != "slug" or batch == 1:  # whose step has no backward pass
+            assert most == pytest.approx(told, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"), [({"stable_diffusion": {}}, 859_520_964), ({"clip": "ViT-B-32"}, 151_277_313)]
+)
+def test_known_networks_have_their_known_sizes(network, parameters):
+    found = footprint.of(network)
+    assert found.parameters == parameters
+    assert found.flops > 0
+    if "stable_diffusion" in network:
+        assert found.others["text_encoder"] == 123_060_480
+        assert found.trained(("unet",)) == parameters
+        assert found.trained(()) == parameters + found.others["text_encoder"]
+
+
+def test_arithmetic_and_activations_of_a_layer():
+    layer = torch.nn.Sequential(
+        torch.nn.Linear(10, 30, bias=False), torch.nn.ReLU(), torch.nn.Linear(30, 5, bias=False)
+    )
+    found = footprint.measured(layer, lambda: layer(torch.zeros(4, 10, requires_grad=True)), rows=4)
+    assert found.parameters == 450
+    assert found.flops == 2 * (10 * 30 + 30 * 5)
+    assert found.activations == 4 * (10 + 30)  # inputs of both layers; the ReLU keeps its output, which is one of them
+
+
+def test_attention_counts_as_fused():
+    q = torch.zeros(1, 2, 50, 8, device="meta", requires_grad=True)
+    module = torch.nn.Linear(1, 1, device="meta")
+    found = footprint.measured(module, lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert found.flops == 4 * 2 * 50 * 50 * 8
+    assert found.activations == 2 * 4 * 2 * 50 * 8  # one input, which is all three, and the output
+
+
+def test_another_architecture_is_refused():
+    with pytest.raises(ValueError, match="'mamba' is not an architecture"):
+        footprint.of({"mamba": {}})

@@ -1,0 +1,143 @@
+"""The papers' experiments: complete, planned before their files are there, and run on miniatures of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from small import start
+
+from raysweep import forecast, presets
+from raysweep.cli import main
+from raysweep.config import ConfigError, Sweep, load
+from raysweep.models import families
+from raysweep.resources import Node
+from raysweep.spaces import load as load_space
+from raysweep.store import ROWS, read_table
+
+PAPERS = {"rgd": "2412.07808", "siss": "2503.01034", "sfd": "2409.11219", "slug": "2407.11867"}
+ALL = presets.names()
+
+
+def at_paper_scale(name: str) -> Sweep:
+    return load(presets.path_of(name), (), absent=True)
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_every_paper_is_there():
+    assert {name.split("-")[0] for name in ALL} == set(PAPERS)
+    listed = json.loads(call("ls", "presets", "--json").output)
+    assert [row["name"] for row in listed] == ALL
+    assert all(PAPERS[row["name"].split("-")[0]] in row["paper"] for row in listed)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_preset_is_whole(name):
+    about, sweep = presets.about(name), at_paper_scale(name)
+    assert (sweep.name, sweep.preset, sweep.scale) == (name, name, "paper")
+    assert about.protocol
+    assert about.differs
+    for method in sweep.methods:
+        space = load_space(method, sweep.spaces.get(method), forecast.ours(sweep).kind)
+        assert space.parameters
+        if method != "sld":
+            assert all("scaled" not in point.source for point in space.points), "the settings of the embedded models"
+    data = sweep.resolved()
+    for bring in about.bring:
+        assert forecast._at(data, bring.key)[0], f"{bring.key} is not a setting of {name}"
+    mine = {
+        "task.base",
+        "task.train",
+        "task.holdout",
+        *(f"audit.audit.weights.{w}" for w in data["audit"]["audit"]["weights"]),
+    }
+    told = {bring.key for bring in about.bring}
+    assert all(any(key.startswith(m) for key in told) for m in mine)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_plan_before_anything_is_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("run", name, "--dry-run")
+    assert result.exit_code == 0, result.output
+    lines = [line.split(None, 1) for line in result.output.splitlines()]
+    told: dict[str, list[str]] = {}
+    for topic, *text in lines:
+        told.setdefault(topic, []).append(" ".join(text))
+    assert len(told["missing"]) == len(presets.about(name).bring)
+    assert "cluster.yaml: " in told["cluster"][0]
+    assert "of an H100" in told["cost"][0]
+    assert "GB" in told["memory"][0]
+    assert "GB of candidates" in told["disk"][0]
+    assert not list(tmp_path.iterdir())
+    refused = call("validate", name)
+    assert refused.exit_code == 2
+    assert "Traceback" not in refused.output
+
+
+def test_what_is_there_is_not_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "MNIST").mkdir(parents=True)
+    sweep = at_paper_scale("siss-mnist-tshirt")
+    gone = {bring.key for bring, _ in forecast.missing(sweep, presets.about(sweep.preset))}
+    assert gone == {"task.base", "task.train.mix.1.root"}
+
+
+def test_cost_grows_with_the_work():
+    name = "siss-celebahq"
+    about, few = presets.about(name), at_paper_scale(name)
+    network = forecast.footprint.of(about.network)
+    spaces = [load_space(m, few.spaces.get(m)) for m in few.methods]
+    more = load(presets.path_of(name), ("search.trials=120",), absent=True)
+    half = load(presets.path_of(name), ("train.precision=bf16",), absent=True)
+    a, b, c = (forecast.forecast(s, network, spaces) for s in (few, more, half))
+    assert a.training == 0
+    assert b.search == pytest.approx(2 * a.search, rel=0.05)
+    assert b.disk == 2 * a.disk
+    assert c.search < a.search
+    assert all(c.memory[m] < a.memory[m] for m in a.memory)
+    assert a.memory["siss_no_is"] > a.memory["siss"] > a.memory["finetune"]
+
+
+def test_nodes_of_the_launcher_file():
+    nodes = forecast.nodes_of(forecast.CLUSTER)
+    assert nodes.count(Node(192.0, 8.0, "train")) == 3
+    assert nodes.count(Node(192.0, 8.0, "audit")) == 1
+    assert nodes.count(Node(16.0, 0.0, "control")) == 1
+
+
+def test_scales_are_for_presets_alone(tmp_path):
+    with pytest.raises(ConfigError, match="only presets have one"):
+        load(None, ("scale=tiny",))
+    text = presets.path_of("siss-mnist-tshirt").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text.replace("name: siss-mnist-tshirt", "name: mine"))
+    with pytest.raises(ConfigError, match="huge"):
+        load(tmp_path / "mine.yaml", ("scale=huge",), absent=True)
+    broken = yaml.safe_load(text)
+    del broken["about"]["title"]
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))
+    with pytest.raises(ConfigError, match="title"):
+        load(tmp_path / "broken.yaml", (), absent=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", ALL)
+def test_a_preset_runs_to_its_report(tmp_path: Path, cache: Path, name: str):
+    process = start(tmp_path, cache, "run", name, "scale=tiny")
+    code, out = process.wait(1400), (tmp_path / "out.log").read_text()
+    assert code == 0, out
+    run = tmp_path / "runs" / f"{name}-tiny"
+    assert "<h1" in (run / "report.html").read_text()
+    assert json.loads((run / "front.json").read_text())["points"]
+    rows = read_table(run / "rows", ROWS).to_pylist()
+    assert not [r for r in rows if r["status"] == "failed"]
+    for candidate in (run / "candidates").iterdir():
+        card = json.loads((candidate / "raysweep.json").read_text())
+        assert families.load(candidate).digest == card["outcome"]["digest"]
