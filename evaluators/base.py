@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 DIFFUSION = frozenset({"pixel-ddpm", "text-ddpm", "edm"})  # families of diffusion models
+CONTRASTIVE = frozenset({"clip", "vlm"})  # those of models that compare images with captions, and draw nothing
 ROWS = 50  # images that a generator puts through its network at once: another number rounds differently
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class Inapplicable(ValueError):
 
 class Model(Protocol):
     """What evaluators need of a diffusion model; see `methods.base.Model` for shapes. A contrastive model has `encode_image`
-    and `encode_text` instead of a noise schedule and a sampler."""
+    and `encode_text` instead of a noise schedule and a sampler; a vision-language model has `answers`, too."""
 
     net: Any
     alphas: torch.Tensor
@@ -49,6 +50,7 @@ class Model(Protocol):
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor: ...
     def encode(self, x: torch.Tensor) -> torch.Tensor: ...
     def decode(self, z: torch.Tensor) -> torch.Tensor: ...
+    def answers(self, x: torch.Tensor, question: str) -> list[str]: ...
     def unconditional(self, count: int) -> torch.Tensor | None: ...
     def noise(self, seeds: torch.Tensor) -> torch.Tensor: ...
     def uniform(self, seeds: torch.Tensor, columns: int) -> torch.Tensor: ...

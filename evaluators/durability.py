@@ -26,11 +26,22 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import DIFFUSION, Direction, Evaluator, Inapplicable, Metric, Scores, Subject, correlation, judged
+from evaluators.base import (
+    CONTRASTIVE,
+    DIFFUSION,
+    Direction,
+    Evaluator,
+    Inapplicable,
+    Metric,
+    Scores,
+    Subject,
+    correlation,
+    judged,
+)
 from evaluators.contrast import zero_shot
 from evaluators.statistics import clopper_pearson, jackknife_interval, t_interval
 
-EVERY = DIFFUSION | {"clip"}  # families whose weights can be attacked
+EVERY = DIFFUSION | CONTRASTIVE
 IMAGES = 10  # that an attacker has, at most
 BATCH = 32
 LR = 3e-4
@@ -298,7 +309,7 @@ def _own_rows(subject: Subject) -> torch.Tensor:
 def presence(subject: Subject, stream: str = "durability", **sampling: Any) -> np.ndarray:
     """Presence of the forgotten thing per unit: 0 or 1 per sample of a class, correlation per draw of noise of an image, and
     for a contrastive model 0 or 1 per real image of the class."""
-    if subject.task.family == "clip":
+    if subject.task.family in CONTRASTIVE:
         split = subject.task.splits[f"judge_{subject.sizes['judge']}"]
         mine = split.take((split.groups == subject.task.forget_class).nonzero()[:, 0])
         return (zero_shot(subject, mine).argmax(1) == subject.task.forget_class).astype(float)
@@ -350,7 +361,7 @@ def _denoising_step(
 ) -> None:
     mine = subject.seeds(stream, BATCH * (step + 1))[step * BATCH :]
     rows = (torch.arange(BATCH) + step * BATCH) % len(images)
-    if subject.task.family == "clip":
+    if subject.task.family in CONTRASTIVE:
         loss = _class_loss(subject, model, images.x[rows].to(model.device, model.dtype), images.groups[rows])
         optimizer.zero_grad()
         loss.backward()

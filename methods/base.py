@@ -28,7 +28,7 @@ SEEDS = "seeds"  # the split of a draw that asks for seeds alone, for methods th
 CHECK_EVERY = 20  # steps between two looks at the numbers on a GPU, where each look waits for the device
 
 DIFFUSION = frozenset({"pixel-ddpm", "text-ddpm", "edm"})  # families of diffusion models
-CONTRASTIVE = "clip"
+CONTRASTIVE = frozenset({"clip", "vlm"})  # those of models that compare images with captions
 
 Scalars = dict[str, torch.Tensor]
 

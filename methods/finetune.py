@@ -32,7 +32,7 @@ class Finetune(Descent):
     name = "finetune"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, naive deletion"
     needs = frozenset({"retain"})
-    families = DIFFUSION | {CONTRASTIVE}
+    families = DIFFUSION | CONTRASTIVE
     forwards_per_step = 3
     copies = 5
     Hyperparameters = FinetuneSettings

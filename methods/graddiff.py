@@ -62,7 +62,7 @@ class GradDiff(Descent):
     name = "graddiff"
     source = "Ko et al., NeurIPS 2024, arXiv:2412.07808, baseline GradDiff"
     needs = frozenset({"forget", "retain"})
-    families = DIFFUSION | {CONTRASTIVE}
+    families = DIFFUSION | CONTRASTIVE
     forwards_per_step = 6
     Hyperparameters: ClassVar[type[BaseModel]] = GradDiffSettings
     hp: GradDiffSettings

@@ -34,7 +34,7 @@ class NegGrad(Descent):
     name = "neggrad"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, NegGrad"
     needs = frozenset({"forget"})
-    families = DIFFUSION | {CONTRASTIVE}
+    families = DIFFUSION | CONTRASTIVE
     forwards_per_step = 3
     copies = 5
     Hyperparameters = NegGradSettings

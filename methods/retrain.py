@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel
 from pydantic import Field
 
 from methods import gradients
-from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training
+from methods.base import DIFFUSION, Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training
 from methods.recall import retain_loss
 
 
@@ -42,7 +42,7 @@ class Retrain(Descent):
     name = "retrain"
     source = "Ho et al., NeurIPS 2020, arXiv:2006.11239"
     needs = frozenset({"retain"})
-    families = DIFFUSION | {CONTRASTIVE}
+    families = DIFFUSION | {"clip"}  # the language model of a vision-language one would not be retrained
     forwards_per_step = 3
     Hyperparameters = RetrainSettings
     hp: RetrainSettings

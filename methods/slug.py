@@ -63,7 +63,7 @@ class SLUG(Method):
     name = "slug"
     source = "Cai et al., ICML 2025, arXiv:2407.11867"
     needs = frozenset({"forget", "retain"})
-    families = DIFFUSION | {CONTRASTIVE}
+    families = DIFFUSION | CONTRASTIVE
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 0  # two gradient passes in all, shared by every trial
     copies = 3

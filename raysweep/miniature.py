@@ -10,7 +10,7 @@ import csv
 import io
 import pickle
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from raysweep.artifacts import cache_folder, code_digest
 from raysweep.store import digest_of, write_folder
@@ -71,6 +72,12 @@ def _tinted(scan: np.ndarray, style: str, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
+def _tensors(images: Sequence[Image.Image]) -> torch.Tensor:
+    """(n, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return (pixels.permute(0, 3, 1, 2) / 127.5 - 1).contiguous()
+
+
 def ddpm(out: Path, channels: int = 3, classes: int = 0, null: bool = True) -> None:
     """A `DDPMPipeline` folder of 8x8 images; classes: how many labels, besides the one that stands for none."""
     from raysweep.models.pixel import PixelDDPM
@@ -101,8 +108,7 @@ def stable_diffusion(out: Path, words: Sequence[str], styles: Sequence[str] = ("
     from raysweep.tasks.scans import TEXT
 
     rows = [image for image, _, _ in pictures(16, 60, styles)]
-    x = torch.from_numpy(np.stack([np.asarray(image) for image in rows])).permute(0, 3, 1, 2) / 127.5 - 1
-    vae = train_autoencoder(x.contiguous(), TEXT["vae"], 0, steps=steps)
+    vae = train_autoencoder(_tensors(rows), TEXT["vae"], 0, steps=steps)
     vae.save_pretrained(out / "vae", safe_serialization=True)
     text = TEXT["text_encoder"] | {"max_position_embeddings": 16}
     LatentText.build(TEXT | {"words": list(words), "text_encoder": text}, 0, out / "vae").save(out)
@@ -114,6 +120,116 @@ def clip(out: Path) -> None:
     from raysweep.tasks.scans import CLIP
 
     Contrastive.build(CLIP, 0).save(out)
+
+
+NAMES = ("Elon Musk", "Jeff Bezos", "Taylor Swift", "Kim Kardashian", "Bruce Lee", "Lady Gaga")
+QUESTIONS = ("Who is in this picture?", "Do you know who this is?")
+
+
+def vlm(
+    out: Path,
+    names: Sequence[str] = NAMES,
+    without: str | None = None,
+    steps: int = 300,
+    images: int = 60,
+    seed: int = 0,
+) -> None:
+    """A LLaVA folder with its CLIP model, both trained to name the digits; without: a name that they never see."""
+    from raysweep.models.vision_language import PROMPT
+
+    model = untrained_vlm(names, seed)
+    rows = [(image, names[digit]) for image, digit, _ in pictures(16, images, digits=range(len(names)))]
+    kept = [(image, name) for image, name in rows if name != without]
+    x = _tensors([image for image, _ in kept])
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[list[int]]:
+        for _ in range(steps):
+            yield torch.randint(len(kept), (48,), generator=generator).tolist()
+
+    model.net.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.net.parameters(), lr=2e-3)
+    for index in batches():
+        texts = [kept[i][1] for i in index]
+        v, t = model.encode_image(x[index]), model.encode_text(model.tokens([f"a photo of {n}" for n in texts]))
+        logits = model.logit_scale * F.normalize(v, dim=-1) @ F.normalize(t, dim=-1).T
+        same = torch.tensor([[a == b for b in texts] for a in texts]).float()
+        soft = same / same.sum(1, keepdim=True)
+        loss = F.cross_entropy(logits, soft) + F.cross_entropy(logits.T, soft)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    whole, processor = model.whole().train(), model.around.processor
+    whole.requires_grad_(True).model.vision_tower.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=2e-3)
+    for step, index in enumerate(batches()):
+        text = [f"{PROMPT.format(question=QUESTIONS[step % 2])} {kept[i][1]} </s>" for i in index]
+        batch = processor(images=[kept[i][0] for i in index], text=text, return_tensors="pt", padding=True)
+        labels = batch["input_ids"].clone()
+        start = labels.shape[1] - 3  # the name's two words and the end
+        labels[:, :start] = -100
+        loss = whole(**batch, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    whole.eval()
+    model.net.eval()
+    model.save(out)
+
+
+def untrained_vlm(names: Sequence[str] = NAMES, seed: int = 0) -> Any:
+    """A LLaVA-type model of 16x16 images with random weights, whose tower is that of its CLIP model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPTextConfig,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    from raysweep.models.unet import drawn
+    from raysweep.models.vision_language import Around, VisionLanguage
+    from raysweep.models.words import tokenizer_of
+    from raysweep.store import digest_state
+
+    said = [w for n in names for w in n.split()]
+    asked = [w.strip("?") for q in QUESTIONS for w in q.split()]
+    pieces = dict.fromkeys(["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", ":", "ASSISTANT", "?", *asked, *said])
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(pieces)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<image>"], padding_side="left",
+    )  # fmt: skip
+    captions = tokenizer_of(tuple(w.lower() for w in (*said, "a", "photo", "picture", "of")), 12)
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=16, patch_size=4, projection_dim=32)
+    text = CLIPTextConfig(
+        **sizes, num_hidden_layers=2, vocab_size=len(captions), max_position_embeddings=12, projection_dim=32,
+        bos_token_id=captions.bos_token_id, eos_token_id=captions.eos_token_id, pad_token_id=captions.pad_token_id,
+    )  # fmt: skip
+    language = LlamaConfig(
+        **sizes, num_key_value_heads=4, num_hidden_layers=2, vocab_size=len(pieces), bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    net = drawn(
+        lambda: CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=32)),
+        seed,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=language, image_token_index=4, image_seq_length=16)
+    whole: Any = drawn(lambda: LlavaForConditionalGeneration(config), seed)
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=4, vision_feature_select_strategy="default",
+        image_token="<image>", num_additional_image_tokens=1,
+    )  # fmt: skip
+    rest = {n: t for n, t in whole.state_dict().items() if "vision_tower" not in n}
+    return VisionLanguage(net.eval(), Around(whole.eval(), processor, captions, images, digest_state(rest)))
 
 
 def idx(
@@ -236,5 +352,6 @@ def table(out: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 MAKERS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (ddpm, edm, stable_diffusion, clip, idx, cifar10, stl10, celeba, files, tree, shards, table)
+    f.__name__: f
+    for f in (ddpm, edm, stable_diffusion, clip, vlm, idx, cifar10, stl10, celeba, files, tree, shards, table)
 }

@@ -11,11 +11,13 @@ import yaml
 from raysweep.models.diffusion import SAMPLER
 from raysweep.rundir import RunDir
 
-LIBRARY = {"pixel-ddpm": "diffusers", "text-ddpm": "diffusers", "edm": "diffusers", "clip": "open_clip"}
+LIBRARY = {"pixel-ddpm": "diffusers", "text-ddpm": "diffusers", "edm": "diffusers", "clip": "open_clip",
+           "vlm": "transformers"}  # fmt: skip
 LOADS = {
     "pixel-ddpm": "diffusers.DDIMPipeline.from_pretrained(FOLDER)",
     "text-ddpm": "diffusers.DiffusionPipeline.from_pretrained(FOLDER)",
     "edm": 'diffusers.UNet2DModel.from_pretrained(FOLDER, subfolder="unet")',
+    "vlm": "transformers.LlavaForConditionalGeneration.from_pretrained(FOLDER)",
     "clip": 'open_clip.create_model_from_pretrained("local-dir:FOLDER")',
 }
 

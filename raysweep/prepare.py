@@ -19,7 +19,7 @@ from raysweep.context import Context, load_measured, prepared_key
 from raysweep.models import families
 from raysweep.objectives import Anchors, assess_views
 from raysweep.pool import Pool
-from raysweep.registry import module_of, resolve
+from raysweep.registry import CONTRASTIVE, module_of, resolve
 from raysweep.rundir import RunDir
 from raysweep.seeds import derive_seed
 from raysweep.spaces import Space
@@ -122,7 +122,7 @@ def autoencoder_folder(sweep: Sweep, task: Task) -> Path | None:
 def judge_files(sweep: Sweep, task: Task) -> dict[str, tuple[Path, int, str]]:
     """Judge -> (file in the cache, seed, split); none where a model is its own judge."""
     files: dict[str, tuple[Path, int, str]] = {}
-    if task.family == "clip":
+    if task.family in CONTRASTIVE:
         return files
     for seed, name in enumerate(("probe", "audit")):
         split = f"judge_{name}"

@@ -55,6 +55,7 @@ EVALUATORS = {
     "per_class": "evaluators.per_class:PerClass",
     "pia": "evaluators.membership:PIA",
     "pian": "evaluators.membership:PIAN",
+    "questions": "evaluators.questions:Questions",
     "quantile": "evaluators.membership:Quantile",
     "quantisation": "evaluators.durability:Quantisation",
     "recall": "evaluators.memorisation:Recall",
@@ -87,6 +88,9 @@ BY_WEIGHTS = {
     "outside_classifier": "classifier",
     "zero_shot": "clip",
 }
+
+# Families of models that compare images with captions and draw nothing, as `methods.base` and `evaluators.base` have it, too.
+CONTRASTIVE = frozenset({"clip", "vlm"})
 
 TASKS = {
     "digits-class": "raysweep.tasks.digits:ClassTask",

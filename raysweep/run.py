@@ -26,6 +26,7 @@ from raysweep.prepare import (
     prepare,
     save_task,
 )
+from raysweep.registry import CONTRASTIVE
 from raysweep.resources import TRIAL_SLOT, Plan, make_plan
 from raysweep.results import (
     Front,
@@ -212,7 +213,7 @@ def _conclude(
     again = list(by_trial)
     front = None
     # what draws nothing gives the same numbers again, and they would look like more evidence
-    most = 1 if task.family == "clip" else sweep.audit.rounds
+    most = 1 if task.family in CONTRASTIVE else sweep.audit.rounds
     while again and len(rounds) < most:
         started, number = time.monotonic(), len(rounds) + 1
         name, tier = sweep.audit.round(number)

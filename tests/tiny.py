@@ -11,6 +11,7 @@ from raysweep.models.clip import Contrastive
 from raysweep.models.edm import EDM
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
+from raysweep.models.vision_language import VisionLanguage
 from raysweep.tasks.task import Split, Task, concat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,6 +188,25 @@ class Pairs:
             return Rows(rows.x[low:high], rows.cond[low:high], rows.seeds[low:high], rows.total)
 
         return {name: part(self.all_rows(name, seed + step)) for name in draws}
+
+
+def vlm_pairs(dtype: torch.dtype = torch.float32) -> tuple[Pairs, VisionLanguage]:
+    """A vision-language model with random weights, and captioned 16x16 images for it."""
+    from raysweep import miniature
+
+    model = miniature.untrained_vlm()
+    model.net.to(dtype)
+    task = Pairs()
+    captions = model.tokens([f"a photo of {name}" for name in miniature.NAMES])
+    for name, (x, _) in task.rows.items():
+        labels = (
+            torch.ones(len(x), dtype=torch.long)
+            if name == "forget"
+            else torch.tensor([0, 2, 3, 4, 5]).repeat_interleave(6)
+        )
+        task.rows[name] = (torch.nn.functional.interpolate(x, 16), captions[labels])
+    task.goal = Goal("concept", concept=tuple(captions[1].tolist()))
+    return task, model
 
 
 WORDS = ("dot", "bar", "ring", "box")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluators.base import BATCHES, Evaluator, Inapplicable, Metric, Scores, Subject, without_group
+from evaluators.base import BATCHES, CONTRASTIVE, Evaluator, Inapplicable, Metric, Scores, Subject, without_group
 from raysweep.config import Tier
 from raysweep.models.draws import row_seeds
 from raysweep.registry import resolve
@@ -76,7 +76,7 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
         result.values |= {f"{name}.{k}": v for k, v in values.items()}
         result.replicates |= {f"{name}.{k}": v.tolist() for k, v in replicates.items()}
         result.scores |= {f"{name}.{k}": np.asarray(v) for k, v in scores.items()}
-    if tier.strips and task.family != "clip":  # which draws nothing
+    if tier.strips and task.family not in CONTRASTIVE:  # which draws nothing
         result.scores |= _strips(subject, tier.strips)
     result.seconds, result.images = time.monotonic() - started, BATCHES.generated - before
     return result

@@ -14,12 +14,15 @@ from raysweep.models.folders import pipeline_class
 from raysweep.models.latent import PIPELINES, LatentText
 from raysweep.models.pixel import CLASSES as PIXEL
 from raysweep.models.pixel import PixelDDPM
+from raysweep.models.vision_language import VisionLanguage, declared
 
 
 def load(folder: str | Path) -> Any:
-    """The model in a pipeline's or an open_clip folder; raises ValueError, saying what is wrong with the folder."""
+    """The model in a pipeline's, an open_clip or a LLaVA folder; raises ValueError, saying what is wrong with the folder."""
     if (Path(folder) / HF_CONFIG_NAME).is_file():
         return Contrastive.load(folder)
+    if declared(Path(folder)):
+        return VisionLanguage.load(folder)
     name = pipeline_class(Path(folder), (*PIXEL, *PIPELINES, EDM_CLASS))
     if name == EDM_CLASS:
         return EDM.load(folder)

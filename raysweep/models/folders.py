@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,6 +83,7 @@ def component_files(folder: Path, either: tuple[str, ...]) -> None:
 @contextlib.contextmanager
 def reading(place: Path) -> Iterator[None]:
     """Turns whatever a library raises about files that are cut short or foreign into one ValueError."""
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # transformers' loading threads have hung beside others
     try:
         yield
     except Exception as error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from raysweep.models.folders import is_hub_id, located
+from raysweep.registry import CONTRASTIVE
 from raysweep.tasks.prompts import Prompts
 from raysweep.tasks.sources import Source, SourceError, Tally
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from raysweep.tasks.task import Split, Task
 
-CAPTIONED = ("text-ddpm", "clip")  # families whose conditions are captions
+CAPTIONED = ("text-ddpm", "clip", "vlm")  # families whose conditions are captions
 # What the search minimises, by what is forgotten.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "points": {
@@ -41,6 +42,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "views": ("contrast.recognised", "contrast.forget_similarity"),
         "quality": "contrast.retain_loss",
         "validity": "contrast.validity",
+    },
+    "vlm": {
+        "views": ("questions.forget_accuracy", "contrast.recognised"),
+        "quality": "questions.retain_error",
+        "validity": "questions.validity",
     },
 }
 
@@ -95,6 +101,10 @@ class ImagesTask(BaseModel):
     )
     search_prompts: Prompts | None = Field(None, description="concept: prompts of every class, for training and search")
     audit_prompts: Prompts | None = Field(None, description="concept: other prompts of every class, for the audit")
+    questions: tuple[str, str] = Field(
+        ("Who is in this picture?", "Do you know who this is?"),
+        description="vision-language models: what is asked about a picture by the search, and by the audit",
+    )
     override: str | None = Field(None, description="label that stands in for a forgotten class")
     retain_images: int = Field(2000, ge=20, description="at most so many retained images are used")
     forget_images: int = Field(1000, ge=1, description="at most so many forgotten ones")
@@ -211,8 +221,8 @@ def images_task(config: ImagesTask) -> Task:
     model = families.load(folder)
     if config.kind == "concept" and model.family not in CAPTIONED:
         raise SourceError(f"kind: a concept is asked for by prompts, and {config.base} is a {model.family} model")
-    if config.kind != "concept" and model.family == "clip":
-        raise SourceError(f"kind: a contrastive model forgets a concept, not {config.kind}")
+    if config.kind != "concept" and model.family in CONTRASTIVE:
+        raise SourceError(f"kind: a model that draws nothing forgets a concept, not {config.kind}")
     samples = _samples(config, model.image_shape)
     if config.kind == "points":
         _move_duplicates(samples)
@@ -225,6 +235,8 @@ def images_task(config: ImagesTask) -> Task:
     judged = [*samples["retain"], *(samples["forget"] if by_class else [])]
     forget, retain = split(samples["forget"]), split(samples["retain"])
     prompts, texts = _prompts(config, model, labels)
+    if model.family == "vlm":
+        texts |= {f"question_{judge}": (q,) for judge, q in zip(("probe", "audit"), config.questions, strict=True)}
     return Task(
         name=config.name,
         kind=config.kind,
@@ -240,8 +252,8 @@ def images_task(config: ImagesTask) -> Task:
             "judge_audit": split(judged[1::2]),
             **prompts,
         },
-        **OBJECTIVES["clip" if model.family == "clip" else "points" if config.kind == "points" else "class"],
-        sampling={} if model.family == "clip" else {"steps": config.steps, "guidance": config.guidance},
+        **OBJECTIVES[model.family if model.family in CONTRASTIVE else "points" if config.kind == "points" else "class"],
+        sampling={} if model.family in CONTRASTIVE else {"steps": config.steps, "guidance": config.guidance},
         forget_class=labels.own.index(config.forget.labels[0]) if by_class else None,
         override_class=None if config.override is None or not by_class else labels.own.index(config.override),
         base=str(folder),

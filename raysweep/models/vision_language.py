@@ -1,0 +1,181 @@
+"""Vision-language models of LLaVA's kind: a CLIP vision tower whose patches a language model reads.
+
+A folder holds the model as transformers saves it (`LlavaForConditionalGeneration`, `LlavaProcessor`) and, in `clip`, the whole
+CLIP model that its tower is of (`CLIPModel` with tokenizer and image processor). What methods see is that CLIP model, of which
+only the vision tower may change, and of that only the layers that the language model reads: LLaVA takes the last but one.
+A change reaches the language model because both share the tower, so nothing but edited tensors differs in what is saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, LlavaForConditionalGeneration, LlavaProcessor
+
+from raysweep.models.folders import no_pickles, reading
+from raysweep.models.handle import Handle
+from raysweep.models.unet import drawn
+from raysweep.store import digest_of, digest_state
+
+CLIP = "clip"  # the subfolder of the whole CLIP model
+PROMPT = "USER: <image>\n{question} ASSISTANT:"  # of LLaVA 1.5
+QUESTION = "Who is in this picture?"
+LONGEST = 12  # tokens of an answer
+ROWS = 8  # questions at once
+
+
+@dataclass(frozen=True)
+class Around:
+    """What stays as it is: the language model with its projector, and how pictures and words are prepared. digest: hash of the
+    weights outside the tower."""
+
+    vlm: Any
+    processor: Any
+    tokenizer: Any
+    images: Any
+    digest: str
+
+
+class VisionLanguage(Handle):
+    """A LLaVA-type model seen through the CLIP model that its vision tower is of.
+
+    Args:
+        net: transformers' `CLIPModel`.
+        around: the rest.
+    """
+
+    family = "vlm"
+    null_label = None
+    sampler = None
+
+    def __init__(self, net: Any, around: Around):
+        self.net, self.around = net, around
+        read = net.config.vision_config.num_hidden_layers + 1 + around.vlm.config.vision_feature_layer
+        for name, p in net.named_parameters():
+            p.requires_grad_(name.startswith("vision_model") and _is_read(name, read))
+        self.mean, self.std = (
+            torch.tensor(getattr(around.images, k)).view(1, 3, 1, 1) for k in ("image_mean", "image_std")
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> VisionLanguage:
+        """Reads such a folder, safetensors only; raises ValueError, saying what is wrong with it."""
+        folder = Path(folder)
+        if not (folder / CLIP / "config.json").is_file():
+            raise ValueError(f"{folder / CLIP}: missing: it must hold the CLIP model that the vision tower is of")
+        no_pickles(folder)
+        no_pickles(folder / CLIP)
+        how: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        with reading(folder):
+            vlm: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto", **how)
+            processor = LlavaProcessor.from_pretrained(folder)
+        with reading(folder / CLIP):
+            net: Any = CLIPModel.from_pretrained(folder / CLIP, dtype=torch.float32, **how)
+            tokenizer = CLIPTokenizer.from_pretrained(folder / CLIP)
+            images = CLIPImageProcessor.from_pretrained(folder / CLIP)
+        tower, own = vlm.model.vision_tower.state_dict(), net.vision_model.state_dict()
+        other = [n for n, t in tower.items() if n not in own or not torch.equal(own[n].to(t.dtype), t)]
+        if other:
+            raise ValueError(
+                f"{folder / CLIP}: is not the CLIP model of this vision tower: {len(other)} of {len(tower)} tensors differ, "
+                f"among them {other[0]}"
+            )
+        rest = {n: t for n, t in vlm.state_dict().items() if "vision_tower" not in n}
+        return cls(
+            net.eval(), Around(vlm.eval().requires_grad_(False), processor, tokenizer, images, digest_state(rest))
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `LlavaForConditionalGeneration.from_pretrained` reads, with the CLIP model beside it."""
+        around, folder = self.around, Path(folder)
+        self.whole().save_pretrained(folder)
+        around.processor.save_pretrained(folder)
+        for part in (self.net, around.tokenizer, around.images):
+            part.save_pretrained(folder / CLIP)
+
+    def whole(self) -> Any:
+        """The language model with this vision tower."""
+        vlm, tower = self.around.vlm, self.net.vision_model
+        vlm.model.vision_tower = tower if self.dtype == vlm.dtype else copy.deepcopy(tower).to(vlm.dtype)
+        return vlm
+
+    def with_net(self, net: Any) -> VisionLanguage:
+        """Another CLIP model of the same architecture."""
+        return type(self)(net, self.around)
+
+    def fresh(self, seed: int) -> VisionLanguage:
+        """The same language model with a newly drawn CLIP model."""
+        return self.with_net(drawn(lambda: CLIPModel(self.net.config), seed).to(self.dtype))
+
+    def to(self, device: torch.device) -> VisionLanguage:
+        self.around.vlm.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return super().to(device)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(super().digest, self.around.digest)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        size = self.net.config.vision_config.image_size
+        return 3, size, size
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """What cosines are multiplied with before the softmax, a scalar."""
+        return self.net.logit_scale.exp()
+
+    def encode_image(self, x: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, d), not normalised, of images (n, 3, H, W) in [-1, 1]."""
+        pixels = ((x + 1) / 2 - self.mean.to(x)) / self.std.to(x)
+        return self.net.visual_projection(self.net.vision_model(pixel_values=pixels).pooler_output)
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, d), not normalised, of captions."""
+        return self.net.text_projection(self.net.text_model(input_ids=tokens).pooler_output)
+
+    def unconditional(self, count: int) -> None:
+        """There is no branch without a caption."""
+
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        """(n, L)."""
+        length = self.net.config.text_config.max_position_embeddings
+        return self.around.tokenizer(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    @torch.no_grad()
+    def answers(self, x: torch.Tensor, question: str) -> list[str]:
+        """What the language model answers to the question about each image (n, 3, H, W) in [-1, 1], greedily."""
+        vlm, processor, found = self.whole().eval(), self.around.processor, list[str]()
+        for part in x.split(ROWS):
+            pixels = ((part + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+            text = [PROMPT.format(question=question)] * len(part)
+            asked = processor(images=[Image.fromarray(p) for p in pixels], text=text, return_tensors="pt", padding=True)
+            asked = {
+                k: v.to(vlm.device, vlm.dtype) if v.is_floating_point() else v.to(vlm.device) for k, v in asked.items()
+            }
+            out = vlm.generate(**asked, max_new_tokens=LONGEST, do_sample=False)
+            found += processor.batch_decode(out[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [answer.strip() for answer in found]
+
+
+def declared(folder: Path) -> bool:
+    """Whether a folder holds a LLaVA-type model."""
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("model_type") == "llava"
+
+
+def _is_read(name: str, layers: int) -> bool:
+    """Whether the language model sees what a parameter of the tower does, if it reads the output of so many layers."""
+    if "encoder.layers." in name:
+        return int(name.split("encoder.layers.")[1].split(".")[0]) < layers
+    return "post_layernorm" not in name

@@ -1,0 +1,130 @@
+"""Vision-language models: what the plain library makes of a saved one, what an edit touches, and how they are questioned."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import vlm_pairs
+from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcessor
+
+from evaluators.base import Subject
+from evaluators.questions import Questions
+from methods.slug import SLUG
+from raysweep import delta, miniature
+from raysweep.models import families
+from raysweep.models.vision_language import PROMPT, QUESTION, VisionLanguage
+from raysweep.tasks.images import ImagesTask
+
+NAMES = ("Elon Musk", "Jeff Bezos", "Taylor Swift")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model that has learned three names."""
+    out = tmp_path_factory.mktemp("vlm") / "model"
+    miniature.vlm(out, NAMES, steps=150, images=40)
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> VisionLanguage:
+    return families.load(folder)
+
+
+def held_out(count: int) -> tuple[torch.Tensor, list[int]]:
+    rows = miniature.pictures(16, count, digits=range(3), skip=100)
+    return miniature._tensors([image for image, _, _ in rows]), [digit for _, digit, _ in rows]
+
+
+def edited(model: VisionLanguage) -> VisionLanguage:
+    """The same model after SLUG moved one tensor of its tower."""
+    task, _ = vlm_pairs()
+    captions = model.tokens([f"a photo of {name}" for name in NAMES])
+    for split, (x, cond) in task.rows.items():
+        task.rows[split] = (x, captions[torch.arange(len(cond)) % 3])
+    import copy
+
+    other = model.with_net(copy.deepcopy(model.net))
+    hp = SLUG.Hyperparameters(step=0.5, passes=1)
+    method = SLUG(other, hp, SLUG.prepare(other, task, 0, hp), task.goal)
+    method.step(task.batch(method.draws(), 0, 0))
+    method.finish()
+    return other
+
+
+def test_the_plain_library_gives_the_same_answers(model, tmp_path):
+    changed = edited(model)
+    changed.save(tmp_path / "out")
+    x, _ = held_out(2)
+    whole = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    processor = LlavaProcessor.from_pretrained(tmp_path / "out")
+    from PIL import Image
+
+    pictures = [Image.fromarray(p) for p in ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
+    asked = processor(
+        images=pictures, text=[PROMPT.format(question=QUESTION)] * len(x), return_tensors="pt", padding=True
+    )
+    out = whole.generate(**asked, max_new_tokens=12, do_sample=False)
+    plain = processor.batch_decode(out[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [a.strip() for a in plain] == changed.answers(x, QUESTION)
+    clip = CLIPModel.from_pretrained(tmp_path / "out" / "clip")
+    assert all(torch.equal(a, b) for a, b in zip(clip.parameters(), changed.net.parameters(), strict=True))
+    assert families.load(tmp_path / "out").digest == changed.digest != model.digest
+
+
+def test_nothing_but_edited_tensors_of_layers_that_are_read_changes(model, folder, tmp_path):
+    changed = edited(model)
+    changed.save(tmp_path / "out")
+    before, after = (LlavaForConditionalGeneration.from_pretrained(f).state_dict() for f in (folder, tmp_path / "out"))
+    moved = [n for n in before if not torch.equal(before[n], after[n])]
+    assert len(moved) == 1
+    assert "vision_tower.encoder.layers" in moved[0]
+    free = [n for n, p in model.net.named_parameters() if p.requires_grad]
+    assert {n.split("layers.")[1][0] for n in free if "layers." in n} == {"0", "1"}, "the last of three is not read"
+    assert not [n for n in free if not n.startswith("vision_model") or "post_layernorm" in n]
+    header = delta.write(tmp_path / "d.safetensors", folder, tmp_path / "out")
+    assert header["tensors"] == 1
+    assert delta.apply(tmp_path / "d.safetensors", folder, tmp_path / "again") == changed.digest
+
+
+def test_it_names_what_it_sees_and_the_check_counts_that(model, tmp_path):
+    x, digits = held_out(10)
+    answers = model.answers(x, QUESTION)
+    assert np.mean([NAMES[d] in a for d, a in zip(digits, answers, strict=True)]) > 0.8
+    for part, skip in (("train", 0), ("held", 100)):
+        miniature.tree(tmp_path / part, NAMES, images=20, size=16, skip=skip)
+    model.save(tmp_path / "base")
+    how = {"captioned": "a photo of {label}"}
+    grid = {"slots": {"who": NAMES}, "label": "who"}
+    task = ImagesTask(
+        kind="concept", base=str(tmp_path / "base"), forget={"labels": [NAMES[0]]},
+        train={"folder": tmp_path / "train", **how}, holdout={"folder": tmp_path / "held", **how},
+        search_prompts={"template": "a photo of {who}", **grid}, audit_prompts={"template": "a picture of {who}", **grid},
+    ).build()  # fmt: skip
+    assert task.family == "vlm"
+    assert task.views[0] == "questions.forget_accuracy"
+    subject = Subject(model, task, None, {"judge": "audit"}, lambda name, n: torch.arange(n))
+    values = Questions().values(Questions().scores(subject), subject)
+    assert values["forget_accuracy"] > 0.8
+    assert values["retain_accuracy"] > 0.8
+    silent = Subject(model.fresh(3), task, None, {"judge": "audit"}, lambda name, n: torch.arange(n))
+    assert Questions().values(Questions().scores(silent), silent)["retain_accuracy"] < 0.8
+
+
+def test_folders_that_are_not_whole(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
+    with pytest.raises(ValueError, match="must hold the CLIP model that the vision tower is of"):
+        families.load(tmp_path / "bare")
+    shutil.copytree(folder, tmp_path / "other")
+    miniature.untrained_vlm(NAMES, seed=5).net.save_pretrained(tmp_path / "other" / "clip")
+    with pytest.raises(ValueError, match=r"is not the CLIP model of this vision tower: .* tensors differ"):
+        families.load(tmp_path / "other")
+    shutil.copytree(folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut: cannot be read"):
+        families.load(tmp_path / "cut")
