@@ -290,10 +290,18 @@ def celeba(out: Path, images: int = 40) -> None:
         (folder / f"{key}.txt").write_text(head + "".join(" ".join(row) + "\n" for row in table))
 
 
-def files(out: Path, images: int = 60, size: int = 32, skip: int = 0, digits: Sequence[int] = tuple(range(10))) -> None:
-    """A flat folder of numbered JPEG files, as CelebA-HQ is published."""
+def files(
+    out: Path,
+    images: int = 60,
+    size: int = 32,
+    skip: int = 0,
+    digits: Sequence[int] = tuple(range(10)),
+    look: str = "plain",
+    first: int = 0,
+) -> None:
+    """A flat folder of JPEG files numbered from `first`, as CelebA-HQ is published."""
     out.mkdir(parents=True)
-    for number, (image, _, _) in enumerate(pictures(size, images, digits=digits, skip=skip)):
+    for number, (image, _, _) in enumerate(pictures(size, images, (look,), digits, skip), first):
         image.save(out / f"{number}.jpg", quality=95)
 
 
