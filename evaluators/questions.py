@@ -14,7 +14,8 @@ from evaluators.statistics import clopper_pearson, jackknife_interval
 
 
 class Questions(Evaluator):
-    """Forget accuracy and retained accuracy of the answers, its complement, and the share of answers that hold any name."""
+    """Forget accuracy and retained accuracy of the answers; the share of wrong ones for other names, (wrong + 1/2)/(n + 1), so
+    that it has a logarithm; and the share of answers that hold any name."""
 
     name = "questions"
     families = frozenset({"vlm"})
@@ -37,11 +38,10 @@ class Questions(Evaluator):
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
         right, truth = scores["retain"].T
         by_name = [right[truth == c].mean() for c in np.unique(truth)]
-        retained = float(np.mean(by_name))
         return {
             "forget_accuracy": float(scores["forget_right"].mean()),
-            "retain_accuracy": retained,
-            "retain_error": 1 - retained,
+            "retain_accuracy": float(np.mean(by_name)),
+            "retain_error": float((1 - right).sum() + 0.5) / (len(right) + 1),
             "validity": float(scores["named"].mean()),
         }
 

@@ -134,7 +134,9 @@ def test_a_preset_runs_to_its_report(tmp_path: Path, cache: Path, name: str):
     code, out = process.wait(1400), (tmp_path / "out.log").read_text()
     assert code == 0, out
     run = tmp_path / "runs" / f"{name}-tiny"
-    assert "<h1" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert presets.about(name).title in page
+    assert "which say nothing about the paper" in page
     assert json.loads((run / "front.json").read_text())["points"]
     rows = read_table(run / "rows", ROWS).to_pylist()
     assert not [r for r in rows if r["status"] == "failed"]

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import logging
 
 from raysweep.models.folders import no_pickles, reading
 from raysweep.models.handle import Handle
 from raysweep.models.unet import drawn
 from raysweep.store import digest_of, digest_state
+
+logging.disable_progress_bar()  # bars of files under those of a sweep tell nobody anything
 
 CLIP = "clip"  # the subfolder of the whole CLIP model
 PROMPT = "USER: <image>\n{question} ASSISTANT:"  # of LLaVA 1.5

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
+from raysweep import presets
 from raysweep.config import Sweep
 from raysweep.informative import caveat
 from raysweep.results import trial_table
@@ -82,6 +83,17 @@ def gather(folder: RunDir) -> ReportData:
     )
 
 
+def _preset(sweep: Sweep) -> str:
+    """Which paper's experiment this is, and at which scale; "" if none."""
+    if sweep.preset is None or sweep.preset not in presets.names():
+        return ""
+    about = presets.about(sweep.preset)
+    text = f"{about.title}, after {about.paper}."
+    if sweep.scale == "tiny":
+        text += " At scale tiny: on miniatures of its models and data, which say nothing about the paper's figures."
+    return text
+
+
 def _scores(folder: RunDir, subjects: set[str]) -> dict[tuple[str, str], np.ndarray]:
     """(subject, score) -> array, for what the report draws."""
     table = read_table(folder.scores, SCORES)
@@ -102,6 +114,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
     reasons = sorted({(r["check"], r["status"], r["reason"]) for r in absent})
     return {
         "name": data.sweep.name,
+        "preset": _preset(data.sweep),
         "manifest": data.manifest,
         "badges": ["INCOMPLETE"] if any(r["status"] == "failed" for r in absent) else [],
         "answer": _answer(data, best),
