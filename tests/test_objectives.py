@@ -104,3 +104,12 @@ def test_over_forgetting_is_measured_against_the_larger_distance():
     assert all(v.informative for v in views)
     past = objectives(measured(0.0, -0.2, 2.0), near, views, "f.frechet", VALIDITY)
     assert past.over_forgetting == pytest.approx(0.1)
+
+
+def test_a_quality_that_cannot_tell_damage_is_said_to_be_so():
+    perfect = Anchors(ANCHORS.base, (measured(0.0, 1.0, 0.0), measured(0.2, 1.0, 0.0)), ANCHORS.destroyed)
+    with pytest.raises(Unmeasured, match=r"f\.frechet cannot tell damage: the oracles have 0, a destroyed model 32"):
+        objectives(measured(0.1, 0.0, 8.0), perfect, VIEWS, "f.frechet", VALIDITY)
+    same = Anchors(ANCHORS.base, ANCHORS.oracles, measured(0.3, 0.9, 2.0))
+    with pytest.raises(Unmeasured, match="cannot tell damage"):
+        objectives(measured(0.1, 0.0, 8.0), same, VIEWS, "f.frechet", VALIDITY)
