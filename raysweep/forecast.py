@@ -14,7 +14,7 @@ import yaml
 
 from raysweep import footprint, presets
 from raysweep.artifacts import ROOT
-from raysweep.config import Sweep
+from raysweep.config import ConfigError, Sweep
 from raysweep.footprint import SINGLE, Footprint
 from raysweep.models.folders import is_hub_id
 from raysweep.plan import typical
@@ -28,7 +28,7 @@ from raysweep.tasks.sources import TORCHVISION
 PEAK = {"fp32": 67e12, "bf16": 989e12}  # operations per second of an H100 SXM by its data sheet, without sparsity
 SHARE = 0.3  # of the peak that is assumed to be reached
 RELEARNING_ROWS = 64  # of a batch of an attack that trains
-CLUSTER = ROOT / "cluster.yaml"
+CLUSTER = "cluster.yaml"
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,25 @@ def missing(sweep: Sweep, about: presets.About) -> list[tuple[presets.Bring, str
     return found
 
 
+def cluster_file() -> Path:
+    """The launcher file here, else the one of the source tree; raises ConfigError if there is neither."""
+    for path in (Path(CLUSTER), ROOT / CLUSTER):
+        if path.is_file():
+            return path
+    raise ConfigError(f"{CLUSTER}: not in this folder, so there is no cluster to plan for")
+
+
 def nodes_of(cluster: Path) -> list[Node]:
-    """The nodes that a launcher file of Ray asks for."""
-    types = yaml.safe_load(cluster.read_text(encoding="utf-8"))
+    """The nodes that a launcher file of Ray asks for; raises ConfigError if it is not one."""
     found = []
-    for name, node in types["available_node_types"].items():
-        count = 1 if name == types.get("head_node_type") else node.get("min_workers", 0)
-        offered = node.get("resources", {})
-        one = Node(float(offered.get("CPU", 0)), float(offered.get("GPU", 0)), node.get("labels", {}).get("role", ""))
-        found += [one] * count
+    try:
+        types = yaml.safe_load(cluster.read_text(encoding="utf-8"))
+        for name, node in types["available_node_types"].items():
+            count = 1 if name == types.get("head_node_type") else node.get("min_workers", 0)
+            offered, role = node.get("resources", {}), node.get("labels", {}).get("role", "")
+            found += [Node(float(offered.get("CPU", 0)), float(offered.get("GPU", 0)), role)] * count
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{cluster}: not a launcher file with available_node_types ({error})") from error
     return found
 
 
@@ -110,7 +120,8 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
     """(topic, text) of everything that a dry run of a preset tells."""
     network = footprint.of(about.network)
     spaces = [load_space(name, sweep.spaces.get(name), ours(sweep).kind) for name in sweep.methods]
-    plan = make_plan(nodes_of(CLUSTER), sweep)
+    cluster = cluster_file()
+    plan = make_plan(nodes_of(cluster), sweep)
     cost = forecast(sweep, network, spaces)
     share = sweep.search.trials // len(sweep.methods)
     lanes = max(1.0, plan.slots * plan.workers * plan.worker_gpus)
@@ -121,7 +132,7 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
         *(("protocol", line) for line in about.protocol),
         *(("differs", line) for line in about.differs),
         ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
-        ("cluster", f"{CLUSTER.name}: {plan.describe()}"),
+        ("cluster", f"{cluster}: {plan.describe()}"),
         ("network", f"{network.parameters / 1e6:.1f} M weights, {network.flops / 1e9:.3g} GFLOP per image and pass"),
         ("cost", f"about {_hours(cost.gpu_hours)} of an H100: base and oracles "
          f"{_hours(cost.training) if cost.training else 'are given'}, search "

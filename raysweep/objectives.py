@@ -124,7 +124,9 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
         beyond = max(0.0, *past)
         best, worst = float(np.mean([o[quality] for o in oracles])), destroyed[quality]
         if not (best > 0 and worst > 0) or best == worst:
-            raise Unmeasured(f"{quality} cannot tell damage: the oracles have {best:.3g}, a destroyed model {worst:.3g}")
+            raise Unmeasured(
+                f"{quality} cannot tell damage: the oracles have {best:.3g}, a destroyed model {worst:.3g}"
+            )
         damage = float(np.log(max(own[quality], 1e-12) / best) / np.log(worst / best))
         return max(0.0, *anchored.values()), max(min(1.0, beyond), damage, 0.0), beyond, anchored
 

@@ -71,7 +71,7 @@ def test_a_plan_before_anything_is_there(name, tmp_path, monkeypatch):
     for topic, *text in lines:
         told.setdefault(topic, []).append(" ".join(text))
     assert len(told["missing"]) == len(presets.about(name).bring)
-    assert "cluster.yaml: " in told["cluster"][0]
+    assert "cluster.yaml: 24 trials at once" in told["cluster"][0]
     assert "of an H100" in told["cost"][0]
     assert "GB" in told["memory"][0]
     assert "GB of candidates" in told["disk"][0]
@@ -106,10 +106,21 @@ def test_cost_grows_with_the_work():
 
 
 def test_nodes_of_the_launcher_file():
-    nodes = forecast.nodes_of(forecast.CLUSTER)
+    nodes = forecast.nodes_of(forecast.cluster_file())
     assert nodes.count(Node(192.0, 8.0, "train")) == 3
     assert nodes.count(Node(192.0, 8.0, "audit")) == 1
     assert nodes.count(Node(16.0, 0.0, "control")) == 1
+
+
+def test_a_cluster_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    types = {"head": {"resources": {"CPU": 8}}, "gpus": {"resources": {"CPU": 64, "GPU": 4}, "min_workers": 2}}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"head_node_type": "head", "available_node_types": types}))
+    assert "cluster.yaml: 6 trials at once" in call("run", "siss-mnist-tshirt", "--dry-run").output
+    (tmp_path / "cluster.yaml").write_text("just: this")
+    result = call("run", "siss-mnist-tshirt", "--dry-run")
+    assert result.exit_code == 2
+    assert "cluster.yaml: not a launcher file" in result.output
 
 
 def test_scales_are_for_presets_alone(tmp_path):
