@@ -22,8 +22,9 @@ def test_a_domain_that_suffers_is_told_from_one_that_does_not():
     """Real digits in two styles stand in for samples; in some of them the style, or the digit, is not the one asked for."""
     task = TextTask(forget="three", images=300).build()
     training = task.splits["judge_audit"]
-    judge = train_judge(training.x, training.groups, 0, steps=250)
+    judge = train_judge(training.x, training.groups, 0, steps=150)
     one = Subject(None, task, judge, {"judge": "audit", "samples": 108, "class_samples": 20}, seeds)
+    one.once("second judge", lambda: to_array(train_judge(training.x, training.other, 0, steps=60)))
     prompts, real = task.splits["prompts_audit"], task.splits["judge_probe"]
     classes = torch.tensor([c for c in range(10) if c != 3])[torch.arange(108) % 9]
     gone = torch.full((20,), 3)
