@@ -17,7 +17,7 @@ from evaluators.classifier import forget_samples
 from evaluators.judge import Judge, from_array, to_array, train_judge
 from evaluators.statistics import clopper_pearson, jackknife_interval
 
-SEED = 0  # of the second judge
+SEED, STEPS = 0, 200  # of the second judge
 ACCURACIES = ("in_domain", "cross_domain", "cross_domain_with_forgotten")
 
 
@@ -115,6 +115,6 @@ def _second_judge(subject: Subject) -> Judge:
 
     def make() -> np.ndarray:
         assert images.other is not None
-        return to_array(train_judge(images.x, images.other, SEED))
+        return to_array(train_judge(images.x, images.other, SEED, STEPS))
 
     return from_array(subject.keep("second judge", make), channels, classes)
