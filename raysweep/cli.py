@@ -54,14 +54,18 @@ def main() -> None:
 
 
 def _config(path: str | None, overrides: tuple[str, ...], absent: bool = False) -> Any:
-    from raysweep import presets
     from raysweep.config import load
 
     if path is not None and "=" in path:
         overrides, path = (path, *overrides), None
-    if path in presets.names() and not Path(path).exists():
-        path = str(presets.path_of(path))
-    return load(None if path is None else Path(path), overrides, absent)
+    return load(None if path is None else _file(path), overrides, absent)
+
+
+def _file(path: str) -> Path:
+    """A config by its path, or a preset by its name."""
+    from raysweep import presets
+
+    return presets.path_of(path) if path in presets.names() and not Path(path).exists() else Path(path)
 
 
 def _run_dir(path: str) -> Any:
@@ -91,7 +95,7 @@ def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
     """
     sweep = _config(config, overrides, absent=dry_run)
     if dry_run:
-        return _dry_run(sweep)
+        return _dry_run_of_preset(sweep, config) if config and sweep.scale == "paper" else _dry_run(sweep)
     from raysweep.display import Display
     from raysweep.run import Interrupted, RunFailed, run_sweep
 
@@ -149,8 +153,6 @@ def _nodes(sweep: Any) -> list[Any]:
 
 
 def _dry_run(sweep: Any) -> int:
-    if sweep.scale == "paper":
-        return _dry_run_of_preset(sweep)
     from raysweep.fit import resolve_sweep
     from raysweep.plan import describe
     from raysweep.resources import make_plan
@@ -166,10 +168,10 @@ def _dry_run(sweep: Any) -> int:
     return OK
 
 
-def _dry_run_of_preset(sweep: Any) -> int:
+def _dry_run_of_preset(sweep: Any, config: str) -> int:
     from raysweep import forecast, presets
 
-    for kind, text in forecast.describe(sweep, presets.about(sweep.preset)):
+    for kind, text in forecast.describe(sweep, presets.about_of(_file(config))):
         click.echo(f"{kind:<9} {text}")
     _warn(sweep)
     click.echo("nothing was started")

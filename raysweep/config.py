@@ -292,7 +292,7 @@ class Sweep(_Model):
 def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = False) -> Sweep:
     """Reads a sweep from YAML (None: the embedded default) and applies overrides such as `search.trials=12`.
 
-    absent: models and weights that it names need not be there yet.
+    absent: what a preset at paper scale names need not be there yet.
 
     Raises:
         ConfigError: one message for every mistake, with file, key and line.
@@ -313,7 +313,7 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = Fals
         raise ConfigError(f"{where}: must be a mapping of keys, not {type(data).__name__}")
     _scale(data, overrides, where, text)
     set_by_hand = [_override(data, item) for item in overrides]
-    return validate(data, where, text, set_by_hand, absent)
+    return validate(data, where, text, set_by_hand, absent and data.get("scale") == "paper")
 
 
 def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: str) -> None:

@@ -82,7 +82,12 @@ def path_of(name: str) -> Path:
 
 def about(name: str) -> About:
     """What a preset says of itself."""
-    return About.model_validate(yaml.safe_load(path_of(name).read_text(encoding="utf-8"))["about"])
+    return about_of(path_of(name))
+
+
+def about_of(path: Path) -> About:
+    """What the file of a preset, or a copy of one, says of itself."""
+    return About.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))["about"])
 
 
 def settings(tiny: Any, methods: int, cache: Path | None) -> dict[str, Any]:

@@ -81,6 +81,22 @@ def test_a_plan_before_anything_is_there(name, tmp_path, monkeypatch):
     assert "Traceback" not in refused.output
 
 
+def test_a_copy_of_a_preset_is_planned_as_well(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = presets.path_of("siss-mnist-tshirt").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text.replace("name: siss-mnist-tshirt", "name: mine"))
+    result = call("run", "mine.yaml", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "missing   task.base" in result.output
+
+
+def test_only_presets_are_planned_without_what_they_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("run", "audit.audit.weights.sscd=none.pt", "--dry-run")
+    assert result.exit_code == 2
+    assert "weights.sscd: none.pt does not exist" in result.output
+
+
 def test_what_is_there_is_not_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "MNIST").mkdir(parents=True)

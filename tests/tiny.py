@@ -107,14 +107,6 @@ class TinyText(PixelDDPM):
     def shape(self) -> tuple[int, int, int]:
         return 1, 4, 4
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.net.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.net.parameters()).device
-
     def unconditional(self, count: int) -> torch.Tensor:
         return torch.tensor([0, 11, 11, 11]).expand(count, -1)
 

@@ -85,12 +85,12 @@ def gather(folder: RunDir) -> ReportData:
 
 def _preset(sweep: Sweep) -> str:
     """Which paper's experiment this is, and at which scale; "" if none."""
-    if sweep.preset is None or sweep.preset not in presets.names():
-        return ""
-    about = presets.about(sweep.preset)
-    text = f"{about.title}, after {about.paper}."
+    text = ""
+    if sweep.preset in presets.names():
+        about = presets.about(sweep.preset)
+        text = f"{about.title}, after {about.paper}. "
     if sweep.scale == "tiny":
-        text += " At scale tiny: on miniatures of its models and data, which say nothing about the paper's figures."
+        text += "At scale tiny: on miniatures of its models and data, which say nothing about the paper's figures."
     return text
 
 
