@@ -171,14 +171,14 @@ def test_a_part_of_a_dataset_is_not_the_dataset(tmp_path):
 
 class Evil:
     def __reduce__(self):
-        return print, ("this ran",)
+        return eval, ("print('this ran')",)
 
 
 def test_files_that_could_run_code_are_refused(tmp_path, capsys):
     miniature.cifar10(tmp_path, images=6)
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     batch.write_bytes(pickle.dumps({"data": Evil(), "labels": []}))
-    with pytest.raises(SourceError, match=r"data_batch_3: not a pickle of plain data: it names builtins\.print"):
+    with pytest.raises(SourceError, match=r"data_batch_3: not a pickle of plain data: it names builtins\.eval"):
         list(TorchvisionSource(torchvision="CIFAR10", root=tmp_path, checksums=False).records(Tally()))
     assert "this ran" not in capsys.readouterr().out
     for shards in ("pipe:cat x.tar", "https://host/a.tar; rm -rf x", "s3://bucket/$(id).tar"):
