@@ -519,6 +519,34 @@ def patch(delta_file: str, model_dir: str, out_dir: str, revert: bool) -> int:
     return OK
 
 
+@main.command()
+@click.argument("snapshot")
+@click.argument("out_dir")
+@_errors
+def convert(snapshot: str, out_dir: str) -> int:
+    """Make a model folder of a published EDM snapshot (.pkl): its tensors alone are read, its code never.
+
+    \b
+    raysweep convert edm-cifar10-32x32-cond-vp.pkl models/edm-cifar10-32x32-cond
+    """
+    from raysweep.config import ConfigError
+    from raysweep.models.snapshot import read
+    from raysweep.store import write_folder
+
+    target = Path(out_dir)
+    if target.exists():
+        raise ConfigError(f"{target}: exists already; choose another place")
+    try:
+        model = read(Path(snapshot))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    write_folder(target, model.save)
+    config, count = model.net.config, sum(p.numel() for p in model.net.parameters())
+    classes = f"{config.num_class_embeds} classes" if config.num_class_embeds else "no classes"
+    click.echo(f"{target}  {config.sample_size} pixels, {classes}, {count / 1e6:.1f} M weights, hash {model.digest}")
+    return OK
+
+
 @main.command(name="ls")
 @click.argument("what", type=click.Choice(["methods", "evaluators", "spaces", "tasks", "presets", "runs"]))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")

@@ -55,8 +55,9 @@ class Footprint:
 
 
 def of(network: dict[str, Any]) -> Footprint:
-    """Of an architecture: {"unet": arguments of UNet2DModel}, {"stable_diffusion": arguments of UNet2DConditionModel that
-    differ from those of version 1}, or {"clip": name of an open_clip configuration}. Raises ValueError for another one."""
+    """Of an architecture: {"unet": arguments of UNet2DModel}, {"song_unet": those of SongUNet}, {"stable_diffusion": arguments
+    of UNet2DConditionModel that differ from those of version 1}, or {"clip": name of an open_clip configuration}. Raises
+    ValueError for another one."""
     return _of(json.dumps(network))
 
 
@@ -64,13 +65,13 @@ def of(network: dict[str, Any]) -> Footprint:
 def _of(network: str) -> Footprint:
     ((kind, how),) = json.loads(network).items()
     with torch.device("meta"), _quiet():
-        if kind == "unet":
-            return _of_unet(how)
+        if kind in ("unet", "song_unet"):
+            return _of_unet(kind, how)
         if kind == "stable_diffusion":
             return _of_stable_diffusion(how or {})
         if kind == "clip":
             return _of_clip(how)
-    raise ValueError(f"{kind!r} is not an architecture; valid: unet, stable_diffusion, clip")
+    raise ValueError(f"{kind!r} is not an architecture; valid: unet, song_unet, stable_diffusion, clip")
 
 
 def measured(module: torch.nn.Module, run: Callable[[], torch.Tensor], rows: int = 1) -> Footprint:
@@ -98,10 +99,10 @@ def _count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _of_unet(config: dict[str, Any]) -> Footprint:
-    from diffusers import UNet2DModel
+def _of_unet(kind: str, config: dict[str, Any]) -> Footprint:
+    from raysweep.models.edm import NETWORKS
 
-    net: Any = UNet2DModel(**config)
+    net: Any = NETWORKS[kind](**config)
     size, channels = net.config.sample_size, net.config.in_channels
     labels = torch.zeros(1, dtype=torch.long) if net.config.num_class_embeds else None
     return measured(net, lambda: net(torch.empty(1, channels, size, size), torch.zeros(1), class_labels=labels).sample)

@@ -143,17 +143,20 @@ def prepare(
     tick: Tick,
 ) -> Context:
     """Makes or finds everything, measures the anchors with the probe, and leaves the run's context on disk."""
-    frozen = autoencoder_folder(sweep, task)
-    if frozen is not None and not frozen.is_dir():
-        started, where = time.monotonic(), (str(folder.task), task.model["vae"], sweep.task.seed, str(frozen))
-        ray.get(actors.auditors[0].train_autoencoder.remote(*where))
-        say("prepare", f"autoencoder ready (trained in {time.monotonic() - started:.0f} s)")
+    frozen, free = autoencoder_folder(sweep, task), actors.auditors
     with ThreadPoolExecutor(max_workers=16) as threads:
-        retrained = {s: threads.submit(executor.run, job) for s, job in retrain_jobs(sweep, task, folder.task).items()}
+        started, waiting = time.monotonic(), None
+        if frozen is not None and not frozen.is_dir():
+            where = (str(folder.task), task.model["vae"], sweep.task.seed, str(frozen))
+            waiting, free = free[0].train_autoencoder.remote(*where), free[1:] or free
         judges = {
-            name: threads.submit(_judge, actors, i, folder, *spec)
+            name: threads.submit(_judge, free[i % len(free)], folder, *spec)
             for i, (name, spec) in enumerate(judge_files(sweep, task).items())
         }
+        if waiting is not None:
+            ray.get(waiting)
+            say("prepare", f"autoencoder ready (trained in {time.monotonic() - started:.0f} s)")
+        retrained = {s: threads.submit(executor.run, job) for s, job in retrain_jobs(sweep, task, folder.task).items()}
         _wait({**retrained, **{f"judge {n}": f for n, f in judges.items()}}, actors, say, tick)
         models = {s: _model(s, job, retrained[s].result()) for s, job in retrain_jobs(sweep, task, folder.task).items()}
         if task.given:
@@ -283,11 +286,10 @@ def _model(subject: str, job: Job, outcome: Outcome) -> tuple[str, str]:
     return job.out, outcome.digest
 
 
-def _judge(actors: Pool, i: int, folder: RunDir, path: Path, seed: int, split: str) -> tuple[str, str]:
+def _judge(auditor: Any, folder: RunDir, path: Path, seed: int, split: str) -> tuple[str, str]:
     if path.is_file():
         with contextlib.suppress(StoreError):  # cut short: trained again
             return str(path), digest_state(load_tensors(path))
-    auditor = actors.auditors[i % len(actors.auditors)]
     return str(path), ray.get(auditor.train_judge.remote(str(folder.task), seed, split, str(path)))
 
 

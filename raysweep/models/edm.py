@@ -1,4 +1,4 @@
-"""EDM models: any U-Net of diffusers under the preconditioning of Karras et al., with their noise levels and Heun sampler.
+"""EDM models: a U-Net of diffusers or of the release under the preconditioning, noise levels and Heun sampler of Karras et al.
 
 Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022, arXiv:2206.00364,
 table 1. With noise level s (their sigma) and d the standard deviation of the data:
@@ -27,9 +27,11 @@ from diffusers import EDMEulerScheduler, UNet2DModel
 from raysweep.models.diffusion import load_sampler, save_sampler
 from raysweep.models.draws import normal_rows
 from raysweep.models.folders import INDEX, no_pickles, reading
+from raysweep.models.song import SongUNet
 from raysweep.models.unet import OneUNet, drawn
 
 CLASS = "EDMPipeline"
+NETWORKS = {"unet": UNet2DModel, "song_unet": SongUNet}
 LEVELS = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 TRAINING = {"p_mean": -1.2, "p_std": 1.2, "steps": 1000}
 
@@ -64,8 +66,10 @@ class EDM(OneUNet):
 
     @classmethod
     def build(cls, config: dict[str, Any], seed: int) -> EDM:
-        """A freshly initialised model. `config` holds `unet` keyword arguments, and `levels`, `training`, `null_label`."""
-        net = drawn(lambda: UNet2DModel(**config["unet"]), seed)
+        """A freshly initialised model. `config` holds keyword arguments of `unet` or `song_unet`, and `levels`, `training`,
+        `null_label`."""
+        kind = next(k for k in NETWORKS if k in config)
+        net = drawn(lambda: NETWORKS[kind](**config[kind]), seed)
         return cls(net, config.get("levels"), config.get("training"), config.get("null_label"))
 
     @classmethod
@@ -75,18 +79,21 @@ class EDM(OneUNet):
         no_pickles(folder / "unet")
         with reading(folder):
             index = json.loads((folder / INDEX).read_text())
-            net = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False)
+            network = next((n for n in NETWORKS.values() if index["unet"][1] == n.__name__), UNet2DModel)
+            net = network.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False)
             scheduler = EDMEulerScheduler.from_pretrained(folder / "scheduler")
             levels = {k: float(scheduler.config[k]) for k in LEVELS}
         return cls(net, levels, index["raysweep"]["training"], index["raysweep"]["null_label"], load_sampler(folder))
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder whose parts diffusers reads: `UNet2DModel` and `EDMEulerScheduler`. It has no pipeline of them."""
-        folder = Path(folder)
+        """Writes a folder whose parts diffusers reads: `UNet2DModel` (or `SongUNet`, which reads itself) and
+        `EDMEulerScheduler`. It has no pipeline of them."""
+        folder, network = Path(folder), type(self.net)
+        library = "diffusers" if network is UNet2DModel else "raysweep"
         self.net.save_pretrained(folder / "unet", safe_serialization=True)
         EDMEulerScheduler(**self.edm).save_pretrained(folder / "scheduler")
         index = {
-            "_class_name": CLASS, "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "EDMEulerScheduler"],
+            "_class_name": CLASS, "unet": [library, network.__name__], "scheduler": ["diffusers", "EDMEulerScheduler"],
             "raysweep": {"training": self.training, "null_label": self.null_label},
         }  # fmt: skip
         (folder / INDEX).write_text(json.dumps(index, indent=2))

@@ -17,7 +17,14 @@ VARIANTS = ["*.fp16.*", "*.bf16.*", "*non_ema*"]
 
 def is_hub_id(name: str) -> bool:
     """Whether a name that is no folder looks like an id on the Hugging Face hub."""
-    return not Path(name).is_dir() and HUB_ID.fullmatch(name) is not None
+    return not Path(name).exists() and HUB_ID.fullmatch(name) is not None
+
+
+def no_model(name: str) -> str:
+    """What is wrong with a name that is neither a folder nor an id on the hub."""
+    if Path(name).is_file():
+        return f"{name}: a file, not a folder; `raysweep convert {name} OUT_DIR` makes one of a snapshot of EDM"
+    return f"{name}: no such folder, and not an id on the Hugging Face hub (OWNER/NAME)"
 
 
 def located(name: str, revision: str | None = None) -> Path:
@@ -28,7 +35,7 @@ def located(name: str, revision: str | None = None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if not is_hub_id(name):
-        raise ValueError(f"{name}: no such folder, and not an id on the Hugging Face hub (OWNER/NAME)")
+        raise ValueError(no_model(name))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.errors import RevisionNotFoundError as NoRevision
@@ -54,6 +61,8 @@ def located(name: str, revision: str | None = None) -> Path:
 def pipeline_class(folder: Path, valid: Iterable[str]) -> str:
     """The pipeline class that a folder declares; raises ValueError unless it is one of `valid`."""
     index = folder / INDEX
+    if folder.is_file():
+        raise ValueError(no_model(str(folder)))
     if not index.is_file():
         raise ValueError(f"{folder}: not a diffusers pipeline folder ({INDEX} is missing)")
     try:

@@ -1,4 +1,4 @@
-"""What pixel-space models over one `UNet2DModel` share, unconditional or class-conditional."""
+"""What pixel-space models over one U-Net share, unconditional or class-conditional."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from diffusers import UNet2DModel
 
 from raysweep.models.diffusion import Diffusion
 
 
 class OneUNet(Diffusion):
-    """A model whose network is one U-Net of diffusers. null_label: the class index that stands for "no class", if any."""
+    """A model whose network is one U-Net. null_label: the class index that stands for "no class", if any."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -24,7 +23,7 @@ class OneUNet(Diffusion):
         return None if self.null_label is None else torch.full((count,), self.null_label, device=self.device)
 
     def fresh(self, seed: int) -> Self:
-        return self.with_net(drawn(lambda: UNet2DModel.from_config(self.net.config), seed).to(self.dtype))
+        return self.with_net(drawn(lambda: type(self.net).from_config(self.net.config), seed).to(self.dtype))
 
 
 def drawn(make: Callable[[], Any], seed: int) -> Any:

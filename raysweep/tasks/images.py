@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-from raysweep.models.folders import is_hub_id, located
+from raysweep.models.folders import is_hub_id, located, no_model
 from raysweep.registry import CONTRASTIVE
 from raysweep.tasks.prompts import Prompts
 from raysweep.tasks.sources import Source, SourceError, Tally
@@ -132,7 +132,7 @@ class ImagesTask(BaseModel):
             raise ValueError("search_prompts, audit_prompts: a concept needs both")
         absent = (info.context or {}).get("absent")
         if not Path(self.base).is_dir() and not is_hub_id(self.base) and not absent:
-            raise ValueError(f"base: {self.base}: no such folder, and not an id on the Hugging Face hub (OWNER/NAME)")
+            raise ValueError(f"base: {no_model(self.base)}")
         return self
 
     @property

@@ -1,0 +1,249 @@
+"""Reads the published EDM snapshots, and those that the released training code writes: the tensors alone, never the code.
+
+Such a file is a pickle: objects that carry the source of their own class, and the state to give it. Here no class of it is
+ever made. Whatever has a state becomes an inert record of it, and any name beyond those below is refused before it is looked up.
+The tensors are renamed to those of `SongUNet`; every one must be there, fit, and be used.
+
+Released code: https://github.com/NVlabs/edm (what its files hold; none of it is needed, or imported).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raysweep.models.edm import EDM
+from raysweep.models.song import FILTER, SongUNet
+from raysweep.unpickle import Restricted, Unsafe
+
+NETWORKS = ("ema", "net")  # of a snapshot, and of a training state; the first is what the papers sample from
+SCALARS = {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")}
+PRECONDITIONING = "EDMPrecond"
+SUPPORTED = {
+    "embedding_type": ("positional", "fourier"),
+    "encoder_type": ("standard", "residual"),
+    "decoder_type": ("standard",),
+}
+
+
+class Record:
+    """What a pickled object holds, by name; it does nothing. kind: the name of its class."""
+
+    kind: str
+    state: dict[str, Any]
+
+    def __new__(cls, *given: Any) -> Record:  # pickles may make objects without `__init__`
+        record, meta = super().__new__(cls), given[0] if given and isinstance(given[0], dict) else {}
+        record.kind, record.state = str(meta.get("class_name", "")), dict(meta.get("state") or {})
+        return record
+
+    def __setstate__(self, state: Any) -> None:
+        self.state.update(state if isinstance(state, dict) else {})
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.state.get(name, default)
+
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers of it and of all below, named as a state dict names them."""
+        for holder in ("_parameters", "_buffers"):
+            for name, tensor in (self.get(holder) or {}).items():
+                if isinstance(tensor, torch.Tensor):
+                    yield prefix + name, tensor
+        for name, part in (self.get("_modules") or {}).items():
+            if isinstance(part, Record):
+                yield from part.tensors(f"{prefix}{name}.")
+
+
+class Settings(dict[str, Any]):
+    """A dictionary, in place of one whose keys are attributes."""
+
+
+def _storage(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _parameter(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+    return tensor
+
+
+def _allowed(module: str, name: str) -> Any:
+    """What stands for a name of the pickle; None: it is not one of a snapshot."""
+    known: dict[tuple[str, str], Any] = {
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): Record,
+        ("dnnlib.util", "EasyDict"): Settings,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch.storage", "_load_from_bytes"): _storage,
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_parameter"): _parameter,
+        ("torch", "device"): torch.device,
+        ("torch", "Size"): torch.Size,
+    }
+    if module.startswith("torch.nn.modules."):
+        return Record
+    if (module, name) in SCALARS:
+        import numpy as np
+
+        return getattr(np, "_core", np.core).multiarray.scalar
+    found = getattr(torch, name, None) if module == "torch" else None
+    return found if isinstance(found, torch.dtype) else known.get((module, name))
+
+
+def read(path: Path) -> EDM:
+    """The model in a snapshot, in single precision, its moving average if it has one.
+
+    Raises ValueError, saying what, if the file is none, is of another network, or names anything that could run code.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with path.open("rb") as file:
+            content = Restricted(file, _allowed).load()
+    except Unsafe as error:
+        raise ValueError(f"{path}: refused: {error}") from error
+    except Exception as error:  # what a library makes of bytes that are no pickle has many names
+        raise ValueError(f"{path}: not a snapshot of EDM ({type(error).__name__}: {error})") from error
+    held = content if isinstance(content, dict) else {}
+    found = next((held[k] for k in NETWORKS if isinstance(held.get(k), Record)), None)
+    if found is None:
+        raise ValueError(f"{path}: not a snapshot of EDM: it holds no network under {' or '.join(NETWORKS)}")
+    try:
+        return _model(found, held.get("loss_fn"))
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _model(outer: Record, loss: Any) -> EDM:
+    if outer.kind != PRECONDITIONING:
+        raise ValueError(f"its network is under {outer.kind or 'no preconditioning'}; read is {PRECONDITIONING}")
+    inner = (outer.get("_modules") or {}).get("model")
+    if not isinstance(inner, Record) or inner.kind != "SongUNet":
+        kind = inner.kind if isinstance(inner, Record) else "missing"
+        raise ValueError(f"its network is {kind}; read are the SongUNets (DDPM++ and NCSN++)")
+    tensors = dict(inner.tensors())
+    net = SongUNet(**_config(outer, inner, tensors))
+    _fill(net, tensors)
+    levels = {"sigma_data": float(outer.state["sigma_data"])}
+    training = {}
+    if isinstance(loss, Record) and {"P_mean", "P_std"} <= loss.state.keys():
+        training = {"p_mean": float(loss.state["P_mean"]), "p_std": float(loss.state["P_std"])}
+    dropped = float(inner.get("label_dropout") or 0)
+    null = net.config.num_class_embeds if net.config.num_class_embeds and dropped else None
+    return EDM(net.eval(), levels, training, null)
+
+
+def _config(outer: Record, inner: Record, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Arguments of `SongUNet`: from what the snapshot was made with, or, where that was left out, from its tensors."""
+    given = dict(inner.get("_init_kwargs") or {})
+    for name, valid in SUPPORTED.items():
+        if given.get(name, valid[0]) not in valid:
+            raise ValueError(f"{name} is {given[name]!r}; read are {', '.join(valid)}")
+    size = int(given.get("img_resolution") or outer.state["img_resolution"])
+    taps = tuple(int(v) for v in given.get("resample_filter", (1, 1)))
+    if taps not in ((1, 1), FILTER):
+        raise ValueError(f"resample_filter is {list(taps)}; read are [1, 1] and {list(FILTER)}")
+    first = tensors[f"enc.{size}x{size}_conv.weight"]
+    width, noise = tensors["map_layer0.weight"].shape
+    channels = int(first.shape[0])
+    blocks = {int(m[1]) for n in tensors if (m := re.match(rf"enc\.{size}x{size}_block(\d+)\.", n))}
+    sizes = sorted({int(m[1]) for n in tensors if (m := re.match(r"enc\.(\d+)x", n))}, reverse=True)
+    last = f"{len(blocks) - 1}.conv1.weight"
+    return {
+        "sample_size": size,
+        "in_channels": int(first.shape[1]),
+        "out_channels": int(tensors[f"dec.{size}x{size}_aux_conv.weight"].shape[0]),
+        "num_class_embeds": int(tensors["map_label.weight"].shape[1]) if "map_label.weight" in tensors else None,
+        "model_channels": channels,
+        "channel_mult": tuple(int(tensors[f"enc.{s}x{s}_block{last}"].shape[0]) // channels for s in sizes),
+        "emb_width": int(width) // channels,
+        "num_blocks": len(blocks),
+        "attn_resolutions": tuple(s for s in sizes if f"enc.{s}x{s}_block0.qkv.weight" in tensors),
+        "embedding": str(given.get("embedding_type", "positional")),
+        "noise_width": int(noise) // channels,
+        "encoder": str(given.get("encoder_type", "standard")),
+        "fir": taps == FILTER,
+    }
+
+
+PARTS = {
+    "norm0": "resnet.norm1", "conv0": "resnet.conv1", "affine": "resnet.time_emb_proj", "norm1": "resnet.norm2",
+    "conv1": "resnet.conv2", "skip": "resnet.conv_shortcut", "norm2": "attention.group_norm", "proj": "attention.to_out.0",
+}  # fmt: skip
+WHOLE = {
+    "map_noise.freqs": "time_proj.weight", "map_label": "class_embedding", "map_layer0": "time_embedding.linear_1",
+    "map_layer1": "time_embedding.linear_2",
+}  # fmt: skip
+LEFT_OUT = ("resample_filter", "map_augment.weight")  # constants of the architecture; what only its training used
+
+
+def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of a `SongUNet` from that of a published one. Raises ValueError at a name that it does not know."""
+    state, places = dict[str, torch.Tensor](), _places(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(LEFT_OUT):
+            continue
+        for old, new in WHOLE.items():
+            if name == old or name.startswith(f"{old}."):
+                state[new + name.removeprefix(old)] = tensor
+                break
+        else:
+            side, layer, *rest = name.split(".")
+            if side not in ("enc", "dec") or layer not in places[side]:
+                raise ValueError(f"its tensor {name} is not of a SongUNet")
+            state |= _part(places[side][layer], rest, tensor)
+    return state
+
+
+def _places(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, str]]:
+    """Where each layer of encoder and decoder stands in a `SongUNet`; they come in the order of the network."""
+    found: dict[str, dict[str, str]] = {"enc": {}, "dec": {}}
+    counts = dict.fromkeys(("down_blocks", "mid_blocks", "up_blocks", "residuals"), 0)
+    for name in tensors:
+        side, layer = (*name.split("."), "")[:2]
+        if side not in found or layer in found[side]:
+            continue
+        ends = {"_conv": "conv_in", "_aux_norm": "conv_norm_out", "_aux_conv": "conv_out"}
+        fixed = next((ends[e] for e in ("_aux_norm", "_aux_conv", "_conv") if layer.endswith(e)), None)
+        if fixed is None:
+            group = "residuals" if layer.endswith("_aux_residual") else "down_blocks" if side == "enc" else "up_blocks"
+            group = "mid_blocks" if layer.endswith(("_in0", "_in1")) else group
+            fixed = f"{group}.{counts[group]}" + (".Conv2d_0" if group == "residuals" else "")
+            counts[group] += 1
+        found[side][layer] = fixed
+    return found
+
+
+def _part(place: str, rest: list[str], tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One tensor of a layer under its new name, or three: query, key and value of a channel stood beside each other."""
+    *inner, kind = rest
+    if not inner:
+        return {f"{place}.{kind}": tensor}
+    part = ".".join(inner)
+    if part == "qkv":
+        three = tensor.reshape(-1, 3, *tensor.shape[1:2]).unbind(1)
+        return {f"{place}.attention.to_{n}.{kind}": t.contiguous() for n, t in zip("qkv", three, strict=True)}
+    if part not in PARTS:
+        raise ValueError(f"its tensor {'.'.join(rest)} is not of a block of a SongUNet")
+    flat = tensor.flatten(1) if part == "proj" and kind == "weight" else tensor
+    return {f"{place}.{PARTS[part]}.{kind}": flat}
+
+
+def _fill(net: SongUNet, tensors: dict[str, torch.Tensor]) -> None:
+    state, own = renamed(tensors), net.state_dict()
+    missing, other = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or other:
+        raise ValueError(
+            f"its tensors are not those of its architecture: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(other)} unknown ({', '.join(other[:3])})"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"its tensor for {name} is {tuple(tensor.shape)}, and {tuple(own[name].shape)} is needed")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"its tensor for {name} is not finite")
+    net.load_state_dict({n: t.float() for n, t in state.items()})

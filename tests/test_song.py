@@ -1,0 +1,174 @@
+"""Published EDM snapshots: the network against the papers' description, and a file that is read without running it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import published
+import pytest
+import test_methods
+import torch
+from click.testing import CliRunner
+from published import DDPMPP, NCSNPP, DhariwalUNet, EDMPrecond, VPPrecond, network, pickled, snapshot
+from tiny import tiny_task
+from torch.nn import functional as F
+
+from raysweep.cli import main
+from raysweep.models import families
+from raysweep.models.edm import EDM
+from raysweep.models.folders import located
+from raysweep.models.snapshot import read
+from raysweep.models.song import SongUNet
+from raysweep.registry import names, resolve
+
+SONG = {
+    "sample_size": 4, "in_channels": 1, "out_channels": 1, "num_class_embeds": 6, "model_channels": 8, "channel_mult": (1, 2),
+    "num_blocks": 1, "attn_resolutions": (2,),
+}  # fmt: skip
+
+
+def write(path, content) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else pickled(content))
+    return str(path)
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.mark.parametrize("style", [DDPMPP, NCSNPP], ids=["ddpm++", "ncsn++"])
+@pytest.mark.parametrize("more", [{}, {"label_dim": 0, "augment_dim": 0}, {"channel_mult": [2, 1, 2]}], ids=str)
+def test_what_is_read_computes_what_the_papers_say(tmp_path, style, more):
+    """In single precision, for noise levels from the smallest to the largest, with classes and without one."""
+    net = network(style, **more)
+    write(tmp_path / "a.pkl", snapshot(net))
+    model = read(tmp_path / "a.pkl")
+    x = torch.randn(4, 3, 8, 8)
+    t = torch.tensor([0.002, 0.3, 2.0, 80.0]).log() / 4
+    labels = torch.tensor([0, 3, 9, 10])
+    with torch.no_grad():
+        found = model.net(x, t, labels if net.map_label else None).sample
+        wanted = net(x, t, F.one_hot(labels, 11)[:, :10].float())
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        if net.map_label:  # no class at all is what no label means
+            assert torch.equal(model.net(x, t).sample[3], found[3])
+    assert float(wanted.std()) > 0.1
+
+
+def test_what_a_snapshot_says_of_itself_is_kept(tmp_path):
+    write(tmp_path / "a.pkl", snapshot(network(DDPMPP)))
+    model = read(tmp_path / "a.pkl")
+    assert (model.training["p_mean"], model.training["p_std"], model.edm["sigma_data"]) == (-1.1, 1.3, 0.5)
+    assert model.null_label is None  # it was never trained without a class
+    write(tmp_path / "b.pkl", snapshot(network(DDPMPP, label_dropout=0.1)))
+    assert read(tmp_path / "b.pkl").null_label == 10
+    only = {"net": EDMPrecond(network(DDPMPP), 8), "optimizer_state": {}}  # a training state
+    write(tmp_path / "c.pkl", only)
+    assert read(tmp_path / "c.pkl").digest == model.digest
+
+
+def test_a_converted_snapshot_is_a_model(tmp_path):
+    given = write(tmp_path / "a.pkl", snapshot(network(NCSNPP)))
+    result = call("convert", given, str(tmp_path / "model"))
+    assert result.exit_code == 0, result.output
+    assert "8 pixels, 10 classes" in result.output
+    model, first = families.load(tmp_path / "model"), read(tmp_path / "a.pkl")
+    assert (model.digest, model.training, model.edm) == (first.digest, first.training, first.edm)
+    assert not [p for p in (tmp_path / "model").rglob("*") if p.suffix in (".pkl", ".bin", ".pt")]
+    assert json.loads((tmp_path / "model" / "unet" / "config.json").read_text())["_class_name"] == "SongUNet"
+    own = SongUNet.from_pretrained(tmp_path / "model" / "unet")
+    seeds, cond = torch.arange(3), torch.tensor([1, 2, 3])
+    assert torch.equal(EDM(own, model.edm, model.training).sample(cond, seeds, 4), first.sample(cond, seeds, 4))
+    again = call("convert", given, str(tmp_path / "model"))
+    assert again.exit_code == 2
+    assert "exists already" in again.output
+
+
+class Evil:
+    def __reduce__(self):
+        return eval, ("print('this ran')",)
+
+
+class EvilStorage:
+    def __reduce__(self):
+        return torch.storage._load_from_bytes, (pickle.dumps(Evil()),)
+
+
+def changed(how):
+    net = network(DDPMPP)
+    how(net)
+    return snapshot(net)
+
+
+def _lose(net):
+    del net.enc["8x8_block1"]._modules["conv1"]
+
+
+def _resize(net):
+    net.dec["4x4_in0"].affine.bias = torch.nn.Parameter(torch.zeros(7))
+
+
+def _spoil(net):
+    net.map_layer1.weight.data[0, 0] = float("nan")
+
+
+def _add(net):
+    net.map_more = published.Linear(2, 2)
+
+
+BAD = {
+    "evil": (lambda: {"ema": Evil()}, r"refused: it names .*, which could run code"),
+    "evil beside": (lambda: snapshot(network(DDPMPP), augment_pipe=Evil()), r"refused: it names .*, which could run code"),
+    "evil inside a tensor": (lambda: snapshot(network(DDPMPP), augment_pipe=EvilStorage()), "not a snapshot of EDM"),
+    "bytes": (lambda: b"no pickle", "not a snapshot of EDM"),
+    "cut": (lambda: pickled(snapshot(network(DDPMPP)))[:20000], "not a snapshot of EDM"),
+    "plain": (lambda: pickle.dumps({"a": 1}), "holds no network under ema or net"),
+    "list": (lambda: pickle.dumps([1]), "holds no network under ema or net"),
+    "other network": (lambda: snapshot(DhariwalUNet()), "its network is DhariwalUNet; read are the SongUNets"),
+    "other preconditioning": (lambda: {"ema": VPPrecond(network(DDPMPP), 8)}, "under VPPrecond; read is EDMPrecond"),
+    "other decoder": (
+        lambda: changed(lambda net: net._init_kwargs.update(decoder_type="skip")), "decoder_type is 'skip'; read are standard"
+    ),
+    "other filter": (
+        lambda: changed(lambda net: net._init_kwargs.update(resample_filter=[1, 2, 1])), r"resample_filter is \[1, 2, 1\]"
+    ),
+    "missing": (lambda: changed(_lose), "conv1"),
+    "shape": (lambda: changed(_resize), r"time_emb_proj.bias is \(7,\), and \(32,\) is needed"),
+    "nan": (lambda: changed(_spoil), "time_embedding.linear_2.weight is not finite"),
+    "more": (lambda: changed(_add), "its tensor map_more.weight is not of a SongUNet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_other_files_are_refused_in_one_sentence(tmp_path, name, capfd):
+    make, says = BAD[name]
+    given = write(tmp_path / "bad.pkl", make())
+    with pytest.raises(ValueError, match=says) as error:
+        read(tmp_path / "bad.pkl")
+    assert str(error.value).startswith(str(tmp_path / "bad.pkl"))
+    result = call("convert", given, str(tmp_path / "model"))
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "model").exists()
+    assert "ran" not in capfd.readouterr().out
+
+
+def test_a_pickle_in_place_of_a_folder_is_answered_with_the_command(tmp_path):
+    given = write(tmp_path / "a.pkl", snapshot(network(DDPMPP)))
+    for open_ in (located, families.load):
+        with pytest.raises(ValueError, match=f"raysweep convert {given} OUT_DIR"):
+            open_(given)
+    assert call("convert", str(tmp_path / "no.pkl"), str(tmp_path / "m")).output.endswith("no.pkl: no such file\n")
+
+
+@pytest.mark.parametrize("name", sorted(n for n in names("method") if "edm" in resolve("method", n).families))
+def test_every_method_of_the_family_takes_a_step_on_it(name):
+    model = EDM.build({"song_unet": SONG, "null_label": 6}, 0)
+    model.net.to(torch.float64)
+    method, task = test_methods.build(name, tiny_task("class"), model=model)
+    before = test_methods.weights(method).clone()
+    after = test_methods.run(method, task, 0, 1)
+    method.finish()
+    assert bool(torch.isfinite(after).all())
+    assert torch.equal(before, after) == (name not in test_methods.TRAINED)
