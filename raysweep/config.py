@@ -134,7 +134,9 @@ class AuditConfig(_Model):
     probe: Tier = Field(default_factory=_probe, description="cheap tier that steers the search")
     audit: Tier = Field(default_factory=_audit, description="full tier for front candidates, base and oracle")
     durability: Tier = Field(default_factory=_durability, description="attacks on the finalists, base and oracles")
-    top: int = Field(8, ge=1, description="at most this many candidates are audited")
+    top: int = Field(
+        8, ge=1, description="at most this many candidates are audited, but always the best of each method"
+    )
     rounds: int = Field(
         2,
         ge=1,

@@ -86,10 +86,12 @@ def ddpm(out: Path, channels: int = 3, classes: int = 0, null: bool = True) -> N
 
 
 def edm(out: Path, channels: int = 3, classes: int = 10) -> None:
-    """A class-conditional EDM of 8x8 images, without a label that stands for none, as the published one."""
+    """A class-conditional EDM of 8x8 images, of the published architecture and without a label that stands for none."""
     from raysweep.models.edm import EDM
 
-    EDM.build({"unet": _unet_config(channels, classes)["unet"]}, 0).save(out)
+    song = {"sample_size": 8, "in_channels": channels, "out_channels": channels, "num_class_embeds": classes,
+            "model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}  # fmt: skip
+    EDM.build({"song_unet": song}, 0).save(out)
 
 
 def _unet_config(channels: int, classes: int) -> dict[str, Any]:

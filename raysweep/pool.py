@@ -61,9 +61,8 @@ def connected(sweep: Sweep) -> Iterator[list[Node]]:
             **options,
         )
     if threading.current_thread() is threading.main_thread():
-        # Tune stops gracefully on SIGINT but not on SIGTERM, which is what `ray job stop` and schedulers send. Set here,
-        # because ray.init puts a handler of its own in place that aborts the process.
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        # ray.init puts a handler of its own in place, which aborts the process
+        signal.signal(signal.SIGTERM, interrupt)
     try:
         nodes = [
             Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0), n.get("Labels", {}).get("role", ""))
@@ -73,6 +72,24 @@ def connected(sweep: Sweep) -> Iterator[list[Node]]:
         yield nodes
     finally:
         ray.shutdown()
+
+
+def interrupt(*_: Any) -> None:
+    """Does on SIGTERM, which `ray job stop` and schedulers send, what SIGINT does, on which Tune stops gracefully."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a script starts in the background
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def own_handlers() -> Iterator[None]:
+    """Puts the handler of SIGINT back afterwards: Tune leaves its own, which nobody listens to any more."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def has_trial_slots() -> bool:

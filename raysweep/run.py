@@ -14,7 +14,7 @@ from raysweep.config import Sweep
 from raysweep.context import Context
 from raysweep.fit import resolve_sweep
 from raysweep.objectives import Unmeasured
-from raysweep.pool import Pool, connected, has_trial_slots, pool
+from raysweep.pool import Pool, connected, has_trial_slots, own_handlers, pool
 from raysweep.power import requirements
 from raysweep.prepare import (
     RunFailed,
@@ -145,7 +145,8 @@ def search(
             failure_config=tune.FailureConfig(max_failures=2),
         ),
     )  # fmt: skip
-    tuner.fit()
+    with own_handlers():
+        tuner.fit()
     waited = None if actors is None else ray.get(actors.broker.waited.remote(plan.slots))
     if waited is not None:
         folder.update(train_workers_idle=waited)

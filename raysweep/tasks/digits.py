@@ -61,7 +61,7 @@ class TextTask(_DigitsTask):
         None, description="what stands in for it, for methods that relabel; null: eight (or three), or the style plain"
     )
     images: int = Field(900, ge=100, le=1200, description="digits in the training set, each in both styles")
-    base_steps: int = Field(500, ge=1, description="optimiser steps of the base model and of each oracle")
+    base_steps: int = Field(300, ge=1, description="optimiser steps of the base model and of each oracle")
 
     @model_validator(mode="after")
     def _override_fits(self):

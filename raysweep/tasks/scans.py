@@ -51,7 +51,7 @@ CLIP: dict[str, Any] = {
 }
 TEXT: dict[str, Any] = {
     "words": ["a", "an", "the", "digit", "number", "inverted", *WORDS],
-    "token_scale": 10.0,
+    "token_scale": 50.0,
     "text_encoder": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -196,7 +196,7 @@ def text_task(config: TextTask) -> Task:
         name=config.name,
         kind="concept",
         model=TEXT,
-        recipe={"steps": config.base_steps, "batch_size": 48},
+        recipe={"steps": config.base_steps, "batch_size": 48, "ema": 0.98},
         splits=_cut([captioned(i) for i in index], forget_class)
         | {"prompts_probe": searched[0], "prompts_audit": audited[0]},
         views=("classifier.recognised", "classifier.leak", "relearning.presence"),
