@@ -48,6 +48,10 @@ class Fidelity(Evaluator):
         """Features (m, d) of the real retained images."""
         return subject.reference_features()
 
+    def whole(self, subject: Subject) -> np.ndarray | None:
+        """Features (m, d) of all training images, the forgotten ones with them; None: not asked for."""
+        return None
+
     def logits(self, subject: Subject) -> np.ndarray | None:
         """Logits (n, classes) of the shared samples; None if the network has no classes."""
         return subject.once("logits", lambda: judged(subject.judge, subject.samples()[0]))
@@ -60,6 +64,9 @@ class Fidelity(Evaluator):
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
         reference, own = self.reference(subject), scores["features"]
         result = {"frechet": frechet(own, reference)}
+        whole = self.whole(subject)
+        if whole is not None:
+            result["frechet_all"] = frechet(own, whole)
         if subject.sizes["full_fidelity"]:
             result["kid"] = kid(own, reference)
             spread = subject.once(f"{self.name}.spread", lambda: diversity(reference))
@@ -74,7 +81,9 @@ class Fidelity(Evaluator):
         few = min(n, len(reference)) < own.shape[1]
         for name, value in self.values(scores, subject).items():
             se, lo, hi = jackknife_interval(value, replicates[name])
-            reason = f"fewer images than the {own.shape[1]} features: biased" if few and name == "frechet" else ""
+            reason = (
+                f"fewer images than the {own.shape[1]} features: biased" if few and name.startswith("frechet") else ""
+            )
             how = "jackknife over samples"
             rows.append(Metric(name, value, n, se, lo, hi, how, self.directions[name], reason=reason))
         if subject.sizes["full_fidelity"]:
@@ -107,16 +116,29 @@ class _ByNetwork(Fidelity):
         return self._own(subject)[1]
 
     def reference(self, subject: Subject) -> np.ndarray:
-        key = f"{self.name}.{subject.sizes['weights'][self.weights]}"
-        return subject.keep(key, lambda: self._both(subject, subject.task.splits["retain"].x)[0])
+        return self._of_split(subject, "retain")
+
+    def _of_split(self, subject: Subject, split: str) -> np.ndarray:
+        key = f"{self.name}.{split}.{subject.sizes['weights'][self.weights]}"
+        return subject.keep(key, lambda: self._both(subject, subject.task.splits[split].x)[0])
 
 
 class InceptionFidelity(_ByNetwork):
-    """With Inception v3 as the literature reports it: FID, KID, IS; torch-fidelity's port of the original weights."""
+    """With Inception v3 as the literature reports it: FID, KID, IS; torch-fidelity's port of the original weights.
+
+    Where a class is forgotten, papers differ in the reference of FID: `frechet` has the retained classes alone, as SalUn and
+    Selective Amnesia do, `frechet_all` the forgotten one, too, as RGD does, which even a perfect model does not reach.
+    """
 
     name = "fidelity_inception"
+    directions: ClassVar[dict[str, Direction]] = Fidelity.directions | {"frechet_all": "min"}
     kind, weights = Inception, "inception"
     needs = "weights.inception: torch-fidelity's weights file of Inception v3; retain set"
+
+    def whole(self, subject: Subject) -> np.ndarray | None:
+        if subject.task.kind != "class":
+            return None
+        return np.concatenate([self._of_split(subject, "retain"), self._of_split(subject, "forget")])
 
     def _both(self, subject: Subject, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         found, _ = super()._both(subject, images)

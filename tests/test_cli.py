@@ -14,6 +14,7 @@ from raysweep.config import load
 
 SURFACE = {
     "audit": ["MODEL_DIR", "CONFIG", "OVERRIDES", "--base", "--oracle", "--json"],
+    "convert": ["SNAPSHOT", "OUT_DIR"],
     "doctor": ["--json"],
     "export": ["RUN", "TRIAL", "OUT", "--delta"],
     "init": ["NAME", "--task"],

@@ -17,6 +17,7 @@ from evaluators.fidelity import CLIPFidelity, DINOFidelity, InceptionFidelity
 from evaluators.judge import Judge
 from evaluators.memorisation import CopyDetection
 from evaluators.recognition import Alignment, NudeNet, OutsideClassifier, ZeroShot
+from evaluators.statistics import frechet
 from raysweep.audit.measure import measure, reduce, subject_of
 from raysweep.config import ConfigError, Tier, validate
 from raysweep.registry import BY_WEIGHTS
@@ -180,6 +181,22 @@ def test_inception_is_torch_fidelitys(named, brought, judge):
     scores = InceptionFidelity().scores(one)
     assert scores["features"].shape == (20, 2048)
     assert scores["logits"].shape == (20, 1008)
+
+
+def test_both_references_of_a_forgotten_class(class_task, judge):
+    """The published ones: with and without the class itself."""
+    draw = np.random.default_rng(0)
+    splits = {"retain": draw.normal(0, 1, (60, 4)), "forget": draw.normal(3, 1, (20, 4))}
+
+    class Drawn(InceptionFidelity):
+        def _of_split(self, subject, split):
+            return splits[split]
+
+    own = draw.normal(0, 1, (50, 4))
+    values = Drawn().values({"features": own}, subject(class_task, judge, full_fidelity=0))
+    assert values["frechet"] == pytest.approx(frechet(own, splits["retain"]))
+    assert values["frechet_all"] == pytest.approx(frechet(own, np.concatenate(list(splits.values()))))
+    assert values["frechet_all"] > values["frechet"]
 
 
 def test_files_that_cannot_be_used(named, judge, tmp_path):

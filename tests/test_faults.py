@@ -13,13 +13,14 @@ import pytest
 import ray
 import torch
 from small import install_faulty
-from tiny import tiny_model, tiny_task
+from tiny import LATENT, latent_task, tiny_model, tiny_task
 
 from evaluators.judge import train_judge
 from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.audit.auditor import Auditor, AuditRequest
 from raysweep.audit.manager import LOG, AuditManager
 from raysweep.config import Tier
+from raysweep.models.latent import LatentText
 from raysweep.train.groups import ATTEMPTS, NAMESPACE, Broker, Isolated, Warm, start_group, stop_groups
 from raysweep.train.jobs import Job, finished
 
@@ -40,18 +41,22 @@ def place(tmp_path_factory):
     ray.init(address="local", num_cpus=4, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE,
              include_dashboard=True, dashboard_host="127.0.0.1", runtime_env={"env_vars": variables})  # fmt: skip
     task = tiny_task()
-    (folder / "task").mkdir()
+    for part in ("task", "text/task"):
+        (folder / part).mkdir(parents=True)
     task.save(folder / "task")
     tiny_model(task).save(folder / "base")
     split = task.splits["judge_probe"]
     save_tensors(folder / "judge.safetensors", train_judge(split.x, split.groups, 0, 20).state_dict())
+    latent_task().save(folder / "text" / "task")
+    LatentText.build(LATENT, 0).save(folder / "text" / "base")
     yield folder
     ray.shutdown()
 
 
 def job(place, name: str, method: str = "finetune", out: str | None = None, **more) -> Job:
+    where = {"task": str(place / "task"), "base": str(place / "base")} | more
     return Job(id=name, kind="train", method=method, hyperparameters={"lr": 1e-3, "steps": 3, "batch_size": 8}, seed=1,
-               task=str(place / "task"), base=str(place / "base"), out=str(place / "out" / (out or name)), **more)  # fmt: skip
+               out=str(place / "out" / (out or name)), **where)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +110,10 @@ def test_isolated_gives_what_warm_gives(place, warm):
     from ray.train import ScalingConfig
 
     scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
-    outcome = Isolated(scaling, str(place / "train")).run(job(place, "i"))
-    assert outcome.digest == warm.run(job(place, "w")).digest
+    text = {"task": str(place / "text" / "task"), "base": str(place / "text" / "base")}
+    outcome = Isolated(scaling, str(place / "train")).run(job(place, "i", **text))
+    assert outcome.status == "ok", outcome.reason
+    assert outcome.digest == warm.run(job(place, "w", **text)).digest
 
 
 def test_two_train_workers_give_one_workers_weights(place, warm):

@@ -6,18 +6,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 from tiny import (
+    LATENT,
     PROMPTS,
     ROOT,
     Pairs,
     TinyClip,
     TinyText,
     batch_for,
+    clip_model,
+    clip_task,
     edm_model,
+    latent_task,
     text_task,
     tiny_model,
     tiny_task,
@@ -32,9 +37,11 @@ from methods.graddiff import GradDiff
 from methods.neggrad import NegGrad
 from methods.rgd import RGD, restricted_direction
 from methods.salun import SalUn, saliency_mask
+from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import METHODS, resolve
 from raysweep.store import digest_state
+from raysweep.tasks.task import Task
 
 D = torch.float64
 SETTINGS: dict[str, dict] = {
@@ -284,31 +291,46 @@ FRESH = """
 import sys, json
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_methods as t
-print(json.dumps({{name: t.job_digest(name, {folder!r}, "fresh") for name in t.ALL}}))
+print(json.dumps([t.job_digest(*job, {folder!r}, "fresh") for job in t.JOBS]))
 """
+JOBS = [(name, "pixel-ddpm") for name in ALL] + [
+    job for job in FAMILIES if job[1] != "vlm"
+]  # which is trained as "clip" is
 
 
-def job_digest(name: str, folder: str, tag: str, resident=None) -> str:
+def instance(name: str, family: str) -> tuple[Task, Any]:
+    """A task and the model to be unlearned, both of kinds that can be saved."""
+    if family == "pixel-ddpm":
+        return task_for(name), tiny_model(task_for(name), seed=1)
+    if family == "edm":
+        return tiny_task("class"), edm_model(1)
+    return (clip_task(), clip_model(1)) if family == "clip" else (latent_task(), LatentText.build(LATENT, 1))
+
+
+def job_digest(name: str, family: str, folder: str, tag: str, resident=None) -> str:
     """The hash of the candidate that a job makes, through the worker's own code."""
     from raysweep.train.jobs import Job
     from raysweep.train.loop import Resident
     from raysweep.train.loop import run as run_job
 
+    kind = task_for(name).kind if family == "pixel-ddpm" else family
     path, resident = Path(folder), resident or Resident()
-    task_dir, base = path / task_for(name).kind / "task", path / task_for(name).kind / "base"
+    task_dir, base = path / kind / "task", path / kind / "base"
     if not base.exists():
         task_dir.mkdir(parents=True)
-        task_for(name).save(task_dir)
-        tiny_model(task_for(name), seed=1).save(base)
+        task, model = instance(name, family)
+        task.save(task_dir)
+        model.save(base)
     common = {"method": name, "seed": 7, "task": str(task_dir), "base": str(base)}
-    prepared = path / tag / f"{name}.safetensors"
-    small = {k: v for k, v in settings_for(name).items() if k in resolve("method", name).prepared_by}
+    out = path / tag / family / name
+    prepared = out.with_suffix(".safetensors")
+    settings = settings_for(name)
+    if family == "clip" and "trunc_elem_sq" in resolve("method", name).Hyperparameters.model_fields:
+        settings["trunc_elem_sq"] = None
+    small = {k: v for k, v in settings.items() if k in resolve("method", name).prepared_by}
     outcome = run_job(Job(id="p", kind="prepare", hyperparameters=small, out=str(prepared), **common), resident)
     assert outcome.status == "ok", outcome.reason
-    settings = settings_for(name)
-    job = Job(
-        id="t", kind="train", hyperparameters=settings, out=str(path / tag / name), prepared=str(prepared), **common
-    )
+    job = Job(id="t", kind="train", hyperparameters=settings, out=str(out), prepared=str(prepared), **common)
     outcome = run_job(job, resident)
     assert outcome.status == "ok", outcome.reason
     return outcome.digest
@@ -317,14 +339,13 @@ def job_digest(name: str, folder: str, tag: str, resident=None) -> str:
 def test_a_second_trial_in_a_warm_worker_equals_a_fresh_process(tmp_path):
     from raysweep.train.loop import Resident
 
-    resident = Resident()
-    for name in reversed(ALL):  # every method finds a worker that others have used
-        job_digest(name, str(tmp_path), "first", resident)
+    resident, warm = Resident(), {}
     torch.manual_seed(12345)
-    warm = {name: job_digest(name, str(tmp_path), "second", resident) for name in ALL}
+    for job in reversed(JOBS):  # so that every method finds a worker that others have used than in the fresh process
+        warm[job] = job_digest(*job, str(tmp_path), "warm", resident)
     code = FRESH.format(root=str(ROOT), tests=str(Path(__file__).parent), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
-    assert warm == json.loads(done.stdout.strip().splitlines()[-1])
+    assert warm == dict(zip(JOBS, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 class NoWaiting(TorchDispatchMode):

@@ -289,7 +289,8 @@ def encoded(task: Task, model: Any, cache: Path | None = None) -> Task:
             with contextlib.suppress(StoreError, KeyError):  # cut short: made again
                 return load_tensors(path)["latents"]
         parts = [model.encode(x.to(model.device, model.dtype)).float().cpu() for x in split.x.split(64)]
-        made = torch.cat(parts)
+        # laid out in memory as a file gives them back: kernels round by the order of what they read
+        made = torch.cat(parts).clone(memory_format=torch.contiguous_format)
         if path is not None:
             save_tensors(path, {"latents": made})
         return made
