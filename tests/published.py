@@ -8,7 +8,6 @@ here, from a dictionary with the source of its class and its state.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import pickle
 import sys
@@ -158,10 +157,6 @@ class SongUNet(Module):
         embedding_type, encoder_type, channel_mult_noise, resample_filter, label_dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        self._init_args, self._init_kwargs = (
-            (),
-            copy.deepcopy({k: v for k, v in locals().items() if k not in ("self", "__class__")}),
-        )
         self.label_dropout = label_dropout
         width, noise = model_channels * 4, model_channels * channel_mult_noise
         self.map_noise = (FourierEmbedding if embedding_type == "fourier" else PositionalEmbedding)(noise)

@@ -113,6 +113,10 @@ def _spoil(net):
     net.map_layer1.weight.data[0, 0] = float("nan")
 
 
+def _skip(net):
+    net.dec["8x8_aux_up"] = published.Conv2d(3, 3, 1, "up")
+
+
 def _add(net):
     net.map_more = published.Linear(2, 2)
 
@@ -127,12 +131,8 @@ BAD = {
     "list": (lambda: pickle.dumps([1]), "holds no network under ema or net"),
     "other network": (lambda: snapshot(DhariwalUNet()), "its network is DhariwalUNet; read are the SongUNets"),
     "other preconditioning": (lambda: {"ema": VPPrecond(network(DDPMPP), 8)}, "under VPPrecond; read is EDMPrecond"),
-    "other decoder": (
-        lambda: changed(lambda net: net._init_kwargs.update(decoder_type="skip")), "decoder_type is 'skip'; read are standard"
-    ),
-    "other filter": (
-        lambda: changed(lambda net: net._init_kwargs.update(resample_filter=[1, 2, 1])), r"resample_filter is \[1, 2, 1\]"
-    ),
+    "other decoder": (lambda: changed(_skip), "of the type 'skip'; read are DDPM\\+\\+ and NCSN\\+\\+"),
+    "other filter": (lambda: snapshot(network(DDPMPP, resample_filter=[1, 2, 2, 1])), r"neither \[1, 1\] nor \[1, 3, 3, 1\]"),
     "missing": (lambda: changed(_lose), "conv1"),
     "shape": (lambda: changed(_resize), r"time_emb_proj.bias is \(7,\), and \(32,\) is needed"),
     "nan": (lambda: changed(_spoil), "time_embedding.linear_2.weight is not finite"),

@@ -26,11 +26,6 @@ from raysweep.unpickle import Restricted, Unsafe
 NETWORKS = ("ema", "net")  # of a snapshot, and of a training state; the first is what the papers sample from
 SCALARS = {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")}
 PRECONDITIONING = "EDMPrecond"
-SUPPORTED = {
-    "embedding_type": ("positional", "fourier"),
-    "encoder_type": ("standard", "residual"),
-    "decoder_type": ("standard",),
-}
 
 
 class Record:
@@ -125,7 +120,7 @@ def _model(outer: Record, loss: Any) -> EDM:
         kind = inner.kind if isinstance(inner, Record) else "missing"
         raise ValueError(f"its network is {kind}; read are the SongUNets (DDPM++ and NCSN++)")
     tensors = dict(inner.tensors())
-    net = SongUNet(**_config(outer, inner, tensors))
+    net = SongUNet(**_config(outer, tensors))
     _fill(net, tensors)
     levels = {"sigma_data": float(outer.state["sigma_data"])}
     training = {}
@@ -136,16 +131,19 @@ def _model(outer: Record, loss: Any) -> EDM:
     return EDM(net.eval(), levels, training, null)
 
 
-def _config(outer: Record, inner: Record, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Arguments of `SongUNet`: from what the snapshot was made with, or, where that was left out, from its tensors."""
-    given = dict(inner.get("_init_kwargs") or {})
-    for name, valid in SUPPORTED.items():
-        if given.get(name, valid[0]) not in valid:
-            raise ValueError(f"{name} is {given[name]!r}; read are {', '.join(valid)}")
-    size = int(given.get("img_resolution") or outer.state["img_resolution"])
-    taps = tuple(int(v) for v in given.get("resample_filter", (1, 1)))
-    if taps not in ((1, 1), FILTER):
-        raise ValueError(f"resample_filter is {list(taps)}; read are [1, 1] and {list(FILTER)}")
+def _config(outer: Record, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Arguments of `SongUNet`, from what tensors there are and their shapes."""
+    if any(part in name for name in tensors for part in ("_aux_down", "_aux_skip", "_aux_up")):
+        raise ValueError("its encoder or decoder is of the type 'skip'; read are DDPM++ and NCSN++")
+    size = int(outer.state["img_resolution"])
+    filters = {tuple(t.shape[2:]): t for n, t in tensors.items() if n.endswith("resample_filter")}
+    line = torch.tensor(FILTER).float()
+    known = {(2, 2): torch.full((2, 2), 0.25), (4, 4): line.outer(line) / line.sum() ** 2}
+    if (
+        any(k not in known or not torch.allclose(t[0, 0].float(), known[k]) for k, t in filters.items())
+        or len(filters) > 1
+    ):
+        raise ValueError(f"its resample_filter is neither [1, 1] nor {list(FILTER)}")
     first = tensors[f"enc.{size}x{size}_conv.weight"]
     width, noise = tensors["map_layer0.weight"].shape
     channels = int(first.shape[0])
@@ -162,10 +160,10 @@ def _config(outer: Record, inner: Record, tensors: dict[str, torch.Tensor]) -> d
         "emb_width": int(width) // channels,
         "num_blocks": len(blocks),
         "attn_resolutions": tuple(s for s in sizes if f"enc.{s}x{s}_block0.qkv.weight" in tensors),
-        "embedding": str(given.get("embedding_type", "positional")),
+        "embedding": "fourier" if "map_noise.freqs" in tensors else "positional",
         "noise_width": int(noise) // channels,
-        "encoder": str(given.get("encoder_type", "standard")),
-        "fir": taps == FILTER,
+        "encoder": "residual" if any("_aux_residual" in n for n in tensors) else "standard",
+        "fir": (4, 4) in filters,
     }
 
 
