@@ -23,7 +23,7 @@ from raysweep.models.edm import EDM
 from raysweep.models.song import FILTER, SongUNet
 from raysweep.unpickle import Restricted, Unsafe
 
-NETWORKS = ("ema", "net")  # of a snapshot, and of a training state; the first is what the papers sample from
+NETWORK = "ema"  # the moving average, which is all that a snapshot has
 SCALARS = {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")}
 PRECONDITIONING = "EDMPrecond"
 
@@ -89,7 +89,7 @@ def _allowed(module: str, name: str) -> Any:
 
 
 def read(path: Path) -> EDM:
-    """The model in a snapshot, in single precision, its moving average if it has one.
+    """The model in a snapshot, in single precision.
 
     Raises ValueError, saying what, if the file is none, is of another network, or names anything that could run code.
     """
@@ -103,9 +103,9 @@ def read(path: Path) -> EDM:
     except Exception as error:  # what a library makes of bytes that are no pickle has many names
         raise ValueError(f"{path}: not a snapshot of EDM ({type(error).__name__}: {error})") from error
     held = content if isinstance(content, dict) else {}
-    found = next((held[k] for k in NETWORKS if isinstance(held.get(k), Record)), None)
-    if found is None:
-        raise ValueError(f"{path}: not a snapshot of EDM: it holds no network under {' or '.join(NETWORKS)}")
+    found = held.get(NETWORK)
+    if not isinstance(found, Record):
+        raise ValueError(f"{path}: not a snapshot of EDM: it holds no network under {NETWORK}")
     try:
         return _model(found, held.get("loss_fn"))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
