@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from raysweep.models.diffusion import SAMPLER
+from raysweep.models.folders import INDEX
+from raysweep.models.song import SongUNet
 from raysweep.rundir import RunDir
 
 LIBRARY = {"pixel-ddpm": "diffusers", "text-ddpm": "diffusers", "edm": "diffusers", "clip": "open_clip",
@@ -16,7 +18,6 @@ LIBRARY = {"pixel-ddpm": "diffusers", "text-ddpm": "diffusers", "edm": "diffuser
 LOADS = {
     "pixel-ddpm": "diffusers.DDIMPipeline.from_pretrained(FOLDER)",
     "text-ddpm": "diffusers.DiffusionPipeline.from_pretrained(FOLDER)",
-    "edm": 'diffusers.UNet2DModel.from_pretrained(FOLDER, subfolder="unet")',
     "vlm": "transformers.LlavaForConditionalGeneration.from_pretrained(FOLDER)",
     "clip": 'open_clip.create_model_from_pretrained("local-dir:FOLDER")',
 }
@@ -34,7 +35,8 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
         if point
         else "This candidate was not audited: it was probed in the search, and another one was chosen."
     )
-    own = (folder.candidates / card["trial"] / SAMPLER).is_file()
+    candidate = folder.candidates / card["trial"]
+    own = (candidate / SAMPLER).is_file()
     sampler = f" It is drawn from by a sampler of its own (`{SAMPLER}`), which raysweep knows." if own else ""
     matter = {"library_name": LIBRARY[task["family"]], "tags": ["machine-unlearning", "raysweep", card["method"]]}
     thing = (
@@ -55,7 +57,7 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
             f"Made by raysweep from the base model with hash `{card['base_digest']}`, to forget {what} of the task "
             f"{task['name']} (hash `{card['task_digest']}`). Weights: hash `{card['outcome']['digest']}`.{sampler}",
             "",
-            f"    {LOADS[task['family']]}",
+            f"    {_loads(task['family'], candidate)}",
             "",
             "## Settings",
             f"Method `{card['method']}`, seed {card['seed']}"
@@ -80,3 +82,12 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
 def write(folder: RunDir, card: dict[str, Any], out: Path) -> None:
     """Puts the page into an exported folder."""
     (out / "README.md").write_text(page(folder, card), encoding="utf-8")
+
+
+def _loads(family: str, candidate: Path) -> str:
+    """The line of Python that reads the candidate."""
+    if family == "edm":
+        library, network = json.loads((candidate / INDEX).read_text())["unet"]
+        module = library if library == "diffusers" else SongUNet.__module__
+        return f'{module}.{network}.from_pretrained(FOLDER, subfolder="unet")'
+    return LOADS[family]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import pickle
 
@@ -11,9 +13,10 @@ import test_methods
 import torch
 from click.testing import CliRunner
 from published import DDPMPP, NCSNPP, DhariwalUNet, VPPrecond, network, pickled, snapshot
-from tiny import tiny_task
+from tiny import tiny_config, tiny_task
 from torch.nn import functional as F
 
+from raysweep import modelcard
 from raysweep.cli import main
 from raysweep.models import families
 from raysweep.models.edm import EDM
@@ -21,6 +24,8 @@ from raysweep.models.folders import located
 from raysweep.models.snapshot import read
 from raysweep.models.song import SongUNet
 from raysweep.registry import names, resolve
+from raysweep.rundir import RunDir
+from raysweep.store import digest_state
 
 SONG = {
     "sample_size": 4, "in_channels": 1, "out_channels": 1, "num_class_embeds": 6, "model_channels": 8, "channel_mult": (1, 2),
@@ -157,6 +162,24 @@ def test_a_pickle_in_place_of_a_folder_is_answered_with_the_command(tmp_path):
         with pytest.raises(ValueError, match=f"raysweep convert {given} OUT_DIR"):
             open_(given)
     assert call("convert", str(tmp_path / "no.pkl"), str(tmp_path / "m")).output.endswith("no.pkl: no such file\n")
+
+
+@pytest.mark.parametrize("config", [{"song_unet": SONG}, {"unet": tiny_config(6)["unet"]}], ids=["song", "unet"])
+def test_the_line_of_the_model_card_reads_the_candidate(tmp_path, config):
+    run = RunDir(tmp_path / "run")
+    model, task = EDM.build(config, 0), dataclasses.replace(tiny_task("class"), family="edm")
+    run.task.mkdir(parents=True)
+    task.save(run.task)
+    model.save(run.candidates / "000-rgd")
+    card = {"trial": "000-rgd", "method": "rgd", "base_digest": "b", "task_digest": "t", "outcome": {"digest": "o"},
+            "hyperparameters": {}, "seed": 1}  # fmt: skip
+    text = modelcard.page(run, card)
+    line = next(part.strip() for part in text.splitlines() if "from_pretrained(FOLDER" in part)
+    module, _, call_ = line.partition(".from_pretrained")
+    package, _, name = module.rpartition(".")
+    network = getattr(importlib.import_module(package), name)
+    net = eval(f"network.from_pretrained{call_}", {"network": network, "FOLDER": run.candidates / "000-rgd"})
+    assert digest_state(net.state_dict()) == model.digest
 
 
 @pytest.mark.parametrize("name", sorted(n for n in names("method") if "edm" in resolve("method", n).families))
