@@ -163,6 +163,20 @@ def test_torchvision(tmp_path, name, split):
     assert float((mine - torch.from_numpy(three)).abs().mean((1, 2)).min()) < 0.05
 
 
+def test_a_long_table_is_not_held(tmp_path):
+    """Of forty row groups of 200 kB, pyarrow holds a few at most at any row."""
+    schema = pa.schema([("image", pa.binary())])
+    draw = np.random.default_rng(0)
+    with pq.ParquetWriter(tmp_path / "long.parquet", schema, compression="none") as out:
+        for _ in range(40):
+            out.write_table(pa.table({"image": [draw.bytes(4000) for _ in range(50)]}, schema=schema))
+    before, most, rows = pa.total_allocated_bytes(), 0, 0
+    for _ in ParquetSource(parquet=str(tmp_path / "long.parquet")).records(Tally()):
+        most, rows = max(most, pa.total_allocated_bytes() - before), rows + 1
+    assert rows == 2000
+    assert 0 < most < 1e6
+
+
 def test_a_part_of_a_dataset_is_not_the_dataset(tmp_path):
     miniature.cifar10(tmp_path, images=6)
     with pytest.raises(SourceError, match=r"CIFAR10 is not there; fetch it with torchvision\.datasets\.CIFAR10"):

@@ -168,9 +168,10 @@ class ParquetSource(_Source):
             raise SourceError(
                 f"{self.parquet}: no column {', '.join(map(repr, missing))}; there are: {', '.join(data.schema.names)}"
             )
-        # one fragment, one batch at a time: read-ahead would hold many row groups at once
-        for fragment in data.get_fragments():
-            for batch in fragment.to_batches(
+        # a row group at a time: a scan of a whole file keeps what it has read of it until its end, and reads ahead
+        groups = (group for fragment in data.get_fragments() for group in fragment.split_by_row_group())
+        for group in groups:
+            for batch in group.to_batches(
                 columns=columns, batch_size=BATCH_ROWS, batch_readahead=0, fragment_readahead=0
             ):
                 for row in batch.to_pylist():
