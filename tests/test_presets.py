@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def test_a_preset_runs_to_its_report(tmp_path: Path, cache: Path, name: str):
     code, out = process.wait(1400), (tmp_path / "out.log").read_text()
     assert code == 0, out
     run = tmp_path / "runs" / f"{name}-tiny"
-    page = (run / "report.html").read_text()
+    page = html.unescape((run / "report.html").read_text())
     assert presets.about(name).title in page
     assert "which say nothing about the paper" in page
     assert json.loads((run / "front.json").read_text())["points"]
