@@ -16,8 +16,8 @@ import signal, sys, time
 sys.path.insert(0, {root!r})
 from raysweep.pool import interrupt
 signal.signal(signal.SIGTERM, interrupt)
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     print("ended", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -63,8 +64,10 @@ def head(tmp_path_factory):
     family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     _, alive = psutil.wait_procs(family, timeout=10)
-    for p in (*alive, psutil.Process(process.pid)):
-        p.kill()
+    for p in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            p.kill()
+    process.kill()
     process.wait(timeout=30)
     shutil.rmtree(f"/tmp/rs{gcs}", ignore_errors=True)
 
