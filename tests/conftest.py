@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # else Ray's processes starve beside a busy test process
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # see `raysweep.models.folders.reading`
 
 import pytest

@@ -9,6 +9,7 @@ because Ray retries whatever kills this actor.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from ray.util.metrics import Gauge
 from raysweep.audit.auditor import AuditRequest
 
 LOG = "audits.jsonl"
+RETRY_S = 0.5
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)
@@ -31,6 +33,7 @@ class AuditManager:
         self.path, self.attempts, self.timeout_s = Path(run) / LOG, attempts, timeout_s
         self.done: dict[str, dict[str, Any]] = read_log(self.path)
         self.pending: dict[str, asyncio.Task] = {}
+        self.coming: set[asyncio.Task] = set()
         self.idle: asyncio.PriorityQueue = asyncio.PriorityQueue()
         self.namespace, self.known, self.waiting = namespace, 0, 0
         self.run = Path(run).name
@@ -46,7 +49,7 @@ class AuditManager:
     def add(self, auditors: list[str]) -> None:
         """More auditors, actors given by name."""
         for name in auditors:
-            self.idle.put_nowait((self.known, ray.get_actor(name, namespace=self.namespace)))
+            self._expect(self.known, ray.get_actor(name, namespace=self.namespace))
             self.known += 1
 
     async def audit(self, request: AuditRequest) -> dict[str, Any]:
@@ -72,6 +75,7 @@ class AuditManager:
         for _ in range(self.attempts):
             number, auditor = await self.idle.get()
             self._queued(-1)
+            up = True
             try:
                 answer = await asyncio.wait_for(_ask(auditor, request), self.timeout_s)
                 tags = {"run": self.run, "tier": request.tier_name}
@@ -81,16 +85,35 @@ class AuditManager:
             except TimeoutError:
                 reason = f"no answer within {self.timeout_s:g} s"
                 ray.kill(auditor, no_restart=False)
+                up = False
             except ray.exceptions.RayActorError:
                 reason = "the auditor died"
+                up = False
             except ray.exceptions.RayTaskError as error:
                 reason = f"{type(error.cause).__name__}: {error.cause}"
             finally:
-                self.idle.put_nowait((number, auditor))
+                if up:
+                    self.idle.put_nowait((number, auditor))
+                else:
+                    self._expect(number, auditor)
             self._queued(1)
         self._queued(-1)
         ended = {"status": "failed", "reason": f"{reason} ({self.attempts} attempts)", "seconds": 0.0, "failed": []}
         return self._end(request.key, ended)
+
+    def _expect(self, number: int, auditor: ActorHandle) -> None:
+        coming = asyncio.ensure_future(self._when_up(number, auditor))
+        self.coming.add(coming)  # the loop alone would let go of it
+        coming.add_done_callback(self.coming.discard)
+
+    async def _when_up(self, number: int, auditor: ActorHandle) -> None:
+        """Offers an auditor once it answers: its start is not the time of an audit, and while it is restarted it refuses
+        at once, which would cost those that wait all their attempts. One that stays away is offered after all, so that
+        nobody waits for ever.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_up(auditor), self.timeout_s)
+        self.idle.put_nowait((number, auditor))
 
     def _queued(self, change: int) -> None:
         self.waiting += change
@@ -118,6 +141,14 @@ def read_log(path: Path) -> dict[str, dict[str, Any]]:
             if entry["status"] == "ok":
                 done[entry.pop("key")] = entry
     return done
+
+
+async def _up(auditor: ActorHandle) -> None:
+    while True:
+        try:
+            return await auditor.__ray_ready__.remote()
+        except ray.exceptions.RayActorError:
+            await asyncio.sleep(RETRY_S)
 
 
 async def _ask(auditor: ActorHandle, request: AuditRequest) -> dict[str, Any]:
