@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from raysweep.audit.auditor import Auditor
 from raysweep.audit.manager import AuditManager
 from raysweep.config import ConfigError, Sweep
 from raysweep.resources import TRIAL_SLOT, Node, Plan
-from raysweep.train.groups import NAMESPACE, Broker, start_group, stop_groups
+from raysweep.train.groups import NAMESPACE, Broker, Executor, start_group, stop_groups
 from raysweep.trial import scaling
 
 # Settings of Ray that a run needs in every one of its processes.
@@ -35,8 +36,11 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "30",
     "RAY_DEDUP_LOGS": "1",
+    # a run has more processes than a laptop has cores, most of which wait; Ray would print a warning about them
+    "RAY_worker_maximum_startup_concurrency": str(max(4, os.cpu_count() or 1)),
 }
 MEGABYTE = 1024 * 1024
+LEAVE_S = 20.0
 
 
 @contextlib.contextmanager
@@ -108,6 +112,21 @@ class Pool:
     broker: ActorHandle
     groups: list[threading.Thread]
     places: list[PlacementGroup]
+    leaving: list[threading.Thread] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def waiting(self, executor: Executor) -> Iterator[ThreadPoolExecutor]:
+        """Threads that wait for jobs and actors. Whoever is interrupted does not wait for them: they end with the pool."""
+        threads = ThreadPoolExecutor(max_workers=16)
+        try:
+            yield threads
+        except BaseException:
+            executor.stop()
+            leaving = threading.Thread(target=threads.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+            leaving.start()
+            self.leaving.append(leaving)
+            raise
+        threads.shutdown()
 
     def stop_training(self) -> None:
         """Lets the worker groups end."""
@@ -130,6 +149,8 @@ class Pool:
             ray.kill(actor)
         for place in self.places:
             remove_placement_group(place)
+        for thread in self.leaving:  # one that is still inside Ray while Ray is shut down takes the process with it
+            thread.join(LEAVE_S)
 
 
 @contextlib.contextmanager

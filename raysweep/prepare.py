@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def prepare(
 ) -> Context:
     """Makes or finds everything, measures the anchors with the probe, and leaves the run's context on disk."""
     frozen, free = autoencoder_folder(sweep, task), actors.auditors
-    with ThreadPoolExecutor(max_workers=16) as threads:
+    with actors.waiting(executor) as threads:
         started, waiting = time.monotonic(), None
         if frozen is not None and not frozen.is_dir():
             where = (str(folder.task), task.model["vae"], sweep.task.seed, str(frozen))
@@ -166,7 +166,7 @@ def prepare(
             run=str(folder.path), run_id=run_id, task_digest=task.digest, quality=task.quality, validity=task.validity, base=models["base"][0],
             base_digest=models["base"][1], oracles={k: v for k, v in models.items() if k != "base"},
             judges={name: future.result() for name, future in judges.items()}, prepared={},
-            cache=str(cache_folder(sweep.cache) / "audits"),
+            cache=str(cache_folder(sweep.cache) / "audits"), clip_digest=_clip_digest(task),
         )  # fmt: skip
         jobs = _prepare_jobs(sweep, spaces, context)
         futures = {job.id: threads.submit(executor.run, job) for made in jobs.values() for job in made.values()}
@@ -182,6 +182,15 @@ def prepare(
             }
         context.save()
     return context
+
+
+def _clip_digest(task: Task) -> str:
+    """Content hash of the CLIP model that a task names beside its base; "" for none."""
+    if task.clip is None:
+        return ""
+    from raysweep.models.tower import Clip
+
+    return Clip.load(task.clip).digest
 
 
 def measure_anchors(task: Task, context: Context, actors: Pool, tier_name: str, tier: Tier, say: Say) -> None:
@@ -267,8 +276,7 @@ def _prepare_jobs(sweep: Sweep, spaces: list[Space], context: Context) -> dict[s
 
 def prepare_job(sweep: Sweep, context: Context, name: str, settings: dict[str, Any]) -> Job:
     """The preparation of a method for the context's base, with the settings that it depends on."""
-    code = training_code(module_of("method", name))
-    inputs = {"task": context.task_digest, "base": context.base_digest, "code": code}
+    inputs = context.inputs(name) | ({"modules": ",".join(sweep.train.modules)} if sweep.train.modules else {})
     defaults = _defaults(resolve("method", name))
     own = defaults | {k: v for k, v in settings.items() if k in defaults}
     key = prepared_key(own, own)
@@ -276,7 +284,7 @@ def prepare_job(sweep: Sweep, context: Context, name: str, settings: dict[str, A
     return Job(
         id=f"{context.run_id}-prepare-{name}-{key}-{context.base_digest}", kind="prepare", method=name, hyperparameters=own,
         seed=derive_seed("prepare", name), task=str(context.folder.task), base=context.base, out=str(out), inputs=inputs,
-        budget_s=max(3600.0, sweep.train.budget_s),
+        budget_s=max(3600.0, sweep.train.budget_s), modules=sweep.train.modules,
     )  # fmt: skip
 
 

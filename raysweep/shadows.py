@@ -11,7 +11,7 @@ unlearned models cannot be told from retrained ones by this attack; one attack f
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def run_shadows(folder: RunDir, trial: str, shadows: int, say: Say) -> tuple[Pat
         plan = make_plan(nodes, sweep, has_trial_slots())
         with pool(folder.path, run_id, sweep, plan) as actors:
             executor = make_executor(str(folder.path), run_id, sweep, plan)
-            models = _train(sweep, task, context, config, shadows, executor, say)
+            models = _train(sweep, task, context, config, shadows, executor, actors, say)
             models["candidate"] = (str(folder.candidates / trial), config["digest"])
             found = _scores(sweep, context, actors, trial, models, say)
     result = u_lira(
@@ -137,7 +137,14 @@ def run_shadows(folder: RunDir, trial: str, shadows: int, say: Say) -> tuple[Pat
 
 
 def _train(
-    sweep: Sweep, task: Task, context: Context, config: dict[str, Any], shadows: int, executor: Executor, say: Say
+    sweep: Sweep,
+    task: Task,
+    context: Context,
+    config: dict[str, Any],
+    shadows: int,
+    executor: Executor,
+    actors: Pool,
+    say: Say,
 ) -> dict[str, tuple[str, str]]:
     """Name -> (folder, digest) of the unlearned and the retrained model of each shadow."""
     done = 0
@@ -169,7 +176,7 @@ def _train(
             f"retrained-{number}": (without.out, retrained.digest),
         }
 
-    with ThreadPoolExecutor(max_workers=16) as threads:
+    with actors.waiting(executor) as threads:
         futures: list[Future] = [threads.submit(one, k) for k in range(shadows)]
         return {name: where for future in futures for name, where in future.result().items()}
 

@@ -172,8 +172,9 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(path)
         os.replace(temporary, path)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def clear_temporaries(folder: Path, age_s: float = 0.0) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from small import SMALL, log, start
 from tiny import ROOT
 
 from raysweep.pool import own_handlers
@@ -41,3 +44,20 @@ def test_the_handler_of_sigint_is_ours_again_after_tune():
     with own_handlers():
         signal.signal(signal.SIGINT, lambda *_: None)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_does_not_wait_for_the_training_of_its_base(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(SMALL.replace("base_steps: 70", "base_steps: 400"))
+    process = start(tmp_path, tmp_path / "cache", "run", "sweep.yaml")
+    try:
+        while "progress" not in log(tmp_path):
+            assert process.poll() is None, log(tmp_path)
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130, log(tmp_path)
+    finally:
+        process.kill()
+    assert log(tmp_path).endswith("interrupted: the state is saved, the same command goes on from here\n")
+    assert "process will exit" not in log(tmp_path)
+    assert json.loads((tmp_path / "runs" / "small" / "manifest.json").read_text())["state"] == "interrupted"

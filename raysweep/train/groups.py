@@ -36,12 +36,14 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 POLL_S = 20.0
 NAMESPACE = "raysweep"
+ENDED = "the run has ended"
 
 
 class Executor(Protocol):
-    """Runs a job somewhere and waits for it."""
+    """Runs a job somewhere and waits for it. stop: makes whoever waits for a job in this process wait no longer."""
 
     def run(self, job: Job) -> Outcome: ...
+    def stop(self) -> None: ...
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)
@@ -61,7 +63,9 @@ class Broker:
         self.idle, self.first, self.last = 0.0, 0.0, 0.0
 
     async def submit(self, job: Job) -> dict[str, Any]:
-        """Waits for the job's outcome; the same job submitted twice is done once."""
+        """Waits for the job's outcome; the same job submitted twice is done once. RuntimeError if the run ends before."""
+        if self.closed:
+            raise RuntimeError(ENDED)
         if job.id not in self.futures:
             self.jobs[job.id], self.futures[job.id] = job, asyncio.get_running_loop().create_future()
             self.queue.append(job.id)
@@ -118,9 +122,12 @@ class Broker:
         return self.idle / span if self.first and span > 0 else None
 
     async def close(self) -> int:
-        """Lets the groups end, each after the job it is at; the number of those."""
+        """Lets the groups end, each after the job it is at; the number of those. Nobody waits for a job any more."""
         self.closed = True
         self.changed.set()
+        for future in self.futures.values():
+            if not future.done():
+                future.set_exception(RuntimeError(ENDED))
         return len(self.running)
 
     def _redeliver(self, job_id: str) -> None:
@@ -147,34 +154,53 @@ class Warm:
     def run(self, job: Job) -> Outcome:
         return finished(job) or Outcome(**ray.get(self.broker.submit.remote(job)))
 
+    def stop(self) -> None:
+        """Nothing to do: the broker lets go of all who wait when the groups are stopped."""
+
 
 class Isolated:
-    """Starts one TorchTrainer per job. The Train run is named by the job, because Train resumes by name."""
+    """Starts one TorchTrainer per job, in a process of its own, which can be stopped."""
 
     def __init__(self, scaling: ScalingConfig, storage: str):
         self.scaling, self.storage = scaling, storage
+        self.waiting: set[ray.ObjectRef] = set()
 
     def run(self, job: Job) -> Outcome:
-        from ray.train.torch import TorchTrainer
-
         before = finished(job)
         if before is not None:
             return before
-        failure = FailureConfig(max_failures=ATTEMPTS - 1, controller_failure_limit=20)
-        trainer = TorchTrainer(
-            _single,
-            train_loop_config={"job": job},
-            scaling_config=self.scaling,
-            run_config=RunConfig(name=f"{job.id}-{job.digest}", storage_path=self.storage, failure_config=failure),
-        )
+        reference = _fit.remote(job, self.scaling, self.storage)
+        self.waiting.add(reference)
         try:
-            outcome = trainer.fit().return_value
-        except ray.train.TrainingFailedError as error:
-            reason = str(error).strip().splitlines()
-            return Outcome(
-                "failed", f"its workers died {ATTEMPTS} times ({reason[-1] if reason else 'no reason given'})"
-            )
-        return Outcome(**outcome)
+            return ray.get(reference)
+        finally:
+            self.waiting.discard(reference)
+
+    def stop(self) -> None:
+        for reference in list(self.waiting):
+            ray.cancel(reference, force=True)
+
+
+@ray.remote(num_cpus=0, max_retries=ATTEMPTS - 1)
+def _fit(job: Job, scaling: ScalingConfig, storage: str) -> Outcome:
+    """Trains a job by a TorchTrainer. The Train run is named by the job, because Train resumes by name."""
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _single,
+        train_loop_config={"job": job},
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name=f"{job.id}-{job.digest}",
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=ATTEMPTS - 1, controller_failure_limit=20),
+        ),
+    )
+    try:
+        return Outcome(**trainer.fit().return_value)
+    except ray.train.TrainingFailedError as error:
+        reason = str(error).strip().splitlines()
+        return Outcome("failed", f"its workers died {ATTEMPTS} times ({reason[-1] if reason else 'no reason given'})")
 
 
 def start_group(broker: ActorHandle, slot: int, scaling: ScalingConfig, storage: str) -> threading.Thread:
