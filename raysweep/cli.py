@@ -547,6 +547,86 @@ def convert(snapshot: str, out_dir: str) -> int:
     return OK
 
 
+@main.command(name="draw")
+@click.argument("model_dir")
+@click.argument("out_dir")
+@click.option(
+    "--prompt", "prompts", multiple=True, help="What to draw, in a folder of its own; may be given several times."
+)
+@click.option(
+    "--for", "config", help="Draw the search prompts of this config or preset instead, in a folder per label."
+)
+@click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Images per folder.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another one draws other images.")
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Steps of the sampler.")
+@click.option("--guidance", type=click.FloatRange(0), default=7.5, show_default=True, help="Classifier-free guidance.")
+@click.option(
+    "--sort", is_flag=True, help="Sort one prompt's images into `memorised` and `other` by k-means on pixels."
+)
+@_errors
+def draw_(
+    model_dir: str,
+    out_dir: str,
+    prompts: tuple[str, ...],
+    config: str | None,
+    count: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    sort: bool,
+) -> int:
+    """Draw images with a text-to-image model, each with its prompt beside it: data for a task.
+
+    \b
+    raysweep draw models/sd21 data/characters --prompt "Mickey Mouse" --prompt "a dog" --count 500
+    raysweep draw models/sd14 data/artists --for rgd-sd-artist
+    raysweep draw models/sd14 data/memorised --prompt "CAPTION" --count 128 --sort
+    """
+    from raysweep import draw
+    from raysweep.config import ConfigError
+    from raysweep.display import Display
+    from raysweep.models.families import load
+    from raysweep.models.folders import located
+    from raysweep.store import write_folder
+
+    target, how = Path(out_dir), draw.Drawing(count, seed, steps, guidance)
+    if target.exists():
+        raise ConfigError(f"{target}: exists already; choose another place")
+    if sort and len(prompts) > 1:
+        raise ConfigError("--sort: takes the images of one --prompt")
+    if bool(prompts) == bool(config):
+        raise ConfigError("say what to draw: --prompt or --for")
+    kinds: list[draw.Cluster] = []
+    try:
+        wanted = draw.by_prompt(prompts)
+        if config:
+            asked = getattr(_config(config, (), absent=True).task, "search_prompts", None)
+            if asked is None:
+                raise ConfigError(f"{config}: has no task.search_prompts")
+            wanted = draw.by_label(asked.rows())
+        model = load(located(model_dir))
+        if model.family != "text-ddpm":
+            raise ConfigError(f"{model_dir}: is a {model.family} model; prompts are for text-to-image models")
+        model.to(draw.device())
+        with Display() as display:
+
+            def fill(folder: Path) -> None:
+                draw.draw(model, wanted, how, folder, lambda done, all_: display.tick("images", done, all_))
+                if sort:
+                    kinds.extend(draw.sort_in_two(folder / next(iter(wanted))))
+
+            write_folder(target, fill)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for kind in kinds:
+        click.echo(f"{target / kind.name}  {kind.images} images, {kind.spread:.1f} of 255 from their mean")
+    if kinds:
+        click.echo("k-means always finds two kinds: look whether the first is one picture again and again")
+    else:
+        click.echo(f"{target}  {count} images in each of {len(wanted)} folders")
+    return OK
+
+
 @main.command(name="ls")
 @click.argument("what", type=click.Choice(["methods", "evaluators", "spaces", "tasks", "presets", "runs"]))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")

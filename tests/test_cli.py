@@ -15,6 +15,7 @@ from raysweep.config import load
 SURFACE = {
     "audit": ["MODEL_DIR", "CONFIG", "OVERRIDES", "--base", "--oracle", "--json"],
     "convert": ["SNAPSHOT", "OUT_DIR"],
+    "draw": ["MODEL_DIR", "OUT_DIR", "--prompt", "--for", "--count", "--seed", "--steps", "--guidance", "--sort"],
     "doctor": ["--json"],
     "export": ["RUN", "TRIAL", "OUT", "--delta"],
     "init": ["NAME", "--task"],
