@@ -138,7 +138,8 @@ class InceptionFidelity(_ByNetwork):
     def whole(self, subject: Subject) -> np.ndarray | None:
         if subject.task.kind != "class":
             return None
-        return np.concatenate([self._of_split(subject, "retain"), self._of_split(subject, "forget")])
+        parts = ("retain", "forget")
+        return subject.once(f"{self.name}.whole", lambda: np.concatenate([self._of_split(subject, p) for p in parts]))
 
     def _both(self, subject: Subject, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         found, _ = super()._both(subject, images)

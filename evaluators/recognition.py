@@ -145,6 +145,35 @@ class Alignment(Evaluator):
         return rows
 
 
+class CLIPIQA(Evaluator):
+    """CLIP-IQA: how good the samples look to CLIP (Wang et al., "Exploring CLIP for Assessing the Look and Feel of Images", AAAI 2023,
+    arXiv:2207.12396).
+
+    `quality` is the mean over samples of the softmax of 100 times the cosines with "Good photo." and "Bad photo.", the probability
+    of the first, in [0, 1]. The paper's network is a ResNet-50 without positional embeddings: compare values of one network only.
+    """
+
+    name = "clip_iqa"
+    kinds = frozenset({"class", "points", "concept"})
+    weights = "clip"
+    directions: ClassVar[dict[str, Direction]] = {"quality": "max"}
+    needs = "weights.clip: an open_clip folder"
+    cost = "the shared samples through the network"
+
+    def scores(self, subject: Subject) -> Scores:
+        clip = network(subject, "clip", CLIP)
+        good, bad = (100 * clip(subject.samples()[0]) @ clip.texts(["Good photo.", "Bad photo."]).T).T
+        return {"quality": 1 / (1 + np.exp(bad - good))}
+
+    def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
+        return {"quality": float(scores["quality"].mean())}
+
+    def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
+        se, lo, hi = t_interval(scores["quality"])
+        value, n = self.values(scores, subject)["quality"], len(scores["quality"])
+        return [Metric("quality", value, n, se, lo, hi, "student-t over samples", "max")]
+
+
 class NudeNet(Evaluator):
     """Detections of exposed body parts by NudeNet (the package's own ONNX model), over a curve of thresholds.
 
