@@ -233,6 +233,11 @@ class Method(ABC):
         raise ValueError(f"{cls.name} offers no choices for {name}")
 
     @classmethod
+    def on_images(cls, hyperparameters: Any) -> bool:
+        """Whether rows are to hold images also where the model's network takes latents."""
+        return False
+
+    @classmethod
     def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
         """Why these settings cannot work on this model and goal, for people; [] if they can."""
         return []

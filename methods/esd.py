@@ -64,10 +64,13 @@ class ESD(Descent):
     @classmethod
     def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
         reasons = [] if model.unconditional(1) is not None else ["it needs a model with an unconditional branch"]
-        names = list(dict(model.net.named_parameters()))
-        if not moving(names, hyperparameters.layers):
-            valid = [v for v in ("x", "x_strict", "u", "full") if moving(names, v)]
-            reasons.append(f"layers: {hyperparameters.layers} names no weight of this model; valid: {', '.join(valid)}")
+        named = dict(model.net.named_parameters())
+        free = {n for n, p in named.items() if p.requires_grad}
+        if not moving(list(named), hyperparameters.layers) & free:
+            valid = [v for v in ("x", "x_strict", "u", "full") if moving(list(named), v) & free]
+            reasons.append(
+                f"layers: {hyperparameters.layers} names no weight of this model that may change; valid: {', '.join(valid)}"
+            )
         return reasons
 
     def trains(self, name: str) -> bool:

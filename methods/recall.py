@@ -20,6 +20,12 @@ def contrastive(model: Any) -> bool:
     return hasattr(model, "encode_image")
 
 
+def comparing(model: Any) -> Any:
+    """A contrastive model itself, or the one that a text-to-image model's text encoder is of: its `tower`, whose `net` holds
+    that encoder under the same names. None where it has none."""
+    return model if contrastive(model) else getattr(model, "tower", None)
+
+
 def forget_loss(model: Any, rows: Rows) -> torch.Tensor:
     """Mean over rows of what unlearning raises: 1 - cos(image, caption), or the diffusion loss."""
     if not contrastive(model):

@@ -34,6 +34,7 @@ class RetrainSettings(Training):
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
     beta2: float = Field(0.99, ge=0, lt=1, description="Adam's second-moment decay")
     split: str = Field("retain", description="the split that is trained on")
+    modules: tuple[str, ...] = Field((), description="text-to-image models: what is trained (unet, ...); empty: all")
 
 
 class Retrain(Descent):
@@ -57,6 +58,9 @@ class Retrain(Descent):
         super().__init__(model, hyperparameters, prepared, goal)
         self.ema = EMAModel(self.params, decay=hyperparameters.ema, use_ema_warmup=True, power=0.75)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
+
+    def trains(self, name: str) -> bool:
+        return not self.hp.modules or name.split(".")[0] in self.hp.modules
 
     def rate(self, step: int) -> float:
         """The learning rate at a step, as a share of its peak."""

@@ -10,9 +10,10 @@ so `step` is |Delta theta_l| / |theta_l| and the forget loss *rises*. The releas
 descends in the Stable Diffusion and VLM searches: `direction` names both. Gradients of several concepts are taken on the
 original weights and their edits added (`edited`).
 
-Losses: for CLIP, forget = 1 - cos(image, caption), retain = symmetric InfoNCE (its batch size matters); for a diffusion
-model, the diffusion loss on both sets, in `passes` draws of noise and timestep per forget row and about as many rows of
-the retain set. Weights are in evaluation mode,
+Losses: for CLIP, forget = 1 - cos(image, caption), retain = symmetric InfoNCE (its batch size matters). The released code
+edits Stable Diffusion by the same two, of the CLIP model that its text encoder is of (`loss: clip`; the U-Net is never
+run). With `loss: own` a diffusion model takes the diffusion loss on both sets, in `passes` draws of noise and timestep per
+forget row and about as many rows of the retain set, and any of its tensors may be chosen. Weights are in evaluation mode,
 gradients are cleared between batches, retain captions are the data set's own; the release's Hugging Face path does none
 of these. Eligible tensors are those of two dimensions and more whose name holds none of `layers.EXCLUDED`.
 
@@ -31,7 +32,7 @@ from pydantic import Field
 from methods import gradients
 from methods.base import CONTRASTIVE, DIFFUSION, Batch, Data, Draw, Goal, Hyperparameters, Method, Model, Scalars
 from methods.layers import depth, eligible, gradient_pass, group, tower
-from methods.recall import contrastive, forget_loss, recall, retain_loss
+from methods.recall import comparing, contrastive, forget_loss, recall, retain_loss
 
 RULES = ("deepest", "importance", "alignment")
 
@@ -44,6 +45,10 @@ class SLUGSettings(Hyperparameters):
     step: float = Field(0.1, gt=0, le=8, description="|change| / |tensor| (released: the search starts at 0.1 or 0.4)")
     direction: Literal["ascent", "descent"] = Field(
         "ascent", description="of the forget loss; descent: as released, HF"
+    )
+    loss: Literal["own", "clip"] = Field(
+        "own",
+        description="the model's own, or of the CLIP model that its text encoder is of (released, Stable Diffusion)",
     )
     alignment: Literal["absolute", "signed"] = Field("absolute", description="cosine as released, or as in the paper")
     candidates: Literal["pareto", "all"] = Field("pareto", description="tensors that `layer: from_model` offers")
@@ -68,7 +73,7 @@ class SLUG(Method):
     forwards_per_step = 0  # two gradient passes in all, shared by every trial
     copies = 3
     tape = 0
-    prepared_by = ("batch_size", "passes")
+    prepared_by = ("loss", "batch_size", "passes")
     Hyperparameters = SLUGSettings
     hp: SLUGSettings
 
@@ -91,6 +96,7 @@ class SLUG(Method):
     @classmethod
     def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
         """`forget/NAME` for each eligible tensor, and `statistics/NAME` = (|theta|^2, |g_f|^2, <g_f, g_r>, |g_r|^2)."""
+        model = seen(model, hyperparameters)
         names = eligible(model)
         theta = dict(model.net.named_parameters())
         size, forget_passes, retain_passes = hyperparameters.batch_size, 1, 1
@@ -118,8 +124,16 @@ class SLUG(Method):
         return [*RULES, *(c for c in candidates(prepared, hyperparameters) if c not in picked)]
 
     @classmethod
+    def on_images(cls, hyperparameters: Any) -> bool:
+        return hyperparameters.loss == "clip"
+
+    @classmethod
     def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
-        names, layer = eligible(model), hyperparameters.layer
+        if hyperparameters.loss == "clip" and comparing(model) is None:
+            return ["loss: clip: the model comes without the CLIP model that its text encoder is of (task.clip)"]
+        names, layer = eligible(seen(model, hyperparameters)), hyperparameters.layer
+        if not names:
+            return ["no eligible tensor of this model may change (train.modules)"]
         if layer in (*RULES, *names):
             return []
         near = difflib.get_close_matches(layer, names, n=3, cutoff=0.3)
@@ -139,7 +153,7 @@ class SLUG(Method):
         self.apply(size)
         scalars = {"step": torch.tensor(size, dtype=torch.float64)}
         if self.hp.bisection:
-            accuracy = recall(self.model, batch["forget"], batch["retain"], self.goal)
+            accuracy = recall(seen(self.model, self.hp), batch["forget"], batch["retain"], self.goal)
             self.bracket.tell(accuracy <= self.hp.target)
             scalars["forget_accuracy"] = torch.tensor(accuracy, dtype=torch.float64)
         self.done += 1
@@ -170,6 +184,11 @@ class SLUG(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         vars(self.bracket).update(state["bracket"])
+
+
+def seen(model: Any, hyperparameters: SLUGSettings) -> Any:
+    """The model whose losses count: itself, or the CLIP model that its text encoder is of."""
+    return comparing(model) if hyperparameters.loss == "clip" else model
 
 
 class Bracket:

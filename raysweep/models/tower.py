@@ -1,0 +1,132 @@
+"""The CLIP model that a text-to-image pipeline's text encoder is of: pictures and prompts compared through that very encoder.
+
+The folder is transformers' (`CLIPModel` with its image processor). Text passes through the pipeline's own weights; only what a
+pipeline leaves out comes from the folder: the vision tower, both projections, and the last blocks of a text tower of which the
+pipeline holds the first ones alone, as Stable Diffusion 2 does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from transformers import CLIPImageProcessor, CLIPModel
+
+from raysweep.models.folders import component_files, no_pickles, reading
+from raysweep.models.handle import Handle
+from raysweep.store import digest_of, digest_state
+
+PREFIX = "text_model."  # of the encoder's tensors in some classes of transformers and not in others
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP model that does not change, and how it takes images. folder: where it came from."""
+
+    net: Any
+    images: Any
+    folder: str
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Clip:
+        """Reads a folder of transformers, safetensors only; raises ValueError, saying what is wrong with it."""
+        folder = Path(folder)
+        component_files(folder, ("config.json",))
+        component_files(folder, ("preprocessor_config.json",))
+        no_pickles(folder)
+        with reading(folder):
+            net: Any = CLIPModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+            images = CLIPImageProcessor.from_pretrained(folder)
+        return cls(net.eval().requires_grad_(False), images, str(folder))
+
+    @property
+    def digest(self) -> str:
+        """Content hash of the weights and of how images are prepared."""
+        return digest_of(digest_state(self.net.state_dict()), self.images.image_mean, self.images.image_std)
+
+
+class TextTower(Handle):
+    """A pipeline's text encoder as the text tower of its CLIP model.
+
+    Args:
+        model: a text-to-image model; its `net` is shared, so that gradients and edits are those of the pipeline.
+        clip: the CLIP model. Raises ValueError unless one of the text encoders is the beginning of its text tower.
+    """
+
+    family = "clip"
+    null_label = None
+    sampler = None
+
+    def __init__(self, model: Any, clip: Clip):
+        lengths = [t.model_max_length for t in model.frozen.tokenizers]
+        encoders = [name for name in model.net if name != "unet"]
+        differing = [_differing(model.net[name], clip.net.text_model) for name in encoders]
+        if all(differing):
+            raise ValueError(
+                f"{clip.folder}: is not the CLIP model of this text encoder: {differing[0][0]} differs, or is missing in "
+                "one of the two"
+            )
+        which = differing.index([])
+        self.name, start = encoders[which], sum(lengths[:which])
+        self.part = slice(start, start + lengths[which])
+        self.net, self.clip = nn.ModuleDict({self.name: model.net[self.name]}), clip.net
+        size = clip.net.config.vision_config.image_size
+        self.image_shape = (3, size, size)
+        self.mean, self.std = (
+            torch.tensor(getattr(clip.images, k)).view(1, 3, 1, 1) for k in ("image_mean", "image_std")
+        )
+
+    def to(self, device: torch.device) -> Self:
+        """Moves what the folder holds; the encoder lives with its pipeline."""
+        self.clip.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """What cosines are multiplied with before the softmax, a scalar."""
+        return self.clip.logit_scale.exp()
+
+    @torch.no_grad()
+    def encode_image(self, x: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, d), not normalised, of images (n, 3, H, W) in [-1, 1] of any size, resized as CLIP does."""
+        fitted = F.interpolate(x, self.image_shape[1:], mode="bicubic", antialias=True).clamp(-1, 1)
+        pixels = ((fitted + 1) / 2 - self.mean.to(x)) / self.std.to(x)
+        return self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, d), not normalised, of the pipeline's tokens of prompts."""
+        own = text_tensors(self.net[self.name])
+        out = functional_call(self.clip.text_model, own, (), {"input_ids": tokens[:, self.part]})
+        return self.clip.text_projection(out.pooler_output)
+
+    def unconditional(self, count: int) -> None:
+        """There is no branch without a caption."""
+
+
+def text_tensors(encoder: Any) -> dict[str, torch.Tensor]:
+    """The parameters of a text encoder that belong to the tower, by their names there."""
+    return {
+        name.removeprefix(PREFIX): p
+        for name, p in encoder.named_parameters()
+        if name.split(".")[0] != "text_projection"
+    }
+
+
+def _differing(encoder: Any, tower: Any) -> list[str]:
+    """The names of an encoder's tensors that the tower has not, or has with other values than half precision tells apart."""
+    theirs = text_tensors(tower)
+    return [
+        name
+        for name, own in text_tensors(encoder).items()
+        if name not in theirs
+        or theirs[name].shape != own.shape
+        or not torch.equal(theirs[name].detach().half().to(own.device), own.detach().half())
+    ]
