@@ -210,6 +210,9 @@ class ResourceConfig(_Model):
 
     cpus_per_worker: float | None = Field(None, gt=0, description="CPUs per train worker")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs per train worker")
+    gpus_per_auditor: float | None = Field(
+        None, gt=0, description="GPUs per auditor; several for a vision-language model that one does not hold"
+    )
     slots: int | None = Field(None, ge=1, description="trials trained at the same time")
     auditors: int | None = Field(None, ge=1, description="audit actors")
     cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray instance; null: all cores")

@@ -34,6 +34,7 @@ class Context:
     judges: dict[str, tuple[str, str]]  # probe, audit -> (file, digest)
     prepared: dict[str, dict[str, Any]]  # method -> {"by": what it depends on and its defaults, "files": {key: file}}
     cache: str  # folder of the anchors' audits
+    clip_digest: str = ""  # of the CLIP model that a task names beside its base
 
     def save(self) -> None:
         write_json(RunDir(Path(self.run)).context, asdict(self))
@@ -66,13 +67,15 @@ class Context:
             modules=sweep.train.modules,
             precision=sweep.train.precision,
             lora=None if sweep.train.lora is None else sweep.train.lora.model_dump(),
-            inputs={
-                "task": self.task_digest,
-                "base": self.base_digest,
-                "code": training_code(module_of("method", config["method"])),
-            },
+            inputs=self.inputs(config["method"]),
             card=card | {"run": self.run_id, "base_digest": self.base_digest, "task_digest": self.task_digest},
         )
+
+    def inputs(self, method: str) -> dict[str, str]:
+        """Content hashes of what a method's work on the base depends on besides its settings."""
+        code = training_code(module_of("method", method))
+        found = {"task": self.task_digest, "base": self.base_digest, "code": code}
+        return found | ({"clip": self.clip_digest} if self.clip_digest else {})
 
     def prepared_file(self, method: str, hyperparameters: dict[str, Any]) -> str | None:
         """The prepared tensors that belong to a trial's settings; None for a method that prepares nothing."""

@@ -34,6 +34,15 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
     except ValueError as error:
         raise ConfigError(f"task.base: {error}") from error
     check_training(sweep, task, model)
+    if sweep.train.modules:
+        model.train_only(sweep.train.modules)
+    if task.clip is not None:
+        from raysweep.models.tower import Clip
+
+        try:
+            families.with_tower(model, Clip.load(task.clip))
+        except ValueError as error:
+            raise ConfigError(f"task.clip: {error}") from error
     spaces = []
     for name in sweep.methods:
         reasons = refusals(resolve("method", name), task)

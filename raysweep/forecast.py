@@ -186,7 +186,7 @@ def _there(value: str, holder: Any) -> bool:
     if is_hub_id(value) and not Path(value).exists():
         from huggingface_hub import try_to_load_from_cache
 
-        return isinstance(try_to_load_from_cache(value, "model_index.json"), str)
+        return any(isinstance(try_to_load_from_cache(value, f), str) for f in ("model_index.json", "config.json"))
     return Path(value).exists()
 
 

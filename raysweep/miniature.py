@@ -10,7 +10,7 @@ import csv
 import io
 import pickle
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,20 @@ def _unet_config(channels: int, classes: int) -> dict[str, Any]:
     return {"unet": unet, "scheduler": SCHEDULER, "null_label": classes - 1 if classes else None}
 
 
-def stable_diffusion(out: Path, words: Sequence[str], styles: Sequence[str] = ("plain",), steps: int = 250) -> None:
-    """A `StableDiffusionPipeline` folder of 16x16 images whose tokenizer knows `words`; its autoencoder is trained."""
+def stable_diffusion(
+    out: Path,
+    words: Sequence[str],
+    styles: Sequence[str] = ("plain",),
+    steps: int = 250,
+    captions: str = "",
+    names: Sequence[str] = (),
+    called: Sequence[str] = ("",),
+) -> None:
+    """A `StableDiffusionPipeline` folder of 16x16 images whose tokenizer knows `words`; its autoencoder is trained.
+
+    captions: a template with {name} and {style}: the text encoder is then that of a CLIP model, in the subfolder `clip`, which
+    has learned pictures of the digits by these captions. names: of the digits; called: how captions call the styles.
+    """
     from raysweep.models.autoencoder import train_autoencoder
     from raysweep.models.latent import LatentText
     from raysweep.tasks.scans import TEXT
@@ -113,7 +125,59 @@ def stable_diffusion(out: Path, words: Sequence[str], styles: Sequence[str] = ("
     vae = train_autoencoder(_tensors(rows), TEXT["vae"], 0, steps=steps)
     vae.save_pretrained(out / "vae", safe_serialization=True)
     text = TEXT["text_encoder"] | {"max_position_embeddings": 16}
-    LatentText.build(TEXT | {"words": list(words), "text_encoder": text}, 0, out / "vae").save(out)
+    model = LatentText.build(TEXT | {"words": list(words), "text_encoder": text}, 0, out / "vae")
+    if captions:
+        told = [
+            (image, captions.format(name=names[digit], style=name).lower())
+            for look, name in zip(styles, called, strict=True)
+            for image, digit, _ in pictures(16, 50, (look,), range(len(names)))
+        ]
+        _clip_of(model, told, out / "clip")
+    model.save(out)
+
+
+def _clip_of(model: Any, rows: Sequence[tuple[Image.Image, str]], out: Path) -> None:
+    """Trains a CLIP model on pictures with captions, gives its text tower to the pipeline, and saves it; its tower has a block
+    more than the pipeline takes, as in Stable Diffusion 2."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
+
+    from raysweep.models.tower import text_tensors
+    from raysweep.models.unet import drawn
+
+    encoder, processor = model.net["text_encoder"], CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    text = encoder.config.to_dict() | {"num_hidden_layers": encoder.config.num_hidden_layers + 1, "projection_dim": 32}
+    vision = CLIPVisionConfig(
+        hidden_size=48, intermediate_size=96, num_attention_heads=4, num_hidden_layers=2, image_size=16, patch_size=4,
+    )  # fmt: skip
+    net = drawn(lambda: CLIPModel(CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=32)), 0)
+    mean, std = (torch.tensor(getattr(processor, k)).view(1, 3, 1, 1) for k in ("image_mean", "image_std"))
+    pixels = ((_tensors([image for image, _ in rows]) + 1) / 2 - mean) / std
+    _learn_captions(net, pixels, [text for _, text in rows], model.tokens, 300, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        learned = text_tensors(net.text_model)
+        for name, p in text_tensors(encoder).items():
+            p.copy_(learned[name])
+    net.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def _learn_captions(
+    net: Any, pixels: torch.Tensor, texts: Sequence[str], tokens: Any, steps: int, generator: torch.Generator
+) -> None:
+    """Trains a CLIP model of transformers by InfoNCE, in which equal captions are equally right."""
+    net.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    for _ in range(steps):
+        index = torch.randint(len(texts), (48,), generator=generator).tolist()
+        said = [texts[i] for i in index]
+        logits = net(input_ids=tokens(said), pixel_values=pixels[index]).logits_per_image
+        same = torch.tensor([[a == b for b in said] for a in said]).float()
+        soft = same / same.sum(1, keepdim=True)
+        loss = F.cross_entropy(logits, soft) + F.cross_entropy(logits.T, soft)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.eval()
 
 
 def clip(out: Path) -> None:
@@ -142,29 +206,14 @@ def vlm(
     model = untrained_vlm(names, seed)
     rows = [(image, names[digit]) for image, digit, _ in pictures(16, images, digits=range(len(names)))]
     kept = [(image, name) for image, name in rows if name != without]
-    x = _tensors([image for image, _ in kept])
     generator = torch.Generator().manual_seed(seed)
-
-    def batches() -> Iterator[list[int]]:
-        for _ in range(steps):
-            yield torch.randint(len(kept), (48,), generator=generator).tolist()
-
-    model.net.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.net.parameters(), lr=2e-3)
-    for index in batches():
-        texts = [kept[i][1] for i in index]
-        v, t = model.encode_image(x[index]), model.encode_text(model.tokens([f"a photo of {n}" for n in texts]))
-        logits = model.logit_scale * F.normalize(v, dim=-1) @ F.normalize(t, dim=-1).T
-        same = torch.tensor([[a == b for b in texts] for a in texts]).float()
-        soft = same / same.sum(1, keepdim=True)
-        loss = F.cross_entropy(logits, soft) + F.cross_entropy(logits.T, soft)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    pixels = ((_tensors([image for image, _ in kept]) + 1) / 2 - model.mean) / model.std
+    _learn_captions(model.net, pixels, [f"a photo of {name}" for _, name in kept], model.tokens, steps, generator)
     whole, processor = model.whole().train(), model.around.processor
     whole.requires_grad_(True).model.vision_tower.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=2e-3)
-    for step, index in enumerate(batches()):
+    for step in range(steps):
+        index = torch.randint(len(kept), (48,), generator=generator).tolist()
         text = [f"{PROMPT.format(question=QUESTIONS[step % 2])} {kept[i][1]} </s>" for i in index]
         batch = processor(images=[kept[i][0] for i in index], text=text, return_tensors="pt", padding=True)
         labels = batch["input_ids"].clone()

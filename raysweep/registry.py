@@ -32,6 +32,7 @@ EVALUATORS = {
     "alignment": "evaluators.recognition:Alignment",
     "classifier": "evaluators.classifier:Classifier",
     "clid": "evaluators.membership:CLiD",
+    "clip_iqa": "evaluators.recognition:CLIPIQA",
     "contrast": "evaluators.contrast:Contrast",
     "copy_detection": "evaluators.memorisation:CopyDetection",
     "denoising": "evaluators.denoising:Denoising",
@@ -81,6 +82,7 @@ THOROUGH = ("clid", "likelihood", "nudenet", "pian", "quantile", "secmi")
 # Evaluators that need a file from the user, and the key of a tier's `weights` that names it: naming it adds them.
 BY_WEIGHTS = {
     "alignment": "clip",
+    "clip_iqa": "clip",
     "copy_detection": "sscd",
     "fidelity_clip": "clip",
     "fidelity_dino": "dino",

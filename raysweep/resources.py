@@ -74,8 +74,8 @@ def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> 
     if gpus and per_gpu:
         labelled = sum(n.gpus for n in nodes if n.role == "audit")
         for_audit = labelled or max(1, int(gpus) // AUDIT_SHARE) if gpus > 1 else 0.5
-        auditors = wanted.auditors or max(1, int(for_audit))
-        auditor_gpus = 1.0 if gpus > 1 else 0.5
+        auditor_gpus = wanted.gpus_per_auditor or (1.0 if gpus > 1 else 0.5)
+        auditors = wanted.auditors or max(1, int(for_audit / auditor_gpus))
         train_gpus = per_gpu if gpus > 1 else min(per_gpu, 0.5)
         slots = wanted.slots or int((gpus - auditors * auditor_gpus) / (train_gpus * workers))
         plan = Plan(

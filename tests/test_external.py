@@ -16,7 +16,7 @@ from evaluators.external import CLIP, SSCD, ImageClassifier, Inception, Unreadab
 from evaluators.fidelity import CLIPFidelity, DINOFidelity, InceptionFidelity
 from evaluators.judge import Judge
 from evaluators.memorisation import CopyDetection
-from evaluators.recognition import Alignment, NudeNet, OutsideClassifier, ZeroShot
+from evaluators.recognition import CLIPIQA, Alignment, NudeNet, OutsideClassifier, ZeroShot
 from evaluators.statistics import frechet
 from raysweep.audit.measure import measure, reduce, subject_of
 from raysweep.config import ConfigError, Tier, validate
@@ -114,6 +114,18 @@ def test_a_label_that_the_classifier_does_not_know(named, brought, judge):
     one = subject(dataclasses.replace(named, class_names=("cat", *NAMES[1:])), judge, weights=brought)
     with pytest.raises(Unreadable, match="no label 'cat'; its labels: cross, dot"):
         OutsideClassifier().scores(one)
+
+
+def test_clip_iqa_is_the_probability_of_the_good_of_two_prompts(named, brought, judge):
+    one = subject(named, judge, weights=brought)
+    clip = network(one, "clip", CLIP)
+    images, texts = (torch.from_numpy(e) for e in (clip(one.samples()[0]), clip.texts(["Good photo.", "Bad photo."])))
+    wanted = (100 * images @ texts.T).softmax(1)[:, 0]
+    scores = CLIPIQA().scores(one)
+    np.testing.assert_allclose(scores["quality"], wanted.numpy(), rtol=1e-9)
+    (row,) = reduce(CLIPIQA(), scores, one, 5)[0]
+    assert row.value == pytest.approx(float(wanted.mean()))
+    assert 0 < row.lo < row.value < row.hi < 1
 
 
 def test_clip_agrees_with_open_clip(named, brought, judge):

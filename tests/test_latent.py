@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -21,6 +22,7 @@ from raysweep.config import ConfigError, Tier, load
 from raysweep.fit import resolve_sweep
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
+from raysweep.models.embeddings import Embeddings
 from raysweep.models.latent import ATTENTION, Frozen, LatentText
 from raysweep.models.words import tokenizer_of
 from raysweep.registry import BY_WEIGHTS, EVALUATORS, resolve
@@ -123,6 +125,45 @@ def test_embeddings_are_kept_until_weights_change(model):
         assert not torch.equal(model.embed(cond)[0], first)
         weight.sub_(0.5)
     assert model.embed(cond)[0].requires_grad
+
+
+def test_remembered_prompts_are_what_the_encoders_make_of_them(model):
+    prompts = model.tokens(["a ring", "a box", "", "a ring", "a dot"])
+    model = model.with_net(copy.deepcopy(model.net).requires_grad_(False))
+    model.embeddings = Embeddings.of(model, prompts)
+    assert len(model.embeddings.rows) == 4
+    (hidden, added), (own, pooled) = model.embed(prompts), model.encoded(prompts)
+    torch.testing.assert_close(hidden, own)
+    if pooled is not None:
+        torch.testing.assert_close(added["text_embeds"], pooled)
+    unknown = model.tokens(["the small ring", "a box"])
+    assert torch.equal(model.embed(unknown)[0], model.encoded(unknown)[0])
+    assert model.with_net(copy.deepcopy(model.net)).embeddings is model.embeddings
+    other = copy.deepcopy(model.net)
+    with torch.no_grad():
+        other["text_encoder"].get_input_embeddings().weight.add_(1)
+    assert model.with_net(other).embeddings is None
+
+
+@pytest.mark.parametrize(("modules", "calls"), [(("unet",), 1), ((), 3)])
+def test_frozen_text_encoders_run_once_for_all_trials(tmp_path, monkeypatch, modules, calls):
+    """Of 32 rows and fewer, that is; those that train run at every step."""
+    task, base = latent_task(), plain()
+    task.save(_made(tmp_path / "task"))
+    base.save(tmp_path / "base")
+    ran, resident, digests = [], Resident(), []
+    forward = CLIPTextModel.forward
+    monkeypatch.setattr(CLIPTextModel, "forward", lambda *a, **k: ran.append(1) or forward(*a, **k))
+    for name in ("first", "second"):
+        job = Job(
+            id=name, kind="train", method="finetune", hyperparameters={"lr": 1e-2, "steps": 3, "batch_size": 8}, seed=1,
+            task=str(tmp_path / "task"), base=str(tmp_path / "base"), out=str(tmp_path / name), modules=modules,
+        )  # fmt: skip
+        digests.append(run(job, resident).digest)
+        assert len(ran) == (calls if name == "first" or modules else 2 * calls)
+    assert digests[0] == digests[1]
+    fresh = replace(job, out=str(tmp_path / "third"))
+    assert run(fresh, Resident()).digest == digests[0]
 
 
 def test_an_untrained_branch_of_xl_is_zeros():

@@ -112,6 +112,16 @@ def test_helper_processes_of_a_run_stay_light():
     subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
 
 
+def test_libraries_of_other_families_are_not_loaded():
+    """A worker that trains a pixel model, and the driver of its sweep, would wait seconds for each of them."""
+    code = (
+        "import sys, raysweep.run, raysweep.train.loop, raysweep.audit.auditor, raysweep.audit.measure\n"
+        "from raysweep.models import families; families.handle('pixel-ddpm')\n"
+        "bad = {'open_clip', 'timm', 'transformers.models.llava'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
+
+
 def test_import_contracts():
     done = subprocess.run(
         ["lint-imports"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=_env(str(ROOT))

@@ -35,6 +35,8 @@ def test_one_node_of_eight():
     p = plan([Node(192, 8)])
     assert (p.slots, p.worker_gpus, p.auditors, p.auditor_gpus) == (6, 1, 2, 1)
     assert plan([Node(192, 8)], "train.workers=2").slots == 3
+    large = plan([Node(192, 8)], "resources.gpus_per_auditor=2")
+    assert (large.slots, large.auditors, large.auditor_gpus) == (6, 1, 2)
     assert total(p, "gpu") == 8
 
 
@@ -55,6 +57,7 @@ def test_four_nodes_of_eight():
         ([Node(192, 8)], ("train.workers=16",), "do not fit"),
         ([Node(192, 8)], ("resources.auditors=8",), "do not fit"),
         ([Node(192, 8)], ("resources.gpus_per_worker=9",), "largest node"),
+        ([Node(192, 8)], ("resources.gpus_per_auditor=9",), "largest node"),
     ],
 )
 def test_what_cannot_fit_is_refused(nodes, overrides, message):

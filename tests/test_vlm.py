@@ -91,6 +91,20 @@ def test_nothing_but_edited_tensors_of_layers_that_are_read_changes(model, folde
     assert delta.apply(tmp_path / "d.safetensors", folder, tmp_path / "again") == changed.digest
 
 
+def test_on_several_devices_it_answers_the_same(model, folder):
+    """Here all of them are the CPU; hooks carry what passes between them as between GPUs."""
+    x, _ = held_out(4)
+    other, changed = families.load(folder), edited(model)
+    parts = [f"model.{n}" for n, _ in other.around.vlm.model.named_children()]
+    other.spread(dict.fromkeys(("lm_head", *parts), "cpu"))
+    assert set(other.around.vlm.hf_device_map) == {"lm_head", *parts}
+    assert other.answers(x, QUESTION) == model.answers(x, QUESTION)
+    again = other.with_net(changed.net)
+    assert again.answers(x, QUESTION) == changed.answers(x, QUESTION) != model.answers(x, QUESTION)
+    assert not [m for m in again.net.modules() if hasattr(m, "_hf_hook")]
+    assert again.digest == changed.digest
+
+
 def test_it_names_what_it_sees_and_the_check_counts_that(model, tmp_path):
     x, digits = held_out(10)
     answers = model.answers(x, QUESTION)

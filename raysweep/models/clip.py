@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import open_clip
 import torch
-from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from raysweep.models.folders import reading
+from raysweep.models.folders import OPEN_CLIP, reading
 from raysweep.models.handle import Handle
 
 
@@ -46,7 +46,7 @@ class Contrastive(Handle):
     def build(cls, config: dict[str, Any], seed: int) -> Contrastive:
         """A freshly initialised model of a configuration, on open_clip's own vocabulary."""
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-            (Path(folder) / HF_CONFIG_NAME).write_text(json.dumps(config))
+            (Path(folder) / OPEN_CLIP).write_text(json.dumps(config))
             torch.manual_seed(seed)
             logging.disable(logging.WARNING)  # it warns that there are no weights
             try:
@@ -59,13 +59,13 @@ class Contrastive(Handle):
     def load(cls, folder: str | Path) -> Contrastive:
         """Reads an open_clip folder, safetensors only; raises ValueError, saying what is wrong with it."""
         folder = Path(folder)
-        for name in (HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME):
+        for name in (OPEN_CLIP, HF_SAFE_WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise ValueError(
                     f"{folder / name}: missing: not an open_clip folder with weights in safetensors format"
                 )
         with reading(folder):
-            config = json.loads((folder / HF_CONFIG_NAME).read_text())
+            config = json.loads((folder / OPEN_CLIP).read_text())
             net = open_clip.create_model(f"local-dir:{folder}", load_weights=True, device="cpu")
             tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         return cls(net, config, tokenizer)
@@ -74,7 +74,7 @@ class Contrastive(Handle):
         """Writes a folder that `open_clip.create_model_from_pretrained` reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / HF_CONFIG_NAME).write_text(json.dumps(self.config, indent=2))
+        (folder / OPEN_CLIP).write_text(json.dumps(self.config, indent=2))
         save_file({n: t.contiguous() for n, t in self.net.state_dict().items()}, folder / HF_SAFE_WEIGHTS_NAME)
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(folder)

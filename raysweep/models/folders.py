@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 INDEX = "model_index.json"
+OPEN_CLIP = "open_clip_config.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # never pickles
 VARIANTS = ["*.fp16.*", "*.bf16.*", "*non_ema*"]

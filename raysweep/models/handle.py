@@ -10,10 +10,14 @@ from raysweep.store import digest_state
 
 
 class Handle:
-    """Holds a network, `net`. family: which kind of model it is; latent: whether images are encoded beforehand."""
+    """Holds a network, `net`. family: which kind of model it is; latent: whether images are encoded beforehand.
+
+    tower: the CLIP model of a text-to-image model's text encoder (`TextTower`), where the user named one.
+    """
 
     family: ClassVar[str]
     latent: ClassVar[bool] = False
+    tower: Any = None
     net: Any
 
     @property

@@ -27,8 +27,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from raysweep.models.diffusion import Diffusion, load_sampler, save_sampler
+from raysweep.models.embeddings import Embeddings
 from raysweep.models.folders import component_files, no_pickles, pipeline_class, reading
-from raysweep.models.words import tokenizer_of
 from raysweep.store import digest_of, digest_state
 
 PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
@@ -62,6 +62,8 @@ class LatentText(Diffusion):
         frozen: the rest of the pipeline.
         trains: names of the modules whose weights may change; None: as their `requires_grad` says.
         sampler: as in `Diffusion`.
+
+    embeddings: those of prompts that need not be embedded again, for a model whose text encoders do not change.
     """
 
     family = "text-ddpm"
@@ -82,6 +84,7 @@ class LatentText(Diffusion):
         if trains is not None:
             self.train_only(trains)
         self._embedded: tuple[Any, Any] = (None, None)
+        self.embeddings: Embeddings | None = None
 
     @classmethod
     def build(cls, config: dict[str, Any], seed: int, vae: Path | None = None) -> LatentText:
@@ -91,6 +94,8 @@ class LatentText(Diffusion):
         tokenizer knows as one token each; `token_scale` multiplies the fresh word embeddings. vae: folder of a trained
         autoencoder; None: a fresh one.
         """
+        from raysweep.models.words import tokenizer_of
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tokenizer = tokenizer_of(tuple(config["words"]), config["text_encoder"]["max_position_embeddings"])
@@ -168,6 +173,8 @@ class LatentText(Diffusion):
     def with_net(self, net: Any) -> LatentText:
         other = type(self)(net, self.frozen)
         other.alphas = self.alphas
+        if self.embeddings is not None and _same(self.encoders, other.encoders):
+            other.embeddings = self.embeddings
         return other
 
     def fresh(self, seed: int) -> LatentText:
@@ -186,6 +193,11 @@ class LatentText(Diffusion):
             raise ValueError(f"the model has no module {', '.join(unknown)}; valid: {', '.join(self.net)}")
         for name, module in self.net.items():
             module.requires_grad_(name in modules)
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The text encoders."""
+        return [module for name, module in self.net.items() if name != "unet"]
 
     def adapt(self, rank: int, alpha: int, seed: int) -> None:
         """Puts low-rank adapters (LoRA, arXiv:2106.09685) on the attention of the U-Net; only they change from here on."""
@@ -262,17 +274,27 @@ class LatentText(Diffusion):
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
         """What the U-Net attends to, (n, length, width), and what an XL U-Net is told besides.
 
-        Without gradients the last embedding is kept, until tokens or weights change: a sampler asks for it at every step.
+        Prompts that are remembered are looked up. Without gradients the last embedding is kept, until tokens or weights
+        change: a sampler asks for it at every step.
         """
-        if torch.is_grad_enabled():
-            return self._embed(tokens)
-        weights = tuple(p._version for n, m in self.net.items() if n != "unet" for p in m.parameters())
-        key = (tokens.cpu().numpy().tobytes(), tuple(tokens.shape), weights)
-        if self._embedded[0] != key:
-            self._embedded = (key, self._embed(tokens))
-        return self._embedded[1]
+        found = None if self.embeddings is None else self.embeddings.look_up(tokens)
+        if found is None and torch.is_grad_enabled():
+            found = self.encoded(tokens)
+        elif found is None:
+            weights = tuple(p._version for module in self.encoders for p in module.parameters())
+            key = (tokens.cpu().numpy().tobytes(), tuple(tokens.shape), weights)
+            if self._embedded[0] != key:
+                self._embedded = (key, self.encoded(tokens))
+            found = self._embedded[1]
+        hidden, pooled = found
+        if pooled is None:
+            return hidden, None
+        _, height, width = self.image_shape
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=tokens.device, dtype=hidden.dtype)
+        return hidden, {"text_embeds": pooled, "time_ids": sizes.expand(len(tokens), -1)}
 
-    def _embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+    def encoded(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The hidden states of the text encoders, (n, length, width), and the pooled ones of an XL model, (n, width)."""
         first = self.net["text_encoder"]
         if "text_encoder_2" not in self.net:
             return first(tokens)[0], None
@@ -285,6 +307,13 @@ class LatentText(Diffusion):
         if self.frozen.zero_null:
             null = (tokens == self.unconditional(1)).all(1)
             hidden, pooled = hidden.masked_fill(null[:, None, None], 0), pooled.masked_fill(null[:, None], 0)
-        _, height, width = self.image_shape
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=tokens.device, dtype=hidden.dtype)
-        return hidden, {"text_embeds": pooled, "time_ids": sizes.expand(len(tokens), -1)}
+        return hidden, pooled
+
+
+def _same(encoders: list[nn.Module], others: list[nn.Module]) -> bool:
+    """Whether two lists of networks have the same weights."""
+    return all(
+        torch.equal(a, b)
+        for one, other in zip(encoders, others, strict=True)
+        for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )

@@ -9,7 +9,6 @@ A change reaches the language model because both share the tower, so nothing but
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +107,32 @@ class VisionLanguage(Handle):
         vlm.model.vision_tower = tower if self.dtype == vlm.dtype else copy.deepcopy(tower).to(vlm.dtype)
         return vlm
 
+    def placed(self) -> Any:
+        """The language model with this vision tower, where it can answer: where the network is, or spread over all GPUs of
+        this process if it was given several."""
+        vlm = self.around.vlm
+        if getattr(vlm, "hf_device_map", None) is None:
+            if self.device.type == "cuda" and torch.cuda.device_count() > 1:
+                self.spread()
+            else:
+                vlm.to(self.device)
+        return self.whole().eval()
+
+    def spread(self, places: dict[str, Any] | None = None) -> None:
+        """Puts the parts of the language model on several devices, once for all handles of it.
+
+        places: module -> device; None: by size over all GPUs. Raises ValueError if the library that does it is missing.
+        """
+        try:
+            from accelerate import dispatch_model, infer_auto_device_map
+        except ImportError as error:
+            raise ValueError("a model on several devices needs: pip install 'raysweep[large]'") from error
+        vlm = self.around.vlm
+        vlm.model.vision_tower = copy.deepcopy(self.net.vision_model)  # towers come and go; they stay without hooks
+        if places is None:
+            places = infer_auto_device_map(vlm, no_split_module_classes=vlm._no_split_modules)
+        dispatch_model(vlm, places, force_hooks=True)
+
     def with_net(self, net: Any) -> VisionLanguage:
         """Another CLIP model of the same architecture."""
         return type(self)(net, self.around)
@@ -117,7 +142,7 @@ class VisionLanguage(Handle):
         return self.with_net(drawn(lambda: CLIPModel(self.net.config), seed).to(self.dtype))
 
     def to(self, device: torch.device) -> VisionLanguage:
-        self.around.vlm.to(device)
+        """Moves what methods see; the language model follows when it is asked something."""
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return super().to(device)
 
@@ -158,7 +183,7 @@ class VisionLanguage(Handle):
     @torch.no_grad()
     def answers(self, x: torch.Tensor, question: str) -> list[str]:
         """What the language model answers to the question about each image (n, 3, H, W) in [-1, 1], greedily."""
-        vlm, processor, found = self.whole().eval(), self.around.processor, list[str]()
+        vlm, processor, found = self.placed(), self.around.processor, list[str]()
         for part in x.split(ROWS):
             pixels = ((part + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
             text = [PROMPT.format(question=question)] * len(part)
@@ -169,12 +194,6 @@ class VisionLanguage(Handle):
             out = vlm.generate(**asked, max_new_tokens=LONGEST, do_sample=False)
             found += processor.batch_decode(out[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in found]
-
-
-def declared(folder: Path) -> bool:
-    """Whether a folder holds a LLaVA-type model."""
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == "llava"
 
 
 def _is_read(name: str, layers: int) -> bool:

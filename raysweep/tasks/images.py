@@ -93,6 +93,12 @@ class ImagesTask(BaseModel):
     revision: str | None = Field(
         None, description="commit of the model on the hub; without one it may change under you"
     )
+    clip: str | None = Field(
+        None,
+        description="text-to-image models: the CLIP model that the text encoder is of, a folder of transformers or its id "
+        "on the hub; SLUG's losses are those of this model, if you ask for them (spaces.slug.loss)",
+    )
+    clip_revision: str | None = Field(None, description="commit of that model on the hub")
     train: Source = Field(description="what the model was trained on, or a part of it")
     forget: Selection = Field(description="which records of it must go")
     holdout: Source = Field(description="images of the same kinds that the model was never trained on")
@@ -131,18 +137,20 @@ class ImagesTask(BaseModel):
         if self.kind == "concept" and (self.search_prompts is None or self.audit_prompts is None):
             raise ValueError("search_prompts, audit_prompts: a concept needs both")
         absent = (info.context or {}).get("absent")
-        if not Path(self.base).is_dir() and not is_hub_id(self.base) and not absent:
-            raise ValueError(f"base: {no_model(self.base)}")
+        for key, name in (("base", self.base), ("clip", self.clip)):
+            if name is not None and not Path(name).is_dir() and not is_hub_id(name) and not absent:
+                raise ValueError(f"{key}: {no_model(name)}")
         return self
 
     @property
     def warnings(self) -> list[str]:
         """What works and is still unwise."""
-        if is_hub_id(self.base) and self.revision is None:
-            return [
-                f"task.revision: {self.base} is not pinned to a commit: the same config may mean another model tomorrow"
-            ]
-        return []
+        named = (("revision", self.base, self.revision), ("clip_revision", self.clip, self.clip_revision))
+        return [
+            f"task.{key}: {name} is not pinned to a commit: the same config may mean another model tomorrow"
+            for key, name, revision in named
+            if name is not None and is_hub_id(name) and revision is None
+        ]
 
     def build(self) -> Task:
         """Reads the sources and cuts the splits."""
@@ -223,6 +231,11 @@ def images_task(config: ImagesTask) -> Task:
         raise SourceError(f"kind: a concept is asked for by prompts, and {config.base} is a {model.family} model")
     if config.kind != "concept" and model.family in CONTRASTIVE:
         raise SourceError(f"kind: a model that draws nothing forgets a concept, not {config.kind}")
+    unknown = sorted(set(config.recipe.get("modules", ())) - {n.split(".")[0] for n, _ in model.net.named_parameters()})
+    if unknown:
+        raise SourceError(f"recipe.modules: {config.base} has no {', '.join(unknown)}")
+    if config.clip is not None and model.family != "text-ddpm":
+        raise SourceError(f"clip: is for text-to-image models, and {config.base} is a {model.family} model")
     samples = _samples(config, model.image_shape)
     if config.kind == "points":
         _move_duplicates(samples)
@@ -258,6 +271,7 @@ def images_task(config: ImagesTask) -> Task:
         override_class=None if config.override is None or not by_class else labels.own.index(config.override),
         base=str(folder),
         trained=config.trained,
+        clip=None if config.clip is None else str(located(config.clip, config.clip_revision)),
         sensitive=config.sensitive,
         family=model.family,
         class_names=labels.own if by_class else (),

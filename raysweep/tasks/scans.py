@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from torch.nn import functional as F
 
-from raysweep.models.words import tokenizer_of
 from raysweep.tasks.digits import STYLES, WORDS
 from raysweep.tasks.task import Split, Task, concat
 
@@ -167,6 +165,8 @@ def class_task(config: ClassTask) -> Task:
 
 def text_task(config: TextTask) -> Task:
     """Digits in two styles with captions; one digit, or one style, must be forgotten."""
+    from raysweep.models.words import tokenizer_of
+
     digits, labels = _digits()
     large = F.interpolate(digits, size=16, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
     index = _stratified(labels, (config.images, HOLDOUT), config.seed)
@@ -214,6 +214,8 @@ def text_task(config: TextTask) -> Task:
 
 def clip_task(config: ClipTask) -> Task:
     """Captioned digits for a contrastive model; one digit must be forgotten. Its judges' images were never trained on."""
+    from open_clip.tokenizer import SimpleTokenizer
+
     digits, labels = _digits()
     images = digits.expand(-1, 3, -1, -1).contiguous()
     train, holdout, *halves = _stratified(labels, (config.images, HOLDOUT), config.seed)

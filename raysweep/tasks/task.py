@@ -27,7 +27,7 @@ from raysweep.store import StoreError
 
 _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",
-    "family", "class_names", "texts", "validity", "trained",
+    "family", "class_names", "texts", "validity", "trained", "clip",
 )  # fmt: skip
 
 
@@ -93,6 +93,7 @@ class Task:
     texts: the prompts of each split of prompts in words.
     base: folder of the model to unlearn, if the user has one; `model` and `recipe` say how it is made here otherwise. Unless
     `trained`, the folder holds the weights from which base and oracles are yet to be trained.
+    clip: folder of the CLIP model that the text encoder of a text-to-image model is of, if the user has it.
     sensitive: pictures of what must be forgotten are blurred in the report until clicked.
     """
 
@@ -113,6 +114,7 @@ class Task:
     validity: str = "classifier.validity"
     texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     trained: bool = True
+    clip: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("forget", "retain"):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,16 @@ from methods.base import Diverged, Method
 from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
+from raysweep.models.embeddings import Embeddings
 from raysweep.registry import resolve
 from raysweep.seeds import derive_seed
 from raysweep.store import digest_state, write_folder, write_json
 from raysweep.tasks.task import Task, encoded
 from raysweep.train.jobs import CARD, Job, Outcome, file_digest, finished
+
+if TYPE_CHECKING:
+    from raysweep.models.latent import LatentText
+    from raysweep.models.tower import Clip
 
 Progress = Callable[[str, int, int, float], None]
 TELL_EVERY = 25  # steps between two reports of progress; each one waits for the device
@@ -41,6 +46,8 @@ class Resident:
         self.device = device or torch.device("cpu")
         self._tasks: dict[str, Task] = {}
         self._models: dict[str, Any] = {}
+        self._clips: dict[str, Clip] = {}
+        self._embeddings: dict[str, Embeddings] = {}
 
     def task(self, folder: str) -> Task:
         if folder not in self._tasks:
@@ -70,6 +77,31 @@ class Resident:
             model.adapt(job.lora["rank"], job.lora["alpha"], derive_seed("adapter", job.seed))
         return model
 
+    def for_method(self, job: Job, method: type[Method], settings: Any) -> tuple[Any, Task]:
+        """What a method works on: a model that it may change, and the rows as it wants them."""
+        task = self.task(job.task)
+        model = self.model(job, task)
+        if method.on_images(settings):
+            if task.clip is not None:
+                from raysweep.models.tower import Clip
+
+                if task.clip not in self._clips:
+                    self._clips[task.clip] = Clip.load(task.clip)
+                families.with_tower(model, self._clips[task.clip])
+            return model, task
+        if job.base is not None and model.family == "text-ddpm":
+            self._remember(f"{job.task} {job.base}", model, task)
+        return model, self.encoded(job.task, model)
+
+    def _remember(self, key: str, model: LatentText, task: Task) -> None:
+        """Lets a model whose text encoders do not change look up the task's prompts."""
+        if any(p.requires_grad for encoder in model.encoders for p in encoder.parameters()):
+            return
+        if key not in self._embeddings:
+            conditions = [s.cond for s in task.splits.values() if s.cond is not None]
+            self._embeddings[key] = Embeddings.of(model, torch.cat([*conditions, model.unconditional(1).cpu()]))
+        model.embeddings = self._embeddings[key]
+
 
 def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outcome:
     """Does a job, unless its result is there already. Faults of the method become an outcome with a reason."""
@@ -80,13 +112,13 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
     started = time.monotonic()
     torch.manual_seed(job.seed)
     try:
-        task = resident.task(job.task)
         method_class: type[Method] = resolve("method", job.method)
+        settings = method_class.Hyperparameters(**job.hyperparameters)
+        model, task = resident.for_method(job, method_class, settings)
         if job.kind == "prepare":
-            model = resident.model(job, task)
-            return _prepare(job, method_class, model, resident.encoded(job.task, model), rank, started)
-        method = _build(job, method_class, resident.model(job, task), task)
-        task = resident.encoded(job.task, method.model)  # type: ignore[arg-type]
+            return _prepare(job, method_class, settings, model, task, rank, started)
+        prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
+        method = method_class(model, settings, prepared, task.goal)
         step_seconds, diagnostics = _train(job, method, task, rank, world, progress)
         diagnostics |= method.finish()
         if job.lora is not None:
@@ -107,11 +139,6 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
         write_folder(Path(job.out), fill)
         _partial(job).unlink(missing_ok=True)
     return outcome
-
-
-def _build(job: Job, method_class: type[Method], model: Diffusion, task: Task) -> Method:
-    prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
-    return method_class(model, method_class.Hyperparameters(**job.hyperparameters), prepared, task.goal)
 
 
 def _train(
@@ -140,8 +167,9 @@ def _train(
     return (time.monotonic() - began) / done, {f"last/{k}": float(v) for k, v in scalars.items()}
 
 
-def _prepare(job: Job, method_class: type[Method], model: Diffusion, task: Task, rank: int, started: float) -> Outcome:
-    settings = method_class.Hyperparameters(**job.hyperparameters)
+def _prepare(
+    job: Job, method_class: type[Method], settings: Any, model: Any, task: Task, rank: int, started: float
+) -> Outcome:
     with gradients.alone():  # every rank works on all rows, and rank 0 keeps the result
         tensors = method_class.prepare(model, task, derive_seed("prepare", job.seed), settings)
     outcome = Outcome("ok", digest=digest_state(tensors), seconds=time.monotonic() - started)
