@@ -80,7 +80,8 @@ def install_faulty(folder: Path) -> str:
 def environment(cache: Path, **more: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "COV_"))}
     path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return clean | path | {"PYTHONPATH": str(ROOT), "RAYSWEEP_CACHE": str(cache), "RAYSWEEP_DISPLAY": "plain"} | more
+    settings = {"PYTHONPATH": str(ROOT), "RAYSWEEP_CACHE": str(cache), "RAYSWEEP_DISPLAY": "plain"}
+    return clean | path | {"RAY_worker_niceness": "0"} | settings | more  # priority: as in conftest
 
 
 def start(folder: Path, cache: Path, *arguments: str, **env: str) -> subprocess.Popen:

@@ -18,7 +18,8 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from tiny import LATENT, tiny_config
 
-from raysweep import miniature
+from raysweep.miniature import data
+from raysweep.miniature.pictures import pictures
 from raysweep.models import families
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
@@ -140,11 +141,11 @@ def test_styles_and_objects_of_a_tree(tmp_path):
 
 
 TORCHVISION = {
-    "MNIST": (miniature.idx, (1, 28, 28), "3 - three"),
-    "FashionMNIST": (lambda out, images: miniature.idx(out, "FashionMNIST", images), (1, 28, 28), "Dress"),
-    "CIFAR10": (miniature.cifar10, (3, 32, 32), "cat"),
-    "STL10": (miniature.stl10, (3, 96, 96), "cat"),
-    "CelebA": (miniature.celeba, (3, 32, 32), "3"),
+    "MNIST": (data.idx, (1, 28, 28), "3 - three"),
+    "FashionMNIST": (lambda out, images: data.idx(out, "FashionMNIST", images), (1, 28, 28), "Dress"),
+    "CIFAR10": (data.cifar10, (3, 32, 32), "cat"),
+    "STL10": (data.stl10, (3, 96, 96), "cat"),
+    "CelebA": (data.celeba, (3, 32, 32), "3"),
 }
 
 
@@ -156,7 +157,7 @@ def test_torchvision(tmp_path, name, split):
     make(tmp_path, images=6)
     source, tally = TorchvisionSource(torchvision=name, root=tmp_path, split=split, checksums=False), Tally()
     rows = list(pixels(source, shape, tally))
-    wanted = [(image, digit) for image, digit, _ in miniature.pictures(shape[1], 1, skip=0 if split == "train" else 6)]
+    wanted = [(image, digit) for image, digit, _ in pictures(shape[1], 1, skip=0 if split == "train" else 6)]
     assert len({r.label for r, _ in rows}) == 10
     mine = torch.stack([x for r, x in rows if r.label == label]).mean(1)
     three = np.asarray(wanted[3][0].convert("L"), dtype=np.float32) / 127.5 - 1
@@ -178,7 +179,7 @@ def test_a_long_table_is_not_held(tmp_path):
 
 
 def test_a_part_of_a_dataset_is_not_the_dataset(tmp_path):
-    miniature.cifar10(tmp_path, images=6)
+    data.cifar10(tmp_path, images=6)
     with pytest.raises(SourceError, match=r"CIFAR10 is not there; fetch it with torchvision\.datasets\.CIFAR10"):
         list(TorchvisionSource(torchvision="CIFAR10", root=tmp_path).records(Tally()))
 
@@ -189,7 +190,7 @@ class Evil:
 
 
 def test_files_that_could_run_code_are_refused(tmp_path, capsys):
-    miniature.cifar10(tmp_path, images=6)
+    data.cifar10(tmp_path, images=6)
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     batch.write_bytes(pickle.dumps({"data": Evil(), "labels": []}))
     with pytest.raises(SourceError, match=r"data_batch_3: not a pickle of plain data: it names builtins\.eval"):
@@ -473,7 +474,7 @@ def test_styles_besides_objects(tmp_path):
     """A tree of styles and objects with captions by a template: the second domain reaches judges and prompts."""
     LatentText.build(LATENT, 0).save(tmp_path / "base")
     for part, skip in (("train", 0), ("held", 30)):
-        miniature.tree(tmp_path / part, ("ring", "bar", "dot"), ("Photo", "Monet"), images=20, size=16, skip=skip)
+        data.tree(tmp_path / part, ("ring", "bar", "dot"), ("Photo", "Monet"), images=20, size=16, skip=skip)
     grid = {"slots": {"what": ("ring", "bar", "dot"), "style": ("Photo", "Monet")}, "label": "style", "other": "what"}
     folders = {"label": "grandparent", "other": "parent", "captioned": "a {other} in {label} style"}
     config = ImagesTask(
@@ -495,7 +496,7 @@ def test_duplicates_of_a_forgotten_image_go_with_it(tmp_path):
     """A picture slipped in three times: once as it is named, once under another name, and once as a coarse JPEG."""
     base = class_conditional(tmp_path / "base")
     train = write_folder(tmp_path / "t", labelled(40)).folder
-    smooth = miniature.pictures(12, 1)[3][0]
+    smooth = pictures(12, 1)[3][0]
     smooth.save(train / "cat" / "named.png")
     smooth.save(train / "dog" / "copy.png")
     smooth.save(train / "fox" / "again.jpg", quality=80)

@@ -273,10 +273,10 @@ def test_without_the_clip_model_its_loss_is_refused(tmp_path):
 
 
 def made_tree(folder: Path) -> None:
-    from raysweep import miniature
+    from raysweep.miniature import data
 
-    miniature.tree(folder / "train", ["ring", "box", "dot"], images=24)
-    miniature.tree(folder / "holdout", ["ring", "box", "dot"], images=24, skip=40)
+    data.tree(folder / "train", ["ring", "box", "dot"], images=24)
+    data.tree(folder / "holdout", ["ring", "box", "dot"], images=24, skip=40)
 
 
 def settings_of(folder: Path, base: Path, **more) -> dict:

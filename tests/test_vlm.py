@@ -14,7 +14,9 @@ from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcesso
 from evaluators.base import Subject
 from evaluators.questions import Questions
 from methods.slug import SLUG
-from raysweep import delta, miniature
+from raysweep import delta
+from raysweep.miniature import data, models
+from raysweep.miniature.pictures import pictures, tensors
 from raysweep.models import families
 from raysweep.models.vision_language import PROMPT, QUESTION, VisionLanguage
 from raysweep.tasks.images import ImagesTask
@@ -26,7 +28,7 @@ NAMES = ("Elon Musk", "Jeff Bezos", "Taylor Swift")
 def folder(tmp_path_factory) -> Path:
     """A model that has learned three names."""
     out = tmp_path_factory.mktemp("vlm") / "model"
-    miniature.vlm(out, NAMES, steps=150, images=40)
+    models.vlm(out, NAMES, steps=150, images=40)
     return out
 
 
@@ -36,8 +38,8 @@ def model(folder) -> VisionLanguage:
 
 
 def held_out(count: int) -> tuple[torch.Tensor, list[int]]:
-    rows = miniature.pictures(16, count, digits=range(3), skip=100)
-    return miniature._tensors([image for image, _, _ in rows]), [digit for _, digit, _ in rows]
+    rows = pictures(16, count, digits=range(3), skip=100)
+    return tensors([image for image, _, _ in rows]), [digit for _, digit, _ in rows]
 
 
 def edited(model: VisionLanguage) -> VisionLanguage:
@@ -110,7 +112,7 @@ def test_it_names_what_it_sees_and_the_check_counts_that(model, tmp_path):
     answers = model.answers(x, QUESTION)
     assert np.mean([NAMES[d] in a for d, a in zip(digits, answers, strict=True)]) > 0.8
     for part, skip in (("train", 0), ("held", 100)):
-        miniature.tree(tmp_path / part, NAMES, images=20, size=16, skip=skip)
+        data.tree(tmp_path / part, NAMES, images=20, size=16, skip=skip)
     model.save(tmp_path / "base")
     how = {"captioned": "a photo of {label}"}
     grid = {"slots": {"who": NAMES}, "label": "who"}
@@ -134,7 +136,7 @@ def test_folders_that_are_not_whole(folder, tmp_path):
     with pytest.raises(ValueError, match="must hold the CLIP model that the vision tower is of"):
         families.load(tmp_path / "bare")
     shutil.copytree(folder, tmp_path / "other")
-    miniature.untrained_vlm(NAMES, seed=5).net.save_pretrained(tmp_path / "other" / "clip")
+    models.untrained_vlm(NAMES, seed=5).net.save_pretrained(tmp_path / "other" / "clip")
     with pytest.raises(ValueError, match=r"is not the CLIP model of this vision tower: .* tensors differ"):
         families.load(tmp_path / "other")
     shutil.copytree(folder, tmp_path / "cut")

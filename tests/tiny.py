@@ -184,12 +184,12 @@ class Pairs:
 
 def vlm_pairs(dtype: torch.dtype = torch.float32) -> tuple[Pairs, VisionLanguage]:
     """A vision-language model with random weights, and captioned 16x16 images for it."""
-    from raysweep import miniature
+    from raysweep.miniature import models
 
-    model = miniature.untrained_vlm()
+    model = models.untrained_vlm()
     model.net.to(dtype)
     task = Pairs()
-    captions = model.tokens([f"a photo of {name}" for name in miniature.NAMES])
+    captions = model.tokens([f"a photo of {name}" for name in models.NAMES])
     for name, (x, _) in task.rows.items():
         labels = (
             torch.ones(len(x), dtype=torch.long)

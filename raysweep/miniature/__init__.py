@@ -1,0 +1,34 @@
+"""Miniatures: tiny models and datasets in the formats of the real ones, so that an experiment runs before its files are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raysweep.artifacts import cache_folder, code_digest
+from raysweep.miniature import data, models
+from raysweep.store import digest_of, write_folder
+
+MAKERS: dict[str, Callable[..., None]] = {
+    f.__name__: f
+    for f in (
+        models.ddpm, models.edm, models.stable_diffusion, models.clip, models.vlm,
+        data.idx, data.cifar10, data.stl10, data.celeba, data.files, data.tree, data.shards, data.table,
+    )
+}  # fmt: skip
+
+
+def made(spec: dict[str, Any], cache: Path | None) -> Path:
+    """The folder that holds what `spec` asks for: name -> {maker: its arguments}. Made once, found again in the cache."""
+    code = code_digest("raysweep/miniature/*.py", "raysweep/tasks/scans.py", "raysweep/models/*.py")
+    folder = cache_folder(cache) / "miniatures" / digest_of(spec, code)
+    if not folder.is_dir():
+
+        def fill(out: Path) -> None:
+            for name, how in spec.items():
+                ((maker, arguments),) = how.items()
+                MAKERS[maker](out / name, **(arguments or {}))
+
+        write_folder(folder, fill)
+    return folder
