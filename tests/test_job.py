@@ -38,6 +38,7 @@ def head(tmp_path_factory):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "COV_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = clean | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    env["RAY_worker_niceness"] = "0"  # as in conftest
     gcs, jobs, agent = free_port(), free_port(), free_port()
     command = ["ray", "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}",
                f"--dashboard-agent-listen-port={agent}",  # its default is taken if another Ray runs on this machine
