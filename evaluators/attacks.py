@@ -114,7 +114,7 @@ def clid(
     `reduced` conditions make it worse, mean_j [l(x, c_j) - l(x, c)].
 
     Zhai et al., "Membership Inference on Text-to-Image Diffusion Models via Conditional Likelihood Discrepancy",
-    arXiv:2405.14800. reduced: captions with words masked and the empty one; for a class label, the null label alone. How
+    arXiv:2405.14800. reduced: captions with words left out and the empty one; for a class label, the null label alone. How
     the two are combined is for the caller to calibrate (`robust_mix`).
     """
     own = loss(model, x, cond, times, noises)

@@ -171,7 +171,11 @@ class SimA(Scored):
 
 
 class CLiD(Scored):
-    """Conditional likelihood discrepancy; arXiv:2405.14800. Its weight is picked on the calibration halves of the base."""
+    """Conditional likelihood discrepancy; arXiv:2405.14800. Its weight is picked on the calibration halves of the base.
+
+    Conditions that say less are those that the base's model gives (`reduced`): the null label of a class; captions without
+    their weightiest words, and none.
+    """
 
     name = "clid"
     kinds = frozenset({"class", "concept"})
@@ -190,7 +194,7 @@ class CLiD(Scored):
     def _parts(self, subject: Subject, images: Images) -> tuple[np.ndarray, np.ndarray]:
         assert images.cond is not None
         model = subject.model
-        reduced = model.reduced(images.cond)
+        reduced = subject.peers.get("base", subject).model.reduced(images.cond)  # one choice for all that are compared
         return attacks.clid(model, images.x, images.cond, reduced, subject.sizes["membership_t"], bank(subject))
 
     def _mix(self, subject: Subject) -> tuple[list[float], tuple[np.ndarray, np.ndarray]]:

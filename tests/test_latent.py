@@ -127,6 +127,25 @@ def test_embeddings_are_kept_until_weights_change(model):
     assert model.embed(cond)[0].requires_grad
 
 
+def test_reduced_prompts_lack_the_words_that_matter_most(model):
+    prompts = ["the small ring", "a dot", ""]
+    *masked, null = model.reduced(model.tokens(prompts))
+    assert torch.equal(null, model.unconditional(3))
+    tokenizer, length = model.frozen.tokenizers[0], model.frozen.tokenizers[0].model_max_length
+    said = [tokenizer.batch_decode(cond[:, :length], skip_special_tokens=True) for cond in masked]
+    assert [[len(texts[i].split()) for texts in said] for i in range(3)] == [[2, 1, 1], [1, 1, 1], [0, 0, 0]]
+
+    with torch.no_grad():
+        encode = lambda text: model.net["text_encoder"](model.tokens([text])[:, :length]).pooler_output[0]  # noqa: E731
+        whole, shorter = encode(prompts[0]), ("small ring", "the ring", "the small")
+        near = {text: float(torch.cosine_similarity(whole, encode(text), dim=0)) for text in shorter}
+    assert said[0][0] == min(near, key=lambda text: near[text])
+    assert set(said[1][0].split()) < set(said[0][0].split())
+    assert all(
+        torch.equal(a, b[:1]) for a, b in zip(model.reduced(model.tokens(prompts[:1])), [*masked, null], strict=True)
+    )
+
+
 def test_remembered_prompts_are_what_the_encoders_make_of_them(model):
     prompts = model.tokens(["a ring", "a box", "", "a ring", "a dot"])
     model = model.with_net(copy.deepcopy(model.net).requires_grad_(False))

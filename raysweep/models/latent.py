@@ -38,6 +38,7 @@ for _logging in (diffusers_logging, transformers_logging):  # bars of files unde
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+MASKED = (0.3, 0.5, 0.7)  # shares of a caption's words, see `LatentText.reduced`
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,34 @@ class LatentText(Diffusion):
 
     def unconditional(self, count: int) -> torch.Tensor:
         return self.tokens([""]).to(self.device).expand(count, -1)
+
+    @torch.no_grad()
+    def reduced(self, cond: torch.Tensor) -> list[torch.Tensor]:
+        """The prompts without the 30, 50 and 70 % of their words that matter most, and the empty one: what CLiD compares with
+        (Zhai et al., arXiv:2405.14800). Here a word matters by how far the pooled state of the (first) text encoder turns
+        when the word is left out, 1 - cosine.
+        """
+        tokenizer = self.frozen.tokenizers[0]
+        prompts = tokenizer.batch_decode(cond[:, : tokenizer.model_max_length], skip_special_tokens=True)
+        ranked = {prompt: self._by_importance(prompt.split()) for prompt in dict.fromkeys(prompts)}
+
+        def without(prompt: str, share: float) -> str:
+            words = prompt.split()
+            gone = ranked[prompt][: max(1, round(share * len(words)))]
+            return " ".join(word for i, word in enumerate(words) if i not in gone)
+
+        masked = [self.tokens([without(prompt, share) for prompt in prompts]).to(cond.device) for share in MASKED]
+        return [*masked, self.unconditional(len(cond)).to(cond.device)]
+
+    def _by_importance(self, words: list[str]) -> list[int]:
+        """Places of words, from the one that matters most."""
+        if not words:
+            return []
+        texts = [" ".join(words), *(" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)))]
+        tokens = self.tokens(texts).to(self.device)[:, : self.frozen.tokenizers[0].model_max_length]
+        whole, *others = self.net["text_encoder"](tokens).pooler_output.float()
+        turned = [1 - float(torch.cosine_similarity(whole, other, dim=0)) for other in others]
+        return sorted(range(len(words)), key=lambda i: -turned[i])
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
