@@ -346,9 +346,17 @@ def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: s
 
 
 def validate(
-    data: dict[str, Any], where: str, text: str = "", set_by_hand: list[str] | None = None, absent: bool = False
+    data: dict[str, Any],
+    where: str,
+    text: str = "",
+    set_by_hand: list[str] | None = None,
+    absent: bool = False,
+    stored: bool = False,
 ) -> Sweep:
-    """Builds a `Sweep` from plain data; `text` is the YAML source that line numbers are looked up in."""
+    """Builds a `Sweep` from plain data; `text` is the YAML source that line numbers are looked up in.
+
+    stored: of a run, and so valid when that began; what takes the libraries of training, or its models, to check is then left out.
+    """
     data = json.loads(json.dumps(data, default=str))
     if isinstance(data.get("task"), str):
         data["task"] = {"name": data["task"]}
@@ -363,7 +371,7 @@ def validate(
         if isinstance(audit, dict) and isinstance(audit.get(tier), dict):
             audit[tier] = default.model_dump(mode="json") | audit[tier]
     try:
-        return Sweep.model_validate(data, context={"absent": absent})
+        return Sweep.model_validate(data, context={"absent": absent, "stored": stored})
     except ValidationError as error:
         lines = _line_numbers(text)
         raise ConfigError("\n".join(_explain(e, where, lines, set_by_hand or []) for e in error.errors())) from error

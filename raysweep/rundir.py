@@ -72,7 +72,7 @@ class RunDir:
         """The resolved config of the run."""
         self.read_manifest()
         text = self.config.read_text()
-        return validate_config(yaml.safe_load(text), str(self.config), text)
+        return validate_config(yaml.safe_load(text), str(self.config), text, stored=True)
 
     def check(self, sweep: Sweep) -> None:
         """Raises ConfigError if the directory holds something else than this sweep."""

@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import yaml
 from tiny import ROOT
 
 import search_spaces
@@ -14,7 +15,9 @@ from evaluators.base import Evaluator
 from evaluators.durability import Durability
 from methods.base import Method
 from raysweep.artifacts import training_code
+from raysweep.config import load
 from raysweep.fit import refusals
+from raysweep.presets import path_of
 from raysweep.registry import ATTACKS, EVALUATORS, METHODS, TASKS, UnknownName, names, resolve
 
 
@@ -108,6 +111,19 @@ def test_helper_processes_of_a_run_stay_light():
     """Ray imports these in every trial and helper process; torch there would cost seconds and memory each."""
     code = (
         "import sys, raysweep.trial, raysweep.train.groups, raysweep.audit.manager\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
+
+
+def test_the_config_of_a_run_is_read_without_the_libraries_of_training(tmp_path):
+    """Every trial's process does so: torch would cost each of them seconds and most of a gigabyte."""
+    sweep = load(path_of("siss-mnist-tshirt"), (), absent=True)
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(sweep.resolved()))
+    code = (
+        "import sys; from pathlib import Path; from raysweep.rundir import RunDir\n"
+        f"sweep = RunDir(Path({str(tmp_path)!r})).sweep(); assert sweep.task.name == 'images'\n"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
 

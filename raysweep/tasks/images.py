@@ -123,23 +123,20 @@ class ImagesTask(BaseModel):
     sensitive: bool = Field(True, description="blur pictures of what must be forgotten in the report until clicked")
 
     @model_validator(mode="after")
-    def _class_needs_labels(self, info: ValidationInfo):
+    def _fits_together(self, info: ValidationInfo):
         if self.kind != "points" and len(self.forget.labels) != 1:
             raise ValueError(f"forget.labels: a {self.kind} is named by exactly one label")
-        from methods.retrain import RetrainSettings
-
-        unknown = sorted(set(self.recipe) - (set(RetrainSettings.model_fields) - {"steps", "split"}))
-        if unknown:
-            raise ValueError(f"recipe: {', '.join(unknown)}: not a setting of `retrain`")
-        RetrainSettings(**self.recipe)
+        known = info.context or {}
+        if not known.get("stored"):
+            _check_recipe(self.recipe)
         if not self.trained and not self.base_steps:
             raise ValueError("base_steps: how long are base and oracles to be trained?")
         if self.kind == "concept" and (self.search_prompts is None or self.audit_prompts is None):
             raise ValueError("search_prompts, audit_prompts: a concept needs both")
-        absent = (info.context or {}).get("absent")
-        for key, name in (("base", self.base), ("clip", self.clip)):
-            if name is not None and not Path(name).is_dir() and not is_hub_id(name) and not absent:
-                raise ValueError(f"{key}: {no_model(name)}")
+        if not (known.get("absent") or known.get("stored")):
+            for key, name in (("base", self.base), ("clip", self.clip)):
+                if name is not None and not Path(name).is_dir() and not is_hub_id(name):
+                    raise ValueError(f"{key}: {no_model(name)}")
         return self
 
     @property
@@ -218,6 +215,15 @@ def pixels(source: Any, shape: tuple[int, int, int], tally: Tally) -> Iterator[t
         fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         array = np.asarray(fitted, dtype=np.float32).reshape(height, width, channels)
         yield record, torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def _check_recipe(recipe: dict[str, Any]) -> None:
+    from methods.retrain import RetrainSettings
+
+    unknown = sorted(set(recipe) - (set(RetrainSettings.model_fields) - {"steps", "split"}))
+    if unknown:
+        raise ValueError(f"recipe: {', '.join(unknown)}: not a setting of `retrain`")
+    RetrainSettings(**recipe)
 
 
 def images_task(config: ImagesTask) -> Task:
