@@ -41,6 +41,7 @@ ENVIRONMENT = {
 }
 MEGABYTE = 1024 * 1024
 LEAVE_S = 20.0
+CLOSE_S = 5.0
 
 
 @contextlib.contextmanager
@@ -145,6 +146,8 @@ class Pool:
     def close(self) -> None:
         """Ends everything."""
         self.stop_training()
+        with contextlib.suppress(ray.exceptions.RayError):  # else Ray prints that what still waits will be tried again
+            ray.get(self.manager.close.remote(), timeout=CLOSE_S)
         for actor in (self.manager, self.broker, *self.auditors):
             ray.kill(actor)
         for place in self.places:

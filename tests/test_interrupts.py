@@ -46,18 +46,43 @@ def test_the_handler_of_sigint_is_ours_again_after_tune():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.slow
-def test_an_interrupted_run_does_not_wait_for_the_training_of_its_base(tmp_path):
-    (tmp_path / "sweep.yaml").write_text(SMALL.replace("base_steps: 70", "base_steps: 400"))
-    process = start(tmp_path, tmp_path / "cache", "run", "sweep.yaml")
+def interrupted(folder, awaited: str, *arguments: str) -> str:
+    """What a run says that is told to end once `awaited` stands in its output."""
+    process = start(folder, folder / "cache", "run", "sweep.yaml", *arguments)
     try:
-        while "progress" not in log(tmp_path):
-            assert process.poll() is None, log(tmp_path)
+        while awaited not in log(folder):
+            assert process.poll() is None, log(folder)
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 130, log(tmp_path)
+        assert process.wait(60) == 130, log(folder)
     finally:
         process.kill()
-    assert log(tmp_path).endswith("interrupted: the state is saved, the same command goes on from here\n")
-    assert "process will exit" not in log(tmp_path)
-    assert json.loads((tmp_path / "runs" / "small" / "manifest.json").read_text())["state"] == "interrupted"
+    said = log(folder)
+    assert said.endswith("interrupted: the state is saved, the same command goes on from here\n")
+    assert "raylet" not in said
+    assert "process will exit" not in said
+    assert json.loads((folder / "runs" / "small" / "manifest.json").read_text())["state"] == "interrupted"
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["warm", "isolated"])
+def test_an_interrupted_run_does_not_wait_for_the_training_of_its_base(tmp_path, executor):
+    (tmp_path / "sweep.yaml").write_text(SMALL.replace("base_steps: 70", "base_steps: 400"))
+    interrupted(tmp_path, "progress" if executor == "warm" else "prepare", f"train.executor={executor}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_was_interrupted_in_its_audit_goes_on_from_there(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(SMALL)
+    interrupted(tmp_path, " audit  ")
+    run = tmp_path / "runs" / "small"
+    cards = {p: p.stat().st_mtime_ns for p in run.glob("candidates/*/raysweep.json")}
+    assert len(cards) == 6
+    again = start(tmp_path, tmp_path / "cache", "run", "sweep.yaml")
+    assert again.wait(timeout=600) == 0, log(tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in cards} == cards
+    keys = [json.loads(line)["key"] for line in (run / "audits.jsonl").read_text().splitlines() if line]
+    assert len(keys) == len(set(keys))
+    assert (run / "report.html").is_file()

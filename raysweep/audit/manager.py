@@ -53,13 +53,21 @@ class AuditManager:
             self.known += 1
 
     async def audit(self, request: AuditRequest) -> dict[str, Any]:
-        """Waits for the audit's end: {"status", "reason", "seconds", "failed"}."""
+        """Waits for the audit's end: {"status", "reason", "seconds", "failed"}. RuntimeError if the run ends before."""
         if request.key in self.done:
             return self.done[request.key]
         if request.key not in self.pending:
             self.pending[request.key] = asyncio.ensure_future(self._lease(request))
             self._queued(1)
-        return await asyncio.shield(self.pending[request.key])
+        try:
+            return await asyncio.shield(self.pending[request.key])
+        except asyncio.CancelledError:
+            raise RuntimeError("the run has ended") from None
+
+    async def close(self) -> None:
+        """Lets go of all who wait; what auditors are at is lost."""
+        for lease in self.pending.values():
+            lease.cancel()
 
     async def state(self) -> dict[str, int]:
         """Audits done, running or waiting, waiting alone, and idle auditors."""
