@@ -97,7 +97,8 @@ def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
     if dry_run:
         return _dry_run_of_preset(sweep, config) if config and sweep.scale == "paper" else _dry_run(sweep)
     from raysweep.display import Display
-    from raysweep.run import Interrupted, RunFailed, run_sweep
+    from raysweep.pool import RunFailed
+    from raysweep.run import Interrupted, run_sweep
 
     with Display() as display:
         try:
@@ -249,7 +250,7 @@ def audit(
     raysweep audit MODEL --base BASE --oracle RETRAINED-1 --oracle RETRAINED-2 config.yaml name=mine
     """
     from raysweep.display import Display
-    from raysweep.prepare import RunFailed
+    from raysweep.pool import RunFailed
     from raysweep.single import audit_model
 
     if base is not None:
@@ -308,7 +309,7 @@ def shadows(run: str, trial: str, models: int, as_json: bool) -> int:
     many sweeps' preparation. What was trained is found again.
     """
     from raysweep.display import Display
-    from raysweep.prepare import RunFailed
+    from raysweep.pool import RunFailed
     from raysweep.shadows import run_shadows
 
     with Display("none" if as_json else None) as display:

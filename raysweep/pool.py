@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,11 +43,19 @@ ENVIRONMENT = {
 MEGABYTE = 1024 * 1024
 LEAVE_S = 20.0
 CLOSE_S = 5.0
+REACH_S = 10.0
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on; the message says why."""
 
 
 @contextlib.contextmanager
 def connected(sweep: Sweep) -> Iterator[list[Node]]:
-    """Connects to the cluster of RAY_ADDRESS or of the submitting job, else starts a local Ray on loopback."""
+    """Connects to the cluster of RAY_ADDRESS or of the submitting job, else starts a local Ray on loopback.
+
+    Raises ConfigError if no cluster answers at that address, RunFailed if no local Ray starts.
+    """
     missing = {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
     os.environ.update(missing)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
@@ -54,17 +63,23 @@ def connected(sweep: Sweep) -> Iterator[list[Node]]:
     if os.environ.get("RAY_ADDRESS"):
         # a submitted job ships its working directory; otherwise workers import from where this process does
         variables = missing if _in_job() else missing | {"PYTHONPATH": path}
+        _reach(os.environ["RAY_ADDRESS"])
         ray.init(address="auto", runtime_env={"env_vars": variables}, **options)
     else:
-        ray.init(
-            address="local",  # never a cluster that happens to run on this machine
-            num_cpus=sweep.resources.cpus,
-            resources={TRIAL_SLOT: 10_000},
-            object_store_memory=200 * MEGABYTE,
-            dashboard_host="127.0.0.1",
-            runtime_env={"env_vars": missing | {"PYTHONPATH": path}},
-            **options,
-        )
+        try:
+            ray.init(
+                address="local",  # never a cluster that happens to run on this machine
+                num_cpus=sweep.resources.cpus,
+                resources={TRIAL_SLOT: 10_000},
+                object_store_memory=200 * MEGABYTE,
+                dashboard_host="127.0.0.1",
+                runtime_env={"env_vars": missing | {"PYTHONPATH": path}},
+                **options,
+            )
+        except Exception as error:  # Ray has no class for it; on a busy machine it gives up after 30 s
+            ray.shutdown()
+            reason = " ".join(str(error).split())
+            raise RunFailed(f"Ray did not start on this machine, which may be too busy: {reason}") from error
     if threading.current_thread() is threading.main_thread():
         # ray.init puts a handler of its own in place, which aborts the process
         signal.signal(signal.SIGTERM, interrupt)
@@ -77,6 +92,17 @@ def connected(sweep: Sweep) -> Iterator[list[Node]]:
         yield nodes
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises ConfigError if nothing answers at HOST:PORT; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()) or "/" in address:  # "auto" and the like: Ray knows
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+    except OSError as error:
+        raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster answers there: {error}") from error
 
 
 def interrupt(*_: Any) -> None:

@@ -18,7 +18,7 @@ from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.context import Context, load_measured, prepared_key
 from raysweep.models import families
 from raysweep.objectives import Anchors, assess_views
-from raysweep.pool import Pool
+from raysweep.pool import Pool, RunFailed
 from raysweep.registry import CONTRASTIVE, module_of, resolve
 from raysweep.rundir import RunDir
 from raysweep.seeds import derive_seed
@@ -29,10 +29,6 @@ from raysweep.train.groups import Executor
 from raysweep.train.jobs import Job, Outcome, finished
 
 Say = Callable[[str, str], None]
-
-
-class RunFailed(RuntimeError):
-    """A run cannot go on; the message says why."""
 
 
 def save_task(folder: RunDir, task: Task) -> None:

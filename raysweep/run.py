@@ -14,10 +14,9 @@ from raysweep.config import Sweep
 from raysweep.context import Context
 from raysweep.fit import resolve_sweep
 from raysweep.objectives import Unmeasured
-from raysweep.pool import Pool, connected, has_trial_slots, own_handlers, pool
+from raysweep.pool import Pool, RunFailed, connected, has_trial_slots, own_handlers, pool
 from raysweep.power import requirements
 from raysweep.prepare import (
-    RunFailed,
     Say,
     Tick,
     gather,

@@ -25,8 +25,8 @@ from raysweep.audit.auditor import scores_path
 from raysweep.card import load_scores
 from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.context import Context
-from raysweep.pool import Pool, connected, has_trial_slots, pool
-from raysweep.prepare import RunFailed, Say, prepare_job, prepares, retrain_job
+from raysweep.pool import Pool, RunFailed, connected, has_trial_slots, pool
+from raysweep.prepare import Say, prepare_job, prepares, retrain_job
 from raysweep.registry import resolve
 from raysweep.resources import make_plan
 from raysweep.results import trial_table

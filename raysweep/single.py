@@ -13,9 +13,8 @@ from raysweep.context import Context, load_measured
 from raysweep.fit import resolve_sweep
 from raysweep.informative import caveat
 from raysweep.objectives import Objectives, objectives
-from raysweep.pool import connected, has_trial_slots, pool
+from raysweep.pool import RunFailed, connected, has_trial_slots, pool
 from raysweep.prepare import (
-    RunFailed,
     Say,
     Tick,
     check_model,

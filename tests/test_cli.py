@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,25 @@ def test_a_missing_check_is_said_and_exits_3(monkeypatch, tmp_path, incomplete, 
     answer = call("run")
     assert answer.exit_code == code
     assert ("check missing: 012-rgd: membership" in answer.output) == bool(incomplete)
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once(monkeypatch):
+    with socket.socket() as taken:  # bound, so nobody else listens there
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        result = call("run", "--dry-run")
+    assert result.exit_code == 2
+    assert f"RAY_ADDRESS={address}: no Ray cluster answers there" in result.output
+
+
+def test_a_ray_that_does_not_start_fails_the_run_in_one_sentence(tmp_path, monkeypatch):
+    def late(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", late)
+    result = call("run")
+    assert result.exit_code == 1
+    assert "Ray did not start on this machine, which may be too busy: The current node timed out" in result.output
+    assert json.loads((tmp_path / "runs" / "digits-picture" / "manifest.json").read_text())["state"] == "failed"
