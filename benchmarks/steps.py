@@ -23,6 +23,7 @@ import torch
 from ground import machine
 
 from methods.base import Goal, Method, Rows
+from raysweep import footprint
 from raysweep.models.draws import row_seeds
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
@@ -195,7 +196,8 @@ class Latent(PixelDDPM):
 
 
 def latent_step(name: str, small: bool, compiled: bool, batch_size: int, repeats: int) -> dict[str, Any]:
-    """Step time, images/s, memory and share of the card's measured bf16 peak for one method."""
+    """Step time, images/s, memory (what `--dry-run` would tell, and on a GPU the measured peak) and share of the card's measured
+    bf16 peak for one method."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     size = {"sample_size": 8, "block_out_channels": (32, 64), "cross_attention_dim": 64, "layers_per_block": 1,
@@ -210,12 +212,16 @@ def latent_step(name: str, small: bool, compiled: bool, batch_size: int, repeats
     model.alphas = model.alphas.to(device)
     method = ours(name, model, batch_size, Goal("class", 0, 1, tuple(range(10))))
     batch = {n: rows(model, batch_size, k) for k, n in enumerate(("forget", "retain", "remain"))}
+    one = rows(model, 1, 0)
+    network = footprint.measured(net, lambda: net(one.x, 0, model.unconditional(1)).sample)
+    told = footprint.SINGLE * network.parameters * method.copies + 0.5 * network.activations * batch_size * method.tape
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = times({name: method.step}, batch, repeats)[name]  # type: ignore[dict-item]
     median = statistics.median(seconds)
     result = {"step_ms": 1e3 * median, "min_ms": 1e3 * min(seconds), "max_ms": 1e3 * max(seconds), "n": repeats,
-              "images_per_s": batch_size / median, "compiled": compiled}  # fmt: skip
+              "images_per_s": batch_size / median, "compiled": compiled,
+              "told_gib": told / 2**30}  # fmt: skip
     if device.type == "cuda":
         from torch.utils.flop_counter import FlopCounterMode
 
