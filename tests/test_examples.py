@@ -15,7 +15,7 @@ LITTLE = {
     "class": ("task.base_steps=60", "search.trials=17"),
     "clip": ("task.base_steps=40", "search.trials=5"),
     "text-to-image": (
-        "task.base_steps=150", "search.trials=4", "audit.audit.samples=60", "audit.audit.class_samples=40",
+        "search.trials=4", "audit.audit.samples=100", "audit.audit.class_samples=60",
     ),
 }  # fmt: skip
 
