@@ -196,6 +196,30 @@ def test_requests_wait_for_an_auditor_that_is_being_restarted(place):
         ray.kill(actor)
 
 
+def test_all_who_wait_are_told_before_a_run_ends(place):
+    """Ray would print of each of them that it will be tried again, were the manager killed first."""
+    run = place / "run4"
+    run.mkdir()
+    auditor = Auditor.options(name="aud-c").remote()
+    manager = AuditManager.remote(str(run), ["aud-c"], NAMESPACE, 2, 120)
+    pending = [manager.audit.remote(request(place, f"s{k}", run)) for k in range(20)]
+    ray.wait(pending, num_returns=1)
+    ray.get(manager.close.remote(), timeout=10)
+    late = manager.audit.remote(request(place, "late", run))
+    with pytest.raises(RuntimeError, match="the run has ended"):
+        ray.get(late, timeout=10)
+    for actor in (auditor, manager):
+        ray.kill(actor)
+    told = 0
+    for waiting in pending:
+        try:
+            assert ray.get(waiting, timeout=10)["status"] == "ok"
+        except RuntimeError as error:
+            assert "the run has ended" in str(error)  # noqa: PT017
+            told += 1
+    assert told >= 15
+
+
 def test_an_audit_that_cannot_be_done_is_recorded_and_the_others_go_on(place):
     run = place / "run2"
     run.mkdir()

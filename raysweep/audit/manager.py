@@ -34,6 +34,8 @@ class AuditManager:
         self.done: dict[str, dict[str, Any]] = read_log(self.path)
         self.pending: dict[str, asyncio.Task] = {}
         self.coming: set[asyncio.Task] = set()
+        self.callers: set[asyncio.Task] = set()
+        self.closed = False
         self.idle: asyncio.PriorityQueue = asyncio.PriorityQueue()
         self.namespace, self.known, self.waiting = namespace, 0, 0
         self.run = Path(run).name
@@ -56,18 +58,28 @@ class AuditManager:
         """Waits for the audit's end: {"status", "reason", "seconds", "failed"}. RuntimeError if the run ends before."""
         if request.key in self.done:
             return self.done[request.key]
+        if self.closed:
+            raise RuntimeError("the run has ended")
         if request.key not in self.pending:
             self.pending[request.key] = asyncio.ensure_future(self._lease(request))
             self._queued(1)
+        caller = asyncio.current_task()
+        assert caller is not None
+        self.callers.add(caller)
         try:
             return await asyncio.shield(self.pending[request.key])
         except asyncio.CancelledError:
             raise RuntimeError("the run has ended") from None
+        finally:
+            self.callers.discard(caller)
 
     async def close(self) -> None:
-        """Lets go of all who wait; what auditors are at is lost."""
+        """Lets go of all who wait, and returns once they have been answered; what auditors are at is lost."""
+        self.closed = True
         for lease in self.pending.values():
             lease.cancel()
+        if self.callers:
+            await asyncio.wait(self.callers)
 
     async def state(self) -> dict[str, int]:
         """Audits done, running or waiting, waiting alone, and idle auditors."""
