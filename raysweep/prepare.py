@@ -55,6 +55,15 @@ def check_model(path: str, task: Task, key: str = "task.base") -> str:
     return model.digest
 
 
+def check_latents(path: str, base: Any, key: str) -> None:
+    """Raises ConfigError, naming `key`, if a model's latents are not those of `base`, with which it will be compared."""
+    if base.latent and not base.same_encoder(families.load(path)):
+        raise ConfigError(
+            f"{path if key == path else f'{key}: {path}'} has another autoencoder than the base, so that what one makes of an "
+            "image says nothing to the other: models that are compared share the base's folder vae"
+        )
+
+
 def check_oracles(sweep: Sweep, task: Task) -> dict[str, tuple[str, str]]:
     """Folder and hash of each oracle given by the user; raises ConfigError if one does not load, fit, or match the base.
 
@@ -73,6 +82,8 @@ def check_oracles(sweep: Sweep, task: Task) -> dict[str, tuple[str, str]]:
                 f"oracle_models: {given} is of another architecture than the base: {odd} is "
                 f"{shapes.get(odd, 'missing')}, and {wanted.get(odd, 'missing')} there"
             )
+        if task.base is not None:
+            check_latents(str(given), base, "oracle_models")
     return found
 
 
@@ -158,6 +169,10 @@ def prepare(
         if task.given:
             models["base"] = (task.given, check_model(task.given, task))
         models |= check_oracles(sweep, task)
+        if task.base is None:  # only now it is known
+            base = families.load(models["base"][0])
+            for given in sweep.oracle_models:
+                check_latents(str(given), base, "oracle_models")
         context = Context(
             run=str(folder.path), run_id=run_id, task_digest=task.digest, quality=task.quality, validity=task.validity, base=models["base"][0],
             base_digest=models["base"][1], oracles={k: v for k, v in models.items() if k != "base"},

@@ -12,11 +12,13 @@ from raysweep.config import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.fit import resolve_sweep
 from raysweep.informative import caveat
+from raysweep.models import families
 from raysweep.objectives import Objectives, objectives
 from raysweep.pool import RunFailed, connected, has_trial_slots, pool
 from raysweep.prepare import (
     Say,
     Tick,
+    check_latents,
     check_model,
     check_oracles,
     gather,
@@ -40,6 +42,8 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
     task, _ = resolve_sweep(sweep)
     digest, name = check_model(str(model), task, str(model)), model.absolute().name
     check_oracles(sweep, task)
+    if task.base is not None:
+        check_latents(str(model), families.load(task.base), str(model))
     folder, run_id = RunDir.of(sweep), f"{sweep.name}-{sweep.digest[:8]}"
     with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}), connected(sweep) as nodes:
         save_task(folder, task)
@@ -47,6 +51,8 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
         with pool(folder.path, run_id, sweep, plan) as actors:
             executor = make_executor(str(folder.path), run_id, sweep, plan)
             context = prepare(sweep, task, [], folder, run_id, executor, actors, say, tick)
+            if task.base is None:  # only now it is known
+                check_latents(str(model), families.load(context.base), str(model))
             actors.audit_only()
             requests = {
                 tier: context.request(tier, getattr(sweep.audit, tier), name, "", str(model.absolute()), digest)

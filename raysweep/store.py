@@ -15,10 +15,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA_VERSION = "3"
 
@@ -184,6 +187,13 @@ def clear_temporaries(folder: Path, age_s: float = 0.0) -> None:
         with contextlib.suppress(OSError):  # its writer was alive after all, and has just ended
             if leftover.stat().st_mtime <= before:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same values as far as half precision, in which weights are often kept, tells them apart."""
+    import torch
+
+    return one.shape == other.shape and torch.equal(one.detach().half().cpu(), other.detach().half().cpu())
 
 
 def digest_state(state: dict[str, Any]) -> str:

@@ -11,21 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionXLPipeline
-from tiny import LATENT, latent_task
+from tiny import LATENT, ROOT, latent_task
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from evaluators.judge import Judge
 from methods.retrain import Retrain, RetrainSettings
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config import ConfigError, Tier, load
+from raysweep.config import ConfigError, Sweep, Tier, load
 from raysweep.fit import resolve_sweep
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import Embeddings
 from raysweep.models.latent import ATTENTION, Frozen, LatentText
 from raysweep.models.words import tokenizer_of
+from raysweep.prepare import check_oracles
 from raysweep.registry import BY_WEIGHTS, EVALUATORS, resolve
+from raysweep.single import audit_model
 from raysweep.tasks.task import Split, encoded
 from raysweep.train.jobs import Job
 from raysweep.train.loop import Resident, run
@@ -215,6 +217,28 @@ def test_another_autoencoder_is_another_model():
     with torch.no_grad():
         next(iter(model.frozen.vae.parameters())).add_(0.1)
     assert not digests & {model.encoder_digest, model.digest}
+
+
+def test_models_that_are_compared_share_their_autoencoder(tmp_path):
+    example = ROOT / "examples" / "text-to-image.yaml"
+    model = families.build(load(example).task.build(), 0)
+    model.save(tmp_path / "base")
+    for weights in model.frozen.vae.parameters():
+        weights.data = weights.data.half().float()
+    model.save(tmp_path / "rounded")
+    next(iter(model.frozen.vae.parameters())).data.add_(0.1)
+    model.save(tmp_path / "other")
+
+    def sweep_with(oracle: str) -> Sweep:
+        return load(example, (f"task.base={tmp_path / 'base'}", f"oracle_models=[{tmp_path / oracle}]"))
+
+    sweep = sweep_with("rounded")
+    assert set(check_oracles(sweep, sweep.task.build())) == {"oracle-0"}
+    refused = "other has another autoencoder than the base"
+    with pytest.raises(ConfigError, match=f"^oracle_models: .*{refused}"):
+        check_oracles(sweep_with("other"), sweep.task.build())
+    with pytest.raises(ConfigError, match=f"^{tmp_path / 'other'} has another autoencoder"):
+        audit_model(tmp_path / "other", sweep, lambda *_: None, lambda *_: None)
 
 
 def test_latents_are_kept_by_content(tmp_path):

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from raysweep.models.diffusion import Diffusion, load_sampler, save_sampler
 from raysweep.models.embeddings import Embeddings
 from raysweep.models.folders import component_files, no_pickles, pipeline_class, reading
-from raysweep.store import digest_of, digest_state
+from raysweep.store import alike, digest_of, digest_state
 
 PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
 
@@ -230,6 +230,13 @@ class LatentText(Diffusion):
     def encoder_digest(self) -> str:
         """Content hash of the autoencoder: latents of another one mean something else."""
         return digest_of(digest_state(self.frozen.vae.state_dict()), self.frozen.vae.config.scaling_factor)
+
+    def same_encoder(self, other: LatentText) -> bool:
+        """Whether latents of the other mean the same here; half precision, in which pipelines are often kept, counts as such."""
+        own, theirs = self.frozen.vae, other.frozen.vae
+        a, b = own.state_dict(), theirs.state_dict()
+        factors = own.config.scaling_factor == theirs.config.scaling_factor
+        return factors and a.keys() == b.keys() and all(alike(a[name], b[name]) for name in a)
 
     @property
     def shape(self) -> tuple[int, int, int]:

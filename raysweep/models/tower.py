@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessor, CLIPModel
 
 from raysweep.models.folders import component_files, no_pickles, reading
 from raysweep.models.handle import Handle
-from raysweep.store import digest_of, digest_state
+from raysweep.store import alike, digest_of, digest_state
 
 PREFIX = "text_model."  # of the encoder's tensors in some classes of transformers and not in others
 
@@ -123,10 +123,4 @@ def text_tensors(encoder: Any) -> dict[str, torch.Tensor]:
 def _differing(encoder: Any, tower: Any) -> list[str]:
     """The names of an encoder's tensors that the tower has not, or has with other values than half precision tells apart."""
     theirs = text_tensors(tower)
-    return [
-        name
-        for name, own in text_tensors(encoder).items()
-        if name not in theirs
-        or theirs[name].shape != own.shape
-        or not torch.equal(theirs[name].detach().half().to(own.device), own.detach().half())
-    ]
+    return [name for name, own in text_tensors(encoder).items() if name not in theirs or not alike(theirs[name], own)]
