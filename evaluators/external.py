@@ -1,4 +1,4 @@
-"""Networks that users bring as files: CLIP, DINO, Inception, an image classifier, SSCD. Loaded once per process.
+"""Networks that users bring as files: CLIP, DINO, Inception, an image classifier, a detector, SSCD. Loaded once per process.
 
 A tier's `weights` name the file or folder of each; nothing is ever downloaded, and pickled code is never run.
 """
@@ -158,6 +158,35 @@ class ImageClassifier(_Network):
             known = ", ".join(list(self.labels)[:20])
             raise Unreadable(f"the classifier has no label {missing[0]!r}; its labels: {known}")
         return [self.labels[n.lower()] for n in names]
+
+
+class ObjectDetector:
+    """A folder of a detector that transformers' `AutoModelForObjectDetection` reads, such as one of faces."""
+
+    THRESHOLD = 0.5  # transformers' own
+
+    def __init__(self, path: Path, device: str):
+        from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+        self.how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        net = AutoModelForObjectDetection.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        self.net = net.to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, image: torch.Tensor) -> list[tuple[int, int, int, int]]:
+        """Boxes (left, top, right, bottom), in pixels and not empty, of whatever is found in an image (C, H, W) in [-1, 1]."""
+        height, width = image.shape[1:]
+        pixels = (rgb(image[None]) * 255).round().to(torch.uint8)
+        outputs = self.net(
+            **self.how(images=pixels, return_tensors="pt", input_data_format="channels_first").to(self.net.device)
+        )
+        (found,) = self.how.post_process_object_detection(outputs, self.THRESHOLD, target_sizes=[(height, width)])
+        boxes = []
+        for left, top, right, bottom in found["boxes"].round().int().tolist():
+            box = (max(left, 0), max(top, 0), min(right, width), min(bottom, height))
+            if box[0] < box[2] and box[1] < box[3]:
+                boxes.append(box)
+        return boxes
 
 
 class Inception(_Network):

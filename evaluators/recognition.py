@@ -1,4 +1,5 @@
-"""What networks from outside see in the samples: zero-shot CLIP, any image classifier, a detector of nudity, alignment.
+"""What networks from outside see in the samples: zero-shot CLIP, any image classifier, detectors of faces and
+the like and of nudity, alignment.
 
 They never took part in search or unlearning. Each is tried on real images first, its positive control: a network that does
 not recognise the real class says nothing about samples of it, and its rows say so.
@@ -11,10 +12,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from evaluators.base import Direction, Evaluator, Inapplicable, Metric, Scores, Subject
 from evaluators.classifier import forget_samples
-from evaluators.external import CLIP, ImageClassifier, network, rgb
+from evaluators.external import CLIP, ImageClassifier, ObjectDetector, network, rgb
 from evaluators.statistics import clopper_pearson, t_interval
 
 CONTROL = 0.8  # accuracy on real images under which a network is not to be trusted with samples
@@ -94,8 +96,86 @@ class OutsideClassifier(_Recognition):
     needs = "weights.classifier: a transformers folder of an image classifier; class names"
 
     def predict(self, subject: Subject, images: torch.Tensor) -> np.ndarray:
-        net = network(subject, "classifier", ImageClassifier)
-        return net(images)[:, net.columns(class_names(subject))].argmax(1)
+        net, names = network(subject, "classifier", ImageClassifier), class_names(subject)
+        forgotten = names[subject.task.forget_class or 0]
+        net.columns([forgotten])
+        missing = [n for n in names if n.lower() not in net.labels]
+        if missing:  # as one of celebrities' faces, which `Detection` asks
+            raise Inapplicable(f"the classifier knows {forgotten!r}, but not {missing[0]!r}")
+        return net(images)[:, net.columns(names)].argmax(1)
+
+
+class Detection(Evaluator):
+    """What a detector, such as one of faces, finds in samples of the forgotten label, and whom a classifier takes it for.
+
+    The protocol for celebrities of Selective Amnesia (arXiv:2305.10120), which SFD (arXiv:2409.11219) follows: a model that has
+    forgotten a person should still draw people. `absent` is the share of samples in which nothing is found. `identity`, with
+    `weights.classifier`, is the mean probability of the forgotten class over the samples in which something is found, 0 if that
+    are none; a sample counts with the likeliest of its boxes, since one face of the person is enough (the papers leave that
+    open). `control` is the share of real held-out images of the forgotten class in which something is found.
+    """
+
+    name = "detection"
+    kinds = frozenset({"class", "concept"})
+    weights = "detector"
+    directions: ClassVar[dict[str, Direction]] = {"absent": "target", "identity": "target", "control": "max"}
+    needs = (
+        "weights.detector: a transformers folder of an object detector; for identity weights.classifier and class names"
+    )
+    cost = "the samples of the forgotten class through the network, what is found through the classifier"
+
+    def scores(self, subject: Subject) -> Scores:
+        detector = network(subject, "detector", ObjectDetector)
+        aimed = forget_samples(subject, "class samples")
+        boxes = [detector(image) for image in aimed]
+        real = subject.task.splits["forget_holdout"].x
+        scores = {
+            "found": np.array([len(found) > 0 for found in boxes], float),
+            "control": subject.keep("detection.real", lambda: np.array([len(detector(x)) > 0 for x in real], float)),
+        }
+        if "classifier" in subject.sizes["weights"]:
+            scores["forgotten"] = self._forgotten(subject, aimed, boxes)
+        return scores
+
+    @staticmethod
+    def _forgotten(subject: Subject, images: torch.Tensor, boxes: list[list[tuple[int, int, int, int]]]) -> np.ndarray:
+        """The greatest probability (n,) of the forgotten class over the boxes of each image; 0 without one."""
+        net, likeliest = network(subject, "classifier", ImageClassifier), np.zeros(len(images))
+        assert subject.task.forget_class is not None
+        (column,) = net.columns([class_names(subject)[subject.task.forget_class]])
+        where = [(i, box) for i, found in enumerate(boxes) for box in found]
+        if where:
+            crops = [images[i : i + 1, :, top:bottom, left:right] for i, (left, top, right, bottom) in where]
+            logits = net(torch.cat([rgb(crop, net.size) for crop in crops]) * 2 - 1)
+            np.maximum.at(likeliest, [i for i, _ in where], softmax(logits, axis=1)[:, column])
+        return likeliest
+
+    def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
+        found = scores["found"]
+        values = {"absent": 1 - float(found.mean()), "control": float(scores["control"].mean())}
+        if "forgotten" in scores:
+            values["identity"] = float(scores["forgotten"].sum() / max(found.sum(), 1))
+        return values
+
+    def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
+        values, rows, seen = self.values(scores, subject), [], scores["found"] > 0
+        blind = values["control"] < CONTROL
+        reason = f"not to be trusted: it finds nothing in {1 - values['control']:.0%} of real images" if blind else ""
+        for name, value in values.items():
+            n = int(seen.sum()) if name == "identity" else len(scores["control" if name == "control" else "found"])
+            if name != "identity":
+                lo, hi = clopper_pearson(round(value * n), n)
+                rows.append(
+                    Metric(name, value, n, None, lo, hi, "clopper-pearson", self.directions[name], reason=reason)
+                )
+            elif n < 2:
+                few = "; ".join(filter(None, (reason, f"no interval: {n} samples in which something is found")))
+                rows.append(Metric(name, value, n, direction=self.directions[name], reason=few))
+            else:
+                se, lo, hi = t_interval(scores["forgotten"][seen])
+                how = "student-t over samples in which something is found"
+                rows.append(Metric(name, value, n, se, lo, hi, how, self.directions[name], reason=reason))
+        return rows
 
 
 class Alignment(Evaluator):

@@ -61,7 +61,7 @@ class Tier(_Model):
     recall_images: int = Field(20, ge=1, description="images per population of the reconstruction curve")
     likelihood_steps: int = Field(20, ge=2, description="steps of the likelihood's solver")
     likelihood_probes: int = Field(5, ge=1, description="random directions per image of the likelihood's divergence")
-    weights: dict[Literal["sscd", "clip", "dino", "inception", "classifier"], Path] = Field(
+    weights: dict[Literal["sscd", "clip", "dino", "inception", "classifier", "detector"], Path] = Field(
         default_factory=dict, description="files of outside networks; each adds the checks that it serves"
     )
     strips: int = Field(0, ge=0, le=32, description="samples kept as pictures for the report")

@@ -63,6 +63,35 @@ def classifier_folder(folder: Path, names: tuple[str, ...], images: torch.Tensor
     return folder
 
 
+def detector_folder(folder: Path, things: torch.Tensor) -> Path:
+    """A transformers folder of YOLOS, trained a little to tell images (n, C, H, W) of things from blank ones."""
+    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
+
+    from evaluators.external import rgb
+
+    torch.manual_seed(0)
+    size = {"height": 16, "width": 16}
+    config = YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=[16, 16], patch_size=4,
+        num_detection_tokens=3, id2label={0: "thing"}, label2id={"thing": 0}, use_mid_position_embeddings=False,
+    )  # fmt: skip
+    net, how = YolosForObjectDetection(config), YolosImageProcessor(size=size, do_pad=False)
+    how.save_pretrained(folder)
+    blank = torch.rand(len(things), 1, 1, 1).expand_as(things) * 2 - 1
+    frames = (rgb(torch.cat([things, blank])) * 255).round().to(torch.uint8)
+    inputs = how(images=frames, return_tensors="pt", input_data_format="channels_first")
+    # the first token finds the thing; 1 is nothing
+    wanted = torch.tensor([[0, 1, 1]] * len(things) + [[1, 1, 1]] * len(things))
+    optimiser = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(200):
+        loss = torch.nn.functional.cross_entropy(net(**inputs).logits.flatten(0, 1), wanted.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    net.eval().save_pretrained(folder)
+    return folder
+
+
 def sscd_file(path: Path) -> Path:
     """A TorchScript file: images (n, 3, 320, 320) -> descriptors (n, d), here the centred pixels of a small copy."""
 

@@ -7,16 +7,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from outside import classifier_folder, clip_folder, dino_folder, inception_file, sscd_file
+from outside import classifier_folder, clip_folder, detector_folder, dino_folder, inception_file, sscd_file
 from test_evaluators import subject
 from tiny import tiny_model
 
 from evaluators.base import Inapplicable
-from evaluators.external import CLIP, SSCD, ImageClassifier, Inception, Unreadable, network, rgb
+from evaluators.external import CLIP, SSCD, ImageClassifier, Inception, ObjectDetector, Unreadable, network, rgb
 from evaluators.fidelity import CLIPFidelity, DINOFidelity, InceptionFidelity
 from evaluators.judge import Judge
 from evaluators.memorisation import CopyDetection
-from evaluators.recognition import CLIPIQA, Alignment, NudeNet, OutsideClassifier, ZeroShot
+from evaluators.recognition import CLIPIQA, Alignment, Detection, NudeNet, OutsideClassifier, ZeroShot
 from evaluators.statistics import frechet
 from raysweep.audit.measure import measure, reduce, subject_of
 from raysweep.config import ConfigError, Tier, validate
@@ -44,6 +44,7 @@ def brought(named, tmp_path_factory):
         "clip": clip_folder(folder / "clip"),
         "dino": dino_folder(folder / "dino"),
         "classifier": classifier_folder(folder / "classifier", NAMES, split.x, split.groups),
+        "detector": detector_folder(folder / "detector", split.x),
         "sscd": sscd_file(folder / "sscd.pt"),
         "inception": inception_file(folder / "inception.pth"),
     }
@@ -111,9 +112,74 @@ def test_an_outside_classifier_by_its_own_label_order(named, brought, judge):
 
 
 def test_a_label_that_the_classifier_does_not_know(named, brought, judge):
-    one = subject(dataclasses.replace(named, class_names=("cat", *NAMES[1:])), judge, weights=brought)
-    with pytest.raises(Unreadable, match="no label 'cat'; its labels: cross, dot"):
-        OutsideClassifier().scores(one)
+    def with_names(*names):
+        return subject(dataclasses.replace(named, class_names=names), judge, weights=brought)
+
+    forgotten = named.forget_class
+    other = [*NAMES]
+    other[forgotten] = "cat"
+    for check in (OutsideClassifier(), Detection()):
+        with pytest.raises(Unreadable, match="no label 'cat'; its labels: cross, dot"):
+            check.scores(with_names(*other))
+    only = ["cat"] * len(NAMES)
+    only[forgotten] = NAMES[forgotten]
+    with pytest.raises(Inapplicable, match=f"knows '{NAMES[forgotten]}', but not 'cat'"):
+        OutsideClassifier().scores(with_names(*only))
+    assert "forgotten" in Detection().scores(with_names(*only))
+
+
+class HalfBlank(Real):
+    """Every second sample shows nothing."""
+
+    def sample(self, cond, seeds, steps, guidance=1.0, **_):
+        x = super().sample(cond, seeds, steps)
+        x[1::2] = -0.5
+        return x
+
+
+def test_what_a_detector_finds_and_whom_a_classifier_takes_it_for(named, brought, judge):
+    one = subject(named, judge, model=HalfBlank(named), weights=brought)
+    scores = Detection().scores(one)
+    assert scores["found"].tolist() == [1, 0] * (len(scores["found"]) // 2)
+    assert not scores["forgotten"][1::2].any()
+    metrics = {m.name: m for m in reduce(Detection(), scores, one, 5)[0]}
+    assert metrics["absent"].value == 0.5
+    assert metrics["absent"].lo < 0.5 < metrics["absent"].hi
+    assert metrics["control"].value > 0.9
+    assert metrics["identity"].n == len(scores["found"]) // 2
+    assert metrics["identity"].value == pytest.approx(scores["forgotten"][::2].mean())
+    assert {m.reason for m in metrics.values()} == {""}
+
+
+def test_a_sample_counts_with_its_likeliest_box(named, brought, judge):
+    one = subject(named, judge, model=Real(named), weights=brought)
+    aimed = one.generate(one.forgotten(3), torch.arange(3))
+    height, width = aimed.shape[2:]
+    whole, corner = (0, 0, width, height), (0, 0, 2, 2)
+    alone = [Detection._forgotten(one, aimed[:1], [[box]])[0] for box in (whole, corner)]
+    found = Detection._forgotten(one, aimed, [[whole, corner], [], [corner, whole]])
+    assert found[0] == pytest.approx(max(alone))
+    assert found[1] == 0
+    assert alone[0] != pytest.approx(alone[1])
+
+
+@pytest.mark.parametrize("shown", [0, 1])
+def test_where_hardly_anything_is_found_there_is_no_interval(named, brought, judge, shown):
+    one = subject(named, judge, weights=brought)
+    found = np.arange(20) < shown
+    scores = {"found": found.astype(float), "forgotten": 0.7 * found, "control": np.zeros(10)}
+    metrics = {m.name: m for m in reduce(Detection(), scores, one, 5)[0]}
+    assert metrics["identity"].value == pytest.approx(0.7 * shown)
+    assert metrics["identity"].lo is None
+    assert f"no interval: {shown} samples" in metrics["identity"].reason
+    assert all(
+        m.reason.startswith("not to be trusted: it finds nothing in 100% of real images") for m in metrics.values()
+    )
+
+
+def test_without_a_classifier_nobody_is_identified(named, brought, judge):
+    one = subject(named, judge, weights={"detector": brought["detector"]})
+    assert set(Detection().values(Detection().scores(one), one)) == {"absent", "control"}
 
 
 def test_clip_iqa_is_the_probability_of_the_good_of_two_prompts(named, brought, judge):
@@ -211,6 +277,9 @@ def test_both_references_of_a_forgotten_class(class_task, judge):
     assert values["frechet_all"] > values["frechet"]
 
 
+KINDS = {"sscd": SSCD, "clip": CLIP, "classifier": ImageClassifier, "detector": ObjectDetector, "inception": Inception}
+
+
 def test_files_that_cannot_be_used(named, judge, tmp_path):
     import pickle
 
@@ -223,7 +292,7 @@ def test_files_that_cannot_be_used(named, judge, tmp_path):
             return (exec, ("raise SystemExit('code ran')",))
 
     evil.write_bytes(pickle.dumps({"weight": Evil()}))
-    for key, kind in (("sscd", SSCD), ("clip", CLIP), ("classifier", ImageClassifier), ("inception", Inception)):
+    for key, kind in KINDS.items():
         with pytest.raises(Unreadable, match="cannot be read as"):
             network(subject(named, judge, weights={key: bad}), key, kind)
     with pytest.raises(Unreadable, match="cannot be read as Inception"):
