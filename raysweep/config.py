@@ -7,16 +7,26 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from raysweep import presets
 from raysweep.registry import ATTACKS, BY_WEIGHTS, METHODS, TASKS, THOROUGH, names, resolve, suggest
 from raysweep.seeds import derive_seed
 from raysweep.tasks.digits import ClassTask, ClipTask, PictureTask, TextTask
 from raysweep.tasks.images import ImagesTask
+from raysweep.tasks.kinds import OPEN
 
 if TYPE_CHECKING:
     from raysweep.tasks.task import Task
@@ -316,6 +326,7 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = Fals
         raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: must be a mapping of keys, not {type(data).__name__}")
+    data = json.loads(json.dumps(data, default=str))  # what aliases share would change together
     _scale(data, overrides, where, text)
     set_by_hand = [_override(data, item) for item in overrides]
     return validate(data, where, text, set_by_hand, absent and data.get("scale") == "paper")
@@ -407,21 +418,30 @@ def _override(data: dict[str, Any], item: str) -> str:
 
 
 def _put(data: dict[str, Any], key: str, value: Any, item: str) -> None:
-    """Sets a dotted key of nested `data`; `item` names it in a message."""
+    """Sets a dotted key of nested `data`, in which a number is a place in a list; `item` names it in a message."""
     *parents, last = key.split(".")
-    node = data
+    node: Any = data
     for parent in parents:
-        if isinstance(node.get(parent), str) and parent == "task":
-            node[parent] = {"name": node[parent]}
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
+        if isinstance(node, list):
+            node = node[_place(node, parent, item)]
+        else:
+            if isinstance(node.get(parent), str) and parent == "task":
+                node[parent] = {"name": node[parent]}
+            node = node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
             raise ConfigError(f"{item!r}: {parent} is a single value and has no keys below it")
-    node[last] = value
+    node[_place(node, last, item) if isinstance(node, list) else last] = value
+
+
+def _place(values: list[Any], part: str, item: str) -> int:
+    if not part.isdigit() or int(part) >= len(values):
+        raise ConfigError(f"{item!r}: {part!r} is no place in a list of {len(values)}, which count from 0")
+    return int(part)
 
 
 def _explain(error: Any, where: str, lines: dict[str, int], set_by_hand: list[str]) -> str:
     """One sentence for one pydantic error: place, key, what is wrong, what would be valid."""
-    path = [str(p) for p in error["loc"] if str(p) not in names("task")]
+    path = [str(p) for p in error["loc"] if str(p) not in names("task") and not str(p).startswith(OPEN)]
     key = ".".join(path)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
@@ -441,16 +461,26 @@ def _explain(error: Any, where: str, lines: dict[str, int], set_by_hand: list[st
 
 def _valid_keys(loc: tuple[Any, ...]) -> list[str]:
     """Field names of the model at `loc`."""
-    model: Any = Sweep
+    models: dict[str, type[BaseModel]] = {"": Sweep}
     for part in loc:
-        if part in TASKS:
-            continue
         if part == "task":
-            model = resolve("task", next(p for p in loc if p in TASKS))
-            continue
-        annotation = model.model_fields[part].annotation
-        model = annotation
-    return sorted(model.model_fields)
+            models = {"": resolve("task", next(p for p in loc if p in TASKS))}
+        elif str(part).startswith(OPEN):
+            models = {"": models[part]}
+        elif part not in TASKS and not isinstance(part, int):
+            models = _models(next(iter(models.values())).model_fields[part].annotation)
+    return sorted(next(iter(models.values())).model_fields)
+
+
+def _models(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The models of an annotation, by their tags in a union."""
+    if get_origin(annotation) is Annotated:
+        kind, *rest = get_args(annotation)
+        own = next((m.tag for m in rest if isinstance(m, Tag)), None)
+        return {tag if own is None else own: model for tag, model in _models(kind).items()}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {"": annotation}
+    return {tag: model for part in get_args(annotation) for tag, model in _models(part).items()}
 
 
 def _line_numbers(text: str) -> dict[str, int]:

@@ -63,11 +63,14 @@ def test_digest_ignores_where_and_how_fast():
         ("audit: {audit: {judge: probe}}\n", (), ["judge"]),
         ("audit: {audit: {checks: [fidelty]}}\n", (), ["'fidelity'"]),
         ("audit: {probe: {groups: 50}}\n", (), ["groups"]),
+        ("train: {lora: {rnk: 4}}\n", (), ["sweep.yaml:1: train.lora.rnk: unknown key; did you mean 'rank'?"]),
         ("spaces: {salun: {lr: 1}}\n", (), ["not among the methods"]),
         ("name: ../up\n", (), ["name"]),
         ("", ("trials",), ["key=value"]),
         ("", ("search.trials=-1",), ["command line", "search.trials"]),
         ("", ("search.trials.x=1", "search.trials=2"), ["search.trials"]),
+        ("methods: [rgd, siss]\n", ("methods.2=neggrad",), ["'2' is no place in a list of 2"]),
+        ("methods: [rgd, siss]\n", ("methods.first=neggrad",), ["'first' is no place in a list of 2"]),
     ],
 )
 def test_mistakes_get_one_clear_message(tmp_path, text, overrides, parts):
@@ -76,6 +79,51 @@ def test_mistakes_get_one_clear_message(tmp_path, text, overrides, parts):
     for part in parts:
         assert part in str(error.value)
     assert "Traceback" not in str(error.value)
+
+
+FOLDER = {"folder": "images"}
+FILE = {"file": "prompts.csv"}
+GRID = {"template": "a {what}", "slots": {"what": ["cat", "dog"]}, "label": "what"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "messages"),
+    [
+        ({"train": {"foldr": "x"}}, ["task.train: needs exactly one of the keys folder, parquet, shards, torchvision, mix"]),
+        ({"train": "x"}, ["task.train: needs exactly one of the keys folder"]),
+        ({"train": FOLDER | {"shards": "x"}}, ["task.train: needs exactly one of the keys folder"]),
+        ({"train": FOLDER | {"labeled": "x"}}, ["task.train.labeled: unknown key; did you mean 'labelled'?"]),
+        ({"train": FOLDER | {"repeat": 0}}, ["task.train.repeat: Input should be greater than or equal to 1 (got 0)"]),
+        ({"train": {"mix": [FOLDER, {"mix": [FOLDER]}]}}, ["task.train.mix.1: needs exactly one of the keys folder"]),
+        ({"train": {"mix": [FOLDER, FOLDER | {"a": 1}]}}, ["task.train.mix.1.a: unknown key"]),
+        ({"search_prompts": FILE | {"colunm": "x"}}, ["task.search_prompts.colunm: unknown key"]),
+        (
+            {"search_prompts": {"fil": "x"}, "audit_prompts": {"mix": [GRID, {"template": "a {b}"}]}},
+            ["task.search_prompts: needs exactly one of the keys file, template, mix",
+             "task.audit_prompts.mix.1.slots: Field required", "task.audit_prompts.mix.1.label: Field required"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_source_or_in_prompts_is_told_of_its_own_kind(tmp_path, settings, messages):
+    import yaml
+
+    task = {"name": "images", "kind": "concept", "base": str(tmp_path), "train": FOLDER, "holdout": FOLDER,
+            "forget": {"labels": ["cat"]}, "search_prompts": FILE, "audit_prompts": GRID}  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        load(write(tmp_path, yaml.safe_dump({"task": task | settings})))
+    said = [line.split(": ", 1)[1] for line in str(error.value).splitlines()]
+    assert len(said) == len(messages)
+    assert all(line.startswith(message) for line, message in zip(said, messages, strict=True)), said
+
+
+def test_what_an_alias_repeats_changes_alone(tmp_path):
+    path = write(tmp_path, "methods: [rgd, siss]\nspaces:\n  rgd: &both {batch_size: 8}\n  siss: *both\n")
+    assert load(path, ("spaces.rgd.batch_size=4",)).spaces["siss"]["batch_size"] == 8
+
+
+def test_a_place_in_a_list_can_be_set(tmp_path):
+    sweep = load(write(tmp_path, "methods: [rgd, siss]\n"), ("methods.1=neggrad",))
+    assert sweep.methods == ("rgd", "neggrad")
 
 
 def test_missing_file():

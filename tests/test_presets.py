@@ -52,6 +52,11 @@ def test_a_preset_is_whole(name):
     data = sweep.resolved()
     for bring in about.bring:
         assert forecast._at(data, bring.key)[0], f"{bring.key} is not a setting of {name}"
+        value = "[brought]" if bring.key == "oracle_models" else "brought"
+        there, _ = forecast._at(
+            load(presets.path_of(name), (f"{bring.key}={value}",), absent=True).resolved(), bring.key
+        )
+        assert "brought" in str(there), f"{bring.key} cannot be set"
     mine = {
         "task.base",
         "task.train",

@@ -24,7 +24,7 @@ from raysweep.models import families
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.images import ImagesTask, Sample, pixels
-from raysweep.tasks.prompts import PromptError, PromptFile, PromptGrid
+from raysweep.tasks.prompts import PromptError, PromptFile, PromptGrid, PromptMix
 from raysweep.tasks.sources import (
     FolderSource,
     MixedSource,
@@ -382,6 +382,12 @@ def test_prompts_of_files_and_grids(tmp_path):
     i2p = tmp_path / "i2p.csv"
     i2p.write_text('prompt,categories,evaluation_seed\n"a, b",violence,7\n"a, b",violence,8\nc,hate,9\n')
     assert PromptFile(file=i2p, label="categories").rows() == [("a, b", "violence", None), ("c", "hate", None)]
+    every = PromptFile(file=i2p, labelled="nude")
+    assert every.rows() == [("a, b", "nude", None), ("c", "nude", None)]
+    assert PromptMix(mix=(every, grid, every)).rows() == every.rows() + grid.rows()
+    lines = tmp_path / "lines.csv"
+    lines.write_text('prompt,label\n"two\nlines",cat\n')
+    assert PromptFile(file=lines).rows() == [("two\nlines", "cat", None)]
 
 
 @pytest.mark.parametrize(

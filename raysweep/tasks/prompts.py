@@ -1,22 +1,25 @@
-"""Prompts of a concept task: from JSON or CSV files, or from a grid of slots.
+"""Prompts of a concept task: from JSON or CSV files, from a grid of slots, or from several of these.
 
 Each prompt belongs to a class, what it asks for, which is one of the labels of the task's images; it may name a member of a
 second domain, too, such as a style besides an object. Files may be those of others:
-the columns are named (I2P: `prompt: prompt, label: categories`). A grid is a template with slots, as in the restricted-gradient
+the columns are named (I2P: `prompt: prompt, label: categories`), or one class is said for all (`labelled: nude`). A grid is a template with slots, as in the restricted-gradient
 paper (arXiv:2412.07808: moods x activities x places x times); two sets of prompts are disjoint if some slot's levels are.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import string
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
+
+from raysweep.tasks.kinds import by_key, tag
 
 
 class PromptError(ValueError):
@@ -37,6 +40,7 @@ class PromptFile(_Prompts):
     file: Path = Field(description="path of the file; .csv, or .json")
     prompt: str = Field("prompt", description="column of prompts")
     label: str = Field("label", description="column of classes")
+    labelled: str | None = Field(None, description="the class of all of them, where no column says it")
     other: str | None = Field(None, description="column of labels of a second domain")
 
     def rows(self) -> list[tuple[str, str, str | None]]:
@@ -45,7 +49,7 @@ class PromptFile(_Prompts):
         except OSError as error:
             raise PromptError(f"{self.file}: {error.strerror or error}") from error
         if self.file.suffix == ".csv":
-            rows: Any = list(csv.DictReader(text.splitlines()))
+            rows: Any = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
             try:
                 rows = json.loads(text)
@@ -56,13 +60,15 @@ class PromptFile(_Prompts):
                 f"{self.file}: must be a list of objects such as {{{self.prompt!r}: ..., {self.label!r}: ...}}"
             )
         found: dict[tuple[str, str, str | None], None] = {}
+        label = self.label if self.labelled is None else None
         for number, row in enumerate(rows, 1):
-            missing = [c for c in (self.prompt, self.label, self.other) if c is not None and not row.get(c)]
+            missing = [c for c in (self.prompt, label, self.other) if c is not None and not row.get(c)]
             if missing:
                 there = ", ".join(k for k in row if k)
                 raise PromptError(f"{self.file}: row {number} has no {missing[0]!r}; its columns: {there}")
             other = None if self.other is None else str(row[self.other]).strip()
-            found[(str(row[self.prompt]).strip(), str(row[self.label]).strip(), other)] = None
+            own = self.labelled or str(row[self.label]).strip()
+            found[(str(row[self.prompt]).strip(), own, other)] = None
         return list(found)
 
 
@@ -104,4 +110,23 @@ class PromptGrid(_Prompts):
         return list(found)
 
 
-Prompts = PromptFile | PromptGrid
+PromptSet = Annotated[
+    Annotated[PromptFile, Tag(tag("file"))] | Annotated[PromptGrid, Tag(tag("template"))], by_key("file", "template")
+]
+
+
+class PromptMix(_Prompts):
+    """Several sets of prompts, such as a file for the forgotten class and a grid for the others."""
+
+    mix: tuple[PromptSet, ...] = Field(min_length=1, description="the sets")
+
+    def rows(self) -> list[tuple[str, str, str | None]]:
+        return list(dict.fromkeys(row for part in self.mix for row in part.rows()))
+
+
+Prompts = Annotated[
+    Annotated[PromptFile, Tag(tag("file"))]
+    | Annotated[PromptGrid, Tag(tag("template"))]
+    | Annotated[PromptMix, Tag(tag("mix"))],
+    by_key("file", "template", "mix"),
+]

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator
 
 from raysweep import unpickle
+from raysweep.tasks.kinds import by_key, tag
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -275,12 +276,19 @@ class TorchvisionSource(_Source):
             yield Record(str(i), partial(_given, image), label)
 
 
+SingleSource = Annotated[
+    Annotated[FolderSource, Tag(tag("folder"))]
+    | Annotated[ParquetSource, Tag(tag("parquet"))]
+    | Annotated[ShardSource, Tag(tag("shards"))]
+    | Annotated[TorchvisionSource, Tag(tag("torchvision"))],
+    by_key("folder", "parquet", "shards", "torchvision"),
+]
+
+
 class MixedSource(_Source):
     """Several sources, one after the other."""
 
-    mix: tuple[FolderSource | ParquetSource | ShardSource | TorchvisionSource, ...] = Field(
-        min_length=1, description="the sources"
-    )
+    mix: tuple[SingleSource, ...] = Field(min_length=1, description="the sources")
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.mix))
@@ -290,7 +298,14 @@ class MixedSource(_Source):
             yield from source.records(tally)
 
 
-Source = FolderSource | ParquetSource | ShardSource | TorchvisionSource | MixedSource
+Source = Annotated[
+    Annotated[FolderSource, Tag(tag("folder"))]
+    | Annotated[ParquetSource, Tag(tag("parquet"))]
+    | Annotated[ShardSource, Tag(tag("shards"))]
+    | Annotated[TorchvisionSource, Tag(tag("torchvision"))]
+    | Annotated[MixedSource, Tag(tag("mix"))],
+    by_key("folder", "parquet", "shards", "torchvision", "mix"),
+]
 
 
 def _without_hashes(files: Any) -> Any:
