@@ -352,8 +352,9 @@ def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: s
             for key, value in presets.settings(tiny, methods, None if cache is None else Path(cache)).items():
                 _put(data, key, value, f"tiny.set.{key}")
     except ValidationError as error:
-        lines = _line_numbers(text)
-        raise ConfigError("\n".join(_explain(e, where, lines, []) for e in error.errors())) from error
+        lines, part = _line_numbers(text), error.title.lower()
+        root = presets.About if part == "about" else presets.Tiny
+        raise ConfigError("\n".join(_explain(e, where, lines, [], root, (part,)) for e in error.errors())) from error
 
 
 def validate(
@@ -439,13 +440,20 @@ def _place(values: list[Any], part: str, item: str) -> int:
     return int(part)
 
 
-def _explain(error: Any, where: str, lines: dict[str, int], set_by_hand: list[str]) -> str:
-    """One sentence for one pydantic error: place, key, what is wrong, what would be valid."""
-    path = [str(p) for p in error["loc"] if str(p) not in names("task") and not str(p).startswith(OPEN)]
+def _explain(
+    error: Any,
+    where: str,
+    lines: dict[str, int],
+    set_by_hand: list[str],
+    root: type[BaseModel] | None = None,
+    above: tuple[str, ...] = (),
+) -> str:
+    """One sentence for one pydantic error: place, key, what is wrong, what would be valid. root: the model, at the keys `above`."""
+    path = [str(p) for p in (*above, *error["loc"]) if str(p) not in names("task") and not str(p).startswith(OPEN)]
     key = ".".join(path)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        message = f"unknown key{suggest(path[-1], _valid_keys(error['loc'][:-1]))}"
+        message = f"unknown key{suggest(path[-1], _valid_keys(root or Sweep, error['loc'][:-1]))}"
     place = where
     if any(key == k or key.startswith(k + ".") or k.startswith(key + ".") for k in set_by_hand):
         place = "command line"
@@ -459,9 +467,9 @@ def _explain(error: Any, where: str, lines: dict[str, int], set_by_hand: list[st
     return f"{place}: {key + ': ' if key else ''}{message}{shown}"
 
 
-def _valid_keys(loc: tuple[Any, ...]) -> list[str]:
-    """Field names of the model at `loc`."""
-    models: dict[str, type[BaseModel]] = {"": Sweep}
+def _valid_keys(root: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """Field names of the model at `loc` below a root."""
+    models: dict[str, type[BaseModel]] = {"": root}
     for part in loc:
         if part == "task":
             models = {"": resolve("task", next(p for p in loc if p in TASKS))}

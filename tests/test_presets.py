@@ -96,6 +96,13 @@ def test_a_copy_of_a_preset_is_planned_as_well(tmp_path, monkeypatch):
     assert "missing   task.base" in result.output
 
 
+def test_a_mistake_in_what_a_copy_says_of_itself(tmp_path):
+    text = presets.path_of("siss-mnist-tshirt").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text.replace('{key: task.base, what: "', '{key: task.base, wath: "'))
+    with pytest.raises(ConfigError, match=r"mine.yaml:11: about\.bring\.0\.wath: unknown key; did you mean 'what'\?"):
+        load(tmp_path / "mine.yaml", (), absent=True)
+
+
 def test_only_presets_are_planned_without_what_they_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("run", "audit.audit.weights.sscd=none.pt", "--dry-run")
