@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from scipy.special import softmax
 
 from evaluators.base import Direction, Evaluator, Inapplicable, Metric, Scores, Subject
 from evaluators.classifier import forget_samples
@@ -97,7 +96,8 @@ class OutsideClassifier(_Recognition):
 
     def predict(self, subject: Subject, images: torch.Tensor) -> np.ndarray:
         net, names = network(subject, "classifier", ImageClassifier), class_names(subject)
-        forgotten = names[subject.task.forget_class or 0]
+        assert subject.task.forget_class is not None
+        forgotten = names[subject.task.forget_class]
         net.columns([forgotten])
         missing = [n for n in names if n.lower() not in net.labels]
         if missing:  # as one of celebrities' faces, which `Detection` asks
@@ -110,8 +110,8 @@ class Detection(Evaluator):
 
     The protocol for celebrities of Selective Amnesia (arXiv:2305.10120), which SFD (arXiv:2409.11219) follows: a model that has
     forgotten a person should still draw people. `absent` is the share of samples in which nothing is found. `identity`, with
-    `weights.classifier`, is the mean probability of the forgotten class over the samples in which something is found, 0 if that
-    are none; a sample counts with the likeliest of its boxes, since one face of the person is enough (the papers leave that
+    `weights.classifier`, is the mean probability of the forgotten class over the samples in which something is found, 0 if there
+    is none; a sample counts with the likeliest of its boxes, since one face of the person is enough (the papers leave that
     open). `control` is the share of real held-out images of the forgotten class in which something is found.
     """
 
@@ -147,7 +147,7 @@ class Detection(Evaluator):
         if where:
             crops = [images[i : i + 1, :, top:bottom, left:right] for i, (left, top, right, bottom) in where]
             logits = net(torch.cat([rgb(crop, net.size) for crop in crops]) * 2 - 1)
-            np.maximum.at(likeliest, [i for i, _ in where], softmax(logits, axis=1)[:, column])
+            np.maximum.at(likeliest, [i for i, _ in where], torch.from_numpy(logits).softmax(1)[:, column])
         return likeliest
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
@@ -169,7 +169,7 @@ class Detection(Evaluator):
                     Metric(name, value, n, None, lo, hi, "clopper-pearson", self.directions[name], reason=reason)
                 )
             elif n < 2:
-                few = "; ".join(filter(None, (reason, f"no interval: {n} samples in which something is found")))
+                few = "; ".join(filter(None, (reason, f"no interval: something is found in {n} of {len(seen)}")))
                 rows.append(Metric(name, value, n, direction=self.directions[name], reason=few))
             else:
                 se, lo, hi = t_interval(scores["forgotten"][seen])

@@ -326,7 +326,10 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = Fals
         raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: must be a mapping of keys, not {type(data).__name__}")
-    data = json.loads(json.dumps(data, default=str))  # what aliases share would change together
+    try:
+        data = json.loads(json.dumps(data, default=str))  # what aliases share would change together
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: keys must be text or numbers, and nothing may hold itself ({error})") from error
     _scale(data, overrides, where, text)
     set_by_hand = [_override(data, item) for item in overrides]
     return validate(data, where, text, set_by_hand, absent and data.get("scale") == "paper")

@@ -54,6 +54,8 @@ def test_digest_ignores_where_and_how_fast():
         ("search: {trials: 7}\n", (), ["multiple of 6"]),
         ("search: [1\n", (), ["not valid YAML"]),
         ("- a\n", (), ["mapping"]),
+        ("2024-01-01: a\n", (), ["sweep.yaml: keys must be text or numbers"]),
+        ("task: &a {x: *a}\n", (), ["sweep.yaml: keys must be text or numbers, and nothing may hold itself"]),
         ("task: {name: digits-clas}\n", (), ["task.name", "'digits-class'"]),
         ("task: {name: digits-class, forget: 12}\n", (), ["class 12 is not in the data", "0 to 9"]),
         ("task: {name: digits-class, forget: 8}\n", (), ["override"]),

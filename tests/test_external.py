@@ -171,7 +171,7 @@ def test_where_hardly_anything_is_found_there_is_no_interval(named, brought, jud
     metrics = {m.name: m for m in reduce(Detection(), scores, one, 5)[0]}
     assert metrics["identity"].value == pytest.approx(0.7 * shown)
     assert metrics["identity"].lo is None
-    assert f"no interval: {shown} samples" in metrics["identity"].reason
+    assert f"no interval: something is found in {shown} of 20" in metrics["identity"].reason
     assert all(
         m.reason.startswith("not to be trusted: it finds nothing in 100% of real images") for m in metrics.values()
     )
