@@ -20,9 +20,9 @@ from pathlib import Path
 import ray
 from ray.train import ScalingConfig
 
-from raysweep.config import load
 from raysweep.models.pixel import PixelDDPM
 from raysweep.pool import ENVIRONMENT
+from raysweep.reader import load
 from raysweep.rundir import versions
 from raysweep.store import write_folder
 from raysweep.train.groups import NAMESPACE, Broker, Executor, Isolated, Warm, start_group, stop_groups

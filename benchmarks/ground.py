@@ -20,10 +20,11 @@ from methods.base import Diverged, Method
 from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.audit.auditor import load_judge
 from raysweep.audit.measure import Measurement, measure, subject_of
-from raysweep.config import Sweep, Tier, load
+from raysweep.config import Sweep, Tier
 from raysweep.models.pixel import PixelDDPM
 from raysweep.objectives import Anchors, Measured, Objectives, View, assess_views, objectives
 from raysweep.prepare import judge_files, prepares, retrain_jobs
+from raysweep.reader import load
 from raysweep.registry import resolve
 from raysweep.seeds import derive_seed
 from raysweep.store import write_folder

@@ -28,9 +28,8 @@ import torch
 from ground import Ground, machine, save_lines
 
 from evaluators.statistics import t_interval
-from raysweep.config import method_names
 from raysweep.models.pixel import PixelDDPM
-from raysweep.registry import resolve
+from raysweep.registry import method_names, resolve
 from raysweep.seeds import derive_seed
 from raysweep.spaces import load as load_space
 

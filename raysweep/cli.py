@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _config(path: str | None, overrides: tuple[str, ...], absent: bool = False) -> Any:
-    from raysweep.config import load
+    from raysweep.reader import load
 
     if path is not None and "=" in path:
         overrides, path = (path, *overrides), None

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 import search_spaces
 from raysweep import presets
-from raysweep.config import validate
+from raysweep.reader import validate
 from raysweep.registry import external, names, resolve
 from raysweep.rundir import list_runs
 from raysweep.spaces import load

@@ -135,6 +135,11 @@ def module_of(kind: str, name: str) -> str:
     return (_TABLES[kind].get(name) or external(kind)[name]).split(":")[0]
 
 
+def method_names() -> list[str]:
+    """Searchable methods that come with raysweep."""
+    return sorted(set(METHODS) - {"retrain"})
+
+
 def suggest(name: str, valid: list[str]) -> str:
     """ "; did you mean 'x'? valid: ..." for an error message."""
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)

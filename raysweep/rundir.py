@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from raysweep.artifacts import ROOT, cache_folder
 from raysweep.config import ConfigError, Sweep
-from raysweep.config import validate as validate_config
+from raysweep.reader import validate as validate_config
 from raysweep.store import clear_temporaries, write_bytes, write_json
 
 PACKAGES = (

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from raysweep.cli import main
-from raysweep.config import load
+from raysweep.reader import load
 
 SURFACE = {
     "audit": ["MODEL_DIR", "CONFIG", "OVERRIDES", "--base", "--oracle", "--json"],

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.config import ConfigError, Sweep, load
+from raysweep.config import ConfigError, Sweep
+from raysweep.reader import load
 
 
 def write(tmp_path: Path, text: str) -> Path:

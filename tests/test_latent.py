@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from evaluators.judge import Judge
 from methods.retrain import Retrain, RetrainSettings
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config import ConfigError, Sweep, Tier, load
+from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.fit import resolve_sweep
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
@@ -26,6 +26,7 @@ from raysweep.models.embeddings import Embeddings
 from raysweep.models.latent import ATTENTION, Frozen, LatentText
 from raysweep.models.words import tokenizer_of
 from raysweep.prepare import check_oracles
+from raysweep.reader import load
 from raysweep.registry import BY_WEIGHTS, EVALUATORS, resolve
 from raysweep.single import audit_model
 from raysweep.tasks.task import Split, encoded

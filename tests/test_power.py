@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from evaluators.statistics import clopper_pearson
-from raysweep.config import ConfigError, load
+from raysweep.config import ConfigError
 from raysweep.fit import resolve_sweep
 from raysweep.power import Requirement, detectable, requirements, undecidable
+from raysweep.reader import load
 
 
 def sweep(**require: str):

@@ -13,8 +13,9 @@ from small import start
 
 from raysweep import forecast, presets
 from raysweep.cli import main
-from raysweep.config import ConfigError, Sweep, load
+from raysweep.config import ConfigError, Sweep
 from raysweep.models import families
+from raysweep.reader import load
 from raysweep.resources import Node
 from raysweep.spaces import load as load_space
 from raysweep.store import ROWS, read_table

@@ -15,9 +15,9 @@ from evaluators.base import Evaluator
 from evaluators.durability import Durability
 from methods.base import Method
 from raysweep.artifacts import training_code
-from raysweep.config import load
 from raysweep.fit import refusals
 from raysweep.presets import path_of
+from raysweep.reader import load
 from raysweep.registry import ATTACKS, EVALUATORS, METHODS, TASKS, UnknownName, names, resolve
 
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from raysweep.config import ConfigError, load
+from raysweep.config import ConfigError
+from raysweep.reader import load
 from raysweep.resources import Node, make_plan
 
 

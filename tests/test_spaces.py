@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 
 import search_spaces
 from raysweep import spaces
-from raysweep.config import method_names
+from raysweep.registry import method_names
 from raysweep.search import FINAL, ParetoSearch, open_study
 from raysweep.spaces import Parameter, Point, Space, SpaceError
 

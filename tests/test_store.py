@@ -15,8 +15,9 @@ from tiny import tiny_model
 from raysweep import store
 from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.audit.manager import read_log
-from raysweep.config import ConfigError, load
+from raysweep.config import ConfigError
 from raysweep.models.pixel import PixelDDPM
+from raysweep.reader import load
 from raysweep.rundir import RunDir
 from raysweep.store import ROWS, StoreError, digest_state, read_table, write_bytes, write_folder, write_table
 
