@@ -11,8 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
+
+from raysweep.texts import load_yaml, read_text
 
 Scale = Literal["paper", "tiny"]
 
@@ -87,7 +88,7 @@ def about(name: str) -> About:
 
 def about_of(path: Path) -> About:
     """What the file of a preset, or a copy of one, says of itself."""
-    return About.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))["about"])
+    return About.model_validate(load_yaml(read_text(path))["about"])
 
 
 def settings(tiny: Any, methods: int, cache: Path | None) -> dict[str, Any]:

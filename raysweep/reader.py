@@ -13,6 +13,7 @@ from raysweep import presets
 from raysweep.config import AuditConfig, ConfigError, Sweep
 from raysweep.registry import TASKS, names, resolve, suggest
 from raysweep.tasks.kinds import OPEN
+from raysweep.texts import TextError, load_yaml, read_text
 
 
 def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = False) -> Sweep:
@@ -28,13 +29,16 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = Fals
         where = str(path)
         if not path.is_file():
             raise ConfigError(f"{path}: no such file")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = read_text(path)
+        except TextError as error:
+            raise ConfigError(str(error)) from error
     try:
-        data = yaml.safe_load(text) or {}
+        data = load_yaml(text) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        raise ConfigError(f"{where}{line}: not valid YAML: {_problem(error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: must be a mapping of keys, not {type(data).__name__}")
     try:
@@ -103,15 +107,19 @@ def validate(
         raise ConfigError("\n".join(_explain(e, where, lines, set_by_hand or []) for e in error.errors())) from error
 
 
+def _problem(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
 def _override(data: dict[str, Any], item: str) -> str:
     """Sets `a.b=value` in nested `data`, the value parsed as YAML; returns the dotted key."""
     key, found, raw = item.partition("=")
     if not found or not all(key.split(".")):
         raise ConfigError(f"{item!r}: an override has the form key=value, for example search.trials=12")
     try:
-        value = yaml.safe_load(raw)
+        value = load_yaml(raw)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{item!r}: the value is not valid YAML") from error
+        raise ConfigError(f"{item!r}: the value is not valid YAML: {_problem(error)}") from error
     _put(data, key, value, item)
     return key
 
@@ -159,6 +167,8 @@ def _explain(
         line = next((lines[k] for k in (key, ".".join(path[:-1])) if k in lines), None)
         place = f"{where}:{line}" if line else where
     given = error.get("input")
+    if error["type"] == "string_type" and isinstance(given, int | float):
+        message = "must be text; YAML reads this as a number or a truth value unless it stands in quotes"
     shown = (
         f" (got {given!r})" if isinstance(given, str | int | float | bool) and error["type"] != "value_error" else ""
     )

@@ -13,13 +13,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from raysweep.artifacts import ROOT, cache_folder
 from raysweep.config import ConfigError, Sweep
 from raysweep.reader import validate as validate_config
 from raysweep.store import clear_temporaries, write_bytes, write_json
+from raysweep.texts import dump_yaml, load_yaml
 
 PACKAGES = (
     "raysweep", "torch", "ray", "optuna", "diffusers", "torch-fidelity", "numpy", "scipy", "pyarrow", "moocore",
@@ -72,7 +72,7 @@ class RunDir:
         """The resolved config of the run."""
         self.read_manifest()
         text = self.config.read_text()
-        return validate_config(yaml.safe_load(text), str(self.config), text, stored=True)
+        return validate_config(load_yaml(text), str(self.config), text, stored=True)
 
     def check(self, sweep: Sweep) -> None:
         """Raises ConfigError if the directory holds something else than this sweep."""
@@ -108,7 +108,7 @@ class RunDir:
             clear_temporaries(self.path)
             clear_temporaries(cache_folder(sweep.cache), DAY_S)  # other runs write there too
             if not self.exists():
-                text = "# resolved config of this run\n" + yaml.safe_dump(sweep.resolved(), sort_keys=False)
+                text = "# resolved config of this run\n" + dump_yaml(sweep.resolved())
                 write_bytes(self.config, text.encode())
                 write_json(self.manifest, _manifest(sweep, digests))
             self.update(state="running", pid=os.getpid(), resumed_at=_now())

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -19,6 +18,7 @@ from raysweep.informative import caveat
 from raysweep.results import trial_table
 from raysweep.rundir import RunDir
 from raysweep.store import FRONT, ROWS, SCORES, read_table
+from raysweep.texts import dump_yaml
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")  # colour-blind safe
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "pentagon", "hexagon", "star-triangle-down")
@@ -132,7 +132,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "failures": [{"trial": t["trial"], "reason": t["reason"]} for t in failed],
         "absent": [{"check": c, "status": s, "reason": why} for c, s, why in reasons],
         "untested": untested(data),
-        "config": yaml.safe_dump(data.sweep.resolved(), sort_keys=False),
+        "config": dump_yaml(data.sweep.resolved()),
         "versions": sorted(data.manifest["versions"].items()),
         "command": f"raysweep run {data.sweep.name}.yaml",
     }
