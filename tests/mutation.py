@@ -1,0 +1,99 @@
+"""Seeded mutations of what users write: trees of settings, text and bytes. The same seed gives the same mutation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+# what ends up in a field by mistake: nothing, another kind of thing, an extreme, a number or a switch as text, odd text
+ODD: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 3, 10**6, 10**30, 0.0, -0.5, 0.37, 1e-300, 1e300, float("nan"), float("inf"), -float("inf"),
+    "", " ", "0", "1e-5", "1e400", "yes", "null", ".", "..", "~", "/", "/nowhere/at/all", "~nobody/x", "s3://bucket/key",
+    "a\nb", "\0", "\u2028", "\ufeffx", "\U0001f600", "é" * 300, "a" * 5000, "{made}", "%s", "${HOME}", "$x$", "[", "<b>&",
+    [], [[]], [None], ["a", 1], [1, 2, 3], [float("nan")], {}, {"": 1}, {"a": {"b": None}}, {"log": [0, 1]}, {"choice": []},
+    {"uniform": [1, 0]}, {"log": ["1e-5", "1e-3"]}, {"choice": [[1], {"a": 1}]}, {"int": [0.5, 2]},
+)  # fmt: skip
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all values below the root of a tree of dicts and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def at(tree: Any, path: tuple[Any, ...]) -> Any:
+    """The value at a path."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def misspell(text: str, rng: np.random.Generator) -> str:
+    """A letter left out, doubled or exchanged."""
+    if not text:
+        return "x"
+    i = int(rng.integers(len(text)))
+    return (text[:i] + text[i + 1 :], text[:i] + text[i] + text[i:], text[:i] + "q" + text[i + 1 :])[rng.integers(3)]
+
+
+def mutated_tree(tree: Any, rng: np.random.Generator, times: int = 1) -> Any:
+    """A copy of a tree in which up to `times` values are replaced, removed, renamed, moved, doubled or made another type."""
+    tree = copy.deepcopy(tree)
+    for _ in range(int(rng.integers(1, times + 1))):
+        every = list(places(tree))
+        if not every:
+            return tree
+        *parents, last = every[rng.integers(len(every))]
+        parent = at(tree, tuple(parents))
+        value = parent[last]
+        action = rng.integers(7)
+        if action == 0:
+            del parent[last]
+        elif action == 1 and isinstance(parent, dict):
+            parent[misspell(str(last), rng)] = parent.pop(last)
+        elif action == 2:
+            parent[last] = copy.deepcopy(at(tree, every[rng.integers(len(every))]))
+        elif action == 3:
+            parent[last] = [value] if rng.integers(2) else {str(last): value}
+        elif action == 4 and isinstance(value, int | float) and not isinstance(value, bool):
+            parent[last] = (-value, value * 1000, value / 1000, str(value), value + 0.5)[rng.integers(5)]
+        elif action == 4 and isinstance(value, str):
+            parent[last] = misspell(value, rng)
+        elif action == 4 and isinstance(value, list):
+            parent[last] = value * 2 if rng.integers(2) else value[::-1]
+        else:
+            parent[last] = copy.deepcopy(ODD[rng.integers(len(ODD))])
+    return tree
+
+
+def mutated_bytes(content: bytes, rng: np.random.Generator) -> bytes:
+    """Bytes with some changed, cut out, put in or cut off, or with another encoding's marks."""
+    data = bytearray(content)
+    for _ in range(int(rng.integers(1, 4))):
+        i = int(rng.integers(len(data) + 1))
+        action = rng.integers(8)
+        if action == 0:
+            del data[i:]
+        elif action == 1:
+            del data[i : i + int(rng.integers(1, 20))]
+        elif action == 2:
+            data[i:i] = rng.bytes(int(rng.integers(1, 20)))
+        elif action == 3:
+            data[:0] = (b"\xef\xbb\xbf", b"\xff\xfe", b"\0", b"\r\n")[rng.integers(4)]
+        elif action == 4:
+            data[i:i] = (b"\t", b"\xe9", b"\xe2\x80\xa8", b"\r", b'"', b"'", b": ", b"- ", b"\n", b"{", b"&a ", b"*a", b"!!")[
+                rng.integers(13)
+            ]
+        elif action == 5 and data:
+            data[min(i, len(data) - 1)] ^= 1 << int(rng.integers(8))
+        elif action == 6:
+            data += data[: int(rng.integers(len(data) + 1))]
+        elif data:
+            j = int(rng.integers(len(data)))
+            data[i : i + 16] = data[j : j + 16]
+    return bytes(data)

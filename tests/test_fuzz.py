@@ -1,0 +1,116 @@
+"""Whatever users write ends in an answer: exit code 0 with what was asked for, or 2 with messages; never in a traceback.
+
+`pytest -m slow tests/test_fuzz.py` runs all: 10,000 configs and 1,000 each of model folders, pictures and tables. What fails
+names its seed; `FUZZ_SEEDS=17,2041 pytest -m slow tests/test_fuzz.py -k configs` runs those alone.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import traceback
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+from mutation import mutated_bytes, mutated_tree
+
+from raysweep import presets
+from raysweep.cli import main
+from raysweep.config import Sweep
+
+pytestmark = pytest.mark.slow
+
+SHARDS = 20
+ROOT = Path(__file__).resolve().parent.parent
+ANSWER_S = 120  # a question that takes longer counts as hung
+MEMORY = 12 << 30  # bytes of address space; what asks for more ends in MemoryError, and so as a failure
+
+
+def seeds(count: int, shard: int) -> list[int]:
+    """The seeds of one shard, or those asked for by FUZZ_SEEDS (in the first shard)."""
+    asked = os.environ.get("FUZZ_SEEDS")
+    if asked:
+        return [int(s) for s in asked.split(",")] if shard == 0 else []
+    return list(range(shard, count, SHARDS))
+
+
+@pytest.fixture(autouse=True)
+def bounded(monkeypatch, tmp_path):
+    """An empty working folder, and bounds on the memory of a question."""
+    monkeypatch.chdir(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def ask(*arguments: str) -> tuple[int, str, str]:
+    """(exit code, output, what is wrong with the answer: empty if nothing)."""
+
+    def late(signum, frame):
+        raise TimeoutError(f"no answer within {ANSWER_S} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(ANSWER_S)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = CliRunner().invoke(main, list(arguments))
+    finally:
+        signal.alarm(0)
+    wrong = ""
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        frames = traceback.extract_tb(result.exception.__traceback__)[-4:]
+        where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+        wrong = f"{type(result.exception).__name__}: {str(result.exception)[:200]} ({where})"
+    elif result.exit_code not in (0, 2):
+        wrong = f"exit code {result.exit_code}"
+    elif "Traceback" in result.output:
+        wrong = "a traceback in the output"
+    elif result.exit_code == 2 and not result.output.strip():
+        wrong = "no message"
+    return result.exit_code, result.output, wrong
+
+
+def report(failures: dict[int, str], answers: list[int]) -> None:
+    """Fails with every seed whose answer was wrong; and if nothing was refused, since then nothing was tried."""
+    assert not failures, "\n".join(f"seed {seed}: {wrong}" for seed, wrong in failures.items())
+    if len(answers) > 20:
+        assert 2 in answers
+
+
+def starts() -> list[str]:
+    """Texts of configs: every setting of the default, the examples, the presets."""
+    files = sorted((ROOT / "examples").glob("*.yaml")) + [presets.path_of(name) for name in presets.names()]
+    return [yaml.safe_dump(Sweep().resolved(), sort_keys=False), *(f.read_text(encoding="utf-8") for f in files)]
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_configs(shard, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path_factory.getbasetemp().parent / "fuzz-cache"))
+    failures, answers, texts = {}, [], starts()
+    for seed in seeds(10_000, shard):
+        rng = np.random.default_rng([7, seed])
+        text, more = texts[rng.integers(len(texts))], []
+        tree = yaml.safe_load(text)
+        if rng.integers(4):
+            # other miniatures would have to be made, which takes longer than all that is tried here
+            tiny = tree.pop("tiny", None) if rng.integers(10) else None
+            tree = mutated_tree(tree, rng, 3)
+            if tiny and isinstance(tree, dict):
+                tree["tiny"], more = tiny, ["scale=tiny"] if rng.integers(2) else []
+            content = yaml.safe_dump(tree, sort_keys=False, allow_unicode=bool(rng.integers(2))).encode()
+        else:
+            content = mutated_bytes(text.encode(), rng)
+        Path("config.yaml").write_bytes(content)
+        code, _, wrong = ask("validate", "config.yaml", *more)
+        answers.append(code)
+        if wrong:
+            failures[seed] = wrong
+    report(failures, answers)
