@@ -34,6 +34,10 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+class PresetError(ValueError):
+    """A part of a preset cannot be used; the message begins with its key."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -92,11 +96,19 @@ def about_of(path: Path) -> About:
 
 
 def settings(tiny: Any, methods: int, cache: Path | None) -> dict[str, Any]:
-    """The settings that make a preset tiny, dotted; makes the miniatures that they name. Raises ValidationError."""
-    from raysweep.miniature import made
+    """The settings that make a preset tiny, dotted; makes the miniatures that they name.
+
+    Raises:
+        ValidationError: `tiny` has other keys than `make` and `set`.
+        PresetError: a miniature cannot be made.
+    """
+    from raysweep.miniature import MiniatureError, made
 
     parts = Tiny.model_validate(tiny)
-    where = str(made(parts.make, cache))
+    try:
+        where = str(made(parts.make, cache))
+    except MiniatureError as error:
+        raise PresetError(f"tiny.make.{error}") from error
     return SMALL | {"search.trials": 2 * methods} | {key: _filled(value, where) for key, value in parts.set.items()}
 
 

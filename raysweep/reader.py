@@ -66,9 +66,13 @@ def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: s
         if data["scale"] == "tiny":
             data["name"] = f"{data.get('name')}-tiny"
             cache = asked.get("cache", data.get("cache"))
-            methods = len(asked.get("methods") or data["methods"])
-            for key, value in presets.settings(tiny, methods, None if cache is None else Path(cache)).items():
+            methods = asked.get("methods", data.get("methods"))
+            if not isinstance(methods, list) or not methods:
+                raise ConfigError(f"{where}: methods: must be a list of methods (`raysweep ls methods`)")
+            for key, value in presets.settings(tiny, len(methods), None if cache is None else Path(cache)).items():
                 _put(data, key, value, f"tiny.set.{key}")
+    except presets.PresetError as error:
+        raise ConfigError(f"{where}: {error}") from error
     except ValidationError as error:
         lines, part = _line_numbers(text), error.title.lower()
         root = presets.About if part == "about" else presets.Tiny

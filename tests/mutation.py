@@ -86,9 +86,21 @@ def mutated_bytes(content: bytes, rng: np.random.Generator) -> bytes:
         elif action == 3:
             data[:0] = (b"\xef\xbb\xbf", b"\xff\xfe", b"\0", b"\r\n")[rng.integers(4)]
         elif action == 4:
-            data[i:i] = (b"\t", b"\xe9", b"\xe2\x80\xa8", b"\r", b'"', b"'", b": ", b"- ", b"\n", b"{", b"&a ", b"*a", b"!!")[
-                rng.integers(13)
-            ]
+            data[i:i] = (
+                b"\t",
+                b"\xe9",
+                b"\xe2\x80\xa8",
+                b"\r",
+                b'"',
+                b"'",
+                b": ",
+                b"- ",
+                b"\n",
+                b"{",
+                b"&a ",
+                b"*a",
+                b"!!",
+            )[rng.integers(13)]
         elif action == 5 and data:
             data[min(i, len(data) - 1)] ^= 1 << int(rng.integers(8))
         elif action == 6:

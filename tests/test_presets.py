@@ -184,3 +184,20 @@ def test_a_preset_runs_to_its_report(tmp_path: Path, cache: Path, name: str):
     for candidate in (run / "candidates").iterdir():
         card = json.loads((candidate / "raysweep.json").read_text())
         assert families.load(candidate).digest == card["outcome"]["digest"]
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        ({"x": {"tree": {"syles": []}}}, "tiny.make.x: tree cannot work with"),
+        ({"x": {"forest": None}}, "tiny.make.x: takes one of"),
+        ({"x": {}}, "tiny.make.x: takes one of"),
+        ({"x": {"files": {"images": "many"}}}, "tiny.make.x: files cannot work with"),
+    ],
+)
+def test_miniatures_that_cannot_be_made_are_told_by_their_key(make, told, tmp_path):
+    data = yaml.safe_load(presets.path_of("siss-celebahq").read_text())
+    data["tiny"]["make"] = make
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=told):
+        load(tmp_path / "mine.yaml", ("scale=tiny", f"cache={tmp_path}"))

@@ -19,16 +19,29 @@ MAKERS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 
 
+class MiniatureError(ValueError):
+    """A miniature cannot be made as it is asked for; the message says which, and why."""
+
+
 def made(spec: dict[str, Any], cache: Path | None) -> Path:
-    """The folder that holds what `spec` asks for: name -> {maker: its arguments}. Made once, found again in the cache."""
+    """The folder that holds what `spec` asks for: name -> {maker: its arguments}. Made once, then read from the cache.
+
+    Raises:
+        MiniatureError: a maker that does not exist, or arguments that it cannot work with.
+    """
     code = code_digest("raysweep/miniature/*.py", "raysweep/tasks/scans.py", "raysweep/models/*.py")
     folder = cache_folder(cache) / "miniatures" / digest_of(spec, code)
     if not folder.is_dir():
 
         def fill(out: Path) -> None:
             for name, how in spec.items():
+                if len(how) != 1 or next(iter(how)) not in MAKERS:
+                    raise MiniatureError(f"{name}: takes one of {', '.join(MAKERS)}, not {', '.join(how) or 'nothing'}")
                 ((maker, arguments),) = how.items()
-                MAKERS[maker](out / name, **(arguments or {}))
+                try:
+                    MAKERS[maker](out / name, **(arguments or {}))
+                except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                    raise MiniatureError(f"{name}: {maker} cannot work with {arguments} ({error})") from error
 
         write_folder(folder, fill)
     return folder
