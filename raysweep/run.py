@@ -40,6 +40,7 @@ from raysweep.results import (
 from raysweep.rundir import RunDir
 from raysweep.search import ParetoSearch
 from raysweep.spaces import Space
+from raysweep.store import checkpoint_path
 from raysweep.tasks.task import Task
 from raysweep.trial import make_executor, trial
 
@@ -179,6 +180,7 @@ class _Events(tune.Callback):
 
     def ended(self, config: dict[str, Any], result: dict[str, Any]) -> None:
         self.done += 1
+        checkpoint_path(self.folder.candidates / config["trial"]).unlink(missing_ok=True)  # a trial that failed left it
         settings = " ".join(f"{k}={_short(v)}" for k, v in config["hyperparameters"].items())
         total = self.sweep.search.trials
         if result.get("reason"):

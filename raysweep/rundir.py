@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from raysweep.artifacts import ROOT, cache_folder
 from raysweep.config import ConfigError, Sweep
 from raysweep.reader import validate as validate_config
-from raysweep.store import clear_temporaries, write_bytes, write_json
+from raysweep.store import CHECKPOINT, clear_temporaries, write_bytes, write_json
 from raysweep.texts import dump_yaml, load_yaml
 
 PACKAGES = (
@@ -28,6 +28,7 @@ PACKAGES = (
 
 
 DAY_S = 24 * 3600.0
+MONTH_S = 30 * DAY_S
 
 
 class RunDir:
@@ -107,6 +108,7 @@ class RunDir:
             self.check(sweep)
             clear_temporaries(self.path)
             clear_temporaries(cache_folder(sweep.cache), DAY_S)  # other runs write there too
+            clear_temporaries(cache_folder(sweep.cache), MONTH_S, CHECKPOINT)
             if not self.exists():
                 text = "# resolved config of this run\n" + dump_yaml(sweep.resolved())
                 write_bytes(self.config, text.encode())

@@ -7,15 +7,17 @@ nothing or all of it. Tables are parts that are written once and never changed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = "3"
+TEMPORARY = ".*.tmp"  # what is being written
+CHECKPOINT = ".*.partial.pt"  # checkpoints of training that has not ended
+RENAMES = 10  # attempts to put a folder in its place
 
 
 class StoreError(RuntimeError):
@@ -119,20 +124,39 @@ FRONT = pa.schema(
 )
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file atomically and durably; raises StoreError and leaves the old file in place on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` for what is not finished yet. No other process, thread or host on the same storage has it, which a
+    process id would not promise, and `clear_temporaries` knows it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.tmp")
+
+
+def checkpoint_path(path: Path) -> Path:
+    """Where the last checkpoint of what will be made at `path` is kept until it is made."""
+    return path.with_name(f".{path.name}.partial.pt")
+
+
+def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Writes what `fill` puts into an open file, atomically and durably; raises StoreError and leaves the old file in place if
+    the system refuses."""
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        if isinstance(error, OSError):
+            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file atomically and durably; raises StoreError and leaves the old file in place on failure."""
+    write_file(path, lambda file: file.write(data))
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -165,28 +189,58 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Makes a folder atomically: `fill` writes into a temporary one, which then takes its place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Makes a folder atomically: `fill` writes into a temporary one, which then takes its place.
+
+    Where several processes make the same folder at once, on one host or on many, the last one to end wins.
+    """
+    temporary = temporary_path(path)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         fill(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        _take_place(temporary, path)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def clear_temporaries(folder: Path, age_s: float = 0.0) -> None:
-    """Removes what writes that were killed have left below `folder`, if it is older than `age_s` seconds."""
+def _take_place(new: Path, path: Path) -> None:
+    """Renames a folder to `path`. One that is there is renamed first, so that nobody finds it half deleted."""
+    for attempt in range(RENAMES):
+        old = temporary_path(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError as error:  # another writer was quicker between the two renames
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == RENAMES - 1:
+                raise
+        else:
+            return
+        finally:
+            _remove(old)
+
+
+def clear_temporaries(folder: Path, age_s: float = 0.0, pattern: str = TEMPORARY) -> None:
+    """Removes what writes that were killed have left below `folder`, if nothing in it was written for `age_s` seconds."""
     before = time.time() - age_s
-    for leftover in [*folder.rglob(".*.tmp")]:
+    for leftover in [*folder.rglob(pattern)]:
         with contextlib.suppress(OSError):  # its writer was alive after all, and has just ended
-            if leftover.stat().st_mtime <= before:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if _last_written(leftover) <= before:
+                _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _last_written(path: Path) -> float:
+    """Unix time of the last change to a file, or to anything in a folder: writing into a file does not touch its folder."""
+    return max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
 
 
 def alike(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +20,17 @@ from raysweep.config import ConfigError
 from raysweep.models.pixel import PixelDDPM
 from raysweep.reader import load
 from raysweep.rundir import RunDir
-from raysweep.store import ROWS, StoreError, digest_state, read_table, write_bytes, write_folder, write_table
+from raysweep.store import (
+    ROWS,
+    TEMPORARY,
+    StoreError,
+    digest_state,
+    read_table,
+    write_bytes,
+    write_file,
+    write_folder,
+    write_table,
+)
 
 ROW = {"subject": "t", "tier": "probe", "check": "c", "metric": "m", "value": 1.0, "n": 3, "status": "ok"}
 
@@ -84,6 +95,51 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == []
     write_folder(tmp_path / "c", lambda folder: (folder / "a").write_text("a"))
     assert (tmp_path / "c" / "a").read_text() == "a"
+
+
+def test_writers_of_one_name_do_not_meet(tmp_path, monkeypatch):
+    """On two hosts, or in two containers, processes have equal ids: what one is writing is not the other's."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path, names = tmp_path / "a.json", set()
+
+    def other_writes_meanwhile(file):
+        names.update(os.listdir(tmp_path))
+        write_bytes(path, b"other")
+        file.write(b"mine")
+
+    write_file(path, other_writes_meanwhile)
+    assert path.read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert all(Path(name).match(TEMPORARY) for name in names)
+
+    def fill(text: str):
+        return lambda folder: (folder / text).write_text(text)
+
+    def other_folder_meanwhile(folder: Path):
+        write_folder(tmp_path / "c", fill("other"))
+        (folder / "mine").write_text("mine")
+
+    write_folder(tmp_path / "c", other_folder_meanwhile)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["mine"]
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "c"]
+
+
+def test_a_folder_is_there_whole_while_many_write_it(tmp_path):
+    """Sixteen writers at once: none fails, one of them wins, and its folder is complete."""
+    files = [f"{k}.bin" for k in range(20)]
+
+    def write(number: int) -> None:
+        def fill(folder: Path) -> None:
+            for name in files:
+                (folder / name).write_text(str(number))
+
+        write_folder(tmp_path / "c", fill)
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(write, range(64)))
+    assert len({(tmp_path / "c" / name).read_text() for name in files}) == 1
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == sorted(files)
+    assert os.listdir(tmp_path) == ["c"]
 
 
 def test_tensors_only_as_safetensors(tmp_path):
@@ -163,9 +219,16 @@ def test_what_killed_writes_left_is_cleared_away(tmp_path):
     os.utime(left[1], (0, 0))
     (model := folder.path / "candidates" / ".000-rgd.7.tmp").mkdir(parents=True)
     (model / "config.json").write_text("{}")
+    (writing := cache / "models" / ".base.9.tmp").mkdir(parents=True)  # begun long ago, and still being written
+    (writing / "weights").write_bytes(b"")
+    os.utime(writing, (0, 0))
+    kept, forgotten = (cache / "models" / f".{name}.partial.pt" for name in ("kept", "forgotten"))
+    for path in (kept, forgotten):
+        path.write_bytes(b"")
+    os.utime(forgotten, (0, 0))
     with folder.claim(sweep, {}):
-        assert alive.exists()  # another run may be writing it
-        assert not any(p.exists() for p in (*left, model))
+        assert all(p.exists() for p in (alive, writing, kept))  # another run may be writing them, or go on from them
+        assert not any(p.exists() for p in (*left, model, forgotten))
         left[0].write_bytes(b"PAR1")
     assert not left[0].exists()
 

@@ -17,6 +17,7 @@ import contextlib
 import os
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -28,6 +29,7 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
+from raysweep.store import temporary_path
 from raysweep.train.jobs import Job, Outcome, finished
 
 if TYPE_CHECKING:
@@ -183,15 +185,22 @@ class Isolated:
 
 @ray.remote(num_cpus=0, max_retries=ATTEMPTS - 1)
 def _fit(job: Job, scaling: ScalingConfig, storage: str) -> Outcome:
-    """Trains a job by a TorchTrainer. The Train run is named by the job, because Train resumes by name."""
+    """Trains a job by a TorchTrainer. The Train run is named by the job, because Train resumes by name.
+
+    A worker that ran out of time says so by a file of this attempt alone, which its successor reads: the job may be asked for
+    again with a longer budget.
+    """
     from ray.train.torch import TorchTrainer
 
+    name = f"{job.id}-{job.digest}"
+    overdue = temporary_path(Path(storage) / f"{name}.overdue")
+    overdue.parent.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
         _single,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "overdue": str(overdue)},
         scaling_config=scaling,
         run_config=RunConfig(
-            name=f"{job.id}-{job.digest}",
+            name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=ATTEMPTS - 1, controller_failure_limit=20),
         ),
@@ -201,6 +210,8 @@ def _fit(job: Job, scaling: ScalingConfig, storage: str) -> Outcome:
     except ray.train.TrainingFailedError as error:
         reason = str(error).strip().splitlines()
         return Outcome("failed", f"its workers died {ATTEMPTS} times ({reason[-1] if reason else 'no reason given'})")
+    finally:
+        overdue.unlink(missing_ok=True)
 
 
 def start_group(broker: ActorHandle, slot: int, scaling: ScalingConfig, storage: str) -> threading.Thread:
@@ -214,7 +225,7 @@ def start_group(broker: ActorHandle, slot: int, scaling: ScalingConfig, storage:
             train_loop_config={"broker": broker, "slot": slot},
             scaling_config=scaling,
             run_config=RunConfig(
-                name=f"group-{slot}-{os.getpid()}",
+                name=f"group-{slot}-{uuid.uuid4().hex[:16]}",  # a name that was there would be resumed
                 storage_path=storage,
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=20),
             ),
@@ -277,7 +288,7 @@ def _single(config: dict[str, Any]) -> dict[str, Any]:
     from raysweep.train.loop import run
 
     job: Job = config["job"]
-    overdue = Path(job.out).parent / f".{Path(job.out).name}.overdue"
+    overdue = Path(config["overdue"])
     if overdue.exists():  # the group was brought back after the timer ended it: say why instead of trying again
         return asdict(_overdue(job))
     resident, _, _ = _worker_setup()
@@ -303,9 +314,11 @@ def _budget(job: Job, report: Any):
     """Ends this process if the block takes longer than the job's budget."""
 
     def expire() -> None:
-        if report is not None:
-            report(_overdue(job))
-        os._exit(70)
+        try:
+            if report is not None:
+                report(_overdue(job))
+        finally:  # whatever becomes of the report, nobody waits for this process any longer
+            os._exit(70)
 
     timer = threading.Timer(job.budget_s, expire)
     timer.daemon = True

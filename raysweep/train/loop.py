@@ -9,11 +9,12 @@ with the copy.
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import Embeddings
 from raysweep.registry import resolve
 from raysweep.seeds import derive_seed
-from raysweep.store import digest_state, write_folder, write_json
+from raysweep.store import checkpoint_path, digest_state, write_file, write_folder, write_json
 from raysweep.tasks.task import Task, encoded
 from raysweep.train.jobs import CARD, Job, Outcome, file_digest, finished
 
@@ -137,7 +138,7 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
             write_json(folder / CARD, card)
 
         write_folder(Path(job.out), fill)
-        _partial(job).unlink(missing_ok=True)
+        checkpoint_path(Path(job.out)).unlink(missing_ok=True)
     return outcome
 
 
@@ -145,11 +146,10 @@ def _train(
     job: Job, method: Method, task: Task, rank: int, world: int, progress: Progress | None
 ) -> tuple[float, dict[str, float]]:
     """Steps the method to its end, from its last checkpoint if there is one."""
-    path = _partial(job)
-    if path.is_file():
-        state = torch.load(path, weights_only=True, map_location=next(iter(method.model.net.parameters())).device)
-        if state.pop("job_digest") == job.digest:
-            method.load_state_dict(state)
+    path = checkpoint_path(Path(job.out))
+    state = _last_checkpoint(path, job, next(iter(method.model.net.parameters())).device)
+    if state is not None:
+        method.load_state_dict(state)
     seed, saved, scalars = derive_seed("trial", job.seed), time.monotonic(), dict[str, torch.Tensor]()
     steps, began, first = method.steps, time.monotonic(), method.done
     weight = next(iter(method.model.net.parameters()))
@@ -161,7 +161,8 @@ def _train(
         if progress is not None and rank == 0 and (method.done % TELL_EVERY == 0 or method.done == steps):
             progress(job.id, method.done, steps, float(next(iter(scalars.values()), 0.0)))
         if rank == 0 and time.monotonic() - saved > job.checkpoint_s:
-            _checkpoint(path, method.state_dict() | {"job_digest": job.digest})
+            left = method.state_dict() | {"job_digest": job.digest}
+            write_file(path, partial(torch.save, left))
             saved = time.monotonic()
     done = max(1, method.done - first)
     return (time.monotonic() - began) / done, {f"last/{k}": float(v) for k, v in scalars.items()}
@@ -181,17 +182,16 @@ def _prepare(
     return outcome
 
 
-def _checkpoint(path: Path, state: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def _partial(job: Job) -> Path:
-    """Where a running job keeps its last checkpoint."""
-    out = Path(job.out)
-    return out.parent / f".{out.name}.partial.pt"
+def _last_checkpoint(path: Path, job: Job, device: torch.device) -> dict[str, Any] | None:
+    """The state that the job was left in, or None: there is none, it is another job's, or it cannot be read. Without it the job
+    begins again, and comes to the same."""
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, weights_only=True, map_location=device)
+    except (RuntimeError, EOFError, UnpicklingError):
+        return None
+    return state if state.pop("job_digest", None) == job.digest else None
 
 
 def _place() -> tuple[int, int]:
