@@ -270,7 +270,7 @@ def audit(
         for line in card["answer"]:
             click.echo(line)
         click.echo(f"card {path.parent}")
-    return INCOMPLETE if any(f["status"] == "failed" for f in card["findings"]) else OK
+    return INCOMPLETE if card["incomplete"] else OK
 
 
 @main.command()

@@ -131,10 +131,12 @@ def prepared_key(defaults: dict[str, Any], hyperparameters: dict[str, Any]) -> s
 
 
 def load_measured(run: Path, key: str) -> Measured:
-    """Values and replicates of one audit, from its rows."""
-    values, replicates = {}, {}
+    """Values and replicates of one audit, from its rows, and why others are absent."""
+    values, replicates, absent = {}, {}, {}
     for row in read_table(rows_path(run, key), ROWS).to_pylist():
+        name = f"{row['check']}.{row['metric']}"
         if row["status"] == "ok" and row["replicates"] is not None:
-            name = f"{row['check']}.{row['metric']}"
             values[name], replicates[name] = row["value"], np.array(row["replicates"])
-    return Measured(values, replicates)
+        elif row["status"] != "ok":
+            absent[name] = f"{row['status']}: {row['reason']}"
+    return Measured(values, replicates, absent)

@@ -62,7 +62,7 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
                 raise ConfigError(
                     f"audit.{tier_name}.checks: {metric.split('.')[0]!r} is missing: {metric} is an objective"
                 )
-    problems = undecidable(sweep)
+    problems = undecidable(sweep, task)
     if problems:
         raise ConfigError("\n".join(problems))
     return task, spaces

@@ -5,13 +5,14 @@ residue  the worst over the task's views of (candidate - oracle)/(base - oracle)
 damage   the larger of log(F/F_oracle)/log(F_destroyed/F_oracle), with F the Frechet distance on retained content, and of
          over-forgetting, the farthest that any view lies beyond the oracle in units of its distance to the base or to a
          destroyed model, whichever is larger, at most 1: 0 like the oracle, 1 like a destroyed model.
-Both are cut at 0. The oracle is the mean over retrained models.
+Both are cut at 0. The oracle is the mean over retrained models. A view that an anchor lacks is left out, with the reason;
+without the anchors' quality and validity no model can be placed, and `Unmeasured` says what is missing and why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,32 @@ Values = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Measured:
-    """Metric values and their leave-one-group-out replicates (groups,), both by "check.metric"."""
+    """Metric values and their leave-one-group-out replicates (groups,), both by "check.metric".
+
+    absent: why a check gave no value, by "check.metric".
+    """
 
     values: dict[str, float]
     replicates: dict[str, np.ndarray]
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def groups(self) -> int:
         return min((len(r) for r in self.replicates.values()), default=0)
+
+    def has(self, metric: str) -> bool:
+        """Whether the metric was measured and is finite."""
+        return bool(np.isfinite(self.values.get(metric, np.nan)))
+
+    def why_absent(self, metric: str) -> str:
+        """Why the metric has no value."""
+        if metric in self.values:
+            return f"it is {self.values[metric]:g}"
+        if metric in self.absent:
+            return self.absent[metric]
+        check = metric.partition(".")[0]  # one that failed names its main metrics alone
+        others = (why for name, why in self.absent.items() if name.startswith(f"{check}."))
+        return next(others, f"{check} does not give it")
 
     def part(self, group: int) -> Values:
         """The values without one group of units."""
@@ -47,15 +66,22 @@ class Anchors:
     oracles: tuple[Measured, ...]
     destroyed: Measured
 
+    def lacking(self, metric: str) -> Iterator[str]:
+        """Each anchor that has no value of the metric, with the reason."""
+        oracles = {f"oracle-{k}": oracle for k, oracle in enumerate(self.oracles)}
+        for name, anchor in {"base": self.base, **oracles, "destroyed": self.destroyed}.items():
+            if not anchor.has(metric):
+                yield f"{name} ({anchor.why_absent(metric)})"
+
 
 @dataclass(frozen=True)
 class View:
-    """One view of the residue: its anchors and whether it can tell base and oracle apart."""
+    """One view of the residue: its anchors (None where an anchor lacks it) and whether it can tell base and oracle apart."""
 
     metric: str
-    base: float
-    oracle: float
-    gap_se: float
+    base: float | None
+    oracle: float | None
+    gap_se: float | None
     informative: bool
     reason: str
 
@@ -86,9 +112,9 @@ def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
     """Each view with its verdict; raises Unmeasured if none tells base and oracle apart."""
     views = []
     for metric in metrics:
-        missing = [m for m in (anchors.base, *anchors.oracles) if metric not in m.values]
-        if missing:
-            views.append(View(metric, np.nan, np.nan, np.nan, False, "not measured on base and oracle"))
+        lacking = list(anchors.lacking(metric))
+        if lacking:
+            views.append(View(metric, None, None, None, False, f"not measured on {', '.join(lacking)}"))
             continue
         base, oracle = anchors.base.values[metric], float(np.mean([o.values[metric] for o in anchors.oracles]))
         gap = anchors.base.replicates[metric] - np.mean([o.replicates[metric] for o in anchors.oracles], axis=0)
@@ -104,13 +130,38 @@ def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
     return views
 
 
+def check_scale(anchors: Anchors, quality: str, validity: str) -> None:
+    """Raises Unmeasured if the anchors do not fix the scale of damage, so that no model could be placed on it."""
+    for metric in (quality, validity):
+        lacking = list(anchors.lacking(metric))
+        if lacking:
+            raise Unmeasured(f"{metric} was not measured on {', '.join(lacking)}, so no model can be placed")
+    _ends_of_damage([o.values for o in anchors.oracles], anchors.destroyed.values, quality)
+
+
+def _ends_of_damage(oracles: Sequence[Values], destroyed: Values, quality: str) -> tuple[float, float]:
+    """The quality at damage 0 and at damage 1."""
+    best, worst = float(np.mean([o[quality] for o in oracles])), destroyed[quality]
+    if not (best > 0 and worst > 0) or best == worst:
+        raise Unmeasured(f"{quality} cannot tell damage: the oracles have {best:.3g}, a destroyed model {worst:.3g}")
+    return best, worst
+
+
 def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], quality: str, validity: str) -> Objectives:
     """Residue and damage of a candidate from the informative `views` and the metric `quality`; `validity` names the metric
-    that says which share of it is good for anything."""
+    that says which share of it is good for anything.
+
+    Raises Unmeasured, with the reason, if the candidate or an anchor lacks one of these.
+    """
+    check_scale(anchors, quality, validity)
     used = [v.metric for v in views if v.informative]
     for metric in (*used, quality, validity):
-        if metric not in candidate.values or not np.isfinite(candidate.values[metric]):
-            raise Unmeasured(f"{metric} was not measured")
+        if not candidate.has(metric):
+            raise Unmeasured(f"{metric} was not measured ({candidate.why_absent(metric)})")
+    for metric in used:
+        lacking = list(anchors.lacking(metric))
+        if lacking:
+            raise Unmeasured(f"{metric} was not measured on {', '.join(lacking)}")
 
     def place(
         own: Values, base: Values, oracles: Sequence[Values], destroyed: Values
@@ -122,11 +173,7 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
             anchored[metric] = (own[metric] - oracle) / gap
             past.append(-anchored[metric] * min(1.0, abs(gap / (destroyed[metric] - oracle or gap))))
         beyond = max(0.0, *past)
-        best, worst = float(np.mean([o[quality] for o in oracles])), destroyed[quality]
-        if not (best > 0 and worst > 0) or best == worst:
-            raise Unmeasured(
-                f"{quality} cannot tell damage: the oracles have {best:.3g}, a destroyed model {worst:.3g}"
-            )
+        best, worst = _ends_of_damage(oracles, destroyed, quality)
         damage = float(np.log(max(own[quality], 1e-12) / best) / np.log(worst / best))
         return max(0.0, *anchored.values()), max(min(1.0, beyond), damage, 0.0), beyond, anchored
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from raysweep.config import ConfigError, Sweep, Tier
-from raysweep.registry import names, resolve, suggest
+from raysweep.registry import BY_WEIGHTS, names, resolve, suggest
 from raysweep.tasks.task import Task
 
 # Metrics that are shares of independent samples, and the setting that says of how many.
@@ -38,9 +38,9 @@ class Requirement:
         return f"{self.metric} {'>=' if self.least else '<='} {self.bound:g}"
 
 
-def requirements(sweep: Sweep) -> list[Requirement]:
+def requirements(sweep: Sweep, task: Task) -> list[Requirement]:
     """`audit.require`, checked; raises ConfigError for metrics that do not exist or that the audit does not measure."""
-    found = []
+    found, checks = [], sweep.audit.audit.checks_for(task)
     for metric, text in sweep.audit.require.items():
         match = re.fullmatch(r"\s*(>=|<=)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*", text)
         check, _, name = metric.partition(".")
@@ -49,21 +49,28 @@ def requirements(sweep: Sweep) -> list[Requirement]:
             raise ConfigError(f'{where}: {text!r} must be ">= NUMBER" or "<= NUMBER"')
         if check not in names("evaluator"):
             raise ConfigError(f"{where}: {check!r} is not an evaluator{suggest(check, names('evaluator'))}")
-        metrics = list(resolve("evaluator", check).directions)
+        evaluator = resolve("evaluator", check)
+        metrics = list(evaluator.directions)
         if name.partition("@")[0] not in metrics:
             raise ConfigError(f"{where}: {check} has no metric {name!r}{suggest(name, metrics)}")
-        if check not in (sweep.audit.audit.checks or ()):
-            raise ConfigError(f"{where}: {check} is not among audit.audit.checks")
+        if check not in checks:
+            key = BY_WEIGHTS.get(check)
+            brought = f": it needs audit.audit.weights.{key}" if key else f"; those are: {', '.join(checks)}"
+            raise ConfigError(f"{where}: {check} is not among the checks of the tier audit{brought}")
+        if task.kind not in evaluator.kinds or task.family not in evaluator.families:
+            raise ConfigError(
+                f"{where}: {check} does not apply to a task of kind {task.kind!r} with a {task.family} model"
+            )
         found.append(Requirement(metric, match[1] == ">=", float(match[2])))
     return found
 
 
-def undecidable(sweep: Sweep) -> list[str]:
+def undecidable(sweep: Sweep, task: Task) -> list[str]:
     """Requirements that even a perfect outcome could not meet with the configured samples, and what would do."""
     from evaluators.statistics import clopper_pearson
 
     problems = []
-    for requirement in requirements(sweep):
+    for requirement in requirements(sweep, task):
         setting = SHARES.get(requirement.metric)
         if setting is None:
             continue

@@ -17,7 +17,7 @@ from raysweep.audit.auditor import AuditRequest
 from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.context import Context, load_measured, prepared_key
 from raysweep.models import families
-from raysweep.objectives import Anchors, assess_views
+from raysweep.objectives import Anchors, assess_views, check_scale
 from raysweep.pool import Pool, RunFailed
 from raysweep.registry import CONTRASTIVE, module_of, resolve
 from raysweep.rundir import RunDir
@@ -204,20 +204,30 @@ def _clip_digest(task: Task) -> str:
     return Clip.load(task.clip).digest
 
 
-def measure_anchors(task: Task, context: Context, actors: Pool, tier_name: str, tier: Tier, say: Say) -> None:
-    """Measures base, oracles and a destroyed model in a tier, and settles which views tell base and oracle apart."""
+def measure_anchors(task: Task, context: Context, actors: Pool, tier_name: str, tier: Tier, say: Say) -> list[str]:
+    """Measures base, oracles and a destroyed model in a tier, and settles which views tell base and oracle apart; the checks
+    that failed on them.
+
+    Raises RunFailed or Unmeasured if no model could be placed among these anchors.
+    """
     requests = context.anchor_requests(tier_name, tier)
     answers = dict(zip(requests, ray.get([actors.manager.audit.remote(r) for r in requests.values()]), strict=True))
     for name, answer in answers.items():
         if answer["status"] != "ok":
             raise RunFailed(f"{tier_name}: measuring {name} failed: {answer['reason']}")
+    failed = [f"{tier_name} of {name}: {check}" for name, answer in answers.items() for check in answer["failed"]]
+    for text in failed:
+        say("failed", f"{text} failed")
     found = {name: load_measured(folder_path(context), request.key) for name, request in requests.items()}
     oracles = tuple(found[name] for name in context.oracles)
-    views = assess_views(Anchors(found["base"], oracles, found["destroyed"]), task.views)
+    anchors = Anchors(found["base"], oracles, found["destroyed"])
+    check_scale(anchors, task.quality, task.validity)
+    views = assess_views(anchors, task.views)
     context.save_anchors(tier_name, {name: request.key for name, request in requests.items()}, views)
     for view in views:
         verdict = f"base {view.base:.3g}, oracle {view.oracle:.3g}" if view.informative else f"left out: {view.reason}"
         say("anchor", f"{tier_name} view {view.metric}: {verdict}")
+    return failed
 
 
 def gather(

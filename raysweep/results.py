@@ -16,7 +16,7 @@ from raysweep import pareto
 from raysweep.audit.auditor import rows_path
 from raysweep.config import Sweep
 from raysweep.context import Context, load_measured
-from raysweep.objectives import Measured, Objectives, objectives
+from raysweep.objectives import Measured, Objectives, Unmeasured, objectives
 from raysweep.power import Requirement
 from raysweep.registry import ATTACKS, resolve
 from raysweep.rundir import RunDir
@@ -104,6 +104,9 @@ class Front:
     picks: dict[str, Any] = field(default_factory=dict)  # other ways to choose, and how stable each is
     unmet: dict[str, list[str]] = field(default_factory=dict)  # candidate -> requirements that its audit does not show
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    unplaced: list[str] = field(
+        default_factory=list
+    )  # audits that lack an objective, each with what is missing and why
 
     def finalists(self, count: int) -> list[str]:
         """The best audited candidates: the recommended one, then the front, then the others, by the worse objective."""
@@ -153,7 +156,7 @@ def audited_front(
     anchors, views = context.load_anchors("audit")
     by_trial = {t["trial"]: t for t in trials}
     keys = rounds[0]
-    places, audits = _places(folder, context, task, rounds)
+    places, audits, unplaced = _places(folder, context, task, rounds)
     names = list(places)
     points = np.array([[places[n].residue, places[n].damage] for n in names]).reshape(-1, 2)
     on_front = {names[i] for i in pareto.front(points, ("min", "min"))} if names else set()
@@ -203,20 +206,29 @@ def audited_front(
         rows=rows, candidates=names, p_dominates=p_dominates, hypervolume=pareto.hypervolume(points),
         hypervolume_lo=low, hypervolume_hi=high, probe_hypervolume=pareto.hypervolume(_points(probe)),
         recommended=recommended, recommended_share=share, unmet=unmet, undecided=again,
-        picks=picks,
+        picks=picks, unplaced=unplaced,
     )  # fmt: skip
 
 
 def _places(
     folder: RunDir, context: Context, task: Task, rounds: Sequence[dict[str, str]]
-) -> tuple[dict[str, Objectives], dict[str, int]]:
-    """Each candidate's place, the mean over its rounds, and their number. Every round has anchors on its own seeds."""
+) -> tuple[dict[str, Objectives], dict[str, int], list[str]]:
+    """Each candidate's place, the mean over its rounds, and their number; and which audits lack an objective.
+
+    Every round has anchors on its own seeds.
+    """
     found: dict[str, dict[int, Objectives]] = {}
+    unplaced = []
     for number, keys in enumerate(rounds, 1):
         anchors, views = context.load_anchors("audit" if number == 1 else f"audit-{number}")
         for trial, key in keys.items():
             measured = load_measured(folder.path, key)
-            found.setdefault(trial, {})[number] = objectives(measured, anchors, views, task.quality, task.validity)
+            try:
+                place = objectives(measured, anchors, views, task.quality, task.validity)
+            except Unmeasured as error:
+                unplaced.append(f"{trial}: audit {number}: {error}")
+                continue
+            found.setdefault(trial, {})[number] = place
     places = {}
     for trial, parts in found.items():
         first = next(iter(parts.values()))
@@ -234,7 +246,7 @@ def _places(
             views={v: float(np.mean([p.views[v] for p in parts.values()])) for v in first.views if v in shared},
             replicates=all_parts,
         )  # fmt: skip
-    return places, {trial: len(parts) for trial, parts in found.items()}
+    return places, {trial: len(parts) for trial, parts in found.items()}, unplaced
 
 
 def _picks(names: list[str], points: np.ndarray, draws: np.ndarray, residue_se: list[float]) -> dict[str, Any]:
@@ -341,7 +353,7 @@ def _difference(
     se = lo = hi = None
     if np.ptp(parts) > 0:  # else there are fewer units than groups, or all are alike: an error of 0 would be a lie
         se, lo, hi = jackknife_interval(delta, parts)
-    check, name = metric.split(".")
+    check, name = metric.split(".", 1)  # a strength, as in weight_noise.presence@0.02, has a dot of its own
     return {
         "subject": subject, "method": method, "tier": "audit", "check": check, "metric": name,
         "paired_with": reference, "value": delta, "n": len(parts), "se": se, "lo": lo, "hi": hi, "level": 0.95,

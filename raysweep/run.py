@@ -51,7 +51,7 @@ class Interrupted(RuntimeError):
 
 @dataclass
 class Result:
-    """How a run ended. incomplete: checks that failed in the final audit."""
+    """How a run ended. incomplete: checks that failed on anchors or in the final audit, and audits that give no place."""
 
     folder: RunDir
     front: Front | None
@@ -103,11 +103,11 @@ def _with_ray(
         with pool(folder.path, run_id, sweep, plan) as actors:
             executor = make_executor(str(folder.path), run_id, sweep, plan)
             context = prepare(sweep, task, spaces, folder, run_id, executor, actors, say, tick)
-            measure_anchors(task, context, actors, "probe", sweep.audit.probe, say)
+            incomplete = measure_anchors(task, context, actors, "probe", sweep.audit.probe, say)
             spaces = [open_choices(space, context) for space in spaces]
             search(sweep, spaces, folder, run_id, plan, say, tick, actors)
             trials = write_trials(folder, run_id)
-            return _conclude(sweep, task, folder, context, actors, trials, say, tick)
+            return _conclude(sweep, task, folder, context, actors, trials, incomplete, say, tick)
 
 
 def search(
@@ -198,9 +198,17 @@ class _Events(tune.Callback):
 
 
 def _conclude(
-    sweep: Sweep, task: Task, folder: RunDir, context: Context, actors: Pool, trials: list[dict], say: Say, tick: Tick
+    sweep: Sweep,
+    task: Task,
+    folder: RunDir,
+    context: Context,
+    actors: Pool,
+    trials: list[dict],
+    incomplete: list[str],
+    say: Say,
+    tick: Tick,
 ) -> Result:
-    """Audits the chosen candidates on fresh seeds, then writes front and report."""
+    """Audits the chosen candidates on fresh seeds, then writes front and report. incomplete: what is missing so far."""
     from raysweep.report.page import build
 
     failed = [t for t in trials if t["state"] == "FAIL"]
@@ -211,7 +219,6 @@ def _conclude(
     actors.audit_only()
     by_trial = {t["trial"]: t for t in picked}
     rounds: list[dict[str, str]] = []
-    incomplete: list[str] = []
     again = list(by_trial)
     front = None
     # what draws nothing gives the same numbers again, and they would look like more evidence
@@ -226,14 +233,22 @@ def _conclude(
             for n in again
         }
         pending = {actors.manager.audit.remote(r): n for n, r in requests.items()}
-        measure_anchors(task, context, actors, name, tier, say)
+        try:
+            incomplete += measure_anchors(task, context, actors, name, tier, say)
+        except (RunFailed, Unmeasured) as error:
+            if front is None:
+                raise
+            incomplete.append(f"{name}: {error}")  # what the rounds before it showed stands
+            say("failed", f"{name}: {error}")
+            break
         keys, missing = gather(pending, requests, say, tick)
         rounds.append(keys)
         incomplete += missing
-        front = audited_front(folder, context, task, rounds, trials, requirements(sweep))
+        front = audited_front(folder, context, task, rounds, trials, requirements(sweep, task))
         again = front.undecided
         say("audit", f"done in {time.monotonic() - started:.0f} s")
     assert front is not None
+    incomplete += front.unplaced
     keys, tier = rounds[0], sweep.audit.audit
     finalists = front.finalists(sweep.audit.finalists)
     if finalists:

@@ -13,8 +13,8 @@ from raysweep.context import Context, load_measured
 from raysweep.fit import resolve_sweep
 from raysweep.informative import caveat
 from raysweep.models import families
-from raysweep.objectives import Objectives, objectives
-from raysweep.pool import RunFailed, connected, has_trial_slots, pool
+from raysweep.objectives import Objectives, Unmeasured, objectives
+from raysweep.pool import Pool, RunFailed, connected, has_trial_slots, pool
 from raysweep.prepare import (
     Say,
     Tick,
@@ -45,30 +45,58 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
     if task.base is not None:
         check_latents(str(model), families.load(task.base), str(model))
     folder, run_id = RunDir.of(sweep), f"{sweep.name}-{sweep.digest[:8]}"
-    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}), connected(sweep) as nodes:
+    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}):
         save_task(folder, task)
-        plan = make_plan(nodes, sweep, has_trial_slots())
-        with pool(folder.path, run_id, sweep, plan) as actors:
-            executor = make_executor(str(folder.path), run_id, sweep, plan)
-            context = prepare(sweep, task, [], folder, run_id, executor, actors, say, tick)
-            if task.base is None:  # only now it is known
-                check_latents(str(model), families.load(context.base), str(model))
-            actors.audit_only()
-            requests = {
-                tier: context.request(tier, getattr(sweep.audit, tier), name, "", str(model.absolute()), digest)
-                for tier in ("audit", "durability")
-            }
-            pending = {actors.manager.audit.remote(r): tier for tier, r in requests.items()}
-            measure_anchors(task, context, actors, "audit", sweep.audit.audit, say)
-            keys, incomplete = gather(pending, requests, say, tick)
-        if set(keys) != set(requests):
-            raise RunFailed("; ".join(incomplete))
-        anchors, views = context.load_anchors("audit")
-        place = objectives(load_measured(folder.path, keys["audit"]), anchors, views, task.quality, task.validity)
-        write_paired(folder, context, {name: keys["audit"]}, {})
-        made = write_card(sweep, task, context, folder, name, str(model.absolute()), digest, requests, place)
-        folder.update(state="done")
+        try:
+            with connected(sweep) as nodes:
+                plan = make_plan(nodes, sweep, has_trial_slots())
+                with pool(folder.path, run_id, sweep, plan) as actors:
+                    executor = make_executor(str(folder.path), run_id, sweep, plan)
+                    context = prepare(sweep, task, [], folder, run_id, executor, actors, say, tick)
+                    if task.base is None:  # only now it is known
+                        check_latents(str(model), families.load(context.base), str(model))
+                    requests, incomplete = _measure(
+                        sweep, task, context, actors, (name, str(model.absolute()), digest), say, tick
+                    )
+            anchors, views = context.load_anchors("audit")
+            key = requests["audit"].key
+            place = objectives(load_measured(folder.path, key), anchors, views, task.quality, task.validity)
+        except (RunFailed, Unmeasured) as error:
+            folder.update(state="failed", reason=str(error))
+            raise RunFailed(str(error)) from error
+        except KeyboardInterrupt:
+            folder.update(state="interrupted")
+            raise
+        except Exception as error:
+            folder.update(state="failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        write_paired(folder, context, {name: key}, {})
+        made = write_card(
+            sweep, task, context, folder, name, str(model.absolute()), digest, requests, place, incomplete
+        )
+        folder.update(state="incomplete" if incomplete else "done", incomplete=incomplete)
     return made, card.read(made)
+
+
+def _measure(
+    sweep: Sweep, task: Task, context: Context, actors: Pool, subject: tuple[str, str, str], say: Say, tick: Tick
+) -> tuple[dict[str, AuditRequest], list[str]]:
+    """Audits one model (name, folder, digest) and the anchors; (tier -> its audit, what failed).
+
+    Raises RunFailed if an audit came to nothing.
+    """
+    name, model, digest = subject
+    actors.audit_only()
+    requests = {
+        tier: context.request(tier, getattr(sweep.audit, tier), name, "", model, digest)
+        for tier in ("audit", "durability")
+    }
+    pending = {actors.manager.audit.remote(r): tier for tier, r in requests.items()}
+    incomplete = measure_anchors(task, context, actors, "audit", sweep.audit.audit, say)
+    keys, missing = gather(pending, requests, say, tick)
+    if set(keys) != set(requests):
+        raise RunFailed("; ".join(missing))
+    return requests, incomplete + missing
 
 
 def write_card(
@@ -81,8 +109,9 @@ def write_card(
     digest: str,
     requests: dict[str, AuditRequest],
     place: Objectives,
+    incomplete: list[str],
 ) -> Path:
-    """Writes the audit card of one model from what its audits left in the run."""
+    """Writes the audit card of one model from what its audits left in the run. incomplete: checks that failed."""
     verdict = verdict_of(folder, name, {tier: r.key for tier, r in requests.items()}, context)
     findings = [f for tier, r in requests.items() for f in card.findings_of(
         rows_path(folder.path, r.key), folder.rows / f"paired-{r.key}.parquet", tier)]  # fmt: skip
@@ -93,6 +122,7 @@ def write_card(
     given = "given" if sweep.oracle_models else "trained here"
     skipped = [f for f in findings if f["status"] == "skipped" and f["metric"] in ("auc", "presence")]
     untested = ["Adversarial prompts were not tried.", *(f"{f['check']}: {f['reason']}" for f in skipped)]
+    untested += [f"{text}: the check failed." for text in incomplete]
     content = {
         "subject": name,
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -107,6 +137,7 @@ def write_card(
         "verdict": verdict.plain(),
         "findings": findings,
         "untested": untested,
+        "incomplete": incomplete,
         "tiers": {tier: r.tier.model_dump(mode="json") for tier, r in requests.items()},
         "models": {name: {"folder": model, "digest": digest}}
         | {n: {"folder": f, "digest": d} for n, f, d in requests["audit"].anchors},

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raysweep.objectives import Anchors, Measured, Unmeasured, assess_views, objectives
+from raysweep.objectives import Anchors, Measured, Unmeasured, assess_views, check_scale, objectives
 from raysweep.results import search_against_audit
 
 RNG = np.random.default_rng(0)
@@ -113,3 +113,56 @@ def test_a_quality_that_cannot_tell_damage_is_said_to_be_so():
     same = Anchors(ANCHORS.base, ANCHORS.oracles, measured(0.3, 0.9, 2.0))
     with pytest.raises(Unmeasured, match="cannot tell damage"):
         objectives(measured(0.1, 0.0, 8.0), same, VIEWS, "f.frechet", VALIDITY)
+
+
+def without(model, metric, reason="failed: RuntimeError: no memory"):
+    """The model as it was measured without one metric."""
+    kept = ({k: v for k, v in part.items() if k != metric} for part in (model.values, model.replicates))
+    return Measured(*kept, {metric: reason})
+
+
+def anchors_without(name, metric):
+    base, first, second, destroyed = (
+        without(model, metric) if own == name else model
+        for own, model in zip(
+            ("base", "oracle-0", "oracle-1", "destroyed"),
+            (ANCHORS.base, *ANCHORS.oracles, ANCHORS.destroyed),
+            strict=True,
+        )
+    )
+    return Anchors(base, (first, second), destroyed)
+
+
+@pytest.mark.parametrize("name", ["base", "oracle-0", "oracle-1", "destroyed"])
+def test_a_view_that_one_anchor_lacks_is_left_out_with_the_reason(name):
+    anchors = anchors_without(name, "d.loss")
+    views = {v.metric: v for v in assess_views(anchors, ("r.recall", "d.loss"))}
+    assert views["r.recall"].informative
+    assert not views["d.loss"].informative
+    assert views["d.loss"].reason == f"not measured on {name} (failed: RuntimeError: no memory)"
+    found = objectives(measured(0.1, 0.0, 8.0), anchors, list(views.values()), "f.frechet", VALIDITY)
+    assert found.views == pytest.approx({"r.recall": 0.0})
+    assert found.damage == pytest.approx(0.5)
+    with pytest.raises(Unmeasured, match=f"d.loss was not measured on {name} .*no memory"):
+        objectives(measured(0.1, 0.0, 8.0), anchors, VIEWS, "f.frechet", VALIDITY)  # views of other anchors
+
+
+@pytest.mark.parametrize("name", ["base", "oracle-0", "oracle-1", "destroyed"])
+@pytest.mark.parametrize("metric", ["f.frechet", VALIDITY])
+def test_without_quality_or_validity_of_an_anchor_nothing_is_placed(name, metric):
+    anchors = anchors_without(name, metric)
+    for use in (
+        lambda: check_scale(anchors, "f.frechet", VALIDITY),
+        lambda: objectives(measured(0.1, 0.0, 8.0), anchors, VIEWS, "f.frechet", VALIDITY),
+    ):
+        with pytest.raises(
+            Unmeasured, match=rf"{metric} was not measured on {name} \(failed: RuntimeError: no memory\)"
+        ):
+            use()
+
+
+def test_a_candidate_that_lacks_a_metric_says_why():
+    bare = without(measured(0.1, 0.0, 8.0), "d.loss", "skipped: does not apply")
+    with pytest.raises(Unmeasured, match=r"d\.loss was not measured \(skipped: does not apply\)"):
+        objectives(bare, ANCHORS, VIEWS, "f.frechet", VALIDITY)
+    assert without(bare, "f.frechet@7").why_absent("f.frechet@9") == "failed: RuntimeError: no memory"

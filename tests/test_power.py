@@ -27,23 +27,37 @@ def test_a_requirement_is_met_by_the_whole_interval():
 
 def test_what_the_samples_cannot_decide_is_refused_with_the_number_that_could():
     fine = sweep(classifier__unlearning_accuracy=">= 0.95")
-    assert undecidable(fine) == []
-    assert requirements(fine) == [Requirement("classifier.unlearning_accuracy", True, 0.95)]
+    task = fine.task.build()
+    assert undecidable(fine, task) == []
+    assert requirements(fine, task) == [Requirement("classifier.unlearning_accuracy", True, 0.95)]
     bold = sweep(classifier__unlearning_accuracy=">= 0.99")
     with pytest.raises(ConfigError, match="cannot be decided with") as caught:
         resolve_sweep(bold)
     needed = int(str(caught.value).rsplit("; ", 1)[1].split()[0])
     assert clopper_pearson(needed, needed)[0] >= 0.99 > clopper_pearson(needed - 1, needed - 1)[0]
-    assert "no number of samples" in undecidable(sweep(classifier__recognised="<= 0.0"))[0]
+    assert "no number of samples" in undecidable(sweep(classifier__recognised="<= 0.0"), task)[0]
 
 
 @pytest.mark.parametrize(("require", "message"), [
     ({"classifier__unlearning_accuracy": "0.9"}, "must be"), ({"clasifier__validity": ">= 0.9"}, "is not an evaluator"),
-    ({"classifier__valid": ">= 0.9"}, "no metric 'valid'"), ({"quantisation__excess": "<= 0.1"}, "not among audit.audit.checks"),
+    ({"classifier__valid": ">= 0.9"}, "no metric 'valid'"), ({"quantisation__excess": "<= 0.1"}, "not among the checks of the tier audit"),
+    ({"zero_shot__recognised": "<= 0.1"}, "needs audit.audit.weights.clip"), ({"reconstruction__correlation": "<= 0.1"}, "does not apply to"),
 ])  # fmt: skip
 def test_requirements_that_make_no_sense(require, message):
     with pytest.raises(ConfigError, match=message):
         resolve_sweep(sweep(**require))
+
+
+def test_what_a_tier_gets_by_its_weights_or_its_objectives_can_be_required(tmp_path):
+    """`checks` alone does not say what is measured."""
+    task = sweep().task.build()
+    (tmp_path / "clip").mkdir()
+    wanted = "audit.require={zero_shot.recognised: '<= 0.1', classifier.recognised: '<= 0.5'}"
+    settings = ("task=digits-class", "methods=[rgd]", "search.trials=1", wanted)
+    brought = load(None, (*settings, f"audit.audit.weights.clip={tmp_path / 'clip'}", "audit.audit.checks=null"))
+    assert [r.metric for r in requirements(brought, task)] == ["zero_shot.recognised", "classifier.recognised"]
+    with pytest.raises(ConfigError, match=r"zero_shot is not among .* needs audit\.audit\.weights\.clip"):
+        requirements(load(None, settings), task)
 
 
 def test_what_can_be_told():
