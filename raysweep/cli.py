@@ -95,7 +95,10 @@ def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
     """
     sweep = _config(config, overrides, absent=dry_run)
     if dry_run:
-        return _dry_run_of_preset(sweep, config) if config and sweep.scale == "paper" else _dry_run(sweep)
+        from raysweep import presets
+
+        about = presets.about_of(_file(config), sweep.preset) if config and sweep.scale == "paper" else None
+        return _dry_run(sweep) if about is None else _dry_run_of_preset(sweep, about)
     from raysweep.display import Display
     from raysweep.pool import RunFailed
     from raysweep.run import Interrupted, run_sweep
@@ -169,10 +172,10 @@ def _dry_run(sweep: Any) -> int:
     return OK
 
 
-def _dry_run_of_preset(sweep: Any, config: str) -> int:
-    from raysweep import forecast, presets
+def _dry_run_of_preset(sweep: Any, about: Any) -> int:
+    from raysweep import forecast
 
-    for kind, text in forecast.describe(sweep, presets.about_of(_file(config))):
+    for kind, text in forecast.describe(sweep, about):
         click.echo(f"{kind:<9} {text}")
     _warn(sweep)
     click.echo("nothing was started")

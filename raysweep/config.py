@@ -23,6 +23,7 @@ from raysweep.registry import ATTACKS, BY_WEIGHTS, THOROUGH, names, suggest
 from raysweep.seeds import derive_seed
 from raysweep.tasks.digits import ClassTask, ClipTask, PictureTask, TextTask
 from raysweep.tasks.images import ImagesTask
+from raysweep.texts import dump_yaml
 
 if TYPE_CHECKING:
     from raysweep.tasks.task import Task
@@ -76,9 +77,10 @@ class Tier(_Model):
     @field_validator("checks")
     @classmethod
     def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        valid = names("evaluator")  # asks all installed packages for theirs, which takes milliseconds
         for name in value or ():
-            if name not in names("evaluator"):
-                raise ValueError(f"{name!r} is not an evaluator{suggest(name, names('evaluator'))}")
+            if name not in valid:
+                raise ValueError(f"{name!r} is not an evaluator{suggest(name, valid)}")
         return value
 
     @model_validator(mode="after")
@@ -262,9 +264,10 @@ class Sweep(_Model):
     @field_validator("methods")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        valid = names("method")
         for name in value:
-            if name not in names("method"):
-                raise ValueError(f"{name!r} is not a method{suggest(name, names('method'))}")
+            if name not in valid:
+                raise ValueError(f"{name!r} is not a method{suggest(name, valid)}")
             if name == "retrain":
                 raise ValueError("'retrain' is the oracle of every sweep and not searched; set `oracles` for its seeds")
         if len(set(value)) != len(value):
@@ -291,6 +294,10 @@ class Sweep(_Model):
     def resolved(self) -> dict[str, Any]:
         """Every setting as plain data."""
         return self.model_dump(mode="json")
+
+    def recipe(self) -> str:
+        """Every setting as YAML, which reads as this sweep again."""
+        return dump_yaml(self.resolved())
 
     @property
     def digest(self) -> str:

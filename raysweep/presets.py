@@ -87,12 +87,16 @@ def path_of(name: str) -> Path:
 
 def about(name: str) -> About:
     """What a preset says of itself."""
-    return about_of(path_of(name))
+    return About.model_validate(load_yaml(read_text(path_of(name)))["about"])
 
 
-def about_of(path: Path) -> About:
-    """What the file of a preset, or a copy of one, says of itself."""
-    return About.model_validate(load_yaml(read_text(path))["about"])
+def about_of(path: Path, name: str | None = None) -> About | None:
+    """What the file of a preset, or a copy of one, says of itself; of a file that says nothing (a resolved config), what the
+    preset `name` does, if there is one."""
+    told = load_yaml(read_text(path)).get("about")
+    if told is not None:
+        return About.model_validate(told)
+    return about(name) if name in names() else None
 
 
 def settings(tiny: Any, methods: int, cache: Path | None) -> dict[str, Any]:

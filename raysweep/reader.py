@@ -57,6 +57,15 @@ def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: s
         _override(asked, item)
     scale = asked.get("scale", data.get("scale"))
     if about is None or tiny is None:
+        if (
+            data.get("preset") is not None
+        ):  # a resolved config, as reports print it: its scale is in its settings already
+            if scale != data.get("scale"):
+                raise ConfigError(
+                    f"{where}: scale: this is {data['preset']} as it ran at scale {data.get('scale')}; for another scale run "
+                    f"the preset itself: raysweep run {data['preset']} scale={scale}"
+                )
+            return
         if scale is not None:
             raise ConfigError(f"{where}: scale: only presets have one (`raysweep ls presets`)")
         return

@@ -19,7 +19,7 @@ from raysweep.artifacts import ROOT, cache_folder
 from raysweep.config import ConfigError, Sweep
 from raysweep.reader import validate as validate_config
 from raysweep.store import CHECKPOINT, clear_temporaries, write_bytes, write_json
-from raysweep.texts import dump_yaml, load_yaml
+from raysweep.texts import load_yaml
 
 PACKAGES = (
     "raysweep", "torch", "ray", "optuna", "diffusers", "torch-fidelity", "numpy", "scipy", "pyarrow", "moocore",
@@ -110,7 +110,7 @@ class RunDir:
             clear_temporaries(cache_folder(sweep.cache), DAY_S)  # other runs write there too
             clear_temporaries(cache_folder(sweep.cache), MONTH_S, CHECKPOINT)
             if not self.exists():
-                text = "# resolved config of this run\n" + dump_yaml(sweep.resolved())
+                text = "# resolved config of this run\n" + sweep.recipe()
                 write_bytes(self.config, text.encode())
                 write_json(self.manifest, _manifest(sweep, digests))
             self.update(state="running", pid=os.getpid(), resumed_at=_now())

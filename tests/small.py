@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +97,15 @@ def start(folder: Path, cache: Path, *arguments: str, **env: str) -> subprocess.
 
 def log(folder: Path) -> str:
     return (folder / "out.log").read_text()
+
+
+def recipe_of(run: Path, folder: Path) -> Path:
+    """The config that a run's report prints, saved as its reader is told to."""
+    page = (run / "report.html").read_text(encoding="utf-8")
+    name = re.search(r"Save the config below as <code>(.+?)</code>", page)
+    config = re.search(r"<summary>Config</summary><pre>(.+?)</pre>", page, re.DOTALL)
+    assert name is not None
+    assert config is not None
+    path = folder / html.unescape(name[1])
+    path.write_text(html.unescape(config[1]), encoding="utf-8")
+    return path

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from small import start
+from small import recipe_of, start
 
 from raysweep import forecast, presets
 from raysweep.cli import main
@@ -181,6 +181,7 @@ def test_a_preset_runs_to_its_report(tmp_path: Path, cache: Path, name: str):
     assert json.loads((run / "front.json").read_text())["points"]
     rows = read_table(run / "rows", ROWS).to_pylist()
     assert not [r for r in rows if r["status"] == "failed"]
+    assert load(recipe_of(run, tmp_path)).digest == json.loads((run / "manifest.json").read_text())["config_digest"]
     for candidate in (run / "candidates").iterdir():
         card = json.loads((candidate / "raysweep.json").read_text())
         assert families.load(candidate).digest == card["outcome"]["digest"]

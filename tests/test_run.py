@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner
-from small import SMALL, install_faulty, log, start
+from small import SMALL, install_faulty, log, recipe_of, start
 from tiny import ROOT
 
 from raysweep.cli import main
@@ -86,6 +86,12 @@ def test_the_directory_is_laid_out_as_promised(run):
     manifest = run.read_manifest()
     assert manifest["state"] == "done"
     assert manifest["commit"]
+
+
+def test_the_recipe_of_the_report_is_the_same_sweep(run, tmp_path):
+    result = call("validate", str(recipe_of(run.path, tmp_path)), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["digest"] == run.read_manifest()["config_digest"]
 
 
 def test_every_row_has_its_n_and_its_interval(run):

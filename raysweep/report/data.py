@@ -18,7 +18,6 @@ from raysweep.informative import caveat
 from raysweep.results import trial_table
 from raysweep.rundir import RunDir
 from raysweep.store import FRONT, ROWS, SCORES, read_table
-from raysweep.texts import dump_yaml
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")  # colour-blind safe
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "pentagon", "hexagon", "star-triangle-down")
@@ -132,7 +131,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "failures": [{"trial": t["trial"], "reason": t["reason"]} for t in failed],
         "absent": [{"check": c, "status": s, "reason": why} for c, s, why in reasons],
         "untested": untested(data),
-        "config": dump_yaml(data.sweep.resolved()),
+        "config": data.sweep.recipe(),
         "versions": sorted(data.manifest["versions"].items()),
         "command": f"raysweep run {data.sweep.name}.yaml",
     }
