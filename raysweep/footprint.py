@@ -1,19 +1,21 @@
-"""What a network costs, from its configuration alone: weights, arithmetic and activations, on PyTorch's meta device.
+"""What a network costs, from its configuration alone: weights, arithmetic and activations.
 
-Nothing is allocated. Attention counts as the fused kernels of GPUs compute it, which keep no matrix of weights.
+Nothing is allocated: single precision is measured on PyTorch's meta device, mixed precision on fake tensors of a GPU, which
+need none. Attention counts as the fused kernels of GPUs compute it, which keep no matrix of weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,12 +38,18 @@ SINGLE = 4  # bytes of a number in single precision
 @dataclass(frozen=True)
 class Footprint:
     """Of one forward pass of one row. flops: floating-point operations; activations: bytes in single precision that it keeps
-    for its backward pass; parameters: how many weights the network has; others: those of further modules by name."""
+    for its backward pass; parameters: how many weights the network has; others: those of further modules by name.
+
+    mixed: bytes per row that a pass in bf16 mixed precision keeps: normalisations keep theirs in single precision. casts: bytes
+    that such a pass keeps for any number of rows: its copies of the weights.
+    """
 
     parameters: int
     flops: float
     activations: float
     others: dict[str, int] = field(default_factory=dict)
+    mixed: float = 0.0
+    casts: float = 0.0
 
     @property
     def saved(self) -> int:
@@ -53,6 +61,13 @@ class Footprint:
         there = {"unet": self.parameters} | self.others
         return sum(there[m] for m in modules or [m for m in there if m != "vae"] if m in there)
 
+    def step(self, method: Any, rows: float, modules: tuple[str, ...] = (), precision: str = "fp32") -> float:
+        """Peak bytes of a step of a method (`copies` and `tape` of `methods.base.Method`) that trains `modules` on so many rows."""
+        trained = self.trained(modules)
+        frozen = self.saved / SINGLE - trained
+        kept = self.activations * rows if precision == "fp32" else self.mixed * rows + self.casts
+        return SINGLE * (trained * method.copies + frozen) + kept * method.tape
+
 
 def of(network: dict[str, Any]) -> Footprint:
     """Of an architecture: {"unet": arguments of UNet2DModel}, {"song_unet": those of SongUNet}, {"stable_diffusion": arguments
@@ -61,10 +76,10 @@ def of(network: dict[str, Any]) -> Footprint:
     return _of(json.dumps(network))
 
 
-@cache
+@functools.cache
 def _of(network: str) -> Footprint:
     ((kind, how),) = json.loads(network).items()
-    with torch.device("meta"), _quiet():
+    with _quiet():
         if kind in ("unet", "song_unet"):
             return _of_unet(kind, how)
         if kind == "stable_diffusion":
@@ -76,23 +91,49 @@ def _of(network: str) -> Footprint:
 
 def measured(module: torch.nn.Module, run: Callable[[], torch.Tensor], rows: int = 1) -> Footprint:
     """Of a module that is there: `run` does a forward pass of so many rows."""
+    counter = FlopCounterMode(display=False)
+    with _fused_attention() as attention, counter:
+        kept = _kept(module, run)
+    total = counter.get_total_flops() + sum(attention)
+    return Footprint(_count(module), total / rows, kept / rows)
+
+
+def with_mixed(
+    found: Footprint, make: Callable[[], torch.nn.Module], run: Callable[[Any, int], torch.Tensor]
+) -> Footprint:
+    """The footprint with what a pass in mixed precision keeps. run: does a forward pass of so many rows of what `make` built."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_autocast_cache_enabled()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), _fused_attention():
+        net = make()
+        # `torch.autocast` would refuse on a machine without a GPU
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_cache_enabled(False)
+        try:
+            one, two = (_kept(net, functools.partial(run, net, rows)) for rows in (1, 2))
+        finally:
+            torch.set_autocast_enabled("cuda", before[0])
+            torch.set_autocast_dtype("cuda", before[1])
+            torch.set_autocast_cache_enabled(before[2])
+    return replace(found, mixed=float(two - one), casts=float(2 * one - two))
+
+
+def _kept(module: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
+    """Bytes that the graph of `run()` keeps for its backward pass, besides the module's weights."""
     own = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = (
-                storage.nbytes(),
-                tensor,
-            )  # the tensor stays, so that its storage's name is not given again
+            # the tensor stays, so that its storage's name is not given again
+            kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
-    counter = FlopCounterMode(display=False)
-    with _fused_attention() as attention, counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        run()
-    total = counter.get_total_flops() + sum(attention)
-    return Footprint(_count(module), total / rows, sum(size for size, _ in kept.values()) / rows)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = run()
+    del output
+    return sum(size for size, _ in kept.values())
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -102,37 +143,52 @@ def _count(module: torch.nn.Module) -> int:
 def _of_unet(kind: str, config: dict[str, Any]) -> Footprint:
     from raysweep.models.edm import NETWORKS
 
-    net: Any = NETWORKS[kind](**config)
-    size, channels = net.config.sample_size, net.config.in_channels
-    labels = torch.zeros(1, dtype=torch.long) if net.config.num_class_embeds else None
-    return measured(net, lambda: net(torch.empty(1, channels, size, size), torch.zeros(1), class_labels=labels).sample)
+    def run(net: Any, rows: int) -> torch.Tensor:
+        size, channels = net.config.sample_size, net.config.in_channels
+        labels = torch.zeros(rows, dtype=torch.long) if net.config.num_class_embeds else None
+        return net(torch.empty(rows, channels, size, size), torch.zeros(rows), class_labels=labels).sample
+
+    return _both(lambda: NETWORKS[kind](**config), run)
 
 
 def _of_stable_diffusion(config: dict[str, Any]) -> Footprint:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    net: Any = UNet2DConditionModel(**STABLE_DIFFUSION | config)
-    size, width = net.config.sample_size, net.config.cross_attention_dim
-    text = torch.empty(1, TEXT_LENGTH, width)
-    encoder, vae = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)), AutoencoderKL(**AUTOENCODER)
+    def run(net: Any, rows: int) -> torch.Tensor:
+        size, width = net.config.sample_size, net.config.cross_attention_dim
+        text = torch.empty(rows, TEXT_LENGTH, width)
+        return net(torch.empty(rows, 4, size, size), torch.zeros(rows), text).sample
+
+    with torch.device("meta"):
+        encoder, vae = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)), AutoencoderKL(**AUTOENCODER)
     others = {"text_encoder": _count(encoder), "vae": _count(vae)}
-    found = measured(net, lambda: net(torch.empty(1, 4, size, size), torch.zeros(1), text).sample)
-    return replace(found, others=others)
+    return replace(_both(lambda: UNet2DConditionModel(**STABLE_DIFFUSION | config), run), others=others)
 
 
 def _of_clip(name: str) -> Footprint:
     import open_clip
 
-    net = open_clip.create_model(name, pretrained=None, device="meta")
-    size = net.visual.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    def run(net: Any, rows: int) -> torch.Tensor:
+        size = net.visual.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        images = net.encode_image(torch.empty(rows, 3, height, width))
+        return images + net.encode_text(torch.zeros(rows, TEXT_LENGTH, dtype=torch.long))
 
-    def run() -> torch.Tensor:
-        images = net.encode_image(torch.empty(1, 3, height, width))
-        return images + net.encode_text(torch.zeros(1, TEXT_LENGTH, dtype=torch.long))
+    def make() -> Any:  # `create_model` moves the model once more, which fake tensors do not survive
+        config = dict(open_clip.get_model_config(name) or {})
+        custom = config.pop("custom_text", False)
+        return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
 
-    return measured(net, run)
+    return _both(make, run)
+
+
+def _both(make: Callable[[], Any], run: Callable[[Any, int], torch.Tensor]) -> Footprint:
+    """Of a network that `make` builds, in single and in mixed precision."""
+    with torch.device("meta"):
+        net = make()
+        found = measured(net, lambda: run(net, 1))
+    return with_mixed(found, make, run)
 
 
 class _Attention(torch.autograd.Function):

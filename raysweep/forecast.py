@@ -145,13 +145,11 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
 
 
 def _memory(sweep: Sweep, network: Footprint, space: Space) -> float:
-    """Peak bytes of a training step on one of the workers."""
+    """Peak bytes of a training step on one of the workers, and the base model that it keeps for the next job."""
     method, settings = resolve("method", space.method), typical(space)
-    trained = network.trained(sweep.train.modules)
-    frozen = network.saved / SINGLE - trained
     rows = settings.get("batch_size", 64) / sweep.train.workers
-    half = 0.5 if sweep.train.precision == "bf16" else 1.0
-    return SINGLE * (trained * method.copies + frozen) + half * network.activations * rows * method.tape
+    kept = network.saved - SINGLE * network.others.get("vae", 0)  # an autoencoder is shared
+    return network.step(method, rows, sweep.train.modules, sweep.train.precision) + kept
 
 
 def _passes(sweep: Sweep, name: str) -> float:

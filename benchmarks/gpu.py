@@ -1,0 +1,433 @@
+"""Step time, memory and sampling speed on one GPU, against plain PyTorch and diffusers' own pipeline.
+
+    python benchmarks/gpu.py                                # at most 8 minutes on one H100-class GPU, without Ray
+    python benchmarks/gpu.py --only finetune sampling       # some sections; those already in --out are not run again
+    python benchmarks/gpu.py --toy --out /tmp/toy           # the same code on a small network and any machine
+
+Steps: a latent text-to-image model of Stable Diffusion v1.4's size with random weights, latents 4 x 64 x 64, bf16 mixed
+precision as `train.precision: bf16` runs it, prompts of 77 tokens embedded once; the U-Net trains. For several batch sizes up
+to the largest that the dry run's forecast puts into 90 % of the card: milliseconds per step, rows per second, peak memory,
+the forecast, and the share of the card's measured bf16 matrix-product rate. The plain renderings are those of `plain.py`.
+Sampling: 50 steps of DDIM with guidance 7.5, decoding included, against diffusers' pipeline in bf16 at its best batch.
+
+Each section leaves OUT/SECTION.json as soon as it is done. Prints a table and one JSON object (OUT/gpu.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from plain import LAM, MIX, PLAIN, RHO, SAMPLER_STEPS, Step, Unet
+from torch.utils.flop_counter import FlopCounterMode
+
+from methods.base import Goal, Method, Rows
+from raysweep import footprint
+from raysweep.models.draws import normal_rows, row_seeds
+from raysweep.models.embeddings import Embeddings
+from raysweep.models.latent import LatentText
+from raysweep.registry import resolve
+from raysweep.rundir import git_commit, versions
+
+GIB = 2**30
+WORDS = ("a", "photo", "of", "cat", "dog", "car", "tree", "house", "bird")
+SCHEDULER = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+             "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+# The public configurations of Stable Diffusion v1.4 and of Stable Diffusion 3 medium.
+FULL: dict[str, Any] = {
+    "unet": footprint.STABLE_DIFFUSION, "vae": footprint.AUTOENCODER | {"sample_size": 512},
+    "text_encoder": footprint.TEXT_ENCODER | {"max_position_embeddings": footprint.TEXT_LENGTH},
+    "batches": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96), "sampled": (4, 16, 32), "steps": 50,
+    "transformer": {"sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
+                    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
+                    "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 192},
+    "transformer_batches": (4, 16), "latent": 64, "tokens": 154,
+}  # fmt: skip
+TOY: dict[str, Any] = {
+    "unet": {"sample_size": 8, "block_out_channels": (32, 64), "cross_attention_dim": 32, "attention_head_dim": 2, "layers_per_block": 1,
+             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")},
+    "vae": {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4, "sample_size": 16,
+            "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
+    "text_encoder": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                     "max_position_embeddings": 8},
+    "batches": (1, 2), "sampled": (2,), "steps": 2,
+    "transformer": {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 1, "attention_head_dim": 8,
+                    "num_attention_heads": 2, "joint_attention_dim": 16, "caption_projection_dim": 16,
+                    "pooled_projection_dim": 16, "out_channels": 4, "pos_embed_max_size": 8},
+    "transformer_batches": (2,), "latent": 8, "tokens": 6,
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "finetune": {}, "siss": {"rho": RHO, "lam": MIX}, "rgd": {"lam": LAM, "trunc_elem_sq": None},
+    "salun": {"relabel": "override"}, "esd": {"sampler_steps": SAMPLER_STEPS}, "sfd": {},
+}  # fmt: skip
+SPLITS = {"forget": 1, "retain": 2, "remain": 3}
+COMPILED = ("finetune", "siss", "rgd")  # each takes about a minute to compile
+
+
+class Bench:
+    """The device, the sizes and the time that is left.
+
+    Args:
+        toy: a small network on any machine.
+        seconds: after which no further measurement begins; what is left out is named.
+    """
+
+    def __init__(self, toy: bool, seconds: float, repeats: int):
+        self.sizes, self.toy, self.repeats = (TOY if toy else FULL), toy, 1 if toy else repeats
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.until = time.monotonic() + seconds
+        self.left_out: list[str] = []
+        self.rate = 0.0  # FLOP/s of a large bf16 product
+        self.total = torch.cuda.mem_get_info()[1] if self.device.type == "cuda" else 2**62
+
+    def may(self, what: str) -> bool:
+        """Whether there is time for one more measurement; notes what is left out."""
+        if time.monotonic() > self.until:
+            self.left_out.append(what)
+            return False
+        return True
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, run: Callable[[], Any], warm: int = 2, repeats: int | None = None) -> list[float]:
+        """Of each repetition of `run`, the device's work included."""
+        found = []
+        for k in range(warm + (repeats or self.repeats)):
+            self.wait()
+            started = time.perf_counter()
+            run()
+            self.wait()
+            if k >= warm:
+                found.append(time.perf_counter() - started)
+        return found
+
+    def clear(self) -> None:
+        """Lets go of what the last contender left on the device."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> float | None:
+        return torch.cuda.max_memory_allocated() / GIB if self.device.type == "cuda" else None
+
+    def model(self) -> LatentText:
+        """A latent text-to-image model with random weights, its U-Net to be trained and its prompts embedded."""
+        sizes = self.sizes
+        config = {"words": WORDS, "unet": {"in_channels": 4, "out_channels": 4} | sizes["unet"], "vae": sizes["vae"],
+                  "text_encoder": sizes["text_encoder"], "scheduler": SCHEDULER}  # fmt: skip
+        with self.device:
+            model = LatentText.build(config, 0)
+        model.to(self.device).train_only(("unet",))
+        model.embeddings = Embeddings.of(model, torch.cat([self.prompts(model), model.unconditional(1).cpu()]))
+        return model
+
+    def prompts(self, model: LatentText) -> torch.Tensor:
+        return model.tokens([f"a photo of a {w}" for w in WORDS[3:]])
+
+    def goal(self, model: LatentText) -> Goal:
+        asked = [tuple(p) for p in self.prompts(model).tolist()]
+        return Goal("concept", 0, 1, tuple(range(len(asked))), asked[0], tuple(enumerate(asked)))
+
+    def batch(self, model: LatentText, rows: int) -> dict[str, Rows]:
+        """Random latents; all splits under one prompt, as a memorised caption has it, so that SISS needs one pass."""
+        cond = self.prompts(model)[:1].expand(rows, -1).to(self.device)
+        found = {}
+        for name, stream in SPLITS.items():
+            seeds = row_seeds(stream, 0, rows)
+            found[name] = Rows(normal_rows(seeds, model.shape).to(self.device, torch.float32), cond, seeds, rows)
+        return found
+
+    def ours(self, name: str, model: LatentText, rows: int) -> Method:
+        """The method as a worker builds it."""
+        cls = resolve("method", name)
+        hp = cls.Hyperparameters(batch_size=rows, lr=1e-6, steps=10**6, **SETTINGS[name])
+        prepared = {}
+        if name == "salun":  # random instead of a saliency, whose size is the same
+            prepared = {n: torch.randn_like(p) for n, p in model.net.named_parameters() if p.requires_grad}
+        return cls(model, hp, prepared, self.goal(model))
+
+
+def stats(values: list[float]) -> dict[str, Any]:
+    """Milliseconds."""
+    return {
+        "ms": 1e3 * statistics.median(values),
+        "min_ms": 1e3 * min(values),
+        "max_ms": 1e3 * max(values),
+        "n": len(values),
+    }
+
+
+def contender(
+    bench: Bench, who: str, name: str, rows: int, compiled: bool = False, count: bool = False
+) -> dict[str, Any]:
+    """Time, memory and arithmetic of one method's step, by raysweep ("ours") or as one writes it ("plain")."""
+    bench.clear()
+    found: dict[str, Any] = {}
+    try:
+        model = bench.model()
+        batch = bench.batch(model, rows)
+        if compiled:
+            model.net["unet"].compile()
+        if who == "ours":
+            method = bench.ours(name, model, rows)
+
+            def step() -> None:  # as `raysweep.train.loop` takes it
+                with torch.autocast(bench.device.type, torch.bfloat16, cache_enabled=False):
+                    method.step(batch)
+        else:
+            assert model.embeddings is not None
+            states = model.embeddings.hidden[:1].to(bench.device)
+            rendered: Step = PLAIN[name](Unet(model.net["unet"], model.scheduler, states, True))
+
+            def step() -> None:
+                rendered(batch)
+
+        started = time.perf_counter()
+        step()
+        bench.wait()
+        found["first_s"] = time.perf_counter() - started
+        found |= stats(bench.seconds(step, 1))
+        found["peak_gib"] = bench.peak()
+        if count:
+            with FlopCounterMode(display=False) as counter:
+                step()
+            found["flop"] = counter.get_total_flops()
+    except torch.OutOfMemoryError:
+        found = {"error": "out of memory"}
+    except Exception as error:  # what one contender cannot do must not cost the others' numbers
+        found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    return found
+
+
+def told(bench: Bench, name: str, rows: int) -> float:
+    """GiB that a dry run tells of a step."""
+    network = footprint.of({"stable_diffusion": dict(bench.sizes["unet"])})
+    others = {} if bench.toy else network.others
+    return footprint.Footprint(network.parameters, 0, network.activations, others, network.mixed, network.casts).step(
+        resolve("method", name), rows, ("unet",), "bf16"
+    ) / GIB  # fmt: skip
+
+
+def steps(bench: Bench, name: str) -> list[dict[str, Any]]:
+    """One method at several batch sizes, eager."""
+    fitting = [b for b in bench.sizes["batches"] if told(bench, name, b) * GIB < 0.9 * bench.total]
+    chosen = sorted({*fitting[-1:], *(b for b in (4, 16) if b in fitting)})
+    found = []
+    for rows in chosen:
+        if not bench.may(f"{name} at batch {rows}"):
+            continue
+        entry: dict[str, Any] = {"section": name, "rows": rows, "told_gib": told(bench, name, rows)}
+        for who in ("plain", "ours"):
+            entry[who] = contender(bench, who, name, rows, count=who == "ours")
+        found.append(judged(bench, entry))
+        bench.clear()
+    return found
+
+
+def judged(bench: Bench, entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with what follows from both contenders."""
+    plain, ours = entry["plain"], entry["ours"]
+    if "ms" in ours:
+        entry["images_per_s"] = entry["rows"] / ours["ms"] * 1e3
+        if "flop" in ours and bench.rate:
+            entry["share_of_peak"] = ours["flop"] / (ours["ms"] / 1e3) / bench.rate
+        if ours["peak_gib"] and "told_gib" in entry:
+            entry["peak_over_told"] = ours["peak_gib"] / entry["told_gib"]
+        if "ms" in plain:
+            entry["time_ratio"] = ours["ms"] / plain["ms"]
+    return entry
+
+
+def compiled(bench: Bench) -> list[dict[str, Any]]:
+    """Some methods with `torch.compile` on the U-Net, at a batch that all of them fit."""
+    rows, found = 2 if bench.toy else 16, []
+    for name in COMPILED[:1] if bench.toy else COMPILED:
+        if not bench.may(f"{name} compiled"):
+            continue
+        entry: dict[str, Any] = {"section": f"{name} compiled", "rows": rows, "told_gib": told(bench, name, rows)}
+        for who in ("ours", "plain"):
+            entry[who] = contender(bench, who, name, rows, compiled=True)
+        found.append(judged(bench, entry))
+        bench.clear()
+    return found
+
+
+@torch.no_grad()
+def sampling(bench: Bench) -> list[dict[str, Any]]:
+    """Images per second under guidance, decoded: diffusers' pipeline in bf16, and raysweep's sampler."""
+    found = []
+    small = min(8, bench.sizes["sampled"][-1])
+    plans = [("diffusers bf16", b) for b in bench.sizes["sampled"]]
+    plans += [("ours bf16", b) for b in bench.sizes["sampled"]] + [("ours fp32", small)]
+    for who, rows in plans:
+        if not bench.may(f"sampling, {who}, batch {rows}"):
+            continue
+        bench.clear()
+        entry: dict[str, Any] = {"section": f"sampling, {who}", "rows": rows, "ours": {}, "plain": {}}
+        try:
+            draw = drawing(bench, who, rows)
+            entry["ours"] = stats(bench.seconds(draw, 1, 1 if "fp32" in who else 2)) | {"peak_gib": bench.peak()}
+            entry["images_per_s"] = rows / entry["ours"]["ms"] * 1e3
+        except Exception as error:  # as above
+            entry["ours"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        found.append(entry)
+    return found
+
+
+def drawing(bench: Bench, who: str, rows: int) -> Callable[[], Any]:
+    """What draws `rows` images."""
+    model, count = bench.model(), bench.sizes["steps"]
+    cond, seeds = bench.prompts(model)[:1].expand(rows, -1), row_seeds(7, 0, rows)
+    if "bf16" in who:
+        model.embeddings = None  # which are in single precision
+        model.net.to(torch.bfloat16)
+        model.frozen.vae.to(torch.bfloat16)
+    if who.startswith("diffusers"):
+        pipe: Any = model.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        prompts = [f"a photo of a {WORDS[3]}"] * rows
+        return lambda: pipe(prompts, num_inference_steps=count, guidance_scale=7.5, output_type="pt")
+    return lambda: model.sample(cond, seeds, count, 7.5, batch=rows)
+
+
+def transformer(bench: Bench) -> list[dict[str, Any]]:
+    """A plain rectified-flow step of a transformer of SD3-medium's size; raysweep has no family of such models."""
+    from diffusers import SD3Transformer2DModel
+
+    found, config = [], bench.sizes["transformer"]
+    for rows in bench.sizes["transformer_batches"]:
+        if not bench.may(f"transformer at batch {rows}"):
+            continue
+        bench.clear()
+        entry: dict[str, Any] = {"section": "transformer, plain finetune", "rows": rows, "ours": {}, "plain": {}}
+        try:
+            with bench.device:
+                net = SD3Transformer2DModel(**config).train()
+                shape = (rows, config["in_channels"], bench.sizes["latent"], bench.sizes["latent"])
+                x, noise = torch.randn(shape), torch.randn(shape)
+                states = torch.randn(rows, bench.sizes["tokens"], config["joint_attention_dim"])
+                pooled, u = torch.randn(rows, config["pooled_projection_dim"]), torch.rand(rows, 1, 1, 1)
+            optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
+
+            def step(net=net, x=x, noise=noise, states=states, pooled=pooled, u=u, optimizer=optimizer) -> None:
+                optimizer.zero_grad()
+                with torch.autocast(bench.device.type, torch.bfloat16):
+                    v = net((1 - u) * x + u * noise, states, pooled, 1000 * u.flatten()).sample
+                (v.float() - (noise - x)).square().mean().backward()
+                optimizer.step()
+
+            step()
+            entry["plain"] = stats(bench.seconds(step, 1)) | {"peak_gib": bench.peak()}
+            entry["images_per_s"] = rows / entry["plain"]["ms"] * 1e3
+            with FlopCounterMode(display=False) as counter:
+                step()
+            if bench.rate:
+                entry["share_of_peak"] = counter.get_total_flops() / (entry["plain"]["ms"] / 1e3) / bench.rate
+            del step, optimizer, net, counter
+        except Exception as error:  # as above
+            entry["plain"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        found.append(entry)
+    bench.clear()
+    return found
+
+
+def card(bench: Bench) -> dict[str, Any]:
+    """The device, what it can do, and the versions."""
+    size = 64 if bench.toy else 8192
+    a, b = (torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    values = bench.seconds(lambda: a @ b, 5, 20)
+    bench.rate = 2 * size**3 / statistics.median(values)
+    gpu = torch.cuda.get_device_name() if bench.device.type == "cuda" else "none"
+    libraries = {k: v for k, v in versions().items() if k in ("python", "torch", "diffusers")} | {
+        "commit": git_commit()
+    }
+    return {"gpu": gpu, "memory_gib": round(bench.total / GIB, 1) if gpu != "none" else None, "cpus": os.cpu_count(),
+            "machine": platform.machine(), "bf16_tflops": bench.rate / 1e12, "toy": bench.toy} | libraries  # fmt: skip
+
+
+SECTIONS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
+    **{name: (lambda bench, name=name: steps(bench, name)) for name in SETTINGS},
+    "sampling": sampling, "transformer": transformer, "compiled": compiled,
+}  # fmt: skip
+
+
+def table(entries: list[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table."""
+
+    def ms(part: dict[str, Any]) -> str:
+        return (
+            f"{part['ms']:.0f} ({part['min_ms']:.0f} to {part['max_ms']:.0f})"
+            if "ms" in part
+            else part.get("error", "")
+        )
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    lines = ["| section | batch | plain ms (min to max) | raysweep ms (min to max) | time ratio | images/s | peak GiB, plain | peak GiB, raysweep "
+             "| told GiB | peak / told | share of bf16 peak |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for e in entries:
+        ours, plain = e["ours"], e["plain"]
+        cells = (e["section"], str(e["rows"]), ms(plain), ms(ours), number(e.get("time_ratio"), ".2f"), number(e.get("images_per_s"), ".2f"),
+                 number(plain.get("peak_gib"), ".1f"), number(ours.get("peak_gib"), ".1f"), number(e.get("told_gib"), ".1f"),
+                 number(e.get("peak_over_told"), ".2f"), number(e.get("share_of_peak"), ".1%"))  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the sections that are not done yet; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help="a small network on any machine")
+    parser.add_argument("--out", type=Path, default=Path("gpu-benchmark"), help="folder of the results")
+    parser.add_argument("--only", nargs="+", choices=[*SECTIONS], default=[*SECTIONS], help="sections to run")
+    parser.add_argument("--seconds", type=float, default=450, help="no measurement begins later than this")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps after two that are not")
+    args = parser.parse_args(arguments)
+    if not args.toy and not torch.cuda.is_available():
+        print("benchmarks/gpu.py needs a CUDA GPU and there is none; --toy runs it on this machine.", file=sys.stderr)
+        return 2
+    bench = Bench(args.toy, args.seconds, args.repeats)
+    args.out.mkdir(parents=True, exist_ok=True)
+    about, entries = card(bench), []
+    same = {k: about[k] for k in ("gpu", "torch", "diffusers", "commit", "toy")}
+    print(json.dumps(about), flush=True)
+    for name in args.only:
+        path = args.out / f"{name}.json"
+        done = json.loads(path.read_text()) if path.is_file() else {}
+        if done.get("of") != same or not done["whole"]:
+            left, started = len(bench.left_out), time.monotonic()
+            measured = SECTIONS[name](bench)
+            done = {
+                "of": same,
+                "whole": len(bench.left_out) == left,
+                "entries": measured,
+                "s": time.monotonic() - started,
+            }
+            path.write_text(json.dumps(done, indent=1))
+            print(f"{name}: {done['s']:.0f} s", flush=True)
+        entries += done["entries"]
+    result = {"about": about, "entries": entries, "left_out": bench.left_out}
+    (args.out / "gpu.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+    print("\n".join(table(entries)))
+    if bench.left_out:
+        print(f"left out for want of time: {', '.join(bench.left_out)}; the same command goes on from here")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""What must hold on a GPU: steps equal those of a CPU, trials repeat, images do not depend on their batch, checks run.
+
+    pytest -n 0 -m gpu tests/test_gpu.py
+
+TensorFloat-32 is off, which rounds to ten bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_evaluators import TIER
+from test_methods import FAMILIES, JOBS, TRAINED, instance, settings_for, slow, through_a_file
+from tiny import LATENT, latent_task, vlm_pairs
+
+from methods.base import CONTRASTIVE
+from raysweep.audit.measure import measure, subject_of
+from raysweep.models import families
+from raysweep.models.draws import row_seeds
+from raysweep.models.embeddings import Embeddings
+from raysweep.models.latent import LatentText
+from raysweep.models.pixel import PixelDDPM
+from raysweep.registry import resolve
+from raysweep.tasks.task import encoded
+from raysweep.train.jobs import Job
+from raysweep.train.loop import Resident
+from raysweep.train.loop import run as run_job
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+TRAINS = [job for job in JOBS if job[0] in TRAINED]
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def built(name: str, family: str, device: torch.device, dtype: torch.dtype = torch.float32, **more):
+    """(method, task) on a device."""
+    cls = resolve("method", name)
+    settings = settings_for(name, **slow(name)) | more
+    if family in CONTRASTIVE and "trunc_elem_sq" in cls.Hyperparameters.model_fields:
+        settings["trunc_elem_sq"] = None
+    hp = cls.Hyperparameters(**settings)
+    task, model = vlm_pairs() if family == "vlm" else instance(name, family)
+    model.net.to(dtype)
+    model.to(device)
+    if family == "text-ddpm":
+        task = encoded(task, model)
+    prepared = {k: v.cpu() for k, v in cls.prepare(model, task, 0, hp).items()}  # as a file gives them back
+    return cls(model, hp, prepared, task.goal), task
+
+
+def stepped(method, task, start: int = 0, stop: int = 2) -> torch.Tensor:
+    """The weights after some steps, float64 on the CPU."""
+    weight = next(iter(method.model.net.parameters()))
+    for step in range(start, min(stop, method.steps)):
+        batch = task.batch(method.draws(), 3, step)
+        method.step({k: rows.to(weight.device, weight.dtype) for k, rows in batch.items()})
+    return torch.cat([p.detach().double().cpu().reshape(-1) for p in method.model.net.parameters()])
+
+
+def apart(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor) -> float:
+    """How far two candidates are from each other, as a share of how far the first moved."""
+    return float((a - b).norm() / (a - start).norm())
+
+
+@pytest.mark.parametrize(("name", "family"), [*TRAINS, *((n, f) for n, f in FAMILIES if f == "vlm")])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 0.02)])
+def test_steps_equal_those_of_a_cpu(name, family, dtype, tolerance):
+    method, task = built(name, family, CPU, dtype)
+    start = stepped(method, task, 0, 0)
+    here = stepped(method, task)
+    there, _ = built(name, family, GPU, dtype)
+    found = stepped(there, task if family != "text-ddpm" else encoded(instance(name, family)[0], there.model))
+    there.finish()
+    assert all(p.device.type == "cuda" for p in there.model.net.parameters())
+    assert apart(here, found, start) < tolerance
+
+
+@pytest.mark.parametrize(("name", "family"), TRAINS)
+def test_resuming_on_a_gpu(name, family):
+    whole, task = built(name, family, GPU)
+    expected = stepped(whole, task, 0, 3)
+    first, _ = built(name, family, GPU)
+    stepped(first, task, 0, 2)
+    second, _ = built(name, family, GPU)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    assert torch.equal(stepped(second, task, 2, 3), expected)
+
+
+def trained(name: str, family: str, folder: Path, tag: str, device: torch.device = GPU, **more):
+    """The outcome of a job of a train worker, and the folder of its candidate."""
+    base, task_dir = folder / "base", folder / "task"
+    task, model = instance(name, family)
+    if not base.exists():
+        task_dir.mkdir()
+        task.save(task_dir)
+        model.save(base)
+    settings = settings_for(name)
+    if family == "clip" and "trunc_elem_sq" in resolve("method", name).Hyperparameters.model_fields:
+        settings["trunc_elem_sq"] = None
+    small = {k: v for k, v in settings.items() if k in resolve("method", name).prepared_by}
+    resident, out = Resident(device), folder / tag
+    common = {"method": name, "seed": 7, "task": str(task_dir), "base": str(base)} | more
+    prepared = out.with_suffix(".safetensors")
+    outcome = run_job(Job(id="p", kind="prepare", hyperparameters=small, out=str(prepared), **common), resident)
+    assert outcome.status == "ok", outcome.reason
+    job = Job(id="t", kind="train", hyperparameters=settings, out=str(out), prepared=str(prepared), **common)
+    outcome = run_job(job, resident)
+    assert outcome.status == "ok", outcome.reason
+    return outcome, out
+
+
+@pytest.mark.parametrize(("name", "family"), JOBS)
+def test_a_trial_repeats_to_the_last_bit_and_its_candidate_loads(name, family, tmp_path):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    one, out = trained(name, family, tmp_path, "one")
+    assert families.load(out).to(GPU).digest == one.digest
+    two, _ = trained(name, family, tmp_path, "two")
+    assert one.digest == two.digest
+
+
+@pytest.mark.parametrize(("name", "family"), JOBS)
+def test_mixed_precision(name, family, tmp_path):
+    _, out = trained(name, family, tmp_path, "one", precision="bf16")
+    for p in families.load(out).net.parameters():
+        assert p.dtype == torch.float32
+        assert bool(torch.isfinite(p).all())
+
+
+def test_adapters(tmp_path):
+    pytest.importorskip("peft")
+    trained("finetune", "text-ddpm", tmp_path, "one", modules=("unet",))
+    trained("finetune", "text-ddpm", tmp_path, "two", lora={"rank": 2, "alpha": 2})
+
+
+WIDE = {
+    "unet": {"sample_size": 16, "in_channels": 3, "out_channels": 3, "block_out_channels": (64, 128), "layers_per_block": 2,
+             "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+             "num_class_embeds": 7},
+    "scheduler": {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}, "null_label": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("kind", ["wide", "latent", "edm"])
+def test_an_image_is_the_same_to_the_last_bit_in_any_company(kind, dtype, tf32):
+    from evaluators.base import Subject
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    seeds, order = row_seeds(9, 0, 120), torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    if kind == "latent":
+        model = LatentText.build(LATENT, 1)
+        cond = latent_task(model=model).splits["prompts_probe"].cond[torch.arange(120) % 4]
+        model.frozen.vae.to(dtype)
+    else:
+        model = PixelDDPM.build(WIDE, 1) if kind == "wide" else instance("rgd", "edm")[1]
+        cond = torch.arange(120) % 6
+    model.net.to(dtype)
+    model.to(GPU)
+    one = Subject(model, replace(latent_task(), sampling={"steps": 4, "guidance": 2.0}), None, {}, lambda *_: seeds)
+    whole = one.generate(cond, seeds)
+    assert whole.device.type == "cpu"
+    assert torch.equal(one.generate(cond[order], seeds[order]), whole[order])
+    for low, high in ((0, 1), (3, 50), (7, 118)):
+        assert torch.equal(one.generate(cond[low:high], seeds[low:high]), whole[low:high])
+
+
+@pytest.mark.parametrize("kind", ["points", "class", "text-ddpm", "edm", "clip"])
+def test_checks_run_and_agree_with_those_of_a_cpu(kind, points_task, class_task):
+    from evaluators.judge import train_judge
+
+    judge = None
+    if kind in ("points", "class"):
+        task = points_task if kind == "points" else class_task
+        split = task.splits["judge_probe"]
+        judge = train_judge(split.x, split.groups, seed=0, steps=60)
+    else:
+        task, _ = instance("finetune", kind)
+        split = task.splits["judge_probe"]
+        judge = None if kind == "clip" else train_judge(split.x, split.groups, seed=0, steps=60)
+        task = replace(task, family=kind)
+    tier = TIER.model_copy(update={"checks": tuple(c for c in TIER.checks if c != "quantile" or kind == "points")})
+
+    def measured(device):
+        def one(seed):
+            if kind in ("points", "class"):
+                model = PixelDDPM.build(task.model, seed)
+            else:
+                model = instance("finetune", kind)[1]
+                model = model if seed == 0 else model.fresh(seed)
+            return subject_of(model.to(device), task, judge, tier)
+
+        subject = one(0)
+        subject.peers = {"base": subject} | {f"oracle-{k}": one(k + 1) for k in range(2)}
+        return measure(subject, tier)
+
+    here, there = measured(CPU), measured(GPU)
+    failed = [(r["check"], r["reason"]) for r in there.rows if r["status"] == "failed"]
+    assert not failed
+    assert [(r["check"], r["name"], r["status"]) for r in here.rows] == [
+        (r["check"], r["name"], r["status"]) for r in there.rows
+    ]
+    for metric in ("denoising.forget_loss", "denoising.retain_loss", "loss.auc", "contrast.retain_loss"):
+        if metric in here.values:
+            assert there.values[metric] == pytest.approx(here.values[metric], rel=1e-2), metric
+
+
+def test_prompts_embedded_once_are_those_embedded_anew():
+    task, model = instance("finetune", "text-ddpm")
+    model.to(GPU)
+    model.train_only(("unet",))
+    cond = task.splits["retain"].cond[:5].to(GPU)
+    x, t = model.noise(row_seeds(1, 0, 5)), torch.full((5,), 300, device=GPU)
+    with torch.no_grad():
+        anew = model.predict(x, t, cond)
+        model.embeddings = Embeddings.of(model, task.splits["retain"].cond)
+        torch.testing.assert_close(model.predict(x, t, cond), anew, atol=1e-5, rtol=1e-4)
