@@ -148,8 +148,8 @@ def _nodes(sweep: Any) -> list[Any]:
     if os.environ.get("RAY_ADDRESS"):
         from raysweep.pool import connected
 
-        with connected(sweep) as nodes:
-            return nodes
+        with connected(sweep) as cluster:
+            return cluster.nodes
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -50,8 +50,16 @@ class RunFailed(RuntimeError):
     """A run cannot go on; the message says why."""
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that this process is connected to. dashboard: HOST:PORT of Ray's dashboard; "" without one."""
+
+    nodes: list[Node]
+    dashboard: str
+
+
 @contextlib.contextmanager
-def connected(sweep: Sweep) -> Iterator[list[Node]]:
+def connected(sweep: Sweep) -> Iterator[Cluster]:
     """Connects to the cluster of RAY_ADDRESS or of the submitting job, else starts a local Ray on loopback.
 
     Raises ConfigError if no cluster answers at that address, RunFailed if no local Ray starts.
@@ -64,10 +72,10 @@ def connected(sweep: Sweep) -> Iterator[list[Node]]:
         # a submitted job ships its working directory; otherwise workers import from where this process does
         variables = missing if _in_job() else missing | {"PYTHONPATH": path}
         _reach(os.environ["RAY_ADDRESS"])
-        ray.init(address="auto", runtime_env={"env_vars": variables}, **options)
+        context = ray.init(address="auto", runtime_env={"env_vars": variables}, **options)
     else:
         try:
-            ray.init(
+            context = ray.init(
                 address="local",  # never a cluster that happens to run on this machine
                 num_cpus=sweep.resources.cpus,
                 resources={TRIAL_SLOT: 10_000},
@@ -89,7 +97,7 @@ def connected(sweep: Sweep) -> Iterator[list[Node]]:
             for n in ray.nodes()
             if n["Alive"]
         ]
-        yield nodes
+        yield Cluster(nodes, context.dashboard_url or "")
     finally:
         ray.shutdown()
 

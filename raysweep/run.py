@@ -95,10 +95,10 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
 def _with_ray(
     sweep: Sweep, task: Task, spaces: list[Space], folder: RunDir, run_id: str, say: Say, tick: Tick
 ) -> Result:
-    with connected(sweep) as nodes:
-        plan = make_plan(nodes, sweep, has_trial_slots())
+    with connected(sweep) as cluster:
+        plan = make_plan(cluster.nodes, sweep, has_trial_slots())
         say("plan", plan.describe())
-        for line in urls(folder):
+        for line in urls(folder, cluster.dashboard):
             say("url", line)
         with pool(folder.path, run_id, sweep, plan) as actors:
             executor = make_executor(str(folder.path), run_id, sweep, plan)
@@ -278,10 +278,9 @@ def _conclude(
     return Result(folder, front, trials, incomplete)
 
 
-def urls(folder: RunDir) -> list[str]:
-    """Where a running sweep can be watched."""
-    address = ray._private.worker.global_worker.node.address_info.get("webui_url") if ray.is_initialized() else None
-    lines = [f"Ray dashboard  http://{address}"] if address else []
+def urls(folder: RunDir, dashboard: str) -> list[str]:
+    """Where a running sweep can be watched. dashboard: HOST:PORT of Ray's; "" for none."""
+    lines = [f"Ray dashboard  http://{dashboard}"] if dashboard else []
     lines.append(f"tensorboard --logdir {folder.path / 'tune'}")
     lines.append(f"optuna-dashboard {folder.journal}")
     return lines

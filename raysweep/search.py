@@ -33,7 +33,14 @@ FINAL = "raysweep_final"
 
 def open_study(journal: Path, name: str) -> Study:
     """The study on a journal file, made if it is not there; both objectives are minimised."""
-    storage = JournalStorage(JournalFileBackend(str(journal)))
+    return _open(_storage(journal), name)
+
+
+def _storage(journal: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(journal)))
+
+
+def _open(storage: JournalStorage, name: str) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -63,7 +70,7 @@ class ParetoSearch(Searcher):
         self._attach()
 
     def _attach(self) -> None:
-        self.study = open_study(self.journal, self.name)
+        self._open()
         self.numbers: dict[str, int] = {}  # Tune's trial id -> number in the study
         self.held: dict[int, tuple[dict[str, Any], bool]] = {}  # number -> (result, error) that comes before its time
         self.ready: list[dict[str, Any]] = [
@@ -71,6 +78,10 @@ class ParetoSearch(Searcher):
             for t in self._planned().values()
             if t.state == TrialState.RUNNING and "config" in t.user_attrs
         ]
+
+    def _open(self) -> None:
+        self.storage = _storage(self.journal)
+        self.study = _open(self.storage, self.name)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's config; None: wait for the batch before the running one; FINISHED: all were suggested."""
@@ -121,9 +132,8 @@ class ParetoSearch(Searcher):
             self._set(number, "reason", result.get("reason") or "stopped early")
             self.study.tell(number, state=TrialState.PRUNED)
         else:
-            optuna.Trial(self.study, self.study.trials[number]._trial_id).set_constraint(
-                "validity", float(result.get("constraint", 0.0))
-            )
+            trial = optuna.trial.Trial(self.study, self._id(number))
+            trial.set_constraint("validity", float(result.get("constraint", 0.0)))
             self._set(number, "result", json.dumps({k: result[k] for k in sorted(result) if k in _KEPT}))
             self.study.tell(number, values=[float(v) for v in values])  # type: ignore[arg-type]
 
@@ -139,11 +149,11 @@ class ParetoSearch(Searcher):
         return self.trials - sum(t.state.is_finished() for t in self._planned().values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "study"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("study", "storage")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.study = open_study(self.journal, self.name)
+        self._open()
 
     def _planned(self) -> dict[int, FrozenTrial]:
         """Place in the sweep -> its trial; a place that was interrupted while being suggested is free again."""
@@ -196,7 +206,12 @@ class ParetoSearch(Searcher):
             )
 
     def _set(self, number: int, key: str, value: Any) -> None:
-        self.study._storage.set_trial_user_attr(self.study.trials[number]._trial_id, key, value)
+        self.storage.set_trial_user_attr(self._id(number), key, value)
+
+    def _id(self, number: int) -> int:
+        """The storage's own name of a trial. Of a trial that an earlier process asked for, nothing else lets attributes be set."""
+        study = self.storage.get_study_id_from_name(self.name)
+        return self.storage.get_trial_id_from_study_id_trial_number(study, number)
 
 
 _KEPT = (

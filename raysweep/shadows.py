@@ -113,9 +113,9 @@ def run_shadows(folder: RunDir, trial: str, shadows: int, say: Say) -> tuple[Pat
         raise ConfigError(f"--models: at least {LEAST}, not {shadows}")
     manifest = folder.read_manifest()
     task, context = Task.load(folder.task), Context.load(str(folder.path))
-    with folder.claim(sweep, manifest["digests"]), connected(sweep) as nodes:
+    with folder.claim(sweep, manifest["digests"]), connected(sweep) as cluster:
         folder.update(state=manifest["state"])  # the run itself stays as it was
-        plan = make_plan(nodes, sweep, has_trial_slots())
+        plan = make_plan(cluster.nodes, sweep, has_trial_slots())
         with pool(folder.path, run_id, sweep, plan) as actors:
             executor = make_executor(str(folder.path), run_id, sweep, plan)
             models = _train(sweep, task, context, config, shadows, executor, actors, say)

@@ -48,8 +48,8 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
     with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}):
         save_task(folder, task)
         try:
-            with connected(sweep) as nodes:
-                plan = make_plan(nodes, sweep, has_trial_slots())
+            with connected(sweep) as cluster:
+                plan = make_plan(cluster.nodes, sweep, has_trial_slots())
                 with pool(folder.path, run_id, sweep, plan) as actors:
                     executor = make_executor(str(folder.path), run_id, sweep, plan)
                     context = prepare(sweep, task, [], folder, run_id, executor, actors, say, tick)

@@ -69,6 +69,7 @@ def test_nothing_is_lost_redone_or_done_twice_by_a_kill(home, run):
     keys = [json.loads(line)["key"] for line in (run.path / "audits.jsonl").read_text().splitlines() if line]
     assert len(keys) == len(set(keys))
     assert "resuming" in log(home)
+    assert re.search(r"Ray dashboard  http://127\.0\.0\.1:\d+", log(home))
 
 
 def test_a_method_that_raises_is_a_failed_trial_with_its_reason(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from wsgiref.util import setup_testing_defaults
 
@@ -218,6 +219,24 @@ def test_constraint_reaches_the_study(tmp_path):
     search.suggest("a")
     search.on_trial_complete("a", result(0.0, 0.9, constraint=0.3))
     assert any("constraint" in key for key in search.study.trials[0].system_attrs)
+
+
+def test_the_end_of_a_trial_that_an_earlier_process_asked_for_is_recorded_whole(tmp_path):
+    """By what Optuna offers to everybody: a journal opened elsewhere shows attributes, reason and constraint."""
+    first = searcher(tmp_path, trials=4)
+    configs = [first.suggest(k) for k in "abcd"]
+    again = searcher(tmp_path, trials=4)
+    for k in "wxyz":
+        again.suggest(k)
+    again.on_trial_complete("w", result(0.2, 0.9, constraint=0.3))
+    again.on_trial_complete("x", {"reason": "diverged", FINAL: True})
+    trials = open_study(tmp_path / "study.journal", "s").trials
+    ended = [trials[c["number"]] for c in configs[:2]]
+    assert [t.state for t in ended] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert [t.user_attrs["tune_id"] for t in ended] == ["w", "x"]
+    assert json.loads(ended[0].user_attrs["result"])["residue"] == 0.2
+    assert ended[1].user_attrs["reason"] == "diverged"
+    assert ended[0].constraints == {"validity": 0.3}
 
 
 def test_survives_pickling(tmp_path):
