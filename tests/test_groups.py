@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -106,3 +108,26 @@ def test_a_job_goes_on_from_its_checkpoint_and_past_one_that_cannot_be_read(plac
     outcome = loop.run(cut, loop.Resident())
     assert (outcome.status, outcome.digest) == ("ok", whole.digest), outcome.reason
     assert not path.exists()
+
+
+def test_a_worker_keeps_the_last_base_only(place, monkeypatch):
+    """As under `raysweep shadows`, where each job has a base of its own."""
+    kept, load = [], loop.families.load
+
+    def loaded(folder):
+        kept.append(weakref.ref(model := load(folder)))
+        return model
+
+    monkeypatch.setattr(loop.families, "load", loaded)
+    worker, digests = loop.Resident(), []
+    for turn in range(2):
+        for seed in range(3):
+            base = place / f"base-{seed}"
+            if not turn:
+                tiny_model(tiny_task(), seed).save(base)
+            digests.append(loop.run(job(place, f"of-{seed}-{turn}", base=str(base)), worker).digest)
+    gc.collect()
+    assert sum(r() is not None for r in kept) == 1
+    assert digests[:3] == digests[3:]
+    assert len(set(digests)) == 3
+    assert loop.run(job(place, "fresh", base=str(place / "base-1")), loop.Resident()).digest == digests[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import numpy as np
 import ray
 
 from raysweep.config import Tier
+from raysweep.recent import Recent
 from raysweep.store import ROWS, SCORES, StoreError, digest_of, read_table, write_bytes, write_table
 
 if TYPE_CHECKING:
@@ -68,12 +69,26 @@ class Peers(Mapping[str, Any]):
         return len(self.makers)
 
 
+@dataclass
+class OfTier:
+    """What an auditor keeps for a tier: its anchors, with what was computed for them, by digest; and arrays by name."""
+
+    anchors: dict[str, Subject] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
 @ray.remote(num_cpus=0.5, max_restarts=-1, max_task_retries=0)
 class Auditor:
-    """Measures models one at a time; a restarted auditor starts empty and loads what it needs."""
+    """Measures models one at a time; a restarted auditor starts empty and loads what it needs.
+
+    It keeps the anchors' models, once for all tiers, and what was computed for the last two tiers, which may take turns.
+    """
 
     def __init__(self) -> None:
-        self.kept: dict[str, Any] = {}
+        self.tasks: Recent[Any] = Recent(1)
+        self.judges: Recent[Any] = Recent(2)
+        self.tiers: Recent[OfTier] = Recent(2)
+        self.models: dict[str, Any] = {}
 
     def measure(self, request: AuditRequest) -> dict[str, Any]:
         """Does the audit, unless its parts are there already; returns the seconds it took, the images made and the failed checks."""
@@ -148,33 +163,39 @@ class Auditor:
         from raysweep.models import families
         from raysweep.seeds import derive_seed
 
-        task, judge = self._task(request.task), self._judge(request.judge)
+        task, judge, tier = self._task(request.task), self._judge(request.judge), self._of_tier(request)
+        folders = {folder for _, folder, _ in request.anchors}
+        self.models = {folder: model for folder, model in self.models.items() if folder in folders}
 
-        def made(folder: str | None) -> Subject:
-            if folder is None:  # of the base's architecture, with its frozen parts
-                model = families.load(request.anchors[0][1]).fresh(derive_seed("destroyed"))
-            else:
-                model = families.load(folder)
-            subject = subject_of(model.to(_device()), task, judge, request.tier)
+        def made(model: Any) -> Subject:
+            subject = subject_of(model, task, judge, request.tier)
             subject.peers, subject.kept = peers, partial(self._keep, request)
             return subject
 
         def anchor(folder: str, digest: str) -> Subject:
-            key = digest_of("anchor", digest, request.tier.digest, request.judge_digest, request.task_digest)
-            if key not in self.kept:
-                self.kept[key] = made(folder)
-            return self.kept[key]
+            if digest not in tier.anchors:
+                if folder not in self.models:
+                    self.models[folder] = families.load(folder).to(_device())
+                tier.anchors[digest] = made(self.models[folder])
+            return tier.anchors[digest]
 
         peers = Peers({name: partial(anchor, folder, digest) for name, folder, digest in request.anchors})
         own = next((folder for _, folder, digest in request.anchors if digest == request.digest), None)
-        return made(request.model) if own is None else anchor(own, request.digest)
+        if own is not None:
+            return anchor(own, request.digest)
+        if request.model is None:  # of the base's architecture, with its frozen parts
+            return made(families.load(request.anchors[0][1]).fresh(derive_seed("destroyed")).to(_device()))
+        return made(families.load(request.model).to(_device()))
+
+    def _of_tier(self, request: AuditRequest) -> OfTier:
+        digests = [digest for _, _, digest in request.anchors]
+        parts = (request.tier.digest, request.judge_digest, request.task_digest, request.code, digests)
+        return self.tiers.get(digest_of(*parts), OfTier)
 
     def _task(self, folder: str):
         from raysweep.tasks.task import Task
 
-        if folder not in self.kept:
-            self.kept[folder] = Task.load(Path(folder))
-        return self.kept[folder]
+        return self.tasks.get(folder, lambda: Task.load(Path(folder)))
 
     def _keep(self, request: AuditRequest, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         """An array that depends on task, judge, tier and code alone: from memory, else from the cache, else made and kept."""
@@ -182,7 +203,8 @@ class Auditor:
 
         name = digest_of(key, request.tier.weights_digest, request.task_digest, request.judge_digest, request.code)
         path = None if request.references is None else Path(request.references) / f"{name}.safetensors"
-        if name not in self.kept:
+        arrays = self._of_tier(request).arrays
+        if name not in arrays:
             array = None
             if path is not None and path.is_file():
                 with contextlib.suppress(StoreError, KeyError):  # cut short or foreign: made again
@@ -193,15 +215,13 @@ class Auditor:
                     import torch
 
                     save_tensors(path, {"array": torch.from_numpy(array)})
-            self.kept[name] = array
-        return self.kept[name]
+            arrays[name] = array
+        return arrays[name]
 
     def _judge(self, path: str):
         if not path:  # the model is its own judge
             return None
-        if path not in self.kept:
-            self.kept[path] = load_judge(Path(path))
-        return self.kept[path]
+        return self.judges.get(path, lambda: load_judge(Path(path)))
 
 
 def load_judge(path: Path):

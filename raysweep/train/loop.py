@@ -26,6 +26,7 @@ from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import Embeddings
+from raysweep.recent import Recent
 from raysweep.registry import resolve
 from raysweep.seeds import derive_seed
 from raysweep.store import checkpoint_path, digest_state, write_file, write_folder, write_json
@@ -41,36 +42,36 @@ TELL_EVERY = 25  # steps between two reports of progress; each one waits for the
 
 
 class Resident:
-    """Tasks and base models that a worker keeps between jobs, by folder."""
+    """What a worker keeps between jobs: the task, and the base model of the last job with what was computed for it.
+
+    The trials of a sweep share one base; shadow models have a base each, of which only the last stays.
+    """
 
     def __init__(self, device: torch.device | None = None):
         self.device = device or torch.device("cpu")
-        self._tasks: dict[str, Task] = {}
-        self._models: dict[str, Any] = {}
-        self._clips: dict[str, Clip] = {}
-        self._embeddings: dict[str, Embeddings] = {}
+        self._tasks: Recent[Task] = Recent(2)  # as images, and as latents
+        self._models: Recent[Any] = Recent(1)
+        self._clips: Recent[Clip] = Recent(1)
+        self._embeddings: Recent[Embeddings] = Recent(1)
 
     def task(self, folder: str) -> Task:
-        if folder not in self._tasks:
-            self._tasks[folder] = Task.load(Path(folder))
-        return self._tasks[folder]
+        return self._tasks.get(folder, lambda: Task.load(Path(folder)))
 
     def encoded(self, folder: str, model: Diffusion) -> Task:
         """The task as the model's network takes it."""
         if not model.latent:
             return self.task(folder)
-        key = f"{folder} {model.encoder_digest}"
-        if key not in self._tasks:
-            self._tasks[key] = encoded(self.task(folder), model, Path(folder).parent / "latents")
-        return self._tasks[key]
+        task = self.task(folder)
+        return self._tasks.get(
+            (folder, model.encoder_digest), lambda: encoded(task, model, Path(folder).parent / "latents")
+        )
 
     def model(self, job: Job, task: Task) -> Any:
         """A copy of the job's base model that the job may change."""
         if job.base is None:
             return families.build(task, derive_seed("init", job.seed), job.frozen).to(self.device)
-        if job.base not in self._models:
-            self._models[job.base] = families.load(job.base).to(self.device)
-        kept = self._models[job.base]
+        base = job.base
+        kept = self._models.get(base, lambda: families.load(base).to(self.device))
         model = kept.with_net(copy.deepcopy(kept.net))
         if job.modules:
             model.train_only(job.modules)
@@ -86,9 +87,8 @@ class Resident:
             if task.clip is not None:
                 from raysweep.models.tower import Clip
 
-                if task.clip not in self._clips:
-                    self._clips[task.clip] = Clip.load(task.clip)
-                families.with_tower(model, self._clips[task.clip])
+                clip = task.clip
+                families.with_tower(model, self._clips.get(clip, lambda: Clip.load(clip)))
             return model, task
         if job.base is not None and model.family == "text-ddpm":
             self._remember(f"{job.task} {job.base}", model, task)
@@ -98,10 +98,12 @@ class Resident:
         """Lets a model whose text encoders do not change look up the task's prompts."""
         if any(p.requires_grad for encoder in model.encoders for p in encoder.parameters()):
             return
-        if key not in self._embeddings:
+
+        def embeddings() -> Embeddings:
             conditions = [s.cond for s in task.splits.values() if s.cond is not None]
-            self._embeddings[key] = Embeddings.of(model, torch.cat([*conditions, model.unconditional(1).cpu()]))
-        model.embeddings = self._embeddings[key]
+            return Embeddings.of(model, torch.cat([*conditions, model.unconditional(1).cpu()]))
+
+        model.embeddings = self._embeddings.get(key, embeddings)
 
 
 def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outcome:
