@@ -11,7 +11,6 @@ from tiny import tiny_model, tiny_task
 from evaluators.judge import train_judge
 from raysweep.artifacts import save_tensors
 from raysweep.audit.auditor import Auditor, AuditRequest, rows_path
-from raysweep.audit.measure import measure
 from raysweep.config import Tier
 from raysweep.models import families
 from raysweep.recent import Recent
