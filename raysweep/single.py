@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
     """
     sweep = sweep.model_copy(update={"name": f"{sweep.name[:50]}-audits"})
     task, _ = resolve_sweep(sweep)
-    digest, name = check_model(str(model), task, str(model)), model.absolute().name
+    digest = check_model(str(model), task, str(model))
+    name = subject_name(model, digest)
     check_oracles(sweep, task)
     if task.base is not None:
         check_latents(str(model), families.load(task.base), str(model))
@@ -76,6 +78,14 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
         )
         folder.update(state="incomplete" if incomplete else "done", incomplete=incomplete)
     return made, card.read(made)
+
+
+def subject_name(model: Path, digest: str) -> str:
+    """What tables and cards call an audited model: its folder's name and its weights, FOLDER@HASH.
+
+    Folders may share a name, with one another and with the anchors, which have no "@" in theirs: base, oracle-K, destroyed.
+    """
+    return f"{Path(os.path.abspath(model)).name}@{digest[:8]}"
 
 
 def _measure(
@@ -151,5 +161,5 @@ def write_card(
         for tier, r in requests.items()
         for kind, where in (("rows", rows_path), ("scores", scores_path))
     }
-    out = folder.path / "cards" / f"{name}-{digest[:8]}"
+    out = folder.path / "cards" / name
     return card.write(out, content, tables, Path(requests["audit"].judge) if requests["audit"].judge else None)

@@ -41,7 +41,9 @@ def _field(name: str, kind: pa.DataType, comment: str) -> pa.Field:
 
 ROWS = pa.schema(
     [
-        _field("subject", pa.string(), "trial id, or base, oracle-K, destroyed"),
+        _field(
+            "subject", pa.string(), "trial id; base, oracle-K, destroyed; or FOLDER@HASH, a model audited by itself"
+        ),
         _field("method", pa.string(), "method of the trial; empty for anchors"),
         _field("subject_digest", pa.string(), "hash of the audited weights"),
         _field("tier", pa.string(), "probe (steers the search) or audit (reported)"),
@@ -69,7 +71,9 @@ ROWS = pa.schema(
 
 SCORES = pa.schema(
     [
-        _field("subject", pa.string(), "trial id, or base, oracle-K, destroyed"),
+        _field(
+            "subject", pa.string(), "trial id; base, oracle-K, destroyed; or FOLDER@HASH, a model audited by itself"
+        ),
         _field("tier", pa.string(), "probe or audit"),
         _field("score", pa.string(), "evaluator.score"),
         _field("unit", pa.int32(), "independent unit: a seed or an image; the same unit in every subject of a tier"),

@@ -219,22 +219,28 @@ def test_another_config_is_refused(run):
 
 @pytest.fixture(scope="module")
 def card(home, cache) -> Path:
-    """The audit card of a candidate, made by the command."""
-    one = "runs/small/candidates/000-neggrad"
-    process = start(home, cache, "audit", one, "small.yaml", "name=other")
+    """The audit card of a candidate, made by the command; its folder has the name of an anchor."""
+    shutil.copytree(home / "runs/small/candidates/000-neggrad", home / "base")
+    process = start(home, cache, "audit", "base", "small.yaml", "name=other")
     assert process.wait(timeout=400) == 0, log(home)
     return next((home / "runs/other-audits/cards").iterdir())
 
 
-def test_a_card_says_what_was_found_and_verifies(card):
+def test_a_card_says_what_was_found_and_verifies(card, home):
     answer = call("verify", str(card))
     assert answer.exit_code == 0, answer.output
     assert "DIFFERS" not in answer.output
     content = json.loads((card / "card.json").read_text())
-    assert {"base", "oracle-0", "oracle-1", "000-neggrad"} == set(content["models"])
+    own = json.loads((home / "base/raysweep.json").read_text())
+    name = f"base@{own['outcome']['digest'][:8]}"
+    assert {"base", "oracle-0", "oracle-1", name} == set(content["models"])
+    assert content["models"][name] == {"folder": str(home / "base"), "digest": own["outcome"]["digest"]}
+    assert content["models"]["base"]["digest"] == own["base_digest"]
+    rows = read_table(card / "audit-rows.parquet", ROWS).to_pylist()
+    assert {(r["subject"], r["subject_digest"]) for r in rows} == {(name, own["outcome"]["digest"])}
     assert content["verdict"]["label"]
     page = (card / "card.html").read_text()
-    for part in ("Audit of 000-neggrad", "loss.gap", "Not tested", "Fixed before", content["digest"]):
+    for part in (f"Audit of {name}", "loss.gap", "Not tested", "Fixed before", content["digest"]):
         assert part in page, part
     assert not re.findall(r"<(?:script|link|img|iframe)", page)
 
@@ -292,7 +298,7 @@ def test_cards_side_by_side(card, tmp_path, monkeypatch):
     assert "The cards differ in the tasks" in shown.output
     assert "residue" in shown.output
     table = json.loads(call("show", str(card), str(other), "--json").output)
-    assert table["subjects"] == ["000-neggrad", "<b>another</b>"]
+    assert table["subjects"] == [card.name, "<b>another</b>"]
     assert all(len(row["cells"]) == 2 for row in table["rows"])
 
 

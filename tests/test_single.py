@@ -1,0 +1,63 @@
+"""The audit of a folder: what its card calls it, whatever the folder is called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny import tiny_task
+
+from raysweep import card, single
+from raysweep.audit.auditor import AuditRequest
+from raysweep.config import Tier
+from raysweep.context import Context
+from raysweep.objectives import Objectives
+from raysweep.reader import load
+from raysweep.rundir import RunDir
+from raysweep.single import subject_name, write_card
+
+TIER = Tier(seed=1, judge="audit")
+ANCHORS = {"base": ("/models/base", "b" * 16), "oracle-0": ("/models/o0", "0" * 16)}
+
+
+@pytest.mark.parametrize("called", ["base", "oracle-0", "destroyed", "mine"])
+def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, called):
+    monkeypatch.setattr(single, "verdict_of", lambda *_: SimpleNamespace(sentence=str, plain=dict))
+    monkeypatch.setattr(card, "findings_of", lambda *_: [])
+    sweep, folder = load(None, (f"storage={tmp_path}",)), RunDir(tmp_path / "run")
+    context = Context(
+        run=str(folder.path), run_id="r", task_digest="t", quality="q", validity="v", base=ANCHORS["base"][0],
+        base_digest=ANCHORS["base"][1], oracles={"oracle-0": ANCHORS["oracle-0"]}, judges={}, prepared={}, cache=str(tmp_path),
+    )  # fmt: skip
+    place = Objectives(0.1, 0.2, 0.01, 0.01, 0.0, 1.0, {}, np.zeros((3, 2)))
+    found = {}
+    for digest in ("1" * 16, "2" * 16):  # two folders of one name
+        model = tmp_path / digest / called
+        name = subject_name(model, digest)
+        requests = {t: context.request(t, TIER, name, "", str(model), digest) for t in ("audit", "durability")}
+        for request in requests.values():
+            for kind in ("rows", "scores"):
+                (path := folder.path / kind / f"{request.key}.parquet").parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"")
+        made = write_card(sweep, tiny_task(), context, folder, name, str(model), digest, requests, place, [])
+        models = json.loads(made.read_text())["models"]
+        assert {n: (m["folder"], m["digest"]) for n, m in models.items()} == ANCHORS | {name: (str(model), digest)}
+        found[digest] = (name, made, *(r.key for r in requests.values()))
+    one, other = found.values()
+    assert not set(one) & set(other)
+
+
+def test_audits_of_an_anchor_and_of_a_folder_of_its_name_are_two():
+    anchor = AuditRequest("base", "", "/models/base", "b" * 16, "audit", TIER, "", "", "", "", "")
+    own = AuditRequest(**vars(anchor) | {"subject": subject_name(Path("/mine/base"), "b" * 16)})
+    assert own.key != anchor.key
+
+
+def test_a_folder_is_named_by_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "sub")
+    for given in ("..", "../", "../../mine", str(tmp_path / "mine")):
+        assert subject_name(Path(given), "0123456789abcdef") == "mine@01234567"
