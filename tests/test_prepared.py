@@ -126,30 +126,25 @@ def test_choices_come_from_the_prepared_model(place):
 def test_what_depends_on_data_and_judge_alone_is_computed_once(place):
     from raysweep.audit.auditor import Auditor
 
-    keep = Auditor.__ray_metadata__.modified_class._keep
-    calls = []
+    calls, fresh = [], Auditor.__ray_metadata__.modified_class
 
     class Request:
         task_digest, judge_digest, code, references = "t", "j", "c", str(place / "references")
-        tier = Tier(seed=1, judge="probe")
-
-    class Fresh:
-        def __init__(self):
-            self.kept = {}
+        tier, anchors = Tier(seed=1, judge="probe"), ()
 
     def features():
         calls.append(1)
         return np.arange(6.0).reshape(2, 3)
 
-    np.testing.assert_array_equal(keep(Fresh(), Request, "reference", features), features())
+    np.testing.assert_array_equal(fresh()._keep(Request, "reference", features), features())
     calls.clear()
-    keep(Fresh(), Request, "reference", features)
+    fresh()._keep(Request, "reference", features)
     assert not calls
-    keep(Fresh(), Request, "another", features)
+    fresh()._keep(Request, "another", features)
     Request.judge_digest = "another judge"
-    keep(Fresh(), Request, "reference", features)
+    fresh()._keep(Request, "reference", features)
     assert len(calls) == 2
     for path in (place / "references").iterdir():
         path.write_bytes(b"cut")
-    keep(Fresh(), Request, "reference", features)
+    fresh()._keep(Request, "reference", features)
     assert len(calls) == 3
