@@ -205,6 +205,7 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     from raysweep.prepare import check_model, check_oracles
     from raysweep.resources import make_plan
     from raysweep.rundir import RunDir
+    from raysweep.tasks.records import data_lines
 
     sweep = _config(config, overrides)
     task, spaces = resolve_sweep(sweep)
@@ -216,13 +217,18 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     plan = make_plan(_nodes(sweep), sweep)
     told = detectable(sweep.audit.audit, task)
     if as_json:
-        data = {"config": sweep.resolved(), "digest": sweep.digest, "task": task.digest, "detectable": told}
+        data = {
+            "config": sweep.resolved(), "digest": sweep.digest, "task": task.digest, "data": list(task.accounts),
+            "detectable": told,
+        }  # fmt: skip
         click.echo(json.dumps(data, indent=2))
         return OK
     searched = {s.method: ", ".join(p.name for p in s.parameters) for s in spaces}
     click.echo(f"ok: {sweep.name} (config {sweep.digest}, task {task.digest})")
     for method, parameters in searched.items():
         click.echo(f"  {method:<18} searches {parameters}")
+    for line in data_lines(task):
+        click.echo(f"  data               {line}")
     click.echo(f"  cluster            {plan.describe()}")
     click.echo("the audit can tell apart (80 % power at 95 %):")
     for line in told:

@@ -18,6 +18,7 @@ from raysweep.registry import ATTACKS, BY_WEIGHTS, THOROUGH, names, resolve
 from raysweep.resources import Plan
 from raysweep.rundir import RunDir
 from raysweep.spaces import Space
+from raysweep.tasks.records import data_lines
 from raysweep.tasks.task import Task, encoded
 
 STEPS = 3
@@ -96,6 +97,7 @@ def describe(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> list[
     share = sweep.search.trials // len(sweep.methods)
     return [
         ("task", f"{task.name}: forget {len(task.splits['forget'])}, retain {len(task.splits['retain'])} images"),
+        *(("data", line) for line in data_lines(task)),
         ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
         ("cluster", plan.describe()),
         ("prepare", f"{cost.prepare:.0f} s of training; in the cache: {found or 'nothing'}"),

@@ -41,6 +41,7 @@ from raysweep.rundir import RunDir
 from raysweep.search import ParetoSearch
 from raysweep.spaces import Space
 from raysweep.store import checkpoint_path
+from raysweep.tasks.records import data_lines
 from raysweep.tasks.task import Task
 from raysweep.trial import make_executor, trial
 
@@ -76,6 +77,9 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
         say("run", f"{folder.path}" + (f"  (resuming: {ended} of {sweep.search.trials} trials done)" if before else ""))
         for text in sweep.warnings:
             say("warning", text)
+        for line in data_lines(task):
+            say("data", line)
+        folder.update(data=list(task.accounts))
         save_task(folder, task)
         try:
             result = _with_ray(sweep, task, spaces, folder, run_id, say, tick)

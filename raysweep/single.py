@@ -30,6 +30,7 @@ from raysweep.prepare import (
 from raysweep.resources import make_plan
 from raysweep.results import verdict_of, write_paired
 from raysweep.rundir import RunDir, git_commit, versions
+from raysweep.tasks.records import data_lines
 from raysweep.tasks.task import Task
 from raysweep.trial import make_executor
 
@@ -48,6 +49,9 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
         check_latents(str(model), families.load(task.base), str(model))
     folder, run_id = RunDir.of(sweep), f"{sweep.name}-{sweep.digest[:8]}"
     with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}):
+        for line in data_lines(task):
+            say("data", line)
+        folder.update(data=list(task.accounts))
         save_task(folder, task)
         try:
             with connected(sweep) as cluster:

@@ -239,13 +239,16 @@ def test_corrupt_pictures_are_skipped_and_counted_and_refused_when_many(tmp_path
     bad[1].write_bytes(b"not an image")
     tally = Tally()
     assert len(list(pixels(source, (3, 12, 12), tally))) == 38
-    assert sum(tally.bad.values()) == 2
+    assert tally.skipped == 2
     tally.check(source)
     for path in bad[2:6]:
         path.write_bytes(b"")
     tally = Tally()
     list(pixels(source, (3, 12, 12), tally))
-    with pytest.raises(SourceError, match=r"6 of 40 records cannot be used \(first: .*\); at most 5%"):
+    with pytest.raises(
+        SourceError,
+        match=r"6 of 40 records cannot be used: 1 x a damaged .*; 1 x not a picture .*; 4 x an empty file .*; at most 5%",
+    ):
         tally.check(source)
 
 
@@ -258,7 +261,11 @@ def test_a_shard_that_is_cut_short_is_counted(tmp_path):
     tally = Tally()
     rows = list(source.records(tally))
     assert 6 <= len(rows) < 12
-    assert sum(tally.bad.values()) >= 1
+    assert [str(reason) for reason in tally.lost_parts.values()] == [f"{shard} after {len(rows) - 6} records"]
+    with pytest.raises(
+        SourceError, match=r"1 of 2 files cannot be read: 1 x cut short or unreadable \(.*\); at most 5%"
+    ):
+        tally.check(source)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +348,7 @@ def test_pictures_of_a_captioned_model(tmp_path):
     assert task.splits["forget"].cond.shape == (10, 6)
     assert task.forget_class is None
     without = config.model_copy(update={"holdout": write_folder(tmp_path / "bare", labelled(40, 2000), "none")})
-    with pytest.raises(SourceError, match="images have no caption, which the model needs"):
+    with pytest.raises(SourceError, match="40 of 40 records cannot be used: 40 x no caption, which the model needs"):
         without.build()
 
 
@@ -393,9 +400,15 @@ def test_prompts_of_files_and_grids(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("prompt,label\na,\n", "row 1 has no 'label'; its columns: prompt, label"),
-        ("text,label\na,b\n", "row 1 has no 'prompt'; its columns: text, label"),
-        ("", "must be a list of objects"),
+        (
+            "prompt,label\na,\n",
+            "1 of 1 records cannot be used: 1 x a row without 'label' \\(it has: label, prompt; .*p.csv:2",
+        ),
+        (
+            "text,label\na,b\n",
+            "1 of 1 records cannot be used: 1 x a row without 'prompt' \\(it has: label, text\\) .*p.csv:2",
+        ),
+        ("", "p.csv: holds no prompts"),
         (None, "p.csv: No such file"),
     ],
 )

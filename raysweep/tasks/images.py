@@ -7,10 +7,6 @@ seed alone, not on the order of files. So a source of any length takes the memor
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,14 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validat
 
 from raysweep.models.folders import is_hub_id, located, no_model
 from raysweep.registry import CONTRASTIVE
+from raysweep.tasks.labels import Labels
 from raysweep.tasks.prompts import Prompts
-from raysweep.tasks.sources import Source, SourceError, Tally
+from raysweep.tasks.records import Name, SourceError, Tally, listed
+from raysweep.tasks.sampling import Picked, Sample, pixels
+from raysweep.tasks.selecting import Selection, accounts_of, draw_samples
+from raysweep.tasks.sources import Source
 
 if TYPE_CHECKING:
-    import torch
-
     from raysweep.tasks.task import Split, Task
 
+__all__ = ["ImagesTask", "Sample", "Selection", "images_task", "pixels"]
 CAPTIONED = ("text-ddpm", "clip", "vlm")  # families whose conditions are captions
 # What the search minimises, by what is forgotten.
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -49,29 +48,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "validity": "questions.validity",
     },
 }
-
-
-class Selection(BaseModel):
-    """Which records of the training source must be forgotten; one that any of the lists names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    labels: tuple[str, ...] = Field((), description="labels, as the source gives them")
-    captions: tuple[str, ...] = Field((), description="parts of captions, in any case")
-    keys: tuple[str, ...] = Field((), description="names of records within the source")
-
-    @model_validator(mode="after")
-    def _something(self):
-        if not (self.labels or self.captions or self.keys):
-            raise ValueError("name what must be forgotten: labels, captions or keys")
-        return self
-
-    def holds(self, record: Any) -> bool:
-        """Whether the record must be forgotten."""
-        caption = (record.caption or "").lower()
-        return (
-            record.label in self.labels or record.key in self.keys or any(c.lower() in caption for c in self.captions)
-        )
 
 
 class ImagesTask(BaseModel):
@@ -102,8 +78,10 @@ class ImagesTask(BaseModel):
     train: Source = Field(description="what the model was trained on, or a part of it")
     forget: Selection = Field(description="which records of it must go")
     holdout: Source = Field(description="images of the same kinds that the model was never trained on")
-    classes: tuple[str, ...] = Field(
-        (), description="labels in the order of the model's class indices; empty: numbers in order, then words in order"
+    classes: tuple[Name, ...] = Field(
+        (),
+        description="labels in the order of the model's class indices; empty: the order that the source knows (torchvision, a "
+        "ClassLabel of the hub), numbers as they are, or words in order",
     )
     search_prompts: Prompts | None = Field(None, description="concept: prompts of every class, for training and search")
     audit_prompts: Prompts | None = Field(None, description="concept: other prompts of every class, for the audit")
@@ -111,7 +89,7 @@ class ImagesTask(BaseModel):
         ("Who is in this picture?", "Do you know who this is?"),
         description="vision-language models: what is asked about a picture by the search, and by the audit",
     )
-    override: str | None = Field(None, description="label that stands in for a forgotten class")
+    override: Name | None = Field(None, description="label that stands in for a forgotten class")
     retain_images: int = Field(2000, ge=20, description="at most so many retained images are used")
     forget_images: int = Field(1000, ge=1, description="at most so many forgotten ones")
     holdout_images: int = Field(1000, ge=20, description="at most so many held-out ones")
@@ -154,69 +132,6 @@ class ImagesTask(BaseModel):
         return images_task(self)
 
 
-@dataclass(frozen=True)
-class Picked:
-    """One image of a sample: its content's place in the seed's order, and what is known of it."""
-
-    order: str
-    x: torch.Tensor
-    label: str | None
-    caption: str | None
-    other: str | None = None
-
-
-class Sample:
-    """The `size` images whose content comes first in the order of a seed; the rest is let go at once. A picture that is
-    there already is not taken again, unless `repeats`."""
-
-    def __init__(self, size: int, seed: int, repeats: bool = False):
-        self.size, self.seed, self.repeats = size, seed, repeats
-        self._heap: list[tuple[int, int, Picked]] = []
-        self._orders: set[str] = set()
-        self._count = 0
-
-    def add(self, x: torch.Tensor, label: str | None, caption: str | None, other: str | None = None) -> None:
-        order = hashlib.sha256(f"{self.seed} ".encode() + x.numpy().tobytes()).hexdigest()
-        if order in self._orders and not self.repeats:
-            return
-        self._count += 1
-        item = (-int(order, 16), -self._count, Picked(order, x, label, caption, other))
-        if len(self._heap) < self.size:
-            heapq.heappush(self._heap, item)
-        else:
-            gone = heapq.heappushpop(self._heap, item)
-            if gone is item:
-                return
-            self._orders.discard(gone[2].order)
-        self._orders.add(order)
-
-    def images(self) -> list[Picked]:
-        """The sample, in its order."""
-        return [item[2] for item in sorted(self._heap, reverse=True)]
-
-
-def pixels(source: Any, shape: tuple[int, int, int], tally: Tally) -> Iterator[tuple[Any, torch.Tensor]]:
-    """(record, image in [-1, 1] of `shape`) of a source: the largest centred square, resized."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    channels, height, width = shape
-    for record in source.records(tally):
-        try:
-            image = record.open().convert("L" if channels == 1 else "RGB")
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-        ) as error:  # what PIL raises on bytes that are no image, or not a whole one
-            tally.skip(f"not a readable image ({type(error).__name__})", record.key)
-            continue
-        fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-        array = np.asarray(fitted, dtype=np.float32).reshape(height, width, channels)
-        yield record, torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous()
-
-
 def _check_recipe(recipe: dict[str, Any]) -> None:
     from methods.retrain import RetrainSettings
 
@@ -242,18 +157,22 @@ def images_task(config: ImagesTask) -> Task:
         raise SourceError(f"recipe.modules: {config.base} has no {', '.join(unknown)}")
     if config.clip is not None and model.family != "text-ddpm":
         raise SourceError(f"clip: is for text-to-image models, and {config.base} is a {model.family} model")
-    samples = _samples(config, model.image_shape)
+    required = ("caption",) * (model.family in CAPTIONED) + ("label",) * (config.kind != "points")
+    samples, tallies = draw_samples(config, model.image_shape, required)
     if config.kind == "points":
         _move_duplicates(samples)
+    _check_sizes(config, samples)
     pictures = [p for sample in samples.values() for p in sample]
-    labels = Labels.of(config, pictures)
+    labels = Labels.of(config, pictures, {order for tally in tallies.values() for order in tally.orders})
+    if config.kind == "class":
+        labels.check_model(config, model, pictures)
     split = partial(_split, config, model, labels)
     by_class = config.kind != "points"
     held, of_kind = samples["holdout"], samples["of_kind"]
     kind_holdout, rest = (of_kind, held) if by_class else (held[::2], held[1::2])
     judged = [*samples["retain"], *(samples["forget"] if by_class else [])]
     forget, retain = split(samples["forget"]), split(samples["retain"])
-    prompts, texts = _prompts(config, model, labels)
+    prompts, texts, asked = _prompts(config, model, labels)
     if model.family == "vlm":
         texts |= {f"question_{judge}": (q,) for judge, q in zip(("probe", "audit"), config.questions, strict=True)}
     return Task(
@@ -282,52 +201,19 @@ def images_task(config: ImagesTask) -> Task:
         family=model.family,
         class_names=labels.own if by_class else (),
         texts=texts,
+        accounts=(*accounts_of(config, samples, tallies), *asked),
     )
 
 
-@dataclass(frozen=True)
-class Labels:
-    """The labels of both domains, in the order of their numbers."""
-
-    own: tuple[str, ...]
-    other: tuple[str, ...]
-
-    @classmethod
-    def of(cls, config: ImagesTask, pictures: list[Picked]) -> Labels:
-        """Those of the configuration, else of the pictures; raises SourceError if the two do not fit."""
-        found = _ordered(p.label for p in pictures)
-        names = config.classes or found
-        unknown = [name for name in found if name not in names]
-        if unknown:
-            raise SourceError(f"classes: the sources also have the labels {', '.join(unknown)}")
-        if config.kind != "points" and config.override is not None and config.override not in names:
-            raise SourceError(f"override: {config.override!r} is not a label; there are: {', '.join(names)}")
-        return cls(names, _ordered(p.other for p in pictures))
-
-    def others(self, labels: list[str | None]) -> torch.Tensor | None:
-        """Numbers of labels of the second domain, if there are labels in every row, and such as images have, too."""
-        import torch
-
-        known = [self.other.index(o) for o in labels if o in self.other]
-        return torch.tensor(known, dtype=torch.long) if self.other and len(known) == len(labels) else None
-
-
-def _samples(config: ImagesTask, shape: tuple[int, int, int]) -> dict[str, list[Picked]]:
-    """The pictures that must go, those that stay, held-out ones, and (for a class) held-out ones of its kind."""
-    forget, retain = Sample(config.forget_images, config.seed, repeats=True), Sample(config.retain_images, config.seed)
-    held, of_kind = Sample(config.holdout_images, config.seed), Sample(config.holdout_images, config.seed)
-    by_class = config.kind != "points"
-    _sort(config.train, shape, lambda r: forget if config.forget.holds(r) else retain)
-    _sort(config.holdout, shape, lambda r: of_kind if by_class and config.forget.holds(r) else held)
-    found = {"forget": forget, "retain": retain, "holdout": held, "of_kind": of_kind}
-    for what, sample in found.items():
-        if not sample.images() and what != "of_kind":
+def _check_sizes(config: ImagesTask, samples: dict[str, list[Picked]]) -> None:
+    """Raises SourceError if there are too few pictures for both judges, or for what they are compared with."""
+    for name, source in (("retain", config.train), ("holdout", config.holdout)):
+        count = len(samples[name])
+        if count < 2:
             raise SourceError(
-                f"{config.holdout if what == 'holdout' else config.train}: nothing is left for the {what} set"
+                f"{source}: {count or 'no'} picture is left for the {name} set, and two at least are needed"
+                + (" (pictures that are, or nearly are, a forgotten one go with it)" if config.kind == "points" else "")
             )
-    if by_class and not of_kind.images():
-        raise SourceError(f"{config.holdout}: holds no image of {config.forget.labels[0]!r}, the forgotten class")
-    return {what: sample.images() for what, sample in found.items()}
 
 
 def _move_duplicates(samples: dict[str, list[Picked]]) -> None:
@@ -347,46 +233,38 @@ def _split(config: ImagesTask, model: Any, labels: Labels, pictures: list[Picked
 
     from raysweep.tasks.task import Split
 
-    groups = torch.tensor([labels.own.index(p.label) if p.label is not None else 0 for p in pictures])
+    groups = torch.tensor([labels.number(p.label) for p in pictures])
     cond = groups if config.kind == "class" else None
     if model.family in CAPTIONED:
-        without = sum(p.caption is None for p in pictures)
-        if without:
-            raise SourceError(
-                f"{config.train}: {without} of {len(pictures)} images have no caption, which the model needs"
-            )
         cond = model.tokens([p.caption or "" for p in pictures])
     return Split(torch.stack([p.x for p in pictures]), cond, groups, labels.others([p.other for p in pictures]))
 
 
-def _prompts(config: ImagesTask, model: Any, labels: Labels) -> tuple[dict[str, Split], dict[str, tuple[str, ...]]]:
-    """The splits of prompts of a concept, and their texts."""
+def _prompts(
+    config: ImagesTask, model: Any, labels: Labels
+) -> tuple[dict[str, Split], dict[str, tuple[str, ...]], list[dict[str, Any]]]:
+    """The splits of prompts of a concept, their texts, and the accounts of their files."""
     import torch
 
     from raysweep.tasks.task import PROMPTS, Split
 
     splits: dict[str, Split] = {}
     texts: dict[str, tuple[str, ...]] = {}
-    if config.kind != "concept":
-        return splits, texts
-    for name, prompts in zip(PROMPTS, (config.search_prompts, config.audit_prompts), strict=True):
-        assert prompts is not None
-        rows = [row for row in prompts.rows() if row[1] in labels.own]
+    accounts: list[dict[str, Any]] = []
+    for name, key in zip(PROMPTS, ("search_prompts", "audit_prompts"), strict=True) if config.kind == "concept" else ():
+        tally, prompts = Tally(), getattr(config, key)
+        every = prompts.rows(tally)
+        for text, label, _ in every:
+            if label not in labels.own:
+                tally.ignore(f"a prompt of {label!r}, which no image is of", text[:60])
+        rows = [row for row in every if row[1] in labels.own]
+        if config.forget.labels[0] not in {label for _, label, _ in rows}:
+            raise SourceError(
+                f"{key}: no prompt is of {config.forget.labels[0]!r}; prompts are of: {listed(r[1] for r in every)}"
+            )
         groups = torch.tensor([labels.own.index(label) for _, label, _ in rows], dtype=torch.long)
         texts[name] = tuple(text for text, _, _ in rows)
         others = labels.others([other for _, _, other in rows])
         splits[name] = Split(torch.empty(len(rows), 0), model.tokens(list(texts[name])), groups, others)
-    return splits, texts
-
-
-def _sort(source: Any, shape: tuple[int, int, int], where: Any) -> None:
-    tally = Tally()
-    for record, x in pixels(source, shape, tally):
-        where(record).add(x, record.label, record.caption, record.other)
-    tally.check(source)
-
-
-def _ordered(labels: Iterable[str | None]) -> tuple[str, ...]:
-    """All labels once, numbers in their order before words in theirs."""
-    found = {label for label in labels if label is not None}
-    return tuple(sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
+        accounts.append(tally.account(key, prompts, {"prompts": len(rows)}))
+    return splits, texts, accounts

@@ -1,4 +1,4 @@
-"""Prompts of a concept task: from JSON or CSV files, from a grid of slots, or from several of these.
+"""Prompts of a concept task: from files, from a grid of slots, or from several of these.
 
 Each prompt belongs to a class, what it asks for, which is one of the labels of the task's images; it may name a member of a
 second domain, too, such as a style besides an object. Files may be those of others:
@@ -8,10 +8,7 @@ paper (arXiv:2412.07808: moods x activities x places x times); two sets of promp
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-import json
 import string
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -19,7 +16,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
 
+from raysweep.tasks import textfiles
 from raysweep.tasks.kinds import by_key, tag
+from raysweep.tasks.records import Name, SourceError, Tally, Unreadable, listed, plain
+from raysweep.texts import TextError
+
+PromptRow = tuple[str, str, str | None]
 
 
 class PromptError(ValueError):
@@ -30,46 +32,65 @@ class _Prompts(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @abstractmethod
-    def rows(self) -> list[tuple[str, str, str | None]]:
-        """(prompt, class, label of the second domain), in the order of the source, repeated ones once."""
+    def rows(self, tally: Tally | None = None) -> list[PromptRow]:
+        """(prompt, class, label of the second domain), in the order of the source, repeated ones once.
+
+        tally: the account of what was left out. Raises PromptError for a file that is missing, unreadable, or mostly unusable.
+        """
 
 
 class PromptFile(_Prompts):
-    """A CSV file with a header, or a JSON list of objects."""
+    """A table (CSV, TSV) with a header, JSON (objects, texts, or classes with their texts), JSON Lines, or a text file.
 
-    file: Path = Field(description="path of the file; .csv, or .json")
+    A text file has a prompt a line; empty lines and those that begin with # are left out.
+    """
+
+    file: Path = Field(description="path of the file: .csv, .tsv, .json, .jsonl or .txt")
     prompt: str = Field("prompt", description="column of prompts")
     label: str = Field("label", description="column of classes")
-    labelled: str | None = Field(None, description="the class of all of them, where no column says it")
+    labelled: Name | None = Field(None, description="the class of all of them, where no column says it")
     other: str | None = Field(None, description="column of labels of a second domain")
 
-    def rows(self) -> list[tuple[str, str, str | None]]:
+    def __str__(self) -> str:
+        return str(self.file)
+
+    def rows(self, tally: Tally | None = None) -> list[PromptRow]:
+        tally = Tally() if tally is None else tally
+        found: dict[PromptRow, None] = {}
         try:
-            text = self.file.read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise PromptError(f"{self.file}: {error.strerror or error}") from error
-        if self.file.suffix == ".csv":
-            rows: Any = list(csv.DictReader(io.StringIO(text, newline="")))
-        else:
-            try:
-                rows = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise PromptError(f"{self.file}:{error.lineno}: not valid JSON: {error.msg}") from error
-        if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
-            raise PromptError(
-                f"{self.file}: must be a list of objects such as {{{self.prompt!r}: ..., {self.label!r}: ...}}"
-            )
-        found: dict[tuple[str, str, str | None], None] = {}
-        label = self.label if self.labelled is None else None
-        for number, row in enumerate(rows, 1):
-            missing = [c for c in (self.prompt, label, self.other) if c is not None and not row.get(c)]
-            if missing:
-                there = ", ".join(k for k in row if k)
-                raise PromptError(f"{self.file}: row {number} has no {missing[0]!r}; its columns: {there}")
-            other = None if self.other is None else str(row[self.other]).strip()
-            own = self.labelled or str(row[self.label]).strip()
-            found[(str(row[self.prompt]).strip(), own, other)] = None
+            for place, row in textfiles.records(self.file, self.prompt, self.label, tally):
+                tally.seen += 1
+                try:
+                    new = self._row(row)
+                except Unreadable as error:
+                    tally.skip(str(error), place)
+                    continue
+                if new in found:
+                    tally.ignore("a prompt that is there already", place)
+                found[new] = None
+            tally.check(self.file, "prompts")
+        except (SourceError, TextError) as error:
+            raise PromptError(str(error)) from error
         return list(found)
+
+    def _row(self, row: dict[str, Any]) -> PromptRow:
+        columns = (self.prompt, self.label if self.labelled is None else None, self.other)
+        values: list[str] = []
+        if None in row:
+            raise Unreadable(
+                "a row with more values than the header has columns (commas in a value need quotes around it)"
+            )
+        for column in columns:
+            value = "" if column is None else row.get(column)
+            if column is not None and (value is None or not str(value).strip()):
+                there = listed(k for k in row if k)
+                hint = "; `labelled` says the class of all" if column == self.label else ""
+                raise Unreadable(f"a row without {column!r} (it has: {there}{hint})")
+            if not isinstance(value, str | int) or (column == self.prompt and not isinstance(value, str)):
+                raise Unreadable(f"a row whose {column!r} is no text")
+            values.append(plain(str(value).strip()))
+        prompt, label, other = values
+        return prompt, self.labelled or label, None if self.other is None else other
 
 
 class PromptGrid(_Prompts):
@@ -99,14 +120,19 @@ class PromptGrid(_Prompts):
             raise ValueError("slots: a slot has no level")
         return self
 
-    def rows(self) -> list[tuple[str, str, str | None]]:
+    def __str__(self) -> str:
+        return repr(self.template)
+
+    def rows(self, tally: Tally | None = None) -> list[PromptRow]:
         names = list(self.slots)
-        found: dict[tuple[str, str, str | None], None] = {}
+        found: dict[PromptRow, None] = {}
         for levels in itertools.product(*self.slots.values()):
             at = dict(zip(names, levels, strict=True))
             other = None if self.other is None else at[self.other]
             own = self.classes.get(at[self.label], at[self.label])
-            found[(self.template.format(**at), own, other)] = None
+            found[(plain(self.template.format(**at)), plain(own), None if other is None else plain(other))] = None
+        if tally is not None:
+            tally.seen += len(found)
         return list(found)
 
 
@@ -120,8 +146,19 @@ class PromptMix(_Prompts):
 
     mix: tuple[PromptSet, ...] = Field(min_length=1, description="the sets")
 
-    def rows(self) -> list[tuple[str, str, str | None]]:
-        return list(dict.fromkeys(row for part in self.mix for row in part.rows()))
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.mix))
+
+    def rows(self, tally: Tally | None = None) -> list[PromptRow]:
+        return list(dict.fromkeys(row for part in self.mix for row in self._part(part, tally)))
+
+    @staticmethod
+    def _part(part: _Prompts, tally: Tally | None) -> list[PromptRow]:
+        own = Tally()  # each part is refused for itself
+        rows = part.rows(own)
+        if tally is not None:
+            tally.add(own, f"{part}: ")
+        return rows
 
 
 Prompts = Annotated[

@@ -1,18 +1,16 @@
 """Where a user's images come from: torchvision's datasets, folders, Parquet files, webdataset shards. All of them stream.
 
-A source yields records one at a time, so that a pass over a million rows holds no more of them than one row group or one
-shard member. A record that cannot be read (a corrupt picture, a member cut short, a missing caption) is skipped and counted;
-above a share of `MOST_BAD` the source is refused.
+A source yields records one at a time, so that a pass over a million rows holds no more of them than one row group or the shard
+members of one name. A record that cannot be read (a corrupt picture, a caption that is not text) is skipped and counted, as is a
+file of many records; above a share of `MOST_BAD` the source is refused.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,14 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator
 
 from raysweep import unpickle
+from raysweep.tasks import tables, tars, tree
+from raysweep.tasks.decoding import opened
 from raysweep.tasks.kinds import by_key, tag
+from raysweep.tasks.records import KNOWN, Name, Record, SourceError, Tally, Unreadable, check_met, plain
+from raysweep.texts import TextError, decode
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST_BAD = 0.05  # share of unreadable records above which a source is refused
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-BATCH_ROWS = 64
 LISTS = ("train_list", "test_list", "meta", "file_list")  # where torchvision's datasets name their files and hashes
 MD5 = re.compile(r"[0-9a-f]{32}")
 URL = re.compile(r"(https?|s3|gs)://[\w./+=%~,:{}-]+")
@@ -37,51 +36,12 @@ TORCHVISION = {
 }  # fmt: skip
 
 
-class SourceError(ValueError):
-    """A source that is missing or unreadable; the message names it, and says what it should be."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image and what is known of it. key: its name within the source; other: its label in a second domain."""
-
-    key: str
-    open: Callable[[], Image.Image]
-    label: str | None = None
-    caption: str | None = None
-    other: str | None = None
-
-
-@dataclass
-class Tally:
-    """How many records a pass met, and why some were skipped."""
-
-    seen: int = 0
-    bad: dict[str, int] = field(default_factory=dict)
-    first: str = ""
-
-    def skip(self, why: str, key: str) -> None:
-        """Counts a record that could not be used."""
-        self.bad[why] = self.bad.get(why, 0) + 1
-        self.first = self.first or f"{key}: {why}"
-
-    def check(self, source: object) -> None:
-        """Raises SourceError if there was nothing, or too much of it was bad."""
-        bad = sum(self.bad.values())
-        if self.seen == 0:
-            raise SourceError(f"{source}: holds no images")
-        if bad > MOST_BAD * self.seen:
-            raise SourceError(
-                f"{source}: {bad} of {self.seen} records cannot be used (first: {self.first}); at most {MOST_BAD:.0%} may be"
-            )
-
-
 class _Source(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    only: tuple[str, ...] = Field((), description="records with these labels alone; empty: all")
-    keys: tuple[str, ...] = Field((), description="records of these names alone; empty: all")
-    labelled: str | None = Field(None, description="label of all its records")
+    only: tuple[Name, ...] = Field((), description="records with these labels alone; empty: all")
+    keys: tuple[Name, ...] = Field((), description="records of these names alone; empty: all")
+    labelled: Name | None = Field(None, description="label of all its records")
     captioned: str | None = Field(
         None, description="caption of all its records, with {label} and {other}, for example: a photo of {label}"
     )
@@ -92,14 +52,32 @@ class _Source(BaseModel, ABC):
         """All records, in an order that depends on the data alone."""
 
     def records(self, tally: Tally) -> Iterator[Record]:
-        """The records that are wanted, in an order that depends on the data alone."""
+        """The records that are wanted, in an order that depends on the data alone.
+
+        Raises SourceError at the end if `only` or `keys` name what is not there.
+        """
+        labels, keys = set[str](), set[str]()
         for record in self._all(tally):
-            if self.labelled is not None:
-                record = replace(record, label=self.labelled)
-            if self.captioned is not None:
-                record = replace(record, caption=self.captioned.format(label=record.label, other=record.other))
-            if (not self.only or record.label in self.only) and (not self.keys or record.key in self.keys):
-                yield from [record] * self.repeat
+            record = self._named(record)
+            if record.label is not None and (len(labels) < KNOWN or record.label in self.only):
+                labels.add(record.label)
+            if (self.only and record.label not in self.only) or (self.keys and record.key not in self.keys):
+                tally.passed_over += 1
+                keys |= {record.key} if len(keys) < KNOWN else set()
+                continue
+            keys |= {record.key} if self.keys else set()
+            yield from [record] * self.repeat
+        check_met(self, "only", self.only, labels, tally)
+        check_met(self, "keys", self.keys, keys, tally)
+
+    def _named(self, record: Record) -> Record:
+        """The record with the label and the caption that the source's settings give it."""
+        label = record.label if self.labelled is None else self.labelled
+        label, other = (None if name is None else plain(name) for name in (label, record.other))
+        caption = record.caption
+        if self.captioned is not None:
+            caption = self.captioned.format(label=label, other=other)
+        return replace(record, label=label, caption=None if caption is None else plain(caption), other=other)
 
     @field_validator("captioned")
     @classmethod
@@ -113,15 +91,19 @@ class _Source(BaseModel, ABC):
 
 
 class FolderSource(_Source):
-    """Image files below a folder, with labels from folders' names and captions from `NAME.txt` or `metadata.jsonl`."""
+    """Image files below a folder, with labels from folders' names and captions from `NAME.txt` or a metadata file.
 
-    folder: Path = Field(description="folder; images are found at any depth")
+    Metadata files are `metadata.jsonl` and `metadata.csv`, in any folder, with `file_name` relative to it.
+    """
+
+    folder: Path = Field(description="folder; images are found at any depth, hidden files and folders left out")
     label: Literal["parent", "grandparent"] | None = Field(
         "parent", description="whose name is the label (UnlearnCanvas: parent is the object, grandparent the style)"
     )
     other: Literal["parent", "grandparent"] | None = Field(
         None, description="whose name is the label of the second domain"
     )
+    caption: str | None = Field(None, description="key of captions in metadata files; null: text, or else caption")
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -129,14 +111,16 @@ class FolderSource(_Source):
     def _all(self, tally: Tally) -> Iterator[Record]:
         if not self.folder.is_dir():
             raise SourceError(f"{self.folder}: no such folder")
-        captions = _metadata(self.folder / "metadata.jsonl")
-        for path in sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES):
+        tally.orders.add(())
+        for found in tree.pictures(self.folder, tally, self.caption):
             tally.seen += 1
-            key = path.relative_to(self.folder).as_posix()
-            text = path.with_suffix(".txt")
-            caption = captions.get(key) or (text.read_text(encoding="utf-8").strip() if text.is_file() else None)
-            label, other = (self._name(path, which) for which in (self.label, self.other))
-            yield Record(key, partial(_read, path), label, caption, other)
+            try:
+                caption = found.caption()
+            except Unreadable as error:
+                tally.skip(str(error), found.key)
+                continue
+            label, other = (self._name(found.path, which) for which in (self.label, self.other))
+            yield Record(found.key, partial(_read, found.path), label, caption, other)
 
     def _name(self, path: Path, which: str | None) -> str | None:
         place = {"parent": path.parent, "grandparent": path.parent.parent}.get(which or "")
@@ -144,9 +128,16 @@ class FolderSource(_Source):
 
 
 class ParquetSource(_Source):
-    """Rows with the bytes of images, read row group by row group; any path or URI that pyarrow knows (S3 and GCS, too)."""
+    """Rows with the bytes of images, read row group by row group; any path or URI that pyarrow knows (S3 and GCS, too).
+
+    In a folder, files that are no Parquet are left out, and folders such as `label=cat` are columns. Columns that the Hugging Face
+    hub calls a ClassLabel are read as the names of the classes.
+    """
 
     parquet: str = Field(description="a file, a folder of files, or a URI such as s3://bucket/path")
+    split: str | None = Field(
+        None, description="of a folder with train-00000-of-00002.parquet and the like: which of them"
+    )
     image: str = Field("image", description="column of encoded images: bytes, or a struct with `bytes`")
     caption: str | None = Field(None, description="column of captions")
     label: str | None = Field(None, description="column of labels")
@@ -156,34 +147,11 @@ class ParquetSource(_Source):
         return self.parquet
 
     def _all(self, tally: Tally) -> Iterator[Record]:
-        import pyarrow as pa
-        import pyarrow.dataset as ds
-
-        try:
-            data = ds.dataset(self.parquet, format="parquet")
-        except (OSError, pa.ArrowException) as error:
-            raise SourceError(f"{self.parquet}: not readable Parquet ({str(error).splitlines()[0]})") from error
-        columns = [c for c in (self.image, self.caption, self.label, self.other) if c is not None]
-        missing = [c for c in columns if c not in data.schema.names]
-        if missing:
-            raise SourceError(
-                f"{self.parquet}: no column {', '.join(map(repr, missing))}; there are: {', '.join(data.schema.names)}"
-            )
-        # a row group at a time: a scan of a whole file keeps what it has read of it until its end, and reads ahead
-        groups = (group for fragment in data.get_fragments() for group in fragment.split_by_row_group())
-        for group in groups:
-            for batch in group.to_batches(
-                columns=columns, batch_size=BATCH_ROWS, batch_readahead=0, fragment_readahead=0
-            ):
-                for row in batch.to_pylist():
-                    key, tally.seen = f"row {tally.seen}", tally.seen + 1
-                    cell = row[self.image]
-                    content = cell.get("bytes") if isinstance(cell, dict) else cell
-                    if not content:
-                        tally.skip("no image bytes", key)
-                        continue
-                    label, caption, other = (_text(row, c) for c in (self.label, self.caption, self.other))
-                    yield Record(key, partial(_decode, content), label, caption, other)
+        tally.hint = "`caption` names a column" if self.caption is None else f"`caption` is the column {self.caption!r}"
+        columns = tables.Columns(self.image, self.caption, self.label, self.other)
+        for row in tables.rows(self.parquet, self.split, columns, tally):
+            key, image = f"row {row.number}", partial(opened, row.content)
+            yield Record(key, image, row.label, row.caption, row.other, row.place)
 
 
 class ShardSource(_Source):
@@ -206,29 +174,29 @@ class ShardSource(_Source):
         return self.shards
 
     def _all(self, tally: Tally) -> Iterator[Record]:
-        import webdataset
-        from braceexpand import braceexpand
+        from braceexpand import UnbalancedBracesError, braceexpand
 
-        files = list(braceexpand(self.shards))
+        try:
+            files = list(braceexpand(self.shards))
+        except UnbalancedBracesError as error:
+            raise SourceError(
+                f"{self.shards}: braces do not match; write for example data/{{00000..00009}}.tar"
+            ) from error
         absent = [f for f in files if "://" not in f and not Path(f).is_file()]
+        if absent and Path(absent[0]).is_dir():
+            raise SourceError(f"{absent[0]}: a folder; name its shards, for example {absent[0]}/{{00000..00009}}.tar")
         if absent:
             raise SourceError(f"{absent[0]}: no such shard ({len(absent)} of {len(files)} are missing)")
-
-        def broken(error: Exception) -> bool:
-            tally.seen += 1
-            tally.skip("member cut short or unreadable", str(error).splitlines()[0] if str(error) else "shard")
-            return True
-
-        kinds = [s.removeprefix(".") for s in SUFFIXES]
-        for sample in webdataset.WebDataset(files, shardshuffle=False, handler=broken, empty_check=False):
-            tally.seen += 1
-            content = next((sample[k] for k in kinds if k in sample), None)
-            key = str(sample["__key__"])
-            if content is None:
-                tally.skip("no image", key)
+        tally.orders.add(())
+        tally.hint = "`caption` is the extension of captions" + (f", .{self.caption}" if self.caption else "")
+        extensions = tuple(e.lower().removeprefix(".") for e in (self.caption, self.label, self.other) if e is not None)
+        for sample in tars.samples(files, extensions, tally):
+            try:
+                label, caption, other = (_text_of(sample, e) for e in (self.label, self.caption, self.other))
+            except TextError:
+                tally.skip("a caption or label that is not UTF-8 text", sample.place)
                 continue
-            label, caption, other = (_decoded(sample, e) for e in (self.label, self.caption, self.other))
-            yield Record(key, partial(_decode, content), label, caption, other)
+            yield Record(sample.key, partial(opened, sample.content), label, caption, other, sample.place)
 
 
 class TorchvisionSource(_Source):
@@ -269,9 +237,15 @@ class TorchvisionSource(_Source):
                 f"torchvision.datasets.{self.torchvision}({str(self.root)!r}, download=True)"
             ) from error
         names = getattr(data, "classes", None)
+        tally.orders.add(tuple(names or ()))
+        tally.hint = f"{self.torchvision} has labels alone"
         for i in range(len(data)):
             tally.seen += 1
-            image, target = data[i]
+            try:
+                image, target = data[i]
+            except (OSError, SyntaxError, ValueError) as error:  # a picture that is a file of its own, as CelebA's are
+                tally.skip(f"a damaged or missing picture ({type(error).__name__})", str(i))
+                continue
             label = names[int(target)] if names is not None else str(int(target))
             yield Record(str(i), partial(_given, image), label)
 
@@ -295,7 +269,9 @@ class MixedSource(_Source):
 
     def _all(self, tally: Tally) -> Iterator[Record]:
         for source in self.mix:
+            tally.prefix = f"{source}: "
             yield from source.records(tally)
+            tally.prefix = ""
 
 
 Source = Annotated[
@@ -317,41 +293,19 @@ def _without_hashes(files: Any) -> Any:
     return None if isinstance(files, str) and MD5.fullmatch(files) else files
 
 
-def _decode(content: bytes) -> Image.Image:
-    from PIL import Image
-
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image
-
-
 def _read(path: Path) -> Image.Image:
-    return _decode(path.read_bytes())
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Unreadable(f"a file that cannot be read ({error.strerror})") from error
+    return opened(content)
 
 
 def _given(image: Image.Image) -> Image.Image:
     return image
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """Captions by file name, from the file that the Hugging Face image-folder layout knows."""
-    if not path.is_file():
-        return {}
-    found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            found[row["file_name"]] = row.get("text") or row.get("caption") or ""
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SourceError(f'{path}:{number}: not a line such as {{"file_name": ..., "text": ...}}') from error
-    return found
-
-
-def _text(row: dict[str, Any], column: str | None) -> str | None:
-    value = None if column is None else row[column]
-    return None if value is None else str(value)
-
-
-def _decoded(sample: dict[str, Any], extension: str | None) -> str | None:
-    value = None if extension is None else sample.get(extension)
-    return value.decode("utf-8", errors="replace").strip() if isinstance(value, bytes) else value
+def _text_of(sample: tars.Sample, extension: str | None) -> str | None:
+    """A member as text, if there is one; raises TextError."""
+    content = None if extension is None else sample.beside.get(extension.lower().removeprefix("."))
+    return None if content is None else decode(content, sample.place).strip()

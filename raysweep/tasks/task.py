@@ -95,6 +95,7 @@ class Task:
     `trained`, the folder holds the weights from which base and oracles are yet to be trained.
     clip: folder of the CLIP model that the text encoder of a text-to-image model is of, if the user has it.
     sensitive: pictures of what must be forgotten are blurred in the report until clicked.
+    accounts: what was read of each source, and what was left out (`raysweep.tasks.records.Tally.account`); not saved.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Task:
     texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     trained: bool = True
     clip: str | None = None
+    accounts: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("forget", "retain"):
@@ -136,7 +138,8 @@ class Task:
             kept = torch.unique(self.splits["retain"].groups).tolist()
             without = sorted({self.forget_class, *kept} - set(self.splits[name].groups.tolist()))
             if without:
-                raise ValueError(f"task {self.name}: {name} has no prompt for the classes {without}")
+                shown = ", ".join(self.class_names[c] if self.class_names else str(c) for c in without)
+                raise ValueError(f"task {self.name}: {name} has no prompt for the classes {shown}")
 
     @cached_property
     def goal(self) -> Goal:

@@ -1,0 +1,126 @@
+"""Sorts the records of a task's sources into what must be forgotten and what stays, with an account of each pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from raysweep.tasks.records import KNOWN, Name, Record, SourceError, Tally, check_met, listed
+from raysweep.tasks.sampling import Picked, Sample, pixels
+
+
+class Selection(BaseModel):
+    """Which records of the training source must be forgotten; one that any of the lists names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    labels: tuple[Name, ...] = Field((), description="labels, as the source gives them")
+    captions: tuple[Name, ...] = Field((), description="parts of captions, in any case")
+    keys: tuple[Name, ...] = Field((), description="names of records within the source")
+
+    @model_validator(mode="after")
+    def _something(self):
+        if not (self.labels or self.captions or self.keys):
+            raise ValueError("name what must be forgotten: labels, captions or keys")
+        return self
+
+    def holds(self, record: Any) -> bool:
+        """Whether the record must be forgotten."""
+        return record.label in self.labels or record.key in self.keys or bool(self.parts_of(record.caption))
+
+    def parts_of(self, caption: str | None) -> list[str]:
+        """Those of the parts of captions that a caption has."""
+        return [part for part in self.captions if part.lower() in (caption or "").lower()]
+
+
+@dataclass
+class _Met:
+    """The labels, keys and captions of a pass, a thousand of each at most and all that the selection names."""
+
+    selection: Selection
+    labels: set[str] = field(default_factory=set)
+    keys: set[str] = field(default_factory=set)
+    captions: set[str] = field(default_factory=set)
+    parts: set[str] = field(default_factory=set)
+
+    def add(self, record: Record) -> None:
+        for names, name, wanted in (
+            (self.labels, record.label, self.selection.labels),
+            (self.keys, record.key, self.selection.keys),
+            (self.captions, record.caption, ()),
+        ):
+            if name is not None and (len(names) < KNOWN or name in wanted):
+                names.add(name)
+        self.parts.update(self.selection.parts_of(record.caption))
+
+    def check(self, source: Any, tally: Tally) -> None:
+        """Raises SourceError if the selection names what no record has: it would be kept without a word."""
+        wanted = self.selection
+        is_met = self.labels & set(wanted.labels) or self.keys & set(wanted.keys) or self.parts
+        where = str(source) if is_met else f"{source}: nothing is left for the forget set"
+        check_met(where, "forget.labels", wanted.labels, self.labels, tally)
+        check_met(where, "forget.keys", wanted.keys, self.keys, tally)
+        for part in wanted.captions:
+            if part not in self.parts:
+                shown = "; ".join(sorted(self.captions)[:3]) or "none, no record has one"
+                raise SourceError(
+                    f"{where}: forget.captions: no caption has {part!r}; captions are for example: {shown}"
+                )
+
+
+def draw_samples(
+    config: Any, shape: tuple[int, int, int], required: tuple[str, ...]
+) -> tuple[dict[str, list[Picked]], dict[str, Tally]]:
+    """The pictures that must go (`forget`), that stay (`retain`), held-out ones (`holdout`) and, of a class, held-out ones of its
+    kind (`of_kind`); the tallies of the passes over `train` and `holdout`.
+
+    config: an ImagesTask; required: what a record must have, `label`, `caption`. Raises SourceError if one of them is empty, or if
+    the selection names what is not there.
+    """
+    forget, retain = Sample(config.forget_images, config.seed, repeats=True), Sample(config.retain_images, config.seed)
+    held, of_kind = Sample(config.holdout_images, config.seed), Sample(config.holdout_images, config.seed)
+    by_class = config.kind != "points"
+    train, holdout = Tally(frozenset(config.forget.keys)), Tally()
+    met = _sort(config.train, shape, train, required, config.forget, forget, retain)
+    met.check(config.train, train)
+    met = _sort(config.holdout, shape, holdout, required, config.forget, of_kind if by_class else held, held)
+    found = {"forget": forget, "retain": retain, "holdout": held, "of_kind": of_kind}
+    samples = {name: sample.images() for name, sample in found.items()}
+    if by_class and not samples["of_kind"]:
+        raise SourceError(
+            f"{config.holdout}: holds no image of {config.forget.labels[0]!r}, the forgotten class; its labels are: "
+            f"{listed(met.labels)}"
+        )
+    for name, source in (("retain", config.train), ("holdout", config.holdout)):
+        if not samples[name]:
+            raise SourceError(f"{source}: nothing is left for the {name} set: all of its records are to be forgotten")
+    return samples, {"train": train, "holdout": holdout}
+
+
+def _sort(
+    source: Any,
+    shape: tuple[int, int, int],
+    tally: Tally,
+    required: tuple[str, ...],
+    selection: Selection,
+    chosen: Sample,
+    others: Sample,
+) -> _Met:
+    met = _Met(selection)
+    for record, x in pixels(source, shape, tally, required):
+        met.add(record)
+        (chosen if selection.holds(record) else others).add(x, record.label, record.caption, record.other)
+    tally.check(source)
+    return met
+
+
+def accounts_of(config: Any, samples: dict[str, list[Picked]], tallies: dict[str, Tally]) -> list[dict[str, Any]]:
+    """The accounts of both passes, with the sizes of the samples that were kept."""
+    count = {name: len(pictures) for name, pictures in samples.items()}
+    kept = {
+        "train": {"to forget": count["forget"], "to retain": count["retain"]},
+        "holdout": {"held out": count["holdout"] + count["of_kind"]},
+    }
+    return [tally.account(name, getattr(config, name), kept[name]) for name, tally in tallies.items()]

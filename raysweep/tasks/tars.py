@@ -1,0 +1,139 @@
+"""Samples of webdataset's tar shards, one after the other, whatever dots their names have.
+
+A sample is the members that follow each other under one name up to the first dot. Where there is no picture `NAME.png` among
+them but pictures such as `NAME.000.png`, each of those is a sample of its own, and so is `NAME.000.png` beside `NAME.png`.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from raysweep.tasks.decoding import LFS, SUFFIXES, UNREAD
+from raysweep.tasks.records import Tally, plain
+from raysweep.tasks.tree import is_companion
+
+HELD = 64  # members of one name that are held at once
+KINDS = tuple(s.removeprefix(".") for s in (*SUFFIXES, *UNREAD))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture and the contents of what goes with it, by extension in lower case. place: shard and member."""
+
+    key: str
+    place: str
+    content: bytes
+    suffix: str
+    beside: dict[str, bytes]
+
+
+@dataclass
+class _Group:
+    """Members that follow each other under one name up to the first dot: extension -> (member's name, content)."""
+
+    stem: str = ""
+    members: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+
+    def is_full(self, extension: str) -> bool:
+        """Whether enough members are held, and `extension` begins another sample."""
+        return (
+            len(self.members) >= HELD
+            and next(reversed(self.members)).rpartition(".")[0] != extension.rpartition(".")[0]
+        )
+
+
+def samples(shards: list[str], extensions: tuple[str, ...], tally: Tally) -> Iterator[Sample]:
+    """Every picture of the shards with the members that have `extensions`; counts the others, and what cannot be read."""
+    for shard in shards:
+        tally.parts += 1
+        group, before = _Group(), tally.seen
+        for name, content in _members(shard, extensions, tally, lambda seen=before: tally.seen - seen):  # type: ignore[misc]
+            folder, _, base = name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            stem, extension = (f"{folder}/{stem}" if folder else stem), extension.lower()
+            if stem != group.stem or extension in group.members or group.is_full(extension):
+                if stem == group.stem and extension in group.members:
+                    tally.note(
+                        "a member of the same name as the one before, read as another record", f"{shard}: {name}"
+                    )
+                yield from _cut(shard, group, tally)
+                group = _Group(stem)
+            group.members[extension] = (name, content)
+        yield from _cut(shard, group, tally)
+
+
+def _cut(shard: str, group: _Group, tally: Tally) -> Iterator[Sample]:
+    """The samples of one group: see the module."""
+    if not group.members:
+        return
+    pictures = [e for e in group.members if e.rpartition(".")[2] in KINDS]
+    own = [e for e in sorted(pictures, key=lambda e: KINDS.index(e.rpartition(".")[2])) if "." not in e][:1]
+    for extension in pictures:
+        middle = extension.rpartition(".")[0]
+        if middle and (not own or middle.replace(".", "").isdecimal()):
+            own.append(extension)
+    for extension in pictures:
+        if extension not in own:
+            tally.note(
+                f"pictures beside that of their sample, not read (.{extension})",
+                f"{shard}: {group.members[extension][0]}",
+            )
+    if not own:
+        tally.seen += 1
+        tally.skip("no picture among the members of this name, which must follow each other", f"{shard}: {group.stem}")
+    for extension in own:
+        tally.seen += 1
+        name, content = group.members[extension]
+        middle, _, suffix = extension.rpartition(".")
+        # NAME.000.png goes with NAME.000.txt, or else with NAME.txt
+        beside = {e: c for e, (_, c) in group.members.items()}
+        if middle:
+            beside |= {e.removeprefix(f"{middle}."): c for e, c in beside.items() if e.startswith(f"{middle}.")}
+        yield Sample(name[: -len(suffix) - 1], f"{shard}: {name}", content, suffix, beside)
+
+
+def _members(
+    shard: str, extensions: tuple[str, ...], tally: Tally, read: Callable[[], int]
+) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the members that matter; a shard that ends early is counted as a lost part."""
+    try:
+        with _open(shard) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+            for member in tar:
+                name = plain(member.name.removeprefix("./"))
+                suffix = PurePosixPath(name).suffix.lower()
+                matters = suffix.removeprefix(".") in KINDS or name.lower().endswith(tuple(f".{e}" for e in extensions))
+                if member.isdir() or not matters:
+                    continue
+                parts = name.split("/")
+                if any(is_companion(p) for p in parts) or (parts[0].startswith("__") and parts[0].endswith("__")):
+                    tally.ignore("hidden members, and what file managers leave", f"{shard}: {name}")
+                    continue
+                file = tar.extractfile(member) if member.isreg() else None
+                if file is None:
+                    tally.seen += 1
+                    tally.skip("a link, not a file", f"{shard}: {name}")
+                    continue
+                yield name, file.read()
+    except Exception as error:  # tarfile and the decompressors raise many kinds on a file that is cut short or none
+        tally.lose(_why(shard, error), f"{shard} after {read()} records")
+
+
+def _open(shard: str) -> IO[bytes]:
+    if "://" not in shard:
+        return Path(shard).open("rb")
+    import webdataset
+
+    return webdataset.gopen(shard)
+
+
+def _why(shard: str, error: Exception) -> str:
+    if "://" not in shard and Path(shard).is_file():
+        with Path(shard).open("rb") as file:
+            if file.read(len(LFS)) == LFS:
+                return "a Git LFS pointer in the place of the file (run `git lfs pull`)"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"cut short or unreadable ({reason})"

@@ -1,0 +1,89 @@
+"""Rows of text files as they are published: CSV and TSV, JSON in several shapes, JSON Lines, and plain text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raysweep.tasks.records import SourceError, Tally
+from raysweep.texts import read_text
+
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+
+
+def records(path: Path, prompt: str, label: str, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of every prompt of a file, by its suffix; texts without columns become the column `prompt`.
+
+    Raises SourceError or TextError for a file that is not in its format.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise SourceError(f"{path}: must be one of {', '.join(SUFFIXES)}")
+    text = read_text(path)
+    if suffix in (".csv", ".tsv"):
+        yield from table(path, text, "\t" if suffix == ".tsv" else ",", prompt)
+    elif suffix == ".json":
+        yield from _json(path, text, prompt, label)
+    else:
+        # lines end with \n alone: prompts may hold the other separators that Unicode knows
+        for number, line in enumerate(text.split("\n"), 1):
+            place = f"{path}:{number}"
+            if not line.strip():
+                continue
+            if suffix == ".jsonl":
+                yield place, _row(place, _loads(place, line), prompt)
+            elif line.lstrip().startswith("#"):
+                tally.ignore("a comment", place)
+            else:
+                yield place, {prompt: line}
+
+
+def table(path: Path, text: str, separator: str, needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of a table with a header; Excel writes semicolons where a comma is the decimal point.
+
+    A row that is longer than the header has the rest under None. Raises SourceError for quotes that do not close.
+    """
+    header = text.split("\n", 1)[0]
+    if needed not in next(csv.reader([header], delimiter=separator), []):
+        separator = next((s for s in ";\t" if needed in next(csv.reader([header], delimiter=s), [])), separator)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for row in reader:
+            yield f"{path}:{reader.line_num}", row
+    except csv.Error as error:
+        raise SourceError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
+
+
+def _json(path: Path, text: str, prompt: str, label: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    data = _loads(str(path), text)
+    if isinstance(data, dict) and data and all(isinstance(v, list) for v in data.values()):
+        data = [_row(f"{path}: {k}", v, prompt) | {label: k} for k, values in data.items() for v in values]
+    if not isinstance(data, list) or not data:
+        raise SourceError(
+            f"{path}: must be a list of texts, a list of objects such as {{{prompt!r}: ..., {label!r}: ...}}, or an object of classes "
+            "with lists of texts"
+        )
+    for number, row in enumerate(data, 1):
+        yield f"{path}: row {number}", _row(f"{path}: row {number}", row, prompt)
+
+
+def _row(place: str, value: Any, prompt: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {prompt: value}
+    if not isinstance(value, dict):
+        raise SourceError(f"{place}: must be a text or an object, not {value!r:.60}")
+    return value
+
+
+def _loads(place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = place if error.lineno == 1 and ":" in place else f"{place}:{error.lineno}"
+        raise SourceError(f"{where}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits; lists that are too deep
+        raise SourceError(f"{place}: not valid JSON: {error}") from error

@@ -1,0 +1,155 @@
+"""Pictures below a folder as it comes off a disk, with captions from `NAME.txt`, `metadata.jsonl` and `metadata.csv`."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raysweep.tasks.decoding import SUFFIXES, UNREAD
+from raysweep.tasks.records import SourceError, Tally, Unreadable, plain
+from raysweep.tasks.textfiles import table
+from raysweep.texts import TextError, read_text
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+# What file managers, archives and network drives leave in folders, besides names that begin with a dot.
+COMPANIONS = frozenset(
+    ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found", "__pycache__")
+)  # fmt: skip
+NOT_TEXT = "a caption that is not UTF-8 text (save it as UTF-8)"
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or was left by a file manager."""
+    return name.startswith(".") or name.lower() in COMPANIONS
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture below a folder: its path, its path relative to the folder with slashes, and its caption, if it has one.
+
+    `caption` raises Unreadable if there is a caption file that is not text.
+    """
+
+    path: Path
+    key: str
+    caption: Callable[[], str | None]
+
+
+@dataclass
+class _Metadata:
+    """The captions that a metadata file has for pictures below its folder, by relative path."""
+
+    path: Path
+    captions: dict[str, str | None]
+    unmet: set[str] = field(default_factory=set)
+
+
+def pictures(root: Path, tally: Tally, caption_key: str | None = None) -> Iterator[Found]:
+    """Every picture below `root`, in the order of names, folder by folder; links to folders are followed.
+
+    Hidden files and folders and those of file managers are ignored; where pictures are among them, they are counted. Raises
+    SourceError for a metadata file that is not in its format.
+    """
+    tally.hint = (
+        "looked for NAME.txt beside each picture, and for metadata.jsonl or metadata.csv with `file_name` and "
+        f"{'`' + caption_key + '`' if caption_key else '`text` or `caption`'} in its folder and those above"
+    )
+    yield from _walk(root, root, tally, [], (os.path.realpath(root),), caption_key)
+
+
+def _walk(
+    folder: Path, root: Path, tally: Tally, above: list[_Metadata], way: tuple[str, ...], caption_key: str | None
+) -> Iterator[Found]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError as error:
+        raise SourceError(f"{folder}: cannot be listed ({error.strerror})") from error
+    by_lower = {e.name.lower(): e for e in entries}
+    here = [_metadata(folder / name, caption_key, tally) for name in METADATA if (folder / name).is_file()]
+    known = [*here, *above]
+    for entry in entries:
+        path, relative = folder / entry.name, posixpath.join(*(folder / entry.name).relative_to(root).parts)
+        suffix = path.suffix.lower()
+        if is_companion(entry.name):
+            if entry.is_dir() or suffix in (*SUFFIXES, *UNREAD):
+                tally.ignore("hidden files and folders, and what file managers leave", plain(relative))
+            continue
+        if entry.is_dir():
+            real = os.path.realpath(path)
+            if real not in way:  # a link that leads back up would never end
+                yield from _walk(path, root, tally, known, (*way, real), caption_key)
+        elif suffix in SUFFIXES:
+            yield Found(path, plain(relative), _caption(path, by_lower.get(f"{path.stem}.txt".lower()), known))
+        elif suffix in UNREAD:
+            tally.seen += 1
+            tally.skip(f"a format that is not read ({suffix})", plain(relative))
+    for metadata in here:
+        for name in sorted(metadata.unmet):
+            tally.note(f"{metadata.path.name} names a picture that is not there", name)
+
+
+def _caption(path: Path, beside: os.DirEntry[str] | None, known: list[_Metadata]) -> Callable[[], str | None]:
+    for metadata in known:
+        name = plain(posixpath.join(*path.relative_to(metadata.path.parent).parts))
+        if name in metadata.captions:
+            metadata.unmet.discard(name)
+            caption = metadata.captions[name]
+            if caption is not None:
+                return lambda: caption
+    if beside is None:
+        return lambda: None
+    return lambda: _read(Path(beside.path))
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_text(path).strip()
+    except TextError as error:
+        raise Unreadable(NOT_TEXT) from error
+
+
+def _metadata(path: Path, caption_key: str | None, tally: Tally) -> _Metadata:
+    """Captions by relative path, from the files that the Hugging Face image-folder layout knows."""
+    try:
+        text = read_text(path)
+        rows = table(path, text, ",", "file_name") if path.suffix == ".csv" else _lines(path, text)
+    except TextError as error:
+        raise SourceError(str(error)) from error
+    captions: dict[str, str | None] = {}
+    keys = dict[str, None]()
+    for place, row in rows:
+        name = row.get("file_name")
+        if not isinstance(name, str) or not name:
+            shown = ", ".join(str(k) for k in row)
+            raise SourceError(f"{place}: no file_name, the path of a picture relative to this file; it has: {shown}")
+        keys |= dict.fromkeys(k for k in row if isinstance(k, str))
+        name = posixpath.normpath(plain(name.replace("\\", "/")))
+        if name in captions:
+            tally.note(f"{path.name} names a picture twice, and the last line counts", name)
+        value = row.get(caption_key) if caption_key else row.get("text") or row.get("caption")
+        if value is not None and not isinstance(value, str):
+            raise SourceError(f"{place}: the caption must be text, not {value!r:.60}")
+        captions[name] = value if value else None
+    if captions and all(caption is None for caption in captions.values()):
+        tally.hint += f"; {path} has {', '.join(keys)} (`caption: KEY` says which holds captions)"
+    return _Metadata(path, captions, set(captions))
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    # lines end with \n alone: captions may hold the other separators that Unicode knows
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f'{place}: not a line such as {{"file_name": ..., "text": ...}} ({error})') from error
+        if not isinstance(row, dict):
+            raise SourceError(f'{place}: not a line such as {{"file_name": ..., "text": ...}}')
+        yield place, row
