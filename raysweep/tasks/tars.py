@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from raysweep.tasks.decoding import LFS, SUFFIXES, UNREAD
 from raysweep.tasks.records import Tally, plain
@@ -44,6 +44,18 @@ class _Group:
             len(self.members) >= HELD
             and next(reversed(self.members)).rpartition(".")[0] != extension.rpartition(".")[0]
         )
+
+
+class _Header(tarfile.TarInfo):
+    """Remembers that an archive had its end mark, two blocks of zeros, without which tarfile takes any end for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: Any) -> _Header:
+        try:
+            return super().fromtarfile(tarfile_)  # type: ignore[return-value]
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            tarfile_.has_ended = True
+            raise
 
 
 def samples(shards: list[str], extensions: tuple[str, ...], tally: Tally) -> Iterator[Sample]:
@@ -101,7 +113,7 @@ def _members(
 ) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the members that matter; a shard that ends early is counted as a lost part."""
     try:
-        with _open(shard) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+        with _open(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
             for member in tar:
                 name = plain(member.name.removeprefix("./"))
                 suffix = PurePosixPath(name).suffix.lower()
@@ -118,6 +130,8 @@ def _members(
                     tally.skip("a link, not a file", f"{shard}: {name}")
                     continue
                 yield name, file.read()
+            if not hasattr(tar, "has_ended"):
+                raise tarfile.ReadError("no end mark: cut short, or never finished")
     except Exception as error:  # tarfile and the decompressors raise many kinds on a file that is cut short or none
         tally.lose(_why(shard, error), f"{shard} after {read()} records")
 

@@ -1,0 +1,571 @@
+"""Images as they come off disks, out of archives and from the hub: what is read, what is left out and said, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from raysweep.tasks.decoding import flat, opened
+from raysweep.tasks.records import NAMED, SourceError, Tally, Unreadable, lines_of, listed, plain
+from raysweep.tasks.sampling import pixels
+from raysweep.tasks.sources import FolderSource, MixedSource, ParquetSource, ShardSource
+
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def picture(number: int, size: int = 8) -> Image.Image:
+    rng = np.random.default_rng(number)
+    return Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def encoded(number: int, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    picture(number).save(out, kind)
+    return out.getvalue()
+
+
+def write(path: Path, number: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(number))
+    return path
+
+
+def read(source, required=()):
+    """(records with pixels, tally) of a pass."""
+    tally = Tally()
+    return list(pixels(source, (3, 8, 8), tally, required)), tally
+
+
+def keys_of(source):
+    return [record.key for record, _ in read(source)[0]]
+
+
+# Folders
+
+
+def test_what_file_managers_leave_is_no_picture(tmp_path):
+    for n, name in enumerate(("cat/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "cat/._0.png", "__MACOSX/cat/0.png",
+                              "dog/@eaDir/0.png/THUMB.png", "dog/1.PNG", "dog/$RECYCLE.BIN/2.png", ".git/x.png")):  # fmt: skip
+        write(tmp_path / name, n)
+    for name in (".DS_Store", "cat/Thumbs.db", "cat/desktop.ini", "README.md"):
+        (tmp_path / name).write_bytes(b"x")
+    rows, tally = read(FolderSource(folder=tmp_path))
+    assert [(r.key, r.label) for r, _ in rows] == [("cat/0.png", "cat"), ("dog/1.PNG", "dog")]
+    assert (tally.seen, tally.skipped) == (2, 0)
+    (ignored,) = tally.ignored.values()
+    assert set(ignored.first) <= {
+        ".git",
+        "__MACOSX",
+        "cat/.ipynb_checkpoints",
+        "cat/._0.png",
+        "dog/$RECYCLE.BIN",
+        "dog/@eaDir",
+    }
+    assert ignored.count == 6
+    assert keys_of(FolderSource(folder=tmp_path / "cat" / ".ipynb_checkpoints")) == ["0-checkpoint.png"]
+
+
+def test_links_are_followed_once_and_dead_ones_counted(tmp_path):
+    write(tmp_path / "store" / "a.png")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "cat").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "loop").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "train" / "folder.png").mkdir()
+    rows, tally = read(FolderSource(folder=tmp_path / "train"))
+    assert [(r.key, r.label) for r, _ in rows] == [("cat/a.png", "cat")]
+    assert list(tally.bad) == ["a file that cannot be read (No such file or directory)"]
+
+
+def test_names_of_macs_and_of_other_encodings(tmp_path):
+    write(tmp_path / "cafe\u0301" / "0.png")
+    source = FolderSource(folder=tmp_path, only=("caf\u00e9",))
+    assert [r.label for r, _ in read(source)[0]] == ["caf\u00e9"]
+    assert plain(b"caf\xe9.png".decode("utf-8", "surrogateescape")) == "caf\\udce9.png"
+    assert plain("\ud800") == "\\ud800"
+
+
+def test_pictures_that_are_not_read_are_counted_and_told(tmp_path):
+    for n in range(60):
+        write(tmp_path / "cat" / f"{n:02}.png", n)
+    (tmp_path / "cat" / "phone.HEIC").write_bytes(b"x")
+    (tmp_path / "cat" / "11.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    rows, tally = read(FolderSource(folder=tmp_path))
+    assert (len(rows), tally.seen, tally.skipped) == (59, 61, 2)
+    tally.check("train")
+    lines = lines_of(tally.account("train", tmp_path, {"to retain": 59}))
+    assert lines == [
+        f"train: 59 of 61 records of {tmp_path} read; kept: 59 to retain",
+        "train: left out 1: a Git LFS pointer in the place of the file (run `git lfs pull`) (cat/11.png)",
+        "train: left out 1: a format that is not read (.heic) (cat/phone.HEIC)",
+    ]
+    json.dumps(tally.account("train", tmp_path))
+
+
+def test_a_repeated_record_is_left_out_once(tmp_path):
+    write(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"none")
+    rows, tally = read(FolderSource(folder=tmp_path, repeat=3))
+    assert (len(rows), tally.seen, tally.skipped) == (3, 2, 1)
+
+
+def test_shares_are_of_what_was_asked_for(tmp_path):
+    for n in range(100):
+        write(tmp_path / ("cat" if n < 5 else "dog") / f"{n:03}.png", n)
+    (tmp_path / "cat" / "000.png").write_bytes(b"none")
+    _, tally = read(FolderSource(folder=tmp_path, only=("cat",)))
+    with pytest.raises(SourceError, match="1 of 5 records cannot be used"):
+        tally.check("train")
+    with pytest.raises(SourceError, match=r"only: nothing is called 'cow'; there are: cat, dog"):
+        read(FolderSource(folder=tmp_path, only=("cat", "cow")))
+    with pytest.raises(SourceError, match=r"keys: nothing is called 'cat/9.png'; there are: cat/000.png, cat/001.png"):
+        read(FolderSource(folder=tmp_path, keys=("cat/9.png",)))
+
+
+def test_reasons_name_a_few_and_count_all():
+    tally = Tally()
+    for n in range(2000):
+        tally.skip("broken", str(n))
+    (reason,) = tally.account("train", "x")["left_out"]
+    assert (reason["count"], len(reason["first"])) == (2000, NAMED)
+    assert listed(map(str, range(30))).endswith("18, 19, ... (30 in all)")
+
+
+# Captions
+
+
+def captions(folder, **how):
+    return {record.key: record.caption for record, _ in read(FolderSource(folder=folder, **how))[0]}
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1).map(plain).filter(str.strip)
+
+
+@FEW
+@given(st.lists(TEXTS, min_size=1, max_size=4), st.booleans(), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+def test_every_caption_of_a_metadata_file_arrives(tmp_path, texts, as_table, encoding):
+    """Captions with commas, quotes, U+2028 and the like, with a byte order mark or without, with empty lines between."""
+    out = tmp_path / "f"
+    rows = [{"file_name": f"cat/{n}.png", "text": text} for n, text in enumerate(texts)]
+    for row in rows:
+        write(out / row["file_name"])
+    for old in out.glob("metadata.*"):
+        old.unlink()
+    if as_table:
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, ["file_name", "text"])
+        table.writeheader()
+        table.writerows(rows)
+        (out / "metadata.csv").write_bytes(text.getvalue().encode(encoding))
+    else:
+        lines = "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (out / "metadata.jsonl").write_bytes((lines + "\n\n").encode(encoding))
+    found = captions(out)
+    assert [found[row["file_name"]] for row in rows] == texts
+
+
+def test_a_metadata_file_per_folder_and_captions_beside(tmp_path):
+    for name in ("cat/a.png", "cat/deep/b.png", "dog/c.png", "dog/d.png"):
+        write(tmp_path / name)
+    (tmp_path / "cat" / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "prompt": "inner a"}\n{"file_name": ".\\\\deep\\\\b.png", "prompt": "inner b"}\n'
+        '{"file_name": "e.png", "prompt": "x"}\n'
+    )
+    (tmp_path / "metadata.csv").write_text("file_name;prompt\ncat/a.png;outer a\ndog/c.png;outer c\n")
+    (tmp_path / "dog" / "d.TXT").write_text("\ufeffbeside d\n", encoding="utf-8")
+    assert captions(tmp_path, caption="prompt") == {
+        "cat/a.png": "inner a", "cat/deep/b.png": "inner b", "dog/c.png": "outer c", "dog/d.png": "beside d"
+    }  # fmt: skip
+    _, tally = read(FolderSource(folder=tmp_path), ("caption",))
+    assert tally.notes["metadata.jsonl names a picture that is not there"].first == ["e.png"]
+    with pytest.raises(SourceError, match=r"3 x no caption.*metadata.csv has file_name, prompt \(`caption: KEY` says"):
+        tally.check("train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.jsonl", b'{"file_name": "a.png"}\n{"file_name": \n', r"metadata.jsonl:2: not a line such as"),
+        ("metadata.jsonl", b'["a.png"]\n', r"metadata.jsonl:1: not a line such as"),
+        (
+            "metadata.jsonl",
+            b'{"image": "a.png", "text": "b"}\n',
+            r"metadata.jsonl:1: no file_name, .* it has: image, text",
+        ),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": ["b"]}\n', r"metadata.jsonl:1: the caption must be text"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "caf\u00e9.png"}'.encode("cp1252"),
+            r"metadata.jsonl:1: not UTF-8 text \(byte 0xe9",
+        ),
+        ("metadata.csv", b"image,text\na.png,b\n", r"metadata.csv:2: no file_name, .* it has: image, text"),
+        ("metadata.csv", b'file_name,text\na.png,"b\n', r"metadata.csv:\d: not valid CSV"),
+    ],
+)
+def test_metadata_that_cannot_be_used_is_refused_by_its_line(tmp_path, name, content, message):
+    write(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=message):
+        read(FolderSource(folder=tmp_path))
+
+
+def test_a_caption_of_another_encoding_is_left_out_and_named(tmp_path):
+    for n in range(40):
+        write(tmp_path / "cat" / f"{n:02}.png", n).with_suffix(".txt").write_text("a cat")
+    (tmp_path / "cat" / "03.txt").write_bytes("un caf\u00e9".encode("cp1252"))
+    rows, tally = read(FolderSource(folder=tmp_path), ("caption",))
+    assert (len(rows), tally.seen) == (39, 40)
+    assert tally.bad["a caption that is not UTF-8 text (save it as UTF-8)"].first == ["cat/03.png"]
+    tally.check("train")
+
+
+# Pictures
+
+
+def grey(image: Image.Image, channels: int = 1, kind: str = "PNG", **how):
+    """(pixels as the network's input has them, notes) of an image that was stored in a file."""
+    out, notes = io.BytesIO(), []
+    image.save(out, kind, **how)
+    return np.asarray(flat(opened(out.getvalue()), channels, notes.append)).astype(int), notes
+
+
+RAMP = np.linspace(0, 65535, 64).reshape(8, 8).round().astype(np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled(kind):
+    values, notes = grey(Image.fromarray(RAMP), kind=kind)
+    assert np.abs(values - RAMP / 257).max() <= 0.5
+    assert notes == ["16-bit grey scaled to 8 bit"]
+    colour, _ = grey(Image.fromarray(RAMP), 3, kind=kind)
+    assert (colour == values[..., None]).all()
+    assert grey(Image.fromarray(RAMP // 16), kind=kind)[1] == [
+        "16-bit grey scaled to 8 bit (nearly black: 12-bit data?)"
+    ]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_thirty_two_bits_have_no_white(kind):
+    with pytest.raises(Unreadable, match="32-bit pixels, whose white is not fixed"):
+        grey(Image.fromarray(RAMP.astype(kind)), kind="TIFF")
+
+
+@given(st.integers(1, 8), st.sampled_from(["PNG", "JPEG", "TIFF", "WEBP"]))
+@FEW
+def test_orientation_tags_are_followed(orientation, kind):
+    upright = Image.fromarray(np.kron(np.arange(12).reshape(3, 4) * 20, np.ones((8, 8))).astype(np.uint8)).convert(
+        "RGB"
+    )
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transpose that undoes each orientation
+    stored = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    values, notes = grey(stored, 3, kind, exif=exif)
+    assert values.shape == (24, 32, 3)
+    assert np.abs(values - np.asarray(upright)).mean() < 6
+    if kind != "TIFF":  # which Pillow turns itself
+        assert notes == (["turned upright as the orientation tag says"] if orientation > 1 else [])
+
+
+def test_transparency_is_laid_on_white():
+    clear = Image.fromarray(np.zeros((8, 8, 4), dtype=np.uint8))
+    for image, how in (
+        (clear, {}), (clear.convert("LA"), {}), (Image.new("P", (8, 8)), {"transparency": 0}), (Image.new("L", (8, 8)), {"transparency": 0}),
+    ):  # fmt: skip
+        for channels in (1, 3):
+            values, notes = grey(image, channels, **how)
+            assert (values == 255).all()
+            assert notes == ["transparency laid on white"]
+    opaque = picture(1).convert("RGBA")
+    values, notes = grey(opaque, 3)
+    assert (values == np.asarray(picture(1))).all()
+    assert not notes
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first_is_used(kind):
+    first, second = (Image.new("RGB", (8, 8), c) for c in ((200, 0, 0), (0, 0, 200)))
+    values, notes = grey(first, 3, kind, save_all=True, append_images=[second])
+    assert np.abs(values - np.array([200, 0, 0])).max() < 8
+    assert notes == ["several frames or pages, of which the first is used"]
+
+
+def test_a_picture_as_large_as_a_scan_is_one_record_that_is_left_out(tmp_path):
+    Image.new("1", (15000, 12500)).save(tmp_path / "scan.png")
+    write(tmp_path / "a.png")
+    rows, tally = read(FolderSource(folder=tmp_path))
+    assert [r.key for r, _ in rows] == ["a.png"]
+    assert tally.bad["a picture of more than 179 million pixels"].first == ["scan.png"]
+
+
+def test_programs_are_no_pictures():
+    for content in (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+        b"<svg/>",
+        b"<html>404</html>",
+        b"",
+        bytes(100),
+    ):
+        with pytest.raises(Unreadable, match=r"not a picture in a format that is read|an empty file"):
+            opened(content)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]), st.data())
+def test_damaged_pictures_are_read_or_left_out(kind, data):
+    content = bytearray(encoded(1, kind))
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = bytes(content)[: data.draw(st.integers(1, len(content)))]
+    try:
+        size = flat(opened(content), 3, lambda _: None).size
+    except Unreadable as error:
+        size = str(error)
+    assert size
+
+
+# Parquet
+
+
+def rows_of(count: int = 6) -> dict[str, list]:
+    cells = [{"bytes": encoded(n), "path": None} for n in range(count)]
+    return {"image": cells, "label": [("cat", "dog", "fish")[n % 3] for n in range(count)]}
+
+
+def labels_of(folder: Path | str, **how) -> tuple[list, Tally]:
+    rows, tally = read(ParquetSource(parquet=str(folder), **{"label": "label", **how}))
+    return [r.label for r, _ in rows], tally
+
+
+def test_a_clone_of_the_hub(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        for part in range(2):
+            pq.write_table(pa.table(rows_of(3)), data / f"{split}-{part:05}-of-00002.parquet")
+    for name in ("README.md", ".gitattributes", "data/_SUCCESS"):
+        (tmp_path / name).write_text("# about")
+    with pytest.raises(
+        SourceError, match="holds the splits test, train: choose one with `split`, or several with `mix`"
+    ):
+        labels_of(tmp_path)
+    labels, tally = labels_of(tmp_path, split="train")
+    assert labels == ["cat", "dog", "fish"] * 2
+    assert tally.ignored["no Parquet file"].first == ["README.md"]
+    assert tally.ignored["a file of another split"].count == 2
+    with pytest.raises(SourceError, match="split: no file is of the split 'dev'; there are: test, train"):
+        labels_of(tmp_path, split="dev")
+    (data / "train-00001-of-00002.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    _, tally = labels_of(tmp_path, split="train")
+    with pytest.raises(SourceError, match=r"1 of 2 files cannot be read: 1 x a Git LFS pointer .*data/train-00001"):
+        tally.check("hub")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.txt").write_text("")
+    with pytest.raises(SourceError, match=r"no file ends with \.parquet, \.pq, \.parq; there are: a\.txt"):
+        labels_of(tmp_path / "none")
+
+
+def test_class_labels_are_names_in_the_order_of_the_hub(tmp_path):
+    features = {"image": {"_type": "Image"}, "label": {"names": ["dog", "cat"], "_type": "ClassLabel"}}
+    meta = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    table = pa.table({"image": rows_of(40)["image"], "label": pa.array([0, 1] * 19 + [-1, 7])})
+    pq.write_table(table.replace_schema_metadata(meta), tmp_path / "a.parquet")
+    labels, tally = labels_of(tmp_path / "a.parquet")
+    assert labels == ["dog", "cat"] * 19 + [None]
+    assert tally.orders == {("dog", "cat")}
+    assert list(tally.bad) == ["class number 7 in column 'label', which has 2 names"]
+    mixed = MixedSource(mix=(ParquetSource(parquet=str(tmp_path / "a.parquet"), labelled="fox"),))
+    assert read(mixed)[1].bad == {}
+
+
+def test_folders_named_after_columns(tmp_path):
+    table = pa.table({**rows_of(), "year": [7] * 6})
+    ds.write_dataset(table, tmp_path, format="parquet", partitioning=["year", "label"], partitioning_flavor="hive")
+    labels, _ = labels_of(tmp_path, other="year")
+    assert sorted(labels) == ["cat", "cat", "dog", "dog", "fish", "fish"]
+    (tmp_path / "label=a%2Fb").mkdir()
+    pq.write_table(pa.table({"image": rows_of(1)["image"]}), tmp_path / "label=a%2Fb" / "x.parquet")
+    assert labels_of(tmp_path)[0][0] == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "expected"),
+    [
+        ("label", pa.array([["cat"], ["dog"]]), ["cat", "dog"]),
+        (
+            "label",
+            pa.array([["cat", "dog"], []], pa.list_(pa.string())),
+            "2 values in column 'label', where one is needed",
+        ),
+        ("label", pa.array([3.0, None], pa.float64()), ["3", None]),
+        ("label", pa.array([float("nan"), 1.5]), [None, "1.5"]),
+        ("label", pa.array([b"cat", b"caf\xe9"]), "a label that is not UTF-8 text"),
+        ("label", pa.array(["cat", "dog"]).dictionary_encode(), ["cat", "dog"]),
+        ("caption", pa.array([["a", "b"], []], pa.list_(pa.string())), ["a", None]),
+        (
+            "label",
+            pa.array([{"x": 1}, {"x": 2}]),
+            r"column 'label' holds struct<x: int64>, and must hold text or numbers",
+        ),
+        ("image", pa.array(["a.png", "b.png"]), "column 'image' holds string, not the bytes of images"),
+        ("image", pa.array([{"bytes": None, "path": "a.png"}] * 2), "no image bytes, only the path of a file"),
+    ],
+)
+def test_columns_of_all_types(tmp_path, column, values, expected):
+    table = {"image": rows_of(2)["image"], "label": ["x", "y"], "caption": ["x", "y"]} | {column: values}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    source, tally = ParquetSource(parquet=str(tmp_path / "a.parquet"), label="label", caption="caption"), Tally()
+    try:
+        found = [getattr(record, column) for record in source.records(tally)]
+    except SourceError as error:
+        found = str(error)
+    if isinstance(expected, str):
+        assert expected in (found if isinstance(found, str) else tally.bad)
+    else:
+        assert found == expected
+
+
+def test_damaged_row_groups_are_counted_row_by_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(rows_of(60)), path, row_group_size=20, compression="none", use_dictionary=False)
+    offset = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    rows, tally = read(ParquetSource(parquet=str(path), label="label"))
+    assert (len(rows), tally.seen, tally.skipped) == (40, 60, 20)
+    assert [r.key for r, _ in rows] == [f"row {n}" for n in (*range(20), *range(40, 60))]
+
+
+def test_a_file_without_a_column_is_not_filled_with_nothing(tmp_path):
+    pq.write_table(pa.table(rows_of(2)), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": rows_of(2)["image"]}), tmp_path / "b.parquet")
+    with pytest.raises(SourceError, match=r"no column 'label'; there are: image \(in b.parquet\)"):
+        labels_of(tmp_path)
+
+
+# Tars
+
+
+def pack(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> ShardSource:
+    with tarfile.open(path, mode) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return ShardSource(shards=str(path), label="cls")
+
+
+STEMS = st.lists(
+    st.text("ab01.-_ ", min_size=1, max_size=6).filter(lambda s: s.strip(" .") == s and not s.startswith(".")),
+    min_size=1, max_size=6, unique=True,
+)  # fmt: skip
+
+
+@FEW
+@given(STEMS, st.sampled_from(["", "a/b/", "./v1.0/"]), st.sampled_from([".png", ".PNG", ".jpg"]), st.booleans())
+def test_every_picture_of_a_tar_is_read_with_its_label_or_counted(tmp_path, stems, folder, suffix, is_zipped):
+    """Names with dots, in folders, in capitals: none is lost without a word, and none gets another's label."""
+    members = []
+    for n, stem in enumerate(sorted(stems)):
+        members += [(f"{folder}{stem}{suffix}", encoded(n)), (f"{folder}{stem}.CLS", f"label of {stem}".encode())]
+    rows, tally = read(pack(tmp_path / "t.tar", members, "w:gz" if is_zipped else "w"))
+    prefix = folder.removeprefix("./")
+    told = sum(r.count for what, r in tally.notes.items() if "beside" in what)
+    assert len(rows) + tally.skipped + told == len(stems)
+    for record, _ in rows:
+        assert record.key.removeprefix(prefix) in stems
+        assert record.label in (None, f"label of {record.key.removeprefix(prefix)}")
+    if not any("." in stem for stem in stems):
+        assert sorted(r.label for r, _ in rows) == sorted(f"label of {s}" for s in stems)
+
+
+def test_numbered_members_of_one_name_are_pictures_of_their_own(tmp_path):
+    members = [(f"fish_v1.{n:03}.{e}", c) for n in range(150) for e, c in (("png", encoded(n)), ("cls", b"fish"))]
+    rows, tally = read(pack(tmp_path / "t.tar", members))
+    assert [r.key for r, _ in rows] == [f"fish_v1.{n:03}" for n in range(150)]
+    assert {r.label for r, _ in rows} == {"fish"}
+    assert (tally.seen, tally.skipped, tally.notes) == (150, 0, {})
+
+
+def test_pictures_beside_that_of_a_sample(tmp_path):
+    members = [("0.seg.png", encoded(9)), ("0.jpg", encoded(0, "JPEG")), ("0.cls", b"cat"), ("0.json", b"{}"), ("1.json", b"{}"),
+               ("2.image.png", encoded(2)), ("2.cls", b"dog"), ("3.png", encoded(3)), ("3.000.png", encoded(4))]  # fmt: skip
+    rows, tally = read(pack(tmp_path / "t.tar", members))
+    assert [(r.key, r.label) for r, _ in rows] == [("0", "cat"), ("2.image", "dog"), ("3", None), ("3.000", None)]
+    assert tally.notes["pictures beside that of their sample, not read (.seg.png)"].count == 1
+
+
+def test_names_that_stand_twice_and_what_macs_pack(tmp_path):
+    members = [("./._0.png", b"x"), ("./0.png", encoded(0)), ("./0.cls", b"cat"), ("0.png", encoded(1)), ("0.cls", b"dog"),
+               ("__MACOSX/._0.png", b"x"), (".DS_Store", b"x")]  # fmt: skip
+    rows, tally = read(pack(tmp_path / "t.tar", members))
+    assert [(r.key, r.label) for r, _ in rows] == [("0", "cat"), ("0", "dog")]
+    assert tally.notes["a member of the same name as the one before, read as another record"].count == 1
+    assert tally.ignored["hidden members, and what file managers leave"].count == 2
+
+
+def test_members_that_are_apart_from_their_picture_are_told(tmp_path):
+    members = [*((f"{n}.png", encoded(n)) for n in range(3)), *((f"{n}.cls", b"cat") for n in range(3))]
+    rows, tally = read(pack(tmp_path / "t.tar", members), ("label",))
+    assert not rows
+    assert {why.split(" (")[0] for why in tally.bad} == {
+        "no label, which the task needs", "no picture among the members of this name, which must follow each other"
+    }  # fmt: skip
+
+
+@FEW
+@given(st.data())
+def test_a_tar_that_is_cut_short_or_damaged_says_so(tmp_path, data):
+    source = pack(tmp_path / "t.tar", [(f"{n}.png", encoded(n)) for n in range(4)])
+    content = (tmp_path / "t.tar").read_bytes()
+    end = data.draw(st.integers(0, 4 * 1024 - 1))  # within the four members: a header and a block of data each
+    (tmp_path / "t.tar").write_bytes(content[:end])
+    rows, tally = read(source)
+    whole = [len(encoded(n)) + 1024 * n + 512 for n in range(4)]
+    assert len(rows) == sum(end >= size for size in whole)
+    assert sum(reason.count for reason in tally.lost_parts.values()) == 1
+    with pytest.raises(SourceError, match="1 of 1 files cannot be read"):
+        tally.check(source)
+
+
+def test_shards_that_are_none(tmp_path):
+    (tmp_path / "t.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    _, tally = read(ShardSource(shards=str(tmp_path / "t.tar")))
+    assert next(iter(tally.lost_parts)).startswith("a Git LFS pointer")
+    with pytest.raises(SourceError, match="a folder; name its shards"):
+        read(ShardSource(shards=str(tmp_path)))
+    with pytest.raises(SourceError, match="braces do not match"):
+        read(ShardSource(shards="data/{0..1.tar"))
+
+
+def test_captions_in_a_tar_of_another_encoding(tmp_path):
+    members = [
+        ("0.png", encoded(0)),
+        ("0.txt", "caf\u00e9".encode("cp1252")),
+        ("1.png", encoded(1)),
+        ("1.txt", "\ufeffa".encode()),
+    ]
+    rows, tally = read(pack(tmp_path / "t.tar", members))
+    assert [(r.key, r.caption) for r, _ in rows] == [("1", "a")]
+    assert tally.bad["a caption or label that is not UTF-8 text"].first == [f"{tmp_path / 't.tar'}: 0.png"]
+
+
+def test_sizes_stay_as_they_are_asked_for(tmp_path):
+    write(tmp_path / "a.png")
+    ((_, x),) = read(FolderSource(folder=tmp_path))[0]
+    assert x.shape == (3, 8, 8)
+    assert torch.equal(((x + 1) * 127.5).round().byte().permute(1, 2, 0), torch.from_numpy(np.array(picture(0))))
