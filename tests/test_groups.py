@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_task
 
+from raysweep.models.pixel import PixelDDPM
 from raysweep.store import checkpoint_path
 from raysweep.train import groups, loop
 from raysweep.train.jobs import Job
@@ -131,3 +132,21 @@ def test_a_worker_keeps_the_last_base_only(place, monkeypatch):
     assert digests[:3] == digests[3:]
     assert len(set(digests)) == 3
     assert loop.run(job(place, "fresh", base=str(place / "base-1")), loop.Resident()).digest == digests[1]
+
+
+def test_dropout_after_a_checkpoint_is_that_of_a_run_without_one(place):
+    config = tiny_task().model
+    PixelDDPM.build(config | {"unet": config["unet"] | {"dropout": 0.5}}, 1).save(place / "dropping")
+    base = {"base": str(place / "dropping")}
+    whole = loop.run(job(place, "whole-dropping", **base), loop.Resident())
+    torch.rand(7)  # what else the process draws
+    cut = job(place, "cut-dropping", checkpoint_s=0.0, **base)
+
+    def killed(name, done, steps, value):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(cut, loop.Resident(), killed)
+    assert torch.load(checkpoint_path(place / "out" / "cut-dropping"), weights_only=True)["done"] == 2
+    outcome = loop.run(cut, loop.Resident())
+    assert (outcome.status, outcome.digest) == ("ok", whole.digest), outcome.reason

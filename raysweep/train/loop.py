@@ -157,6 +157,7 @@ def _train(
     weight = next(iter(method.model.net.parameters()))
     while method.done < steps:
         batch = task.batch(method.draws(), seed, method.done, rank, world)
+        torch.manual_seed(derive_seed("dropout", job.seed, method.done, rank))  # the one draw of the network's own
         # weights and optimiser stay in single precision; nothing is cached, since a step may change weights more than once
         with torch.autocast(weight.device.type, torch.bfloat16, job.precision == "bf16", cache_enabled=False):
             scalars = method.step({name: rows.to(weight.device, weight.dtype) for name, rows in batch.items()})
