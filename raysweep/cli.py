@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -91,7 +92,8 @@ def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
     raysweep run
     raysweep run examples/class.yaml search.trials=14 name=quick
 
-    Exit codes: 0 ok, 1 failed, 2 bad input, 3 finished but some checks failed or are missing, 130 interrupted.
+    Exit codes: 0 finished, whether or not a candidate is recommended (front.json says: recommended.trial), 1 failed,
+    2 bad input, 3 finished but some checks failed or are missing, 130 interrupted.
     """
     sweep = _config(config, overrides, absent=dry_run)
     if dry_run:
@@ -123,16 +125,12 @@ def _say_answer(result: Any, say: Callable[[str, str], None]) -> None:
         f"hypervolume {front.hypervolume:.3f} ({front.hypervolume_lo:.3f} to {front.hypervolume_hi:.3f})")  # fmt: skip
     for missing in result.incomplete:
         say("failed", f"check missing: {missing}")
-    best = next((r for r in front.rows if r["trial"] == front.recommended), None)
-    if best is not None:
-        say("front", f"recommended: {best['trial']}  residue {best['residue']:.3f} +- {best['residue_se']:.3f}  "
-            f"damage {best['damage']:.3f} +- {best['damage_se']:.3f}")  # fmt: skip
-        say("front", f"export it: raysweep export {_short(result.folder.path)} {best['trial']} OUT_DIR")
-    if best is None:
-        say(
-            "front",
-            "no candidate is recommended: each forgot no more than the base or is as damaged as a destroyed model",
-        )
+    choice = front.choice
+    for line in choice.answer([r for r in front.rows if r["kind"] == "candidate"], front.verdicts):
+        say("answer", line)
+    if choice.recommended is not None:
+        command = shlex.join(["raysweep", "export", _short(result.folder.path), choice.recommended, "OUT_DIR"])
+        say("answer", f"export it: {command}")
     say("front", f"report: {_short(result.folder.report)}")
 
 
@@ -372,6 +370,7 @@ def status(run: str, as_json: bool) -> int:
         "audits": len(read_log(folder.path / LOG)), "failures": failures,
         "incomplete": manifest.get("incomplete", []), "reason": manifest.get("reason", ""),
         "exit_code": {"done": OK, "incomplete": INCOMPLETE, "failed": FAILED, "interrupted": INTERRUPTED}.get(manifest["state"]),
+        "answer": _front_of(folder).get("answer", []),
         "report": str(folder.report) if folder.report.is_file() else None,
     }  # fmt: skip
     if as_json:
@@ -383,9 +382,16 @@ def status(run: str, as_json: bool) -> int:
         click.echo(f"  failed {f['trial']}: {f['reason']}")
     for missing in data["incomplete"]:
         click.echo(f"  check missing: {missing}")
+    for line in data["answer"]:
+        click.echo(line)
     if data["report"]:
         click.echo(f"report {data['report']}")
     return OK
+
+
+def _front_of(folder: Any) -> dict[str, Any]:
+    """What front.json of a run says; empty if it has none."""
+    return json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {}
 
 
 @main.command()
@@ -443,11 +449,13 @@ def show(what: tuple[str, ...], as_json: bool) -> int:
     if trial not in trials:
         raise ConfigError(f"{run}: no trial {trial!r}{suggest(trial, sorted(trials))}")
     rows = [r for r in read_table(folder.rows, ROWS).to_pylist() if r["subject"] == trial]
+    standing = _front_of(folder).get("standing", {}).get(trial, "not audited")
     if as_json:
-        click.echo(json.dumps({"trial": trials[trial], "rows": rows}, indent=2))
+        click.echo(json.dumps({"trial": trials[trial], "standing": standing, "rows": rows}, indent=2))
         return OK
     for key, value in trials[trial].items():
         click.echo(f"{key:<16} {value}")
+    click.echo(f"{'standing':<16} {standing}")
     for tier in sorted({r["tier"] for r in rows}, key=lambda t: (t != "probe", t)):
         click.echo(f"{tier}:")
         _print_rows([r for r in rows if r["tier"] == tier])
@@ -477,7 +485,10 @@ def _show_cards(paths: list[Path], as_json: bool) -> int:
 @click.option("--delta", "as_delta", is_flag=True, help="Write only the tensors that changed, as one file OUT.")
 @_errors
 def export(run: str, trial: str, out: str, as_delta: bool) -> int:
-    """Copy a candidate as a folder of its own library with a model card, its weights checked against their hash."""
+    """Copy a candidate as a folder of its own library with a model card, its weights checked against their hash.
+
+    Warns if the run does not recommend the candidate, or only with reservations; the model card says so, too.
+    """
     from raysweep import delta, modelcard
     from raysweep.config import ConfigError
     from raysweep.context import Context
@@ -497,6 +508,7 @@ def export(run: str, trial: str, out: str, as_delta: bool) -> int:
     found = load(source).digest
     if found != expected:
         raise StoreError(f"{source}: the weights hash to {found}, but the card says {expected}; not exported")
+    _warn_of(_run_dir(run), trial)
     if as_delta:
         header = delta.write(target, Path(Context.load(str(_run_dir(run).path)).base), source)
         click.echo(f"{target}  {header['tensors']} tensors, {header['bytes'] / 1e6:.2f} MB")
@@ -509,6 +521,13 @@ def export(run: str, trial: str, out: str, as_delta: bool) -> int:
     write_folder(target, fill)
     click.echo(str(target))
     return OK
+
+
+def _warn_of(folder: Any, trial: str) -> None:
+    """Says before an export what the run's answer holds against a candidate."""
+    standing = _front_of(folder).get("standing", {}).get(trial, "not audited: only the search has seen it")
+    if standing != "recommended":
+        click.echo(f"warning: {trial} is {standing}", err=True)
 
 
 @main.command()

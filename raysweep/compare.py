@@ -11,14 +11,14 @@ import numpy as np
 
 from evaluators.statistics import t_interval
 from raysweep import card, pareto
-from raysweep.config import ConfigError
+from raysweep.config import ConfigError, Sweep
 from raysweep.rundir import RunDir
-from raysweep.store import FRONT, read_table, write_bytes
+from raysweep.store import FRONT, TRIALS, digest_of, read_table, write_bytes
 
 SHARES = (0.25, 0.5, 0.75)
-SEEDS = (
+# prefixes of settings on which no result depends, besides seeds
+INCIDENTAL = (
     "name",
-    "search.seed",
     "storage",
     "cache",
     "resources",
@@ -39,6 +39,7 @@ def cards_table(paths: Sequence[Path]) -> dict[str, Any]:
     A cell is "value [low, high]"; a metric that only some cards have is "-" in the others.
     """
     found = [card.read(path) for path in paths]
+    refuse_card_copies(paths, found)
     warnings = []
     for what, value in (
         ("tasks", lambda c: c["task"]["digest"]),
@@ -56,29 +57,36 @@ def cards_table(paths: Sequence[Path]) -> dict[str, Any]:
         title = f"{check}.{metric}" + (" (attack)" if tier == "durability" else "")
         rows.append({"name": title, "cells": [_cell(findings.get((tier, check, metric))) for findings in by_card]})
     objectives = [
-        {"name": key, "cells": [f"{c['objectives'][key]:.3f} ± {c['objectives'][key + '_se']:.3f}" for c in found]}
-        for key in ("residue", "damage")
+        {"name": key + (" (standard error)" if k else ""), "cells": [f"{c['objectives'][key]:.3f}" for c in found]}
+        for name in ("residue", "damage")
+        for k, key in enumerate((name, f"{name}_se"))
     ]
     verdict = {"name": "under attack", "cells": [c["verdict"]["label"] for c in found]}
+    seeds = [", ".join(f"{name} {tier['seed']}" for name, tier in c["tiers"].items()) for c in found]
+    origin = [
+        {"name": "seeds", "cells": seeds},
+        {"name": "commit", "cells": [c["code"]["commit"][:12] for c in found]},
+    ]
     return {
         "subjects": [c["subject"] for c in found],
         "digests": [c["digest"] for c in found],
         "answers": [{"subject": c["subject"], "lines": c["answer"]} for c in found],
         "warnings": warnings,
-        "rows": [*objectives, verdict, *rows],
+        "rows": [*objectives, verdict, *origin, *rows],
     }
 
 
 def runs_table(folders: Sequence[RunDir]) -> dict[str, Any]:
     """Sweeps of the same task and methods side by side: hypervolumes by method, paired by run, and attainment bands.
 
-    Raises ConfigError if they do not compare.
+    Raises ConfigError if they do not compare, or if two of them are one run, a copy of it, or a repetition of its seeds.
     """
     sweeps = [f.sweep() for f in folders]
     manifests = [f.read_manifest() for f in folders]
     for folder in folders:
         if not folder.front_json.is_file():
             raise ConfigError(f"{folder.path}: has no front yet; finish the run first")
+    refuse_run_copies(folders, sweeps)
     first = sweeps[0]
     for folder, sweep, manifest in zip(folders[1:], sweeps[1:], manifests[1:], strict=True):
         for what, own, other in (
@@ -106,16 +114,86 @@ def runs_table(folders: Sequence[RunDir]) -> dict[str, Any]:
         [pareto.hypervolume(np.concatenate([by_method[m][k] for m in by_method])) for k in range(len(folders))]
     )
     rows.append({"name": "all methods", "cells": [_mean(overall), "", *(f"{v:.3f}" for v in overall)]})
+    differences = _differences(sweeps) | _differences_of_code(manifests)
     return {
-        "runs": [f.path.name for f in folders],
+        "runs": _labels(folders),
         "best": best,
-        "differences": [f"{key}: {', '.join(values)}" for key, values in _differences(sweeps).items()],
+        "differences": [f"{key}: {', '.join(values)}" for key, values in differences.items()],
+        "sweeps": [_origin(*of) for of in zip(_labels(folders), folders, sweeps, manifests, strict=True)],
         "rows": rows,
         "bands": {
-            method: {share: pareto.attainment([s for s in sets if len(s)], share) for share in SHARES}
+            method: {share: pareto.attainment(sets, share) for share in SHARES}
             for method, sets in by_method.items()
             if any(len(s) for s in sets)
         },
+    }
+
+
+def refuse_run_copies(folders: Sequence[RunDir], sweeps: Sequence[Sweep]) -> None:
+    """Raises ConfigError if two runs are not independent: one folder, equal results or weights, or equal seeds.
+
+    An average over copies of one run has an interval that is too narrow, whatever the copies are called.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    for k, (folder, sweep) in enumerate(zip(folders, sweeps, strict=True)):
+        for what, digest in _identities(folder, sweep).items():
+            first = seen.setdefault((what, digest), k)
+            if first != k:
+                same = SAME[what].format(other=folders[first].path, digest=digest)
+                raise ConfigError(f"--compare: {folder.path} {same}")
+
+
+SAME = {
+    "folder": "is the same run as {other}: name each run once",
+    "results": "holds the same results as {other} (digest {digest}): it is a copy, and a copy adds no evidence",
+    "weights": "holds the same candidates as {other} (digest of their weights {digest}): it adds no evidence about methods",
+    "seeds": "has the settings and seeds of {other} (digest {digest}): it repeats that run; give each sweep its own search.seed",
+}
+
+
+def _identities(folder: RunDir, sweep: Sweep) -> dict[str, str]:
+    """What two independent runs cannot share: kind of identity -> digest. Names and places have no part in them."""
+    points = [p for p in read_table(folder.front_table, FRONT).to_pylist() if p["kind"] == "candidate"]
+    results = [[p[k] for k in ("method", "hyperparameters", "residue", "damage")] for p in points]
+    found = {"folder": str(folder.path.resolve())}
+    if results:
+        found["results"] = digest_of(sorted(results))
+    trials = read_table(folder.trials, TRIALS).to_pylist() if folder.trials.is_file() else []
+    weights = sorted(t["digest"] for t in trials if t["digest"])
+    if weights:
+        found["weights"] = digest_of(weights)
+    return found | {"seeds": sweep.model_copy(update={"name": "any"}).digest}
+
+
+def refuse_card_copies(paths: Sequence[Path], cards: Sequence[dict[str, Any]]) -> None:
+    """Raises ConfigError if two cards are one, or copies of one."""
+    seen: dict[str, int] = {}
+    for k, content in enumerate(cards):
+        digest = digest_of({key: value for key, value in content.items() if key != "digest"})
+        first = seen.setdefault(digest, k)
+        if first != k:
+            raise ConfigError(f"{paths[k]} and {paths[first]} are the same card (digest {digest}): name each card once")
+
+
+def _labels(folders: Sequence[RunDir]) -> list[str]:
+    """Names of runs, or their paths where two have the same name."""
+    names = [f.path.name for f in folders]
+    return names if len(set(names)) == len(names) else [str(f.path) for f in folders]
+
+
+def _origin(label: str, folder: RunDir, sweep: Sweep, manifest: dict[str, Any]) -> dict[str, str]:
+    """Where a column of the comparison comes from."""
+    front = json.loads(folder.front_json.read_text())
+    seeds = {key: value for key, value in _flat(sweep.resolved()).items() if key.endswith("seed")}
+    return {
+        "run": label,
+        "path": str(folder.path),
+        "seeds": ", ".join(f"{key} {value}" for key, value in seeds.items()),
+        "commit": manifest["commit"],
+        "config": manifest["config_digest"],
+        "started": manifest["created_at"],
+        "state": manifest["state"],
+        "answer": front.get("answer", ["-"])[0],
     }
 
 
@@ -159,14 +237,21 @@ def _mean(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
 
 
-def _differences(sweeps: Sequence[Any]) -> dict[str, list[str]]:
+def _differences_of_code(manifests: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Commit and versions that are not the same everywhere."""
+    flat = [{"commit": m["commit"]} | {f"version of {name}": v for name, v in m["versions"].items()} for m in manifests]
+    keys = dict.fromkeys(k for f in flat for k in f)
+    return {key: values for key in keys if len(set(values := [str(f.get(key)) for f in flat])) > 1}
+
+
+def _differences(sweeps: Sequence[Sweep]) -> dict[str, list[str]]:
     """Settings, besides seeds and what no result depends on, that are not the same everywhere."""
     flat = [_flat(s.resolved()) for s in sweeps]
     keys = sorted({k for f in flat for k in f})
     return {
         key: [str(f.get(key)) for f in flat]
         for key in keys
-        if not key.startswith(SEEDS) and len({str(f.get(key)) for f in flat}) > 1
+        if not key.startswith(INCIDENTAL) and not key.endswith("seed") and len({str(f.get(key)) for f in flat}) > 1
     }
 
 

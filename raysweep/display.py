@@ -19,7 +19,8 @@ COLOURS = {
     "verdict": "bold",
     "prepare": "blue",
     "run": "bold",
-    "front": "bold green",
+    "front": "bold",
+    "answer": "bold",
 }
 MODES = ("auto", "rich", "plain", "none")
 

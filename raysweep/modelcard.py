@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from raysweep.choice import MEANING, told
 from raysweep.models.diffusion import SAMPLER
 from raysweep.models.folders import INDEX
 from raysweep.models.song import SongUNet
@@ -26,14 +27,14 @@ LOADS = {
 def page(folder: RunDir, card: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read. card: the candidate's own card."""
     task = json.loads((folder.task / "task.json").read_text())
-    front = json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {"points": [], "verdicts": {}}
-    point = next((p for p in front["points"] if p["trial"] == card["trial"]), None)
-    verdict = front["verdicts"].get(card["trial"], {}).get("sentence")
+    front = json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {}
+    point = next((p for p in front.get("points", ()) if p["trial"] == card["trial"]), None)
+    verdict = front.get("verdicts", {}).get(card["trial"], {}).get("sentence")
+    standing = front.get("standing", {}).get(card["trial"])
     audited = (
-        f"Residue {point['residue']:.3f} ± {point['residue_se']:.3f} (0 like a model that never saw what was forgotten, 1 like "
-        f"the base), damage {point['damage']:.3f} ± {point['damage_se']:.3f} (0 like the oracles, 1 like a destroyed model)."
+        f"{told(point, 'residue').capitalize()}: {MEANING['residue']}. {told(point, 'damage').capitalize()}: {MEANING['damage']}."
         if point
-        else "This candidate was not audited: it was probed in the search, and another one was chosen."
+        else "This candidate was not audited: only the search has probed it."
     )
     candidate = folder.candidates / card["trial"]
     own = (candidate / SAMPLER).is_file()
@@ -67,9 +68,15 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
             *(f"- `{name}`: {value}" for name, value in sorted(card["hyperparameters"].items())),
             "",
             "## What its audit found",
+            *([f"By the run's answer this candidate is {standing}.", ""] if standing else []),
             audited,
             "",
-            *([f"Under attack: {verdict}.", ""] if verdict else []),
+            *(
+                [f"Under attack: {verdict}."]
+                if verdict
+                else ["It was not attacked, so whether the forgotten thing comes back is unknown."]
+            ),
+            "",
             "## Limits",
             "These are figures of the checks that were made, on the task's data, judges and seeds; they are not a proof of erasure. "
             "Adversarial prompts were not tried. Residue counts what is left relative to models retrained without the forgotten "

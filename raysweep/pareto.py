@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import moocore
@@ -121,10 +122,15 @@ def within(points: np.ndarray, draws: np.ndarray, limit: float, certain: float =
 def attainment(sets: Sequence[np.ndarray], share: float) -> np.ndarray:
     """Corners (m, 2) of the region that at least `share` of the sets of points (n_s, 2) attain, by `moocore`; minimised.
 
+    An empty set attains nothing and still counts as one of the sets; (0, 2) where too few sets attain anything.
     Empirical attainment function (Fonseca, Grunert da Fonseca and Paquete, 2005): the 50 % one is a median front.
     """
-    owner = np.repeat(np.arange(1, len(sets) + 1), [len(s) for s in sets])
-    found = np.asarray(moocore.eaf(np.concatenate(sets), sets=owner, percentiles=[100 * share]))
+    full = [s for s in sets if len(s)]
+    needed = math.ceil(round(share * len(sets), 9))
+    if not full or needed > len(full):
+        return np.empty((0, 2))
+    owner = np.repeat(np.arange(1, len(full) + 1), [len(s) for s in full])
+    found = np.asarray(moocore.eaf(np.concatenate(full), sets=owner, percentiles=[100 * needed / len(full)]))
     return found[np.argsort(found[:, 0]), :2]
 
 

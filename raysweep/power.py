@@ -20,6 +20,31 @@ SHARES = {
     "reconstruction.hits": "noises",
 }
 
+# Metrics of objectives, and the setting whose samples decide them; None where the task's images do.
+DECIDED_BY: dict[str, str | None] = {
+    "classifier.leak": "samples",
+    "classifier.recognised": "class_samples",
+    "contrast.forget_similarity": None,
+    "contrast.recognised": None,
+    "contrast.retain_loss": None,
+    "denoising.forget_log_loss": "loss_noises",
+    "fidelity.frechet": "samples",
+    "generation.rate": "samples",
+    "questions.forget_accuracy": None,
+    "questions.retain_error": None,
+    "reconstruction.correlation": "noises",
+}
+
+
+def decided_by(metric: str, kind: str, tier: str = "audit") -> str:
+    """What to raise so that `metric` becomes more precise on tasks of a kind: a setting, or in words."""
+    key = DECIDED_BY.get(metric, "")
+    if metric == "relearning.presence":
+        key = "class_samples" if kind in ("class", "concept") else "noises"
+    if key:
+        return f"audit.{tier}.{key}"
+    return "the number of the task's held-out images" if key is None else f"the samples of audit.{tier}"
+
 
 @dataclass(frozen=True)
 class Requirement:

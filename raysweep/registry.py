@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -113,6 +115,12 @@ class UnknownName(ValueError):
 
 def external(kind: str) -> dict[str, str]:
     """Names that installed packages add through the entry-point group `raysweep.<kind>s`."""
+    return _entry_points(kind, tuple(sys.path))
+
+
+@cache
+def _entry_points(kind: str, path: tuple[str, ...]) -> dict[str, str]:
+    """What `external` finds on one import path: validating a config asks a hundred times, and each search reads every package."""
     return {ep.name: ep.value for ep in entry_points(group=f"raysweep.{kind}s")}
 
 

@@ -14,10 +14,11 @@ import optuna
 from evaluators.statistics import jackknife_interval, jackknife_se, t_interval
 from raysweep import pareto
 from raysweep.audit.auditor import rows_path
+from raysweep.choice import FORGOTTEN, Choice, choose
 from raysweep.config import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.objectives import Measured, Objectives, Unmeasured, objectives
-from raysweep.power import Requirement
+from raysweep.power import Requirement, decided_by
 from raysweep.registry import ATTACKS, resolve
 from raysweep.rundir import RunDir
 from raysweep.search import open_study
@@ -25,7 +26,6 @@ from raysweep.store import FRONT, ROWS, TRIALS, read_table, write_json, write_ta
 from raysweep.tasks.task import Task
 from raysweep.verdict import Verdict, verdict
 
-FORGOTTEN = 0.1  # residue under which a candidate counts as like the oracle
 RATE = 0.05  # of false discoveries over a sweep's candidates
 
 
@@ -88,7 +88,8 @@ def pick_for_audit(trials: Sequence[dict[str, Any]], top: int) -> list[dict[str,
 class Front:
     """The audited candidates and anchors.
 
-    rows: as in store.FRONT; draws: paired resamples (draws, candidates, 2); p_dominates[i, j]: i dominates j.
+    rows: as in store.FRONT; p_dominates[i, j]: i dominates j; draws: paired resamples (n, candidates, 2), not kept on disk.
+    valid: candidate -> share of valid samples, its own and the oracles'; keys: see `choice.choose`.
     """
 
     rows: list[dict[str, Any]]
@@ -98,8 +99,9 @@ class Front:
     hypervolume_lo: float
     hypervolume_hi: float
     probe_hypervolume: float
-    recommended: str | None  # None: every candidate forgets no more than the base or is as damaged as a destroyed model
-    recommended_share: float
+    draws: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 2)))
+    valid: dict[str, tuple[float, float]] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     undecided: list[str] = field(default_factory=list)  # not surely on the front or off it, or rivals of such
     picks: dict[str, Any] = field(default_factory=dict)  # other ways to choose, and how stable each is
     unmet: dict[str, list[str]] = field(default_factory=dict)  # candidate -> requirements that its audit does not show
@@ -108,12 +110,24 @@ class Front:
         default_factory=list
     )  # audits that lack an objective, each with what is missing and why
 
-    def finalists(self, count: int) -> list[str]:
-        """The best audited candidates: the recommended one, then the front, then the others, by the worse objective."""
+    @property
+    def choice(self) -> Choice:
+        """The answer, by the verdicts as far as there are any."""
         rows = [r for r in self.rows if r["kind"] == "candidate"]
-        best = sorted(
-            rows, key=lambda r: (r["trial"] != self.recommended, not r["on_front"], max(r["residue"], r["damage"]))
-        )
+        mine = {n: v for n, v in self.verdicts.items() if n in self.candidates}
+        oracles = [r["residue"] for r in self.rows if r["trial"].startswith("oracle") and r["kind"] == "anchor"]
+        return choose(rows, self.draws, self.unmet, self.valid, mine, self.keys, max([FORGOTTEN, *oracles]))
+
+    def finalists(self, count: int) -> list[str]:
+        """The candidates to attack: first those that the audit alone would recommend, then the front, then the others, each
+        by the larger of residue and damage."""
+        against, rows = self.choice.against, [r for r in self.rows if r["kind"] == "candidate"]
+
+        def rank(r: dict[str, Any]) -> tuple[bool, bool, float]:
+            refused = bool(against[r["trial"]])
+            return refused, refused and not r["on_front"], max(r["residue"], r["damage"])
+
+        best = sorted(rows, key=rank)
         return [r["trial"] for r in best[:count]]
 
 
@@ -169,7 +183,7 @@ def audited_front(
     unmet = {n: _unmet(folder, keys[n], required) for n in names}
     draws = np.empty((0, 0, 2))
     p_dominates, p_dominated = np.zeros((0, 0)), np.zeros(0)
-    low, high, recommended, share, again = 0.0, 0.0, None, 0.0, []
+    low, high, again = 0.0, 0.0, []
     picks: dict[str, Any] = {}
     if names:
         draws = pareto.resample(points, np.stack([places[n].replicates for n in names]))
@@ -177,13 +191,6 @@ def audited_front(
         again = [names[i] for i in pareto.undecided(draws)]
         picks = _picks(names, points, draws, [places[n].residue_se for n in names])
         low, high = pareto.hypervolume_interval(points, np.stack([places[n].replicates for n in names]))
-        fit = [k for k, n in enumerate(names) if not unmet[n]]
-        if fit:
-            best = pareto.balanced(points[fit])
-            # at 1 it is no better than the base in one objective or a destroyed model in the other
-            if points[fit[best]].max() < 1:
-                recommended = names[fit[best]]
-                share = float(np.mean([pareto.balanced(d[fit]) == best for d in draws]))
     rows = []
     for k, n in enumerate(names):
         t, place = by_trial[n], places[n]
@@ -202,12 +209,18 @@ def audited_front(
     for name, measured in {"base": anchors.base, **_oracles(anchors), "destroyed": anchors.destroyed}.items():
         rows.append(_front_row(name, "", "anchor", objectives(measured, anchors, views, task.quality, task.validity)))
     probe = [t for t in trials if t["state"] == "COMPLETE"]
+    valid = float(np.mean([o.values[context.validity] for o in anchors.oracles]))
     return Front(
         rows=rows, candidates=names, p_dominates=p_dominates, hypervolume=pareto.hypervolume(points),
         hypervolume_lo=low, hypervolume_hi=high, probe_hypervolume=pareto.hypervolume(_points(probe)),
-        recommended=recommended, recommended_share=share, unmet=unmet, undecided=again,
+        draws=draws, valid={n: (places[n].validity, valid) for n in names}, keys=_keys(task), unmet=unmet, undecided=again,
         picks=picks, unplaced=unplaced,
     )  # fmt: skip
+
+
+def _keys(task: Task) -> dict[str, str]:
+    """Metric of a view, or "damage", -> setting whose samples decide it."""
+    return {m: decided_by(m, task.kind) for m in task.views} | {"damage": decided_by(task.quality, task.kind)}
 
 
 def _places(
@@ -299,7 +312,7 @@ def search_against_audit(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
     """Writes front.json and front.parquet."""
-    said = {name: v.label for name, v in front.verdicts.items()}
+    said, choice = {name: v.label for name, v in front.verdicts.items()}, front.choice
     write_table(folder.front_table, [r | {"verdict": said.get(r["trial"], "")} for r in front.rows], FRONT)
     write_json(
         folder.front_json,
@@ -310,7 +323,15 @@ def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
             "reference_point": list(pareto.REFERENCE),
             "hypervolume": {"value": front.hypervolume, "lo": front.hypervolume_lo, "hi": front.hypervolume_hi},
             "probe_hypervolume": front.probe_hypervolume,
-            "recommended": {"trial": front.recommended, "share_of_resamples": front.recommended_share},
+            "recommended": {
+                "trial": choice.recommended,
+                "share_of_resamples": choice.share,
+                "reservations": list(choice.reservations),
+            },
+            "best": {"trial": choice.trial, "try_next": list(choice.steps)},
+            "standing": {name: choice.standing(name) for name in front.candidates},
+            "against": {name: list(reasons) for name, reasons in choice.against.items()},
+            "answer": choice.answer([r for r in front.rows if r["kind"] == "candidate"], front.verdicts),
             "candidates": front.candidates,
             "unmet": front.unmet,
             "undecided": front.undecided,

@@ -43,7 +43,10 @@ class Verdict:
         if self.label == "not tested":
             return "durability was not tested"
         if self.label == "like the oracle":
-            return f"like the oracle: none of {self.tested} attacks brings back more than {self.within:.2f} above the oracles"
+            within = max(0.0, self.within or 0.0)
+            return (
+                f"like the oracle: none of {self.tested} attacks brings back more than {within:.2f} above the oracles"
+            )
         return f"{self.label}: {', '.join(self.by)}"
 
 

@@ -194,7 +194,7 @@ def test_a_missing_check_is_said_and_exits_3(monkeypatch, tmp_path, incomplete, 
     from raysweep.run import Result
     from raysweep.rundir import RunDir
 
-    front = Front([], [], np.zeros((0, 0)), 0.5, 0.4, 0.6, 0.5, None, 0.0)
+    front = Front([], [], np.zeros((0, 0)), 0.5, 0.4, 0.6, 0.5)
     result = Result(RunDir(tmp_path / "x"), front, [{"state": "FAIL"}], incomplete)
     monkeypatch.setattr("raysweep.run.run_sweep", lambda *_: result)
     answer = call("run")

@@ -124,7 +124,7 @@ def test_a_job_is_stopped_resumed_and_finished(head, shipped, cache, tmp_path_fa
 
     followed = submit(head, shipped, "second", storage, cache)  # follows the log to the end
     assert "resuming" in followed
-    assert "recommended" in followed
+    assert "ecommended" in followed
     assert "succeeded" in followed
     assert json.loads(manifest.read_text())["state"] == "done"
     trials = read_table(storage / "small" / "trials.parquet", TRIALS).to_pylist()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from click.testing import CliRunner
 from small import SMALL, install_faulty, log, recipe_of, start
 from tiny import ROOT
@@ -123,8 +124,12 @@ def test_front_and_anchors(run):
     assert points["base"]["residue"] == pytest.approx(1.0)
     assert points["destroyed"]["damage"] == pytest.approx(1.0)
     worst = {n: max(points[n]["residue"], points[n]["damage"]) for n in front["candidates"]}
-    chosen = front["recommended"]["trial"]  # none where even the best has forgotten nothing or is destroyed
-    assert chosen is None if min(worst.values()) >= 1 else worst[chosen] == min(worst.values())
+    sound = {n: worst[n] for n, reasons in front["against"].items() if not reasons}
+    chosen = front["recommended"]["trial"]  # none where something speaks against each
+    assert chosen is None if not sound else sound[chosen] == min(sound.values())
+    for n, v in front["verdicts"].items():
+        assert n not in sound or v["label"] not in ("remembers", "destroyed")
+    assert set(front["standing"]) == set(front["candidates"])
     assert front["reference_point"] == [1.1, 1.1]
     assert front["hypervolume"]["lo"] <= front["hypervolume"]["value"] <= front["hypervolume"]["hi"]
     attacked = set(front["verdicts"])
@@ -180,9 +185,14 @@ def test_show_status_export_and_ls(run, tmp_path):
     shown = call("show", "small", "000-neggrad")
     assert shown.exit_code == 0
     assert "reconstruction.correlation" in shown.output
+    front = json.loads(run.front_json.read_text())
+    standing = front["standing"].get("000-neggrad", "not audited")
+    assert f"standing         {standing}" in shown.output
+    assert status["answer"] == front["answer"]
     assert call("show", "small", "000-neggrd").exit_code == 2
     exported = call("export", "small", "000-neggrad", str(tmp_path / "out"))
     assert exported.exit_code == 0, exported.output
+    assert (f"warning: 000-neggrad is {standing}" in exported.output) == (standing != "recommended")
     from diffusers import DDIMPipeline
 
     DDIMPipeline.from_pretrained(tmp_path / "out")
@@ -308,8 +318,11 @@ def test_runs_side_by_side(run, card, tmp_path):
 
     again = RunDir(tmp_path / "again")
     again.path.mkdir()
-    for name in ("config.yaml", "manifest.json", "front.json"):
+    for name in ("manifest.json", "front.json"):
         shutil.copy(run.path / name, again.path / name)
+    config = yaml.safe_load(run.config.read_text())
+    config["search"]["seed"] += 1
+    again.config.write_text(yaml.safe_dump(config))
     points = read_table(run.front_table, FRONT).to_pylist()
     write_table(
         again.front_table, [p | {"residue": p["residue"] + 0.1, "damage": p["damage"] + 0.1} for p in points], FRONT

@@ -35,6 +35,8 @@ def test_what_is_behind_a_label():
     assert "relearning 25 steps" in v.sentence()
     like = verdict(rows(), REACH, 0.9, 0.9)
     assert like.within == pytest.approx(1.96 * 0.03)
+    below = verdict(rows(-0.5, -0.5, -0.5, -0.5), REACH, 0.9, 0.9)
+    assert "more than 0.00 above the oracles" in below.sentence()  # "more than -0.44" would be no bound
     assert like.tested == 4  # moving towards the base does not count
 
 

@@ -17,6 +17,7 @@ from raysweep.store import write_bytes
 
 GREY, GRID = "#7a828c", "rgba(128,128,128,0.25)"
 ANCHORS = {"base": "star", "oracle": "star-diamond", "destroyed": "x"}
+RESIDUE, DAMAGE = "residue (0 like the oracle, 1 like the base)", "damage (0 like the oracle, 1 destroyed)"
 Z95 = 1.96
 
 
@@ -57,9 +58,7 @@ def front(data: ReportData) -> go.Figure:
                 marker={"symbol": symbol, "size": 13, "color": GREY}, name=p["trial"], showlegend=False,
                 textfont={"color": GREY, "size": 11},
             )  # fmt: skip
-    return _style(
-        figure, "residue (0 like the oracle, 1 like the base)", "damage (0 like the oracle, 1 destroyed)", 470
-    )
+    return _style(figure, RESIDUE, DAMAGE, 470)
 
 
 def attainment(bands: dict[str, dict[float, np.ndarray]]) -> go.Figure:
@@ -79,9 +78,15 @@ def attainment(bands: dict[str, dict[float, np.ndarray]]) -> go.Figure:
                       "dash": "solid" if share == 0.5 else "dot"},
                 row=k // across + 1, col=k % across + 1,
             )  # fmt: skip
+    for k in range(len(bands)):
+        below = k + across >= len(bands)  # nothing stands under this panel
+        figure.update_xaxes(
+            title_text=RESIDUE if below else None, showticklabels=below, row=k // across + 1, col=k % across + 1
+        )
+    figure.update_yaxes(title_text=DAMAGE, col=1)
     figure.update_xaxes(range=[-0.03, 1.1])
     figure.update_yaxes(range=[-0.03, 1.1])
-    return _style(figure, None, None, 60 + 260 * down)
+    return _style(figure, None, None, 80 + 290 * down)
 
 
 def _staircase(corners: np.ndarray) -> tuple[list[float], list[float]]:
@@ -103,7 +108,9 @@ def optimism(data: ReportData) -> go.Figure:
                 hoverinfo="text+y", line={"color": colour, "width": 1.5}, marker={"symbol": symbol, "size": 8},
                 showlegend=False, row=1, col=column,
             )  # fmt: skip
-    return _style(figure, None, None, 320)
+        figure.update_yaxes(title_text=key, row=1, col=column)
+    figure.update_xaxes(title_text="measured by", categoryorder="array", categoryarray=["search", "audit"])
+    return _style(figure, None, None, 340)
 
 
 def effects(data: ReportData) -> go.Figure:
@@ -182,8 +189,8 @@ def write_pngs(data: ReportData, folder: Path) -> None:
             axes.annotate(
                 p["trial"], (p["residue"], p["damage"]), textcoords="offset points", xytext=(5, 5), fontsize=8
             )
-    axes.set_xlabel("residue (0 like the oracle, 1 like the base)")
-    axes.set_ylabel("damage (0 like the oracle, 1 destroyed)")
+    axes.set_xlabel(RESIDUE)
+    axes.set_ylabel(DAMAGE)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     out = BytesIO()

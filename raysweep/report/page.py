@@ -9,7 +9,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from raysweep.config import ConfigError
 from raysweep.report import figures
 from raysweep.report.data import gather, page_context
 from raysweep.rundir import RunDir
@@ -17,11 +16,7 @@ from raysweep.store import write_bytes
 
 
 def build(folder: RunDir) -> Path:
-    """Writes report.html and figures/ from the run's tables and returns the report's path."""
-    if not folder.front_json.is_file():
-        raise ConfigError(
-            f"{folder.path}: has no front yet (state: {folder.read_manifest()['state']}); finish the run first"
-        )
+    """Writes report.html and figures/ from the run's tables, whatever state it is in, and returns the report's path."""
     data = gather(folder)
     drawn = {
         "front_figure": figures.front(data),

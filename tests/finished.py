@@ -1,0 +1,97 @@
+"""A run directory as a sweep leaves it, written from points alone: no training, no Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny import tiny_task
+
+from raysweep import pareto
+from raysweep.reader import load
+from raysweep.results import Front, write_front
+from raysweep.rundir import RunDir
+from raysweep.store import ROWS, SCORES, TRIALS, write_json, write_table
+from raysweep.verdict import Verdict
+
+KEYS = {"reconstruction.correlation": "audit.audit.noises", "damage": "audit.audit.samples"}
+LIKE = Verdict("like the oracle", (), 0.05, 9)
+REMEMBERS = Verdict("remembers", ("no attack (+0.53)",), None, 9)
+CONCEALED = Verdict("concealed", ("relearning 5 steps (+0.30)",), None, 9)
+DESTROYED = Verdict("destroyed", ("10% of its samples are valid, 90% of the oracles'",), None, 9)
+
+
+def row(trial: str, residue: float, damage: float, se: float = 0.01, **more: Any) -> dict[str, Any]:
+    """A candidate's or an anchor's row of the front."""
+    kind = "anchor" if trial.startswith(("base", "oracle", "destroyed")) else "candidate"
+    method = trial.partition("-")[2] if kind == "candidate" else ""
+    common = {"trial": trial, "method": method, "kind": kind, "residue": residue, "damage": damage}
+    common |= {"residue_se": se, "damage_se": se, "over_forgetting": 0.0}
+    common |= {"views": json.dumps({"reconstruction.correlation": residue})}
+    if kind == "candidate":
+        common |= {"probe_residue": residue, "probe_damage": damage, "on_front": True, "on_method_front": True}
+        common |= {"p_dominated": 0.0, "audits": 1, "hyperparameters": '{"steps": 8}'}
+    return common | more
+
+
+ANCHORS = [row("base", 1.0, 0.0), row("oracle-0", 0.0, 0.0), row("oracle-1", 0.02, 0.0), row("destroyed", 0.4, 1.0)]
+
+
+def front(candidates: list[dict[str, Any]], verdicts: dict[str, Verdict] | None = None, **more: Any) -> Front:
+    """A front of such rows, with draws as wide as their standard errors."""
+    names = [r["trial"] for r in candidates]
+    points = np.array([[r["residue"], r["damage"]] for r in candidates]).reshape(-1, 2)
+    errors = np.array([[r["residue_se"], r["damage_se"]] for r in candidates]).reshape(-1, 2)
+    draws = points + errors * np.random.default_rng(0).normal(size=(500, *points.shape))
+    picks = {}
+    if names:
+        sure = pareto.within(points, draws, 0.1)
+        best = {"trial": names[pareto.balanced(points)], "share": 1.0}
+        picks = {
+            "balanced": best, "knee": best, "sure": {"trial": None if sure is None else names[sure], "limit": 0.1, "certain": 0.95},
+            "forgotten": {"trials": [], "limit": 0.1, "rate": 0.05},
+        }  # fmt: skip
+    values = {
+        "rows": [*candidates, *ANCHORS], "candidates": names, "p_dominates": np.zeros((len(names), len(names))),
+        "hypervolume": 1.0, "hypervolume_lo": 0.9, "hypervolume_hi": 1.1, "probe_hypervolume": 1.0, "draws": draws,
+        "valid": dict.fromkeys(names, (0.9, 0.9)), "keys": KEYS, "picks": picks, "unmet": {n: [] for n in names},
+        "verdicts": verdicts or {},
+    }  # fmt: skip
+    return Front(**values | more)
+
+
+def run(folder: Path, of: Front | None, *overrides: str, sensitive: bool = False, **entries: Any) -> RunDir:
+    """A run directory with that front; without one, a run that came to none. entries: of the manifest."""
+    where = (f"name={folder.name}", f"storage={folder.parent}", f"cache={folder.parent / 'cache'}")
+    sweep = load(None, (*where, "methods=[rgd, siss]", "search.trials=4", *overrides))
+    made, task = RunDir.of(sweep), tiny_task("points")
+    with made.claim(sweep, {"config": sweep.digest, "task": "t"}):
+        made.task.mkdir(parents=True)
+        task.save(made.task)
+        plain = json.loads((made.task / "task.json").read_text())
+        write_json(made.task / "task.json", plain | {"sensitive": sensitive})
+        made.update(**{"state": "done"} | entries)
+    if of is None:
+        return made
+    write_front(made, of, sweep)
+    write_json(made.anchors("audit"), {"keys": {}, "views": []})
+    trials = [
+        dict.fromkeys(TRIALS.names)
+        | {"trial": r["trial"], "method": r["method"], "state": "COMPLETE", "digest": f"weights of {folder.name}"}
+        for r in of.rows
+        if r["kind"] == "candidate"
+    ]
+    write_table(made.trials, trials, TRIALS)
+    write_table(made.rows / "none.parquet", [], ROWS)
+    size = task.splits["forget"].x[0].numel()
+    pictures = np.random.default_rng(1).uniform(-1, 1, (4, size))
+    scores = [
+        {"subject": subject, "tier": "audit", "score": score, "unit": k, "values": picture.tolist(), "shape": [size]}
+        for subject in ("base", "oracle-0")
+        for score in ("strip.rebuilt", "strip.noised", "strip.samples")
+        for k, picture in enumerate(pictures)
+    ]
+    write_table(made.scores / "strips.parquet", scores, SCORES)
+    return made

@@ -1,0 +1,155 @@
+"""What a sweep's answer says: nothing that remembers, is destroyed, or misses a requirement is recommended, anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from finished import CONCEALED, DESTROYED, LIKE, REMEMBERS, front, row, run
+
+from raysweep.cli import main
+from raysweep.results import Front
+from raysweep.run import Result
+
+GOOD, OTHER = row("000-rgd", 0.05, 0.2), row("001-siss", 0.02, 0.6)
+
+
+def answer(of: Front) -> list[str]:
+    return of.choice.answer([r for r in of.rows if r["kind"] == "candidate"], of.verdicts)
+
+
+def test_the_smallest_larger_objective_is_recommended_where_nothing_speaks_against_it():
+    of = front([GOOD, OTHER], {"000-rgd": LIKE})
+    assert of.choice.recommended == "000-rgd"
+    assert of.choice.reservations == of.choice.steps == ()
+    assert answer(of)[0].startswith("Recommended: 000-rgd, residue 0.050 (95 % interval 0.030 to 0.070)")
+    assert of.choice.standing("001-siss").startswith("not recommended: it was not attacked")
+
+
+@pytest.mark.parametrize(("candidate", "verdict", "more", "reason"), [
+    (row("000-rgd", 0.05, 0.2), REMEMBERS, {}, "without any attack, presence exceeds the oracles' (+0.53)"),
+    (row("000-rgd", 0.4, 0.2), LIKE, {}, "has not forgotten: residue 0.400 (95 % interval 0.380 to 0.420) lies above 0.1"),
+    (row("000-rgd", 0.6, 0.2, 0.5), LIKE, {}, "as near to the base as to the oracles"),
+    (row("000-rgd", 0.0, 1.2), LIKE, {}, "as damaged as a destroyed model"),
+    (row("000-rgd", 0.05, 0.2), DESTROYED, {}, "destroyed"),
+    (row("000-rgd", 0.05, 0.2), None, {"valid": {"000-rgd": (0.1, 0.9)}}, "10% of its samples are valid, 90% of the oracles'"),
+    (row("000-rgd", 0.05, 0.2), LIKE, {"unmet": {"000-rgd": ["generation.rate <= 0.01"]}}, "what was required: generation.rate <= 0.01"),
+])  # fmt: skip
+def test_what_speaks_against_a_recommendation(candidate, verdict, more, reason):
+    of = front([candidate], {} if verdict is None else {"000-rgd": verdict}, **more)
+    assert of.choice.recommended is None
+    first, *rest = answer(of)
+    assert first.startswith("No candidate is recommended. Best so far is 000-rgd: ")
+    assert reason in first
+    assert any(line.startswith("Try next: ") for line in rest)
+    assert not any(line.startswith("Recommended") for line in (first, *rest))
+    assert of.choice.standing("000-rgd").startswith("best so far, but not recommended")
+
+
+def test_no_candidate_must_be_nearer_to_the_oracles_than_an_oracle_is():
+    of = front([row("000-rgd", 0.2, 0.1)], {"000-rgd": LIKE})
+    assert of.choice.recommended is None
+    of.rows.append(row("oracle-2", 0.25, 0.0))
+    assert of.choice.recommended == "000-rgd"
+    assert of.choice.reservations == ()
+
+
+def test_a_candidate_that_holds_under_attack_is_preferred_to_one_that_remembers():
+    of = front([GOOD, OTHER], {"000-rgd": REMEMBERS, "001-siss": LIKE})
+    assert of.choice.recommended == "001-siss"
+    assert "has not forgotten" in of.choice.standing("000-rgd")
+
+
+def test_what_was_not_attacked_is_not_recommended_where_others_failed_under_attack():
+    of = front([GOOD, OTHER], {"000-rgd": REMEMBERS})
+    assert of.choice.recommended is None
+    assert of.choice.trial == "001-siss"
+    assert any("attack 001-siss" in step for step in of.choice.steps)
+
+
+@pytest.mark.parametrize(("candidates", "verdicts", "reservation"), [
+    ([row("000-rgd", 0.088, 0.05, 0.109)], {"000-rgd": LIKE}, "does not show a residue under 0.1: residue 0.088 (95 % interval 0.000 to 0.302)"),
+    ([row("000-rgd", 0.02, 0.3, damage_se=0.2)], {"000-rgd": LIKE}, "its damage is uncertain"),
+    ([row("000-rgd", 0.05, 0.2, 0.05), row("001-siss", 0.05, 0.21, 0.05)], dict.fromkeys(("000-rgd", "001-siss"), LIKE), "another candidate is the better one in"),
+    ([GOOD], {"000-rgd": CONCEALED}, "comes back (concealed: relearning 5 steps (+0.30))"),
+    ([GOOD], {}, "it was not attacked"),
+])  # fmt: skip
+def test_what_the_data_leave_open_hedges_a_recommendation(candidates, verdicts, reservation):
+    of = front(candidates, verdicts)
+    assert of.choice.recommended == "000-rgd"
+    first, *rest = answer(of)
+    assert first.startswith("Recommended with reservations: 000-rgd")
+    assert any(line.startswith("Reservation: ") and reservation in line for line in rest)
+    assert of.choice.standing("000-rgd").startswith("recommended with reservations: ")
+
+
+def test_more_samples_are_asked_for_by_the_setting_that_decides():
+    steps = " ".join(front([row("000-rgd", 0.088, 0.3, 0.109)], {"000-rgd": LIKE}).choice.steps)
+    assert "audit.audit.noises" in steps
+    assert "audit.audit.samples" in steps
+
+
+def test_attacks_are_made_first_on_what_could_be_recommended():
+    rows = [row("000-rgd", 0.9, 0.0), row("001-siss", 0.05, 0.95), row("002-rgd", 0.0, 1.5, on_front=False)]
+    assert front(rows).finalists(2) == ["001-siss", "000-rgd"]
+    assert front([]).finalists(3) == []
+
+
+@pytest.fixture
+def remembering(tmp_path) -> Path:
+    """A run whose best candidate remembers."""
+    return run(tmp_path / "remembering", front([GOOD], {"000-rgd": REMEMBERS})).path
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_every_output_of_a_run_says_the_same(remembering, monkeypatch):
+    """front.json, report, status, show, export's warning and the model card; the terminal below."""
+    from raysweep.modelcard import page
+    from raysweep.rundir import RunDir
+
+    written = json.loads((remembering / "front.json").read_text())
+    assert written["recommended"]["trial"] is None
+    assert written["best"]["trial"] == "000-rgd"
+    assert call("report", str(remembering)).exit_code == 0
+    html = (remembering / "report.html").read_text()
+    screen = html[html.index('<section class="answer"') : html.index("</section>")]
+    assert "No candidate is recommended. Best so far is 000-rgd: it has not forgotten" in screen
+    assert "Try next" in screen
+    assert "Recommended" not in html
+    assert "No candidate is recommended" in call("status", str(remembering)).output
+    trials = {"000-rgd": {"trial": "000-rgd"}}
+    monkeypatch.setattr("raysweep.results.trial_table", lambda *_: list(trials.values()))
+    assert "best so far, but not recommended: it has not forgotten" in call("show", str(remembering), "000-rgd").output
+    card = {"trial": "000-rgd", "method": "rgd", "seed": 0, "hyperparameters": {}, "base_digest": "b", "task_digest": "t", "outcome": {"digest": "d"}}  # fmt: skip
+    text = page(RunDir(remembering), card)
+    assert "this candidate is best so far, but not recommended: it has not forgotten" in text
+    assert "±" not in text + html
+
+
+def test_the_terminal_says_it_and_offers_no_export(remembering, monkeypatch):
+    from raysweep.rundir import RunDir
+
+    for verdict, recommended in ((REMEMBERS, False), (LIKE, True)):
+        of = front([GOOD], {"000-rgd": verdict})
+        result = Result(RunDir(remembering), of, [], [])
+        monkeypatch.setattr("raysweep.run.run_sweep", lambda *_, result=result: result)
+        told = call("run")
+        assert told.exit_code == 0
+        assert ("raysweep export" in told.output) == recommended
+        assert ("No candidate is recommended. Best so far is 000-rgd" in told.output) == (not recommended)
+        assert "+-" not in told.output
+
+
+def test_the_comparison_shows_each_runs_answer(remembering, tmp_path):
+    from raysweep.compare import runs_table
+    from raysweep.rundir import RunDir
+
+    other = run(tmp_path / "other", front([OTHER], {"001-siss": LIKE}), "search.seed=5")
+    answers = [s["answer"] for s in runs_table([RunDir(remembering), other])["sweeps"]]
+    assert answers[0].startswith("No candidate is recommended")
+    assert answers[1].startswith("Recommended: 001-siss")
