@@ -108,8 +108,19 @@ class Unmeasured(ValueError):
     """An objective lacks a measurement; the message names it."""
 
 
+class Indistinct(Unmeasured):
+    """No view tells the base from the oracles; `views` holds each with its reason."""
+
+    def __init__(self, views: list[View]):
+        super().__init__(
+            "no view tells the base from the oracles, so there is nothing to forget: "
+            + "; ".join(f"{v.metric}: {v.reason}" for v in views)
+        )
+        self.views = views
+
+
 def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
-    """Each view with its verdict; raises Unmeasured if none tells base and oracle apart."""
+    """Each view with its verdict; raises Indistinct if none tells base and oracle apart."""
     views = []
     for metric in metrics:
         lacking = list(anchors.lacking(metric))
@@ -120,14 +131,21 @@ def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
         gap = anchors.base.replicates[metric] - np.mean([o.replicates[metric] for o in anchors.oracles], axis=0)
         se = jackknife_se(gap)
         informative = abs(base - oracle) > INFORMATIVE * se and base != oracle
-        reason = "" if informative else f"base and oracle differ by {abs(base - oracle):.3g}, under 4 x {se:.2g}"
+        reason = "" if informative else _too_small(base, oracle, se)
         views.append(View(metric, base, oracle, se, bool(informative), reason))
     if not any(v.informative for v in views):
-        raise Unmeasured(
-            "no view tells the base model from the oracle, so there is nothing to forget on this task: "
-            + "; ".join(f"{v.metric}: {v.reason}" for v in views)
-        )
+        raise Indistinct(views)
     return views
+
+
+def _too_small(base: float, oracle: float, se: float) -> str:
+    gap = abs(base - oracle)
+    if gap == 0:
+        return f"base and oracle are both {base:.3g}"
+    return (
+        f"base and oracle differ by {gap:.3g} ({base:.3g} and {oracle:.3g}); at this sample size at least "
+        f"{INFORMATIVE * se:.3g} is needed to tell them apart"
+    )
 
 
 def check_scale(anchors: Anchors, quality: str, validity: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raysweep.config import ConfigError, Sweep, Tier
+from raysweep.objectives import INFORMATIVE, View
 from raysweep.registry import BY_WEIGHTS, names, resolve, suggest
 from raysweep.tasks.task import Task
 
@@ -35,6 +38,8 @@ DECIDED_BY: dict[str, str | None] = {
     "reconstruction.correlation": "noises",
 }
 
+AFFORDABLE = 30.0  # times more samples that may be advised
+
 
 def decided_by(metric: str, kind: str, tier: str = "audit") -> str:
     """What to raise so that `metric` becomes more precise on tasks of a kind: a setting, or in words."""
@@ -44,6 +49,32 @@ def decided_by(metric: str, kind: str, tier: str = "audit") -> str:
     if key:
         return f"audit.{tier}.{key}"
     return "the number of the task's held-out images" if key is None else f"the samples of audit.{tier}"
+
+
+def remedies(views: Sequence[View], task: Task, tier_name: str, tier: Tier) -> str:
+    """What to do where no view of a tier tells the base from the oracles: the settings to raise, and to what."""
+    found = []
+    if task.given:
+        found.append(
+            "task.base may not have learned what must be forgotten, or the oracles may have: check that the model was trained on "
+            "the forget set and the oracles without it"
+        )
+    else:
+        found.append(
+            f"the base has hardly learned what it must forget: train it for longer (task.base_steps, {task.recipe['steps']} so far)"
+        )
+    for view in views:
+        if view.base is None or view.oracle is None or not view.gap_se or view.base == view.oracle:
+            continue
+        name = tier_name.partition("-")[0]
+        key = decided_by(view.metric, task.kind, name)
+        times = (INFORMATIVE * view.gap_se / abs(view.base - view.oracle)) ** 2
+        count = getattr(tier, key.rpartition(".")[2], None)
+        if isinstance(count, int) and times <= AFFORDABLE:
+            found.append(
+                f"if so small a difference of {view.metric} is worth forgetting, raise {key} from {count} to about {math.ceil(count * times)}"
+            )
+    return "; or ".join(found)
 
 
 @dataclass(frozen=True)

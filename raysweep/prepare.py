@@ -17,8 +17,9 @@ from raysweep.audit.auditor import AuditRequest
 from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.context import Context, load_measured, prepared_key
 from raysweep.models import families
-from raysweep.objectives import Anchors, assess_views, check_scale
+from raysweep.objectives import Anchors, Indistinct, Unmeasured, assess_views, check_scale
 from raysweep.pool import Pool, RunFailed
+from raysweep.power import remedies
 from raysweep.registry import CONTRASTIVE, module_of, resolve
 from raysweep.rundir import RunDir
 from raysweep.seeds import derive_seed
@@ -141,7 +142,6 @@ def judge_files(sweep: Sweep, task: Task) -> dict[str, tuple[Path, int, str]]:
 def prepare(
     sweep: Sweep,
     task: Task,
-    spaces: list[Space],
     folder: RunDir,
     run_id: str,
     executor: Executor,
@@ -179,7 +179,16 @@ def prepare(
             judges={name: future.result() for name, future in judges.items()}, prepared={},
             cache=str(cache_folder(sweep.cache) / "audits"), clip_digest=_clip_digest(task),
         )  # fmt: skip
-        jobs = _prepare_jobs(sweep, spaces, context)
+        context.save()
+    return context
+
+
+def prepare_methods(
+    sweep: Sweep, spaces: list[Space], context: Context, executor: Executor, actors: Pool, say: Say
+) -> None:
+    """Makes or finds what the methods compute once per base, and enters it into the context, here and on disk."""
+    jobs = _prepare_jobs(sweep, spaces, context)
+    with actors.waiting(executor) as threads:
         futures = {job.id: threads.submit(executor.run, job) for made in jobs.values() for job in made.values()}
         for method, made in jobs.items():
             for job in made.values():
@@ -191,8 +200,7 @@ def prepare(
                 "by": _defaults(resolve("method", method)),
                 "files": {key: job.out for key, job in made.items()},
             }
-        context.save()
-    return context
+    context.save()
 
 
 def _clip_digest(task: Task) -> str:
@@ -222,10 +230,14 @@ def measure_anchors(task: Task, context: Context, actors: Pool, tier_name: str, 
     oracles = tuple(found[name] for name in context.oracles)
     anchors = Anchors(found["base"], oracles, found["destroyed"])
     check_scale(anchors, task.quality, task.validity)
-    views = assess_views(anchors, task.views)
+    try:
+        views = assess_views(anchors, task.views)
+    except Indistinct as error:
+        told = remedies(error.views, task, tier_name, tier)
+        raise Unmeasured(f"{tier_name}: {error}. What to do: {told}") from error
     context.save_anchors(tier_name, {name: request.key for name, request in requests.items()}, views)
     for view in views:
-        verdict = f"base {view.base:.3g}, oracle {view.oracle:.3g}" if view.informative else f"left out: {view.reason}"
+        verdict = f"base {view.base:.3g}, oracle {view.oracle:.3g}" if view.informative else f"not used: {view.reason}"
         say("anchor", f"{tier_name} view {view.metric}: {verdict}")
     return failed
 

@@ -10,7 +10,7 @@ import ray
 from ray import tune
 from ray.util.metrics import Gauge
 
-from raysweep.config import Sweep
+from raysweep.config import ConfigError, Sweep
 from raysweep.context import Context
 from raysweep.fit import resolve_sweep
 from raysweep.objectives import Unmeasured
@@ -23,6 +23,7 @@ from raysweep.prepare import (
     measure_anchors,
     open_choices,
     prepare,
+    prepare_methods,
     save_task,
 )
 from raysweep.registry import CONTRASTIVE
@@ -81,19 +82,34 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
             say("data", line)
         folder.update(data=list(task.accounts))
         save_task(folder, task)
+        folder.update(reason="", incomplete=[])  # of an attempt before
         try:
             result = _with_ray(sweep, task, spaces, folder, run_id, say, tick)
-        except (RunFailed, Unmeasured) as error:
-            folder.update(state="failed", reason=str(error))
-            raise RunFailed(str(error)) from error
         except (Interrupted, KeyboardInterrupt):
             folder.update(state="interrupted")
             raise
+        except (RunFailed, Unmeasured) as error:
+            _failed(folder, str(error), say)
+            raise RunFailed(str(error)) from error
+        except ConfigError as error:
+            folder.update(state="failed", reason=str(error))
+            raise
         except Exception as error:
-            folder.update(state="failed", reason=f"{type(error).__name__}: {error}")
+            _failed(folder, f"{type(error).__name__}: {error}", say)
             raise
         folder.update(state="incomplete" if result.incomplete else "done", incomplete=result.incomplete)
     return result
+
+
+def _failed(folder: RunDir, reason: str, say: Say) -> None:
+    """Records why a run failed, and writes a report of what there is: what it came to must not be lost with it."""
+    from raysweep.report.page import build
+
+    folder.update(state="failed", reason=reason)
+    try:
+        say("report", f"of what there is: {build(folder)}")
+    except Exception as error:  # the run's own failure is what the caller must hear of
+        say("warning", f"no report could be written: {type(error).__name__}: {error}")
 
 
 def _with_ray(
@@ -106,8 +122,11 @@ def _with_ray(
             say("url", line)
         with pool(folder.path, run_id, sweep, plan) as actors:
             executor = make_executor(str(folder.path), run_id, sweep, plan)
-            context = prepare(sweep, task, spaces, folder, run_id, executor, actors, say, tick)
-            incomplete = measure_anchors(task, context, actors, "probe", sweep.audit.probe, say)
+            context = prepare(sweep, task, folder, run_id, executor, actors, say, tick)
+            # before the search: on a base that has not learned what it must forget, all that follows would be for nothing
+            incomplete = measure_anchors(task, context, actors, "audit", sweep.audit.audit, say)
+            incomplete += measure_anchors(task, context, actors, "probe", sweep.audit.probe, say)
+            prepare_methods(sweep, spaces, context, executor, actors, say)
             spaces = [open_choices(space, context) for space in spaces]
             search(sweep, spaces, folder, run_id, plan, say, tick, actors)
             trials = write_trials(folder, run_id)
@@ -231,17 +250,17 @@ def _conclude(
         started, number = time.monotonic(), len(rounds) + 1
         name, tier = sweep.audit.round(number)
         what = "candidates" if number == 1 else "candidates whose place on the front is uncertain"
-        say("audit", f"{len(again)} {what}, base, {len(context.oracles)} oracles and a destroyed model on fresh seeds")
+        anchors = "" if number == 1 else f", base, {len(context.oracles)} oracles and a destroyed model"
+        say("audit", f"{len(again)} {what}{anchors} on fresh seeds")
         requests = {
             n: context.request(name, tier, n, by_trial[n]["method"], str(folder.candidates / n), by_trial[n]["digest"])
             for n in again
         }
         pending = {actors.manager.audit.remote(r): n for n, r in requests.items()}
         try:
-            incomplete += measure_anchors(task, context, actors, name, tier, say)
+            if number > 1:  # those of the first round were measured before the search
+                incomplete += measure_anchors(task, context, actors, name, tier, say)
         except (RunFailed, Unmeasured) as error:
-            if front is None:
-                raise
             incomplete.append(f"{name}: {error}")  # what the rounds before it showed stands
             say("failed", f"{name}: {error}")
             break
@@ -276,8 +295,9 @@ def _conclude(
             if name in front.verdicts:
                 say("verdict", f"{name}  {front.verdicts[name].sentence()}")
     write_front(folder, front, sweep)
-    anchors = {name: r.key for name, r in context.anchor_requests("audit", tier).items()}
-    write_paired(folder, context, keys | anchors, {t["trial"]: t["method"] for t in trials})
+    controls = {name: r.key for name, r in context.anchor_requests("audit", tier).items()}
+    write_paired(folder, context, keys | controls, {t["trial"]: t["method"] for t in trials})
+    folder.update(incomplete=incomplete)  # for the report
     build(folder)
     return Result(folder, front, trials, incomplete)
 

@@ -58,7 +58,7 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
                 plan = make_plan(cluster.nodes, sweep, has_trial_slots())
                 with pool(folder.path, run_id, sweep, plan) as actors:
                     executor = make_executor(str(folder.path), run_id, sweep, plan)
-                    context = prepare(sweep, task, [], folder, run_id, executor, actors, say, tick)
+                    context = prepare(sweep, task, folder, run_id, executor, actors, say, tick)
                     if task.base is None:  # only now it is known
                         check_latents(str(model), families.load(context.base), str(model))
                     requests, incomplete = _measure(
@@ -141,8 +141,9 @@ def write_card(
         "subject": name,
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "answer": [
-            f"Residue {place.residue:.3f} ± {place.residue_se:.3f} (0 like a model that never saw the forgotten data, 1 like "
-            f"the base) at damage {place.damage:.3f} ± {place.damage_se:.3f} (0 like the oracles, 1 like a destroyed model).",
+            f"Residue {place.residue:.3f} (standard error {place.residue_se:.3f}; 0 like a model that never saw the forgotten data, "
+            f"1 like the base) at damage {place.damage:.3f} (standard error {place.damage_se:.3f}; 0 like the oracles, 1 like a "
+            "destroyed model).",
             f"Under attack: {verdict.sentence()}.",
         ],
         "asked": f"Has {name} forgotten {thing} of the task {task.name}, and what did that cost? Compared with the base model and "

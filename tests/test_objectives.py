@@ -59,7 +59,9 @@ def test_a_view_that_tells_nothing_is_left_out_and_says_why():
     noisy = Anchors(blurred, (measured(0.4, 1.0, 2.0, 0.01),), ANCHORS.destroyed)
     views = {v.metric: v for v in assess_views(noisy, ("r.recall", "d.loss"))}
     assert not views["r.recall"].informative
-    assert "under 4 x" in views["r.recall"].reason
+    needed = 4 * views["r.recall"].gap_se
+    assert f"at this sample size at least {needed:.3g} is needed to tell them apart" in views["r.recall"].reason
+    assert "base and oracle differ by 0.1 (0.5 and 0.4)" in views["r.recall"].reason
     with pytest.raises(Unmeasured, match="nothing to forget"):
         assess_views(noisy, ("r.recall",))
 

@@ -1,0 +1,168 @@
+"""A base that has not learned what it must forget ends the run before the search, and a run that fails leaves a report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from finished import run as finished
+from small import SMALL, log, start
+
+import raysweep.run as engine
+from raysweep.cli import main
+from raysweep.objectives import Anchors, Indistinct, Measured, Unmeasured, View, assess_views
+from raysweep.pool import RunFailed
+from raysweep.power import AFFORDABLE, DECIDED_BY, decided_by, remedies
+from raysweep.reader import load
+from raysweep.registry import TASKS
+from raysweep.rundir import RunDir
+from raysweep.tasks.images import OBJECTIVES
+
+TIER = load(None).audit.audit
+
+
+def view(gap: float, se: float, metric: str = "reconstruction.correlation") -> View:
+    return View(metric, 0.1 + gap, 0.1, se, False, "")
+
+
+def test_every_metric_of_an_objective_names_what_decides_it():
+    tasks = [load(None, (f"task={name}",)).task.build() for name in TASKS if name != "images"]
+    metrics = {m for t in tasks for m in (*t.views, t.quality)}
+    metrics |= {m for o in OBJECTIVES.values() for m in (*o["views"], o["quality"])}
+    assert metrics - {"relearning.presence"} == set(DECIDED_BY)
+    for metric in metrics:
+        for kind in ("points", "class", "concept"):
+            setting = decided_by(metric, kind).rpartition(".")[2]
+            assert hasattr(TIER, setting) or DECIDED_BY[metric] is None
+
+
+def test_the_remedy_is_longer_training_and_where_it_can_help_more_samples(points_task):
+    told = remedies([view(0.02, 0.01)], points_task, "audit", TIER)
+    assert "task.base_steps, 20 so far" in told
+    assert f"raise audit.audit.noises from {TIER.noises} to about {math.ceil(TIER.noises * 4)}" in told
+    assert "raise" not in remedies(
+        [view(0.001, 0.01)], points_task, "audit", TIER
+    )  # more than AFFORDABLE times as many
+    assert AFFORDABLE < (4 * 0.01 / 0.001) ** 2
+    assert "raise" not in remedies([view(0.0, 0.0)], points_task, "audit", TIER)
+    assert "audit.probe.noises" in remedies([view(0.02, 0.01)], points_task, "probe", TIER)
+    given = dataclasses.replace(points_task, base="somewhere")
+    assert "task.base may not have learned" in remedies([view(0.02, 0.01)], given, "audit", TIER)
+
+
+def test_enough_samples_are_enough():
+    """Errors fall with the root of the samples: at the advised number the same gap is told."""
+    rng = np.random.default_rng(0)
+
+    def anchors(count: int) -> Anchors:
+        units = 0.02 + 0.25 * rng.normal(size=count)
+
+        def measured(shift: np.ndarray) -> Measured:
+            parts = np.array([np.delete(shift, np.arange(g, count, 10)).mean() for g in range(10)])
+            return Measured({"v.m": float(shift.mean())}, {"v.m": parts})
+
+        return Anchors(measured(units), (measured(0 * units),), measured(units))
+
+    with pytest.raises(Indistinct) as caught:
+        assess_views(anchors(60), ("v.m",))
+    gap_se = caught.value.views[0].gap_se
+    needed = 60 * (4 * gap_se / 0.02) ** 2
+    assert assess_views(anchors(int(4 * needed)), ("v.m",))[0].informative
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    """The engine with every part that needs Ray taken out; returns what was called, in order."""
+    called: list[str] = []
+
+    @contextlib.contextmanager
+    def nothing(*_, **__):
+        yield None
+
+    class Plan:
+        describe = staticmethod(lambda: "none")
+
+    class Context:
+        oracles = ("oracle-0",)
+
+    monkeypatch.setattr(engine, "connected", nothing)
+    monkeypatch.setattr(engine, "pool", nothing)
+    monkeypatch.setattr(engine, "make_plan", lambda *_: Plan())
+    monkeypatch.setattr(engine, "has_trial_slots", lambda: True)
+    monkeypatch.setattr(engine, "make_executor", lambda *_: None)
+    monkeypatch.setattr(engine, "prepare", lambda *_: called.append("prepare") or Context())
+    monkeypatch.setattr(engine, "measure_anchors", lambda *a: called.append(f"anchors {a[3]}") or [])
+    monkeypatch.setattr(engine, "prepare_methods", lambda *_: called.append("methods"))
+    monkeypatch.setattr(engine, "open_choices", lambda space, _: space)
+    monkeypatch.setattr(engine, "search", lambda *_: called.append("search"))
+    return called
+
+
+def sweep(tmp_path):
+    return load(
+        None, (f"storage={tmp_path}", f"cache={tmp_path / 'cache'}", "name=failing", "methods=[rgd]", "search.trials=2")
+    )
+
+
+def test_the_base_is_checked_by_the_audits_samples_before_methods_and_search(tmp_path, monkeypatch, without_ray):
+    with pytest.raises(RunFailed, match="all 0 trials failed"):  # since no trial was made
+        engine.run_sweep(sweep(tmp_path), lambda *_: None, lambda *_: None)
+    assert without_ray == ["prepare", "anchors audit", "anchors probe", "methods", "search"]
+    without_ray.clear()
+
+    def indistinct(*arguments):
+        raise Unmeasured(f"{arguments[3]}: base and oracle differ by 0.03")
+
+    monkeypatch.setattr(engine, "measure_anchors", indistinct)
+    with pytest.raises(RunFailed, match=r"audit: base and oracle differ by 0\.03"):
+        engine.run_sweep(sweep(tmp_path), lambda *_: None, lambda *_: None)
+    assert without_ray == ["prepare"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RunFailed("training base failed: it diverged"), Unmeasured("audit: no view tells"), ZeroDivisionError("oh")],
+)
+def test_a_run_that_fails_leaves_a_report_that_says_why(tmp_path, monkeypatch, without_ray, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(engine, "search", fails)
+    said = []
+    with pytest.raises(type(error) if isinstance(error, ZeroDivisionError) else RunFailed):
+        engine.run_sweep(sweep(tmp_path), lambda *told: said.append(told), lambda *_: None)
+    folder = RunDir(tmp_path / "failing")
+    assert folder.read_manifest()["state"] == "failed"
+    html = folder.report.read_text()
+    assert "FAILED" in html
+    assert (
+        f"The run failed: {'ZeroDivisionError: ' if isinstance(error, ZeroDivisionError) else ''}{error}. No candidate is recommended."
+        in html
+    )
+    assert ("report", f"of what there is: {folder.report}") in said
+
+
+def test_a_reason_of_an_attempt_before_is_not_told_of_the_next(tmp_path, monkeypatch, without_ray):
+    made = finished(tmp_path / "failing", None, state="failed", reason="Ray did not start", incomplete=["x"])
+    monkeypatch.setattr(engine, "_with_ray", lambda *_: engine.Result(made, None, [], []))
+    engine.run_sweep(made.sweep(), lambda *_: None, lambda *_: None)
+    status = json.loads(CliRunner().invoke(main, ["status", str(made.path), "--json"]).output)
+    assert (status["state"], status["reason"], status["incomplete"]) == ("done", "", [])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_undertrained_base_ends_a_real_run_before_its_search(tmp_path, cache):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    process = start(tmp_path, cache, "run", "small.yaml", "task.base_steps=1")
+    assert process.wait(timeout=500) == 1, log(tmp_path)
+    told = log(tmp_path)
+    assert "audit: no view tells the base from the oracles, so there is nothing to forget" in told
+    assert "task.base_steps, 1 so far" in told
+    assert " trial  " not in told
+    assert "FAILED" in (tmp_path / "runs" / "small" / "report.html").read_text()
