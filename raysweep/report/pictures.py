@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,13 +55,17 @@ def veiled(images: np.ndarray) -> np.ndarray:
 
     What it hides is not in the result, whatever shows it: a screen, a print, a reader without style sheets.
     """
-    n, channels, height, width = images.shape
     mosaic = np.empty_like(images)
-    for rows in np.array_split(np.arange(height), max(1, min(CELLS, height // 4))):
-        for columns in np.array_split(np.arange(width), max(1, min(CELLS, width // 4))):
-            cell = np.ix_(range(n), range(channels), rows, columns)
-            mosaic[cell] = images[cell].mean(axis=(2, 3), keepdims=True)
+    for rows in _cells(images.shape[2]):
+        for columns in _cells(images.shape[3]):
+            mosaic[:, :, rows, columns] = images[:, :, rows, columns].mean(axis=(2, 3), keepdims=True)
     return mosaic
+
+
+def _cells(side: int) -> list[slice]:
+    """A side cut into the mosaic's cells."""
+    edges = np.linspace(0, side, max(1, min(CELLS, side // 4)) + 1).round().astype(int)
+    return [slice(int(low), int(high)) for low, high in pairwise(edges)]
 
 
 def png(images: np.ndarray) -> str:
