@@ -83,9 +83,8 @@ class Choice:
             lines = [f"{how}: {self.trial}, {values}; {chosen}."]
             lines += [f"Reservation: {text}." for text in self.reservations]
         verdict = verdicts.get(best["trial"])
-        lines.append(
-            f"Under attack: {verdict.sentence()}." if verdict else f"Under attack: {self.trial} was not attacked."
-        )
+        if verdict is not None and verdict.label != "not tested":
+            lines.append(f"Under attack: {verdict.sentence()}.")
         lines += [f"Try next: {step}." for step in self.steps]
         return lines
 
@@ -98,13 +97,14 @@ def choose(
     verdicts: Mapping[str, Verdict],
     keys: Mapping[str, str],
     limit: float = FORGOTTEN,
+    gaps: Mapping[str, str] | None = None,
 ) -> Choice:
     """The choice among the audited candidates.
 
     rows: their rows of the front, in the order of draws (n, candidates, 2). unmet: candidate -> requirements that its audit
     does not show. valid: candidate -> share of valid samples, its own and the oracles'. verdicts: by candidate, of those that
     were attacked. keys: metric of an objective, or "damage", -> setting whose samples decide it. limit: residue that
-    counts as forgotten: `FORGOTTEN`, or the largest of the oracles' own where that is more.
+    counts as forgotten: `FORGOTTEN`, or the largest of the oracles' own where that is more. gaps: candidate -> why its attacks gave no verdict, if they were made.
     """
     attacked = {n: v for n, v in verdicts.items() if v.label != "not tested"}
     names = [r["trial"] for r in rows]
@@ -114,7 +114,8 @@ def choose(
     }
     sound = [n for n in names if not audited[n]]
     untried = [n for n in sound if n not in attacked] if any(n in attacked for n in names) else []
-    against = audited | dict.fromkeys(untried, ("it was not attacked, and so may remember",))
+    why = {n: (gaps or {}).get(n, "it was not attacked") for n in names}
+    against = audited | {n: (f"{why[n]}, so it may remember",) for n in untried}
     fit = [k for k, n in enumerate(names) if not against[n]]
     points = np.array([[r["residue"], r["damage"]] for r in rows]).reshape(-1, 2)
     if not fit:
@@ -131,7 +132,9 @@ def choose(
     at = pareto.balanced(points[fit])
     share = float(np.mean([pareto.balanced(d[fit]) == at for d in draws]))
     best = rows[fit[at]]
-    reservations, steps = _reservations(best, share, len(fit), attacked.get(best["trial"]), keys, limit)
+    reservations, steps = _reservations(
+        best, share, len(fit), attacked.get(best["trial"]), keys, limit, why[best["trial"]]
+    )
     return Choice(best["trial"], against, reservations, steps, share)
 
 
@@ -169,13 +172,16 @@ def _against(
 
 
 def _reservations(
-    row: Row, share: float, rivals: int, verdict: Verdict | None, keys: Mapping[str, str], limit: float
+    row: Row, share: float, rivals: int, verdict: Verdict | None, keys: Mapping[str, str], limit: float, why: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(what is open about a recommended candidate, what would settle it)."""
     found, steps = [], []
     if verdict is None:
-        found.append("it was not attacked, so whether the forgotten thing comes back is unknown")
-        steps.append("have finalists attacked: audit.finalists >= 1, and durability checks that serve the task")
+        found.append(f"{why}, so whether the forgotten thing comes back is unknown")
+        steps.append(
+            "have it attacked: audit.finalists >= 1 and checks in audit.durability that serve the task, or `raysweep audit` on its "
+            "folder; attacks that failed are made again by the same command"
+        )
     elif verdict.label in ("concealed", "merely avoided"):
         found.append(f"under attack the forgotten thing comes back ({verdict.sentence()})")
     high = interval(row, "residue")[1]

@@ -121,8 +121,12 @@ def _say_answer(result: Any, say: Callable[[str, str], None]) -> None:
     front = result.front
     failed = sum(t["state"] == "FAIL" for t in result.trials)
     members = [r for r in front.rows if r["kind"] == "candidate" and r["on_front"]]
-    say("front", f"{len(members)} of {len(front.candidates)} audited candidates on the front, {failed} trials failed; "
-        f"hypervolume {front.hypervolume:.3f} ({front.hypervolume_lo:.3f} to {front.hypervolume_hi:.3f})")  # fmt: skip
+    failures = f"{failed} of {len(result.trials)} trials failed"
+    if front.candidates:
+        say("front", f"{len(members)} of {len(front.candidates)} audited candidates on the front, {failures}; hypervolume "
+            f"{front.hypervolume:.3f} (95 % interval {front.hypervolume_lo:.3f} to {front.hypervolume_hi:.3f})")  # fmt: skip
+    else:
+        say("front", f"no front: no candidate was audited; {failures}")
     for missing in result.incomplete:
         say("failed", f"check missing: {missing}")
     choice = front.choice

@@ -53,28 +53,31 @@ def decided_by(metric: str, kind: str, tier: str = "audit") -> str:
 
 def remedies(views: Sequence[View], task: Task, tier_name: str, tier: Tier) -> str:
     """What to do where no view of a tier tells the base from the oracles: the settings to raise, and to what."""
-    found = []
-    if task.given:
-        found.append(
-            "task.base may not have learned what must be forgotten, or the oracles may have: check that the model was trained on "
-            "the forget set and the oracles without it"
-        )
-    else:
-        found.append(
-            f"the base has hardly learned what it must forget: train it for longer (task.base_steps, {task.recipe['steps']} so far)"
-        )
+    name, samples = tier_name.partition("-")[0], []
     for view in views:
         if view.base is None or view.oracle is None or not view.gap_se or view.base == view.oracle:
             continue
-        name = tier_name.partition("-")[0]
         key = decided_by(view.metric, task.kind, name)
         times = (INFORMATIVE * view.gap_se / abs(view.base - view.oracle)) ** 2
         count = getattr(tier, key.rpartition(".")[2], None)
         if isinstance(count, int) and times <= AFFORDABLE:
-            found.append(
-                f"if so small a difference of {view.metric} is worth forgetting, raise {key} from {count} to about {math.ceil(count * times)}"
+            samples.append(
+                f"if so small a difference of {view.metric} is worth forgetting, raise {key} from {count} to about "
+                f"{math.ceil(count * times)}"
             )
-    return "; or ".join(found)
+    if name == "probe" and samples:  # the audit, with more samples, does tell them apart
+        return "; or ".join(samples)
+    if task.given:
+        training = (
+            "task.base may not have learned what must be forgotten, or the oracles may have: check that the model was trained on "
+            "the forget set and the oracles without it"
+        )
+    else:
+        training = (
+            "the base has hardly learned what it must forget: train it for longer (task.base_steps, "
+            f"{task.recipe['steps']} so far)"
+        )
+    return "; or ".join([training, *samples])
 
 
 @dataclass(frozen=True)

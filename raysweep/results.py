@@ -106,6 +106,7 @@ class Front:
     picks: dict[str, Any] = field(default_factory=dict)  # other ways to choose, and how stable each is
     unmet: dict[str, list[str]] = field(default_factory=dict)  # candidate -> requirements that its audit does not show
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    gaps: dict[str, str] = field(default_factory=dict)  # finalist -> why its attacks gave no verdict
     unplaced: list[str] = field(
         default_factory=list
     )  # audits that lack an objective, each with what is missing and why
@@ -116,7 +117,7 @@ class Front:
         rows = [r for r in self.rows if r["kind"] == "candidate"]
         mine = {n: v for n, v in self.verdicts.items() if n in self.candidates}
         oracles = [r["residue"] for r in self.rows if r["trial"].startswith("oracle") and r["kind"] == "anchor"]
-        return choose(rows, self.draws, self.unmet, self.valid, mine, self.keys, max([FORGOTTEN, *oracles]))
+        return choose(rows, self.draws, self.unmet, self.valid, mine, self.keys, max([FORGOTTEN, *oracles]), self.gaps)
 
     def finalists(self, count: int) -> list[str]:
         """The candidates to attack: first those that the audit alone would recommend, then the front, then the others, each
@@ -337,6 +338,7 @@ def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
             "undecided": front.undecided,
             "picks": front.picks,
             "search_against_audit": search_against_audit(front.rows),
+            "attacks_without_verdict": front.gaps,
             "verdicts": {name: v.plain() | {"sentence": v.sentence()} for name, v in front.verdicts.items()},
             "p_dominates": front.p_dominates.tolist(),
             "points": [

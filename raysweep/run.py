@@ -290,6 +290,11 @@ def _conclude(
         incomplete += missing
         audits = keys | {n: r.key for n, r in context.control_requests("audit", tier).items()}
         front.verdicts = judged_by_attacks(folder, context, audits, attacked)
+        front.gaps = {n: "the attacks on it failed" for n in finalists if n not in front.verdicts} | {
+            n: "no attack gave a result on it"
+            for n, v in front.verdicts.items()
+            if n in finalists and v.label == "not tested"
+        }
         say("attack", f"done in {time.monotonic() - started:.0f} s")
         for name in finalists:
             if name in front.verdicts:

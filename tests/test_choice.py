@@ -85,6 +85,26 @@ def test_what_the_data_leave_open_hedges_a_recommendation(candidates, verdicts, 
     assert of.choice.standing("000-rgd").startswith("recommended with reservations: ")
 
 
+def test_attacks_that_failed_are_not_told_as_not_made():
+    of = front([GOOD], {}, gaps={"000-rgd": "the attacks on it failed"})
+    assert "the attacks on it failed, so whether" in of.choice.reservations[0]
+    other = front([GOOD, OTHER], {"001-siss": LIKE}, gaps={"000-rgd": "the attacks on it failed"})
+    assert other.choice.recommended == "001-siss"
+    assert other.choice.against["000-rgd"] == ("the attacks on it failed, so it may remember",)
+
+
+def test_a_terminal_without_a_front_says_so(monkeypatch, tmp_path):
+    from raysweep.rundir import RunDir
+
+    result = Result(RunDir(tmp_path), front([]), [{"state": "COMPLETE"}], ["000-rgd: no answer within 600 s"])
+    monkeypatch.setattr("raysweep.run.run_sweep", lambda *_: result)
+    told = CliRunner().invoke(main, ["run"])
+    assert told.exit_code == 3
+    assert "no front: no candidate was audited; 0 of 1 trials failed" in told.output
+    assert "hypervolume" not in told.output
+    assert "No candidate is recommended, because none was audited." in told.output
+
+
 def test_more_samples_are_asked_for_by_the_setting_that_decides():
     steps = " ".join(front([row("000-rgd", 0.088, 0.3, 0.109)], {"000-rgd": LIKE}).choice.steps)
     assert "audit.audit.noises" in steps

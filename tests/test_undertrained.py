@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -50,7 +51,9 @@ def test_the_remedy_is_longer_training_and_where_it_can_help_more_samples(points
     )  # more than AFFORDABLE times as many
     assert AFFORDABLE < (4 * 0.01 / 0.001) ** 2
     assert "raise" not in remedies([view(0.0, 0.0)], points_task, "audit", TIER)
-    assert "audit.probe.noises" in remedies([view(0.02, 0.01)], points_task, "probe", TIER)
+    probe = remedies([view(0.02, 0.01)], points_task, "probe", TIER)
+    assert "audit.probe.noises" in probe
+    assert "hardly learned" not in probe  # the audit has told base and oracles apart by then
     given = dataclasses.replace(points_task, base="somewhere")
     assert "task.base may not have learned" in remedies([view(0.02, 0.01)], given, "audit", TIER)
 
@@ -82,7 +85,7 @@ def without_ray(monkeypatch):
 
     @contextlib.contextmanager
     def nothing(*_, **__):
-        yield None
+        yield types.SimpleNamespace(nodes=[])
 
     class Plan:
         describe = staticmethod(lambda: "none")
@@ -91,6 +94,7 @@ def without_ray(monkeypatch):
         oracles = ("oracle-0",)
 
     monkeypatch.setattr(engine, "connected", nothing)
+    monkeypatch.setattr(engine, "urls", lambda *_: [])
     monkeypatch.setattr(engine, "pool", nothing)
     monkeypatch.setattr(engine, "make_plan", lambda *_: Plan())
     monkeypatch.setattr(engine, "has_trial_slots", lambda: True)

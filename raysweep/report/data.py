@@ -313,7 +313,8 @@ def _attacks(data: ReportData) -> dict[str, Any]:
             cells.append(shown)
         table.append({"attack": f"{check} {strength}".strip(), "cells": cells})
     verdicts = [{"trial": n, "text": v["sentence"]} for n, v in data.front.get("verdicts", {}).items()]
-    return {"subjects": subjects, "rows": table, "verdicts": verdicts}
+    gaps = [f"{name}: {why}." for name, why in data.front.get("attacks_without_verdict", {}).items()]
+    return {"subjects": subjects, "rows": table, "verdicts": verdicts, "gaps": gaps}
 
 
 def _flattery(objective: str, gap: dict[str, Any]) -> str:
