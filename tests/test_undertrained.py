@@ -85,7 +85,7 @@ def without_ray(monkeypatch):
 
     @contextlib.contextmanager
     def nothing(*_, **__):
-        yield types.SimpleNamespace(nodes=[])
+        yield types.SimpleNamespace(nodes=[], dashboard="")
 
     class Plan:
         describe = staticmethod(lambda: "none")
