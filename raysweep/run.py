@@ -89,24 +89,25 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
             folder.update(state="interrupted")
             raise
         except (RunFailed, Unmeasured) as error:
-            _failed(folder, str(error), say)
+            _failed(folder, run_id, str(error), say)
             raise RunFailed(str(error)) from error
         except ConfigError as error:
             folder.update(state="failed", reason=str(error))
             raise
         except Exception as error:
-            _failed(folder, f"{type(error).__name__}: {error}", say)
+            _failed(folder, run_id, f"{type(error).__name__}: {error}", say)
             raise
         folder.update(state="incomplete" if result.incomplete else "done", incomplete=result.incomplete)
     return result
 
 
-def _failed(folder: RunDir, reason: str, say: Say) -> None:
+def _failed(folder: RunDir, run_id: str, reason: str, say: Say) -> None:
     """Records why a run failed, and writes a report of what there is: what it came to must not be lost with it."""
     from raysweep.report.page import build
 
     folder.update(state="failed", reason=reason)
     try:
+        write_trials(folder, run_id)
         say("report", f"of what there is: {build(folder)}")
     except Exception as error:  # the run's own failure is what the caller must hear of
         say("warning", f"no report could be written: {type(error).__name__}: {error}")

@@ -340,6 +340,8 @@ def test_runs_side_by_side(run, card, tmp_path):
         (("--compare", "small"), "at least two"),
         (("small", "small"), "one run at a time"),
         (("--compare", "small", str(card)), "is not a card"),
+        (("--compare", "small", "small"), "is the same run as"),
+        (("--compare", str(card), str(card)), "are the same card"),
     ):
         refused = call("report", *arguments)
         assert refused.exit_code == 2
