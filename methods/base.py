@@ -8,14 +8,20 @@ several workers give the same weights.
 
 `Method` is the shape of all of them: iterative ones (`Descent` adds the optimiser), edits in one step, several networks,
 and samplers that train nothing. Losses are means over rows and, unless a method says otherwise, means over the elements
-of an image.
+of an image. The reduction matters where a gradient is clipped to a norm or weighed against something else: a released clip
+of 1.0 binds the loss that the released code sums. Where released codes differ it is a setting, `reduction`.
+
+Timesteps are drawn one by one; the releases of the DDPM family draw half of them and take T - 1 - t for the other half.
+Images come as the task holds them, without random flips, and latents are the mean of the autoencoder's posterior, where
+the releases flip at random and sample the posterior. Dropout is a property of the network: it is active while a method
+trains, if the model's configuration has it.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -30,6 +36,7 @@ CHECK_EVERY = 20  # steps between two looks at the numbers on a GPU, where each 
 DIFFUSION = frozenset({"pixel-ddpm", "text-ddpm", "edm"})  # families of diffusion models
 CONTRASTIVE = frozenset({"clip", "vlm"})  # those of models that compare images with captions
 
+Reduction = Literal["sum", "mean"]  # of a row's squared errors over the elements of its image
 Scalars = dict[str, torch.Tensor]
 
 
@@ -130,6 +137,10 @@ class Rows:
         cond = None if self.cond is None else self.cond.to(device)
         return Rows(self.x.to(device, dtype), cond, self.seeds, self.total)
 
+    def piece(self, part: slice) -> Rows:
+        """Some of the rows; `total` stays, so that the losses of all pieces add up to that of the whole."""
+        return Rows(self.x[part], None if self.cond is None else self.cond[part], self.seeds[part], self.total)
+
     def reseeded(self, k: int) -> Rows:
         """The same rows with other random numbers, for the k-th use of a batch within one step."""
         return Rows(self.x, self.cond, self.seeds ^ (k * 0x5851F42D4C957F2D % 2**63), self.total)
@@ -144,7 +155,8 @@ class Draw:
 
     size: rows of the global batch; None: the whole split, once. balanced: equally many of each group (class).
     per_group: only so many rows of each group take part. groups: only these take part. split: where the rows come from,
-    if not from the split that the request is named after; SEEDS for seeds without images.
+    if not from the split that the request is named after; SEEDS for seeds without images. stream, place: the batch number
+    `place` of the endless shuffled passes that all requests of this stream share, if not the step's of its own.
     """
 
     size: int | None
@@ -152,6 +164,8 @@ class Draw:
     per_group: int | None = None
     groups: tuple[int, ...] | None = None
     split: str | None = None
+    stream: str | None = None
+    place: int | None = None
 
 
 class Diverged(RuntimeError):
@@ -172,8 +186,17 @@ class Training(Hyperparameters):
     batch_size: int = Field(64, ge=1, description="rows per global batch and split")
     clip_norm: float | None = Field(None, gt=0, description="global L2 norm that the gradient is clipped to; null: off")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW); 0 is plain Adam")
+    decays: Literal["all", "matrices"] = Field(
+        "all", description="weights that decay; matrices: those of two dimensions and more (open_clip's rule)"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay")
     beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second-moment decay")
+    adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises linearly")
+    floor: float = Field(1.0, ge=0, le=1, description="end of the rate's cosine decay, as a share of lr; 1: constant")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of the moving average of the weights that is the candidate; 0: off"
+    )
 
 
 class Method(ABC):
@@ -289,7 +312,10 @@ class Method(ABC):
 
 
 class Descent(Method):
-    """An iterative method: one AdamW step along `direction` per step."""
+    """An iterative method: one AdamW step along `direction` per step.
+
+    With `ema` the candidate is the moving average of the weights, which starts at the base's.
+    """
 
     Hyperparameters: ClassVar[type[BaseModel]] = Training
     hp: Training
@@ -303,15 +329,35 @@ class Descent(Method):
     ):
         super().__init__(model, hyperparameters, prepared, goal)
         self.optimizer = self.adam(self.params)
+        self.average = [p.detach().clone() for p in self.params] if self.hp.ema else []
         self._room: dict[int, torch.Tensor] = {}
 
     def adam(self, params: list[torch.Tensor]) -> torch.optim.AdamW:
         """An optimiser with this method's settings."""
-        hp = self.hp
-        return torch.optim.AdamW(params, lr=hp.lr, betas=(hp.beta1, hp.beta2), weight_decay=hp.weight_decay, fused=True)
+        hp, groups = self.hp, [{"params": params}]
+        if hp.decays == "matrices" and any(p.dim() < 2 for p in params):
+            groups = [{"params": [p for p in params if p.dim() > 1]},
+                      {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
+        return torch.optim.AdamW(
+            groups, lr=hp.lr, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.weight_decay, fused=True
+        )
 
-    def gradient(self, loss: torch.Tensor, which: int = 0, keep_graph: bool = False) -> torch.Tensor:
-        """The flat gradient of the global loss. A method that needs several at once numbers them: each number has its
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, as a share of `lr`: linear warm-up, then a cosine decay down to `floor`."""
+        hp = self.hp
+        if step < hp.warmup:
+            return (step + 1) / hp.warmup
+        progress = (step - hp.warmup) / max(1, hp.steps - hp.warmup)
+        return hp.floor + (1 - hp.floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+    def ema_decay(self, step: int) -> float:
+        """The decay of the moving average after a step."""
+        return self.hp.ema
+
+    def gradient(
+        self, loss: torch.Tensor | Iterable[torch.Tensor], which: int = 0, keep_graph: bool = False
+    ) -> torch.Tensor:
+        """The flat gradient of the global loss, or of the sum of several. A method that needs several at once numbers them: each number has its
         own memory, used again at every step, and the vector may be changed in place."""
         if which not in self._room:
             self._room[which] = gradients.empty(self.params)
@@ -334,16 +380,28 @@ class Descent(Method):
             gradients.clip(flat, norm, self.hp.clip_norm)
         self.constrain(flat)
         gradients.assign(self.params, flat)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.hp.lr * self.rate(self.done)
         self.optimizer.step()
+        if self.average:
+            now = [p.detach() for p in self.params]
+            torch._foreach_lerp_(self.average, now, 1 - self.ema_decay(self.done))
         self.done += 1
         return scalars
 
+    def finish(self) -> dict[str, float]:
+        with torch.no_grad():
+            for p, average in zip(self.params, self.average, strict=False):  # empty where none is kept
+                p.copy_(average)
+        return super().finish()
+
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"optimizer": self.optimizer.state_dict()}
+        return super().state_dict() | {"optimizer": self.optimizer.state_dict(), "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.average = [a.clone() for a in state["average"]]
 
 
 def timesteps(model: Model, rows: Rows, low: int = 0, high: int | None = None) -> torch.Tensor:
@@ -365,10 +423,23 @@ def squared_errors(model: Model, rows: Rows, t: torch.Tensor, eps: torch.Tensor)
     return (output - model.target(rows.x, eps, t)).square()
 
 
-def mean_loss(model: Model, rows: Rows) -> torch.Tensor:
-    """This rank's part of the plain diffusion loss: mean over elements, sum over its rows, divided by the total."""
-    errors = squared_errors(model, rows, timesteps(model, rows), model.noise(rows.seeds))
-    return errors.flatten(1).mean(1).sum() / rows.total
+def diffusion_loss(model: Model, rows: Rows, reduction: Reduction = "mean") -> torch.Tensor:
+    """This rank's part of the plain diffusion loss: mean or sum over elements, sum over its rows, divided by the total."""
+    errors = squared_errors(model, rows, timesteps(model, rows), model.noise(rows.seeds)).flatten(1)
+    return (errors.mean(1) if reduction == "mean" else errors.sum(1)).sum() / rows.total
+
+
+def without_labels(model: Model, rows: Rows, share: float, column: int = 1) -> Rows:
+    """`rows` with the unconditional label or prompt in place of a share of them; column: which uniform number decides.
+
+    Unchanged where share is 0, or rows have no condition, or the model has no unconditional branch.
+    """
+    null = model.unconditional(len(rows.x))
+    if share == 0 or rows.cond is None or null is None:
+        return rows
+    drop = (model.uniform(rows.seeds, column + 1)[:, column] < share).to(rows.cond.device)
+    drop = drop.view(-1, *[1] * (rows.cond.dim() - 1))
+    return Rows(rows.x, torch.where(drop, null, rows.cond), rows.seeds, rows.total)
 
 
 def _describe(scalars: Scalars) -> str:

@@ -2,45 +2,83 @@
 
 Source: Wu et al., "EraseDiff: Erasing Data Influence in Diffusion Models", arXiv:2401.05779, and the released code, which
 solves it by value function (BOME):
-    inner   theta^K = K optimiser steps on L_f from theta, then theta is restored;  L_f^ = mean L_f on the way
+    inner   some optimiser steps on L_f from theta, then theta is restored;  L_f^ = mean L_f on the way
     outer   minimise  L_r(theta) + lam_B (L_f(theta) - L_f^)
 L_f^ is a constant, so the direction is g_r + lam_B g_f, with lam_B
     fixed     `weight`
     adaptive  max(eta - cos(g_r, g_f), 0)     (released; BOME divides by |g_f|^2 instead)
-and the inner steps show how far the forget loss can still fall (`gap`); they cost K more passes. `inner_moments: shared`
-is a quirk of the release: Adam's moments of the inner steps leak into the outer one.
+and the inner steps show how far the forget loss can still fall (`gap`). They leave theta as it was. With `inner_moments:
+shared`, as released, Adam's moments of the inner steps reach the outer ones; with `own` they change nothing but `gap`.
+
+The algorithm looks ahead before every outer step on the rows of that step (`inner_every: 1`, `inner_rows: same`). The release
+does so once for many outer steps, by K passes over the forget set (`fresh`: consecutive batches of one shuffled stream). Its
+DDPM run has 4 epochs of 2 rounds; a round looks ahead by K = 2 passes over 5,000 images in batches of 128, that is 80
+inner steps, and takes 36 outer steps, the batches until more than 4,500 retained images are seen: 288 in all. Its norm
+clip of 1 binds the outer steps alone, and its candidate is the moving average over these. Its Stable Diffusion run has
+neither clip nor average.
 
 L_f = mean |eps_theta(x_t, c_f) - stopgrad eps_theta(x_t, c')|^2 with c' a random other class ("relabel"), or
 mean |eps_theta(x_t) - u|^2 with u ~ U[0, 1) ("uniform", the older variant, which needs no classes). Both losses are means
-over elements.
+over elements, as in that release. Here every row has a c' and a t of its own, the forget rows also in the outer step; the
+release draws one c' for a batch, and the outer step noises forget rows with the timesteps of the retain rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Goal, Model, Rows, Scalars, Training, mean_loss, picked, timesteps
+from methods.base import (
+    Batch,
+    Descent,
+    Draw,
+    Goal,
+    Model,
+    Rows,
+    Scalars,
+    Training,
+    diffusion_loss,
+    picked,
+    timesteps,
+    without_labels,
+)
 
 DEFAULT = 0.1  # lam_B and eta of the released code
 
 
 class EraseDiffSettings(Training):
-    """Settings of EraseDiff."""
+    """Settings of EraseDiff; defaults are the released DDPM run."""
 
     lr: float = Field(1e-4, gt=0, description="learning rate, inner and outer (released code, DDPM)")
-    steps: int = Field(140, ge=0, description="outer steps (released code, DDPM: 4 epochs of 4,500 images / 128)")
-    inner_steps: int = Field(2, ge=0, description="K, inner steps per outer step (released code: 2)")
+    steps: int = Field(288, ge=0, description="outer steps (released code, DDPM: 4 epochs x 2 rounds x 36 batches)")
+    batch_size: int = Field(128, ge=1, description="rows of each set per step, inner and outer (released code, DDPM)")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="gradient clipping of the outer steps (released code, DDPM; SD: off)"
+    )
+    ema: float = Field(0.99, ge=0, lt=1, description="decay of the moving average of the outer steps (released, DDPM)")
+    inner_steps: int = Field(
+        80, ge=0, description="inner steps of a look-ahead (released, DDPM: 2 passes over 5,000 images / 128)"
+    )
+    inner_every: int = Field(36, ge=1, description="outer steps per look-ahead (released, DDPM: 36; algorithm: 1)")
+    inner_rows: Literal["same", "fresh"] = Field(
+        "fresh", description="rows of the inner steps: passes over the forget set (released), or the outer step's own"
+    )
     mode: Literal["fixed", "adaptive"] = Field("fixed", description="how lam_B is found")
     weight: float | None = Field(None, ge=0, description="lam_B, for mode: fixed; null: 0.1 (released; 1 for SD)")
     eta: float | None = Field(None, ge=0, le=2, description="eta, for mode: adaptive; null: 0.1 (released)")
     target: Literal["auto", "relabel", "uniform"] = Field(
         "auto", description="what forgotten rows learn; auto: relabel where there are classes, else uniform"
     )
-    inner_moments: Literal["own", "shared"] = Field("own", description="Adam's moments of the inner steps")
+    inner_moments: Literal["own", "shared"] = Field(
+        "shared", description="Adam's moments of the inner steps; shared with the outer ones (released), or their own"
+    )
+    label_drop: float = Field(
+        0.0, ge=0, lt=1, description="share of forget rows without label, in both terms apart (released, DDPM: 0.1)"
+    )
 
     @model_validator(mode="after")
     def _one_mode(self):
@@ -56,10 +94,20 @@ class EraseDiff(Descent):
     name = "erasediff"
     source = "Wu et al., arXiv:2401.05779"
     needs = frozenset({"forget", "retain"})
-    forwards_per_step = 15  # two inner steps of 4, an outer one of 7
+    forwards_per_step = 15  # about two inner steps of 4 for an outer one of 7
     copies = 9
     Hyperparameters = EraseDiffSettings
     hp: EraseDiffSettings
+
+    def __init__(
+        self,
+        model: Model,
+        hyperparameters: EraseDiffSettings,
+        prepared: dict[str, torch.Tensor] | None = None,
+        goal: Goal | None = None,
+    ):
+        super().__init__(model, hyperparameters, prepared, goal)
+        self.reached = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
     @classmethod
     def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
@@ -68,53 +116,73 @@ class EraseDiff(Descent):
         return []
 
     def draws(self) -> dict[str, Draw]:
-        return {"forget": Draw(self.hp.batch_size), "retain": Draw(self.hp.batch_size)}
+        hp, found = self.hp, {"forget": Draw(self.hp.batch_size), "retain": Draw(self.hp.batch_size)}
+        if hp.inner_rows == "fresh" and self.looks_ahead():
+            first = self.done // hp.inner_every * hp.inner_steps
+            for k in range(hp.inner_steps):
+                found[f"inner{k}"] = Draw(hp.batch_size, split="forget", stream="inner", place=first + k)
+        return found
+
+    def looks_ahead(self) -> bool:
+        """Whether the next outer step begins with inner ones."""
+        return self.hp.inner_steps > 0 and self.done % self.hp.inner_every == 0
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         retain, forget = batch["retain"], batch["forget"]
-        reached = self.look_ahead(forget)
+        if self.looks_ahead():
+            self.reached = self.look_ahead(batch)
         forget_loss = self.forget_loss(forget)
         g_f = self.gradient(forget_loss, 1)
-        retain_loss = mean_loss(self.model, retain)
+        retain_loss = diffusion_loss(self.model, retain)
         g_r = self.gradient(retain_loss)
         cosine = gradients.cosine(*gradients.products(g_r, g_f))
         if self.hp.mode == "fixed":
             lam = torch.full_like(cosine, DEFAULT if self.hp.weight is None else self.hp.weight)
         else:
             lam = adaptive_weight(cosine, DEFAULT if self.hp.eta is None else self.hp.eta)
-        scalars = gradients.scalars(forget_loss=forget_loss, retain_loss=retain_loss, inner=reached)
-        scalars |= {"gap": scalars["forget_loss"] - scalars["inner"], "weight": lam, "cosine": cosine}
+        scalars = gradients.scalars(forget_loss=forget_loss, retain_loss=retain_loss)
+        scalars |= {"inner": self.reached, "gap": scalars["forget_loss"] - self.reached}
+        scalars |= {"weight": lam, "cosine": cosine}
         return g_r.addcmul_(g_f, lam), scalars
 
-    def look_ahead(self, rows: Rows) -> torch.Tensor:
-        """This rank's part of the mean forget loss over K inner steps, after which the weights are as they were."""
-        if self.hp.inner_steps == 0:
-            return torch.zeros((), dtype=torch.float64, device=self.params[0].device)
+    def look_ahead(self, batch: Batch) -> torch.Tensor:
+        """The mean forget loss over the inner steps, float64, after which the weights are as they were."""
         kept = [p.detach().clone() for p in self.params]
         optimizer = self.optimizer if self.hp.inner_moments == "shared" else self.adam(self.params)
         losses = []
         for k in range(self.hp.inner_steps):
-            loss = self.forget_loss(rows.reseeded(k + 1))
+            fresh = self.hp.inner_rows == "fresh"
+            loss = self.forget_loss(batch[f"inner{k}"] if fresh else batch["forget"].reseeded(k + 1))
             gradients.assign(self.params, self.gradient(loss))
             optimizer.step()
             losses.append(loss.detach())
         with torch.no_grad():
             for p, before in zip(self.params, kept, strict=True):
                 p.copy_(before)
-        return torch.stack(losses).mean()
+        return gradients.scalars(inner=torch.stack(losses).mean())["inner"]
 
     def forget_loss(self, rows: Rows) -> torch.Tensor:
         """This rank's part of L_f."""
         model, t = self.model, timesteps(self.model, rows)
         x_t = model.add_noise(rows.x, model.noise(rows.seeds), t)
         if self.goal.kept and self.hp.target != "uniform":
+            other = picked(model, rows, self.goal.asking(self.goal.kept, rows.x.device))
+            shown = without_labels(model, rows, self.hp.label_drop, 2)
+            imitated = without_labels(model, replace(rows, cond=other), self.hp.label_drop, 3)
             with torch.no_grad():
-                teacher = model.predict(x_t, t, picked(model, rows, self.goal.asking(self.goal.kept, rows.x.device)))
-            errors = model.predict(x_t, t, rows.cond) - teacher
+                teacher = model.predict(x_t, t, imitated.cond)
+            errors = model.predict(x_t, t, shown.cond) - teacher
         else:
             u = model.uniform(rows.seeds ^ 0x2545F4914F6CDD1D, x_t[0].numel()).view_as(x_t).to(x_t)
             errors = model.eps(x_t, t, rows.cond) - u
         return errors.square().flatten(1).mean(1).sum() / rows.total
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"reached": self.reached}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.reached = state["reached"].clone()
 
 
 def adaptive_weight(cosine: torch.Tensor, eta: float) -> torch.Tensor:

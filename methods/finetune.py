@@ -3,7 +3,14 @@
 Source: Alberti et al., "Data Unlearning in Diffusion Models", ICLR 2025, arXiv:2503.01034 (baseline "naive deletion",
 the loss L over X without A).
     minimise  L_r = E_{x ~ retain, t, eps} |eps_theta(x_t, t) - eps|^2
-A contrastive model descends its own loss, the symmetric InfoNCE of retained pairs (baseline FT of arXiv:2407.11867). It forgets only what training on the rest overwrites, and is the control that every other method has to beat.
+The squared norm is a sum over the elements of an image, as released, and the clip of 1 binds its gradient. That of the mean
+over D elements is 1/D of it, so `reduction: mean` with clip_norm/D and Adam's epsilon/D takes the same steps.
+
+A contrastive model descends its own loss, the symmetric InfoNCE of retained pairs (baseline FT of arXiv:2407.11867), which
+`reduction` leaves as it is. The defaults are those of SISS; SLUG's release trains its baselines with AdamW (0.9, 0.98,
+epsilon 1e-6) at 1e-7 in batches of 32 for 10 epochs, with weight decay 0.1 of matrices alone, a cosine decay and no clip.
+
+Naive deletion forgets only what training on the rest overwrites, and is the control that every other method has to beat.
 """
 
 from __future__ import annotations
@@ -12,7 +19,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Scalars, Training
+from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Reduction, Scalars, Training
 from methods.recall import retain_loss
 
 
@@ -21,7 +28,10 @@ class FinetuneSettings(Training):
 
     lr: float = Field(5e-6, gt=0, description="learning rate (released code, CelebA-HQ)")
     steps: int = Field(60, ge=0, description="optimiser steps (released code, CelebA-HQ)")
-    clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code)")
+    reduction: Reduction = Field(
+        "sum", description="of a diffusion loss over the elements of an image (released code: sum)"
+    )
+    clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code, of a sum)")
     weight_decay: float = Field(1e-6, ge=0, description="AdamW weight decay (released code, pixel models)")
     beta1: float = Field(0.95, ge=0, lt=1, description="AdamW (released code, pixel models)")
 
@@ -36,10 +46,11 @@ class Finetune(Descent):
     forwards_per_step = 3
     copies = 5
     Hyperparameters = FinetuneSettings
+    hp: FinetuneSettings
 
     def draws(self) -> dict[str, Draw]:
         return {"retain": Draw(self.hp.batch_size)}
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
-        loss = retain_loss(self.model, batch["retain"])
+        loss = retain_loss(self.model, batch["retain"], self.hp.reduction)
         return self.gradient(loss), gradients.scalars(retain_loss=loss)

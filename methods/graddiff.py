@@ -8,9 +8,10 @@ The truncation stops the ascent where the model is already wrong enough. The rel
 units, kept here under two names:
     trunc_elem_sq     (CIFAR/EDM code, alpha): w(t) min((x0_hat - x0)^2, alpha) per element, in squared pixels of [-1, 1]
     trunc_batch_loss  (Stable Diffusion code, m): no ascent at all on a batch whose mean loss exceeds m
-The retain rows of a step are a minibatch, a minibatch balanced over the groups (classes), or all of the retain set; with
-the latter two this is the paper's GradDiffD. Their groups may be chosen (the paper's ablation: two classes near the
-forgotten one against all nine, at equal size).
+The retain rows of a step are a minibatch, a minibatch balanced over the groups (classes), or all of the retain set in pieces
+of `batch_size`; with the latter two this is the paper's GradDiffD. Their groups may be chosen (the paper's ablation: two
+classes near the forgotten one against all nine, at equal size). Neither release clips the norm of a gradient. The CIFAR
+one's losses are sums over elements, which weighs both terms alike; m is in units of a mean, as in the other.
 
 A contrastive model ascends 1 - cos(image, caption) of forgotten pairs and descends the symmetric InfoNCE of retained ones
 (baseline GAFT of arXiv:2407.11867, with both gradients in one step); nothing is truncated.
@@ -18,6 +19,7 @@ A contrastive model ascends 1 - cos(image, caption) of forgotten pairs and desce
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -88,8 +90,7 @@ class GradDiff(Descent):
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         g_forget, lost, truncated = self.forget_gradient(batch["forget"])
-        retain = retain_loss(self.model, batch["retain"])
-        g_retain = self.gradient(retain, 1)
+        g_retain, retain = self.retain_gradient(batch["retain"])
         scalars = gradients.scalars(forget_loss=lost, retain_loss=retain, truncated=truncated)
         products = gradients.products(g_forget, g_retain)
         return self.combine(g_forget, g_retain, products), scalars | {"cosine": gradients.cosine(*products)}
@@ -97,6 +98,24 @@ class GradDiff(Descent):
     def combine(self, g_forget: torch.Tensor, g_retain: torch.Tensor, products: gradients.Products) -> torch.Tensor:
         """The update direction from the flat gradients of two losses that are minimised, in the first one's storage."""
         return g_forget.add_(g_retain, alpha=self.hp.lam)
+
+    def retain_gradient(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """(flat gradient of the retain loss, this rank's part of the loss).
+
+        A full pass goes in pieces of `batch_size` rows over all ranks: the gradient is that of the mean over all rows, and the
+        memory that of a batch. A contrastive loss compares all rows with each other, so they stay together.
+        """
+        pieces = self.hp.retain_pass == "full" and not contrastive(self.model)
+        size = max(1, self.hp.batch_size // gradients.ranks()) if pieces else max(1, len(rows.x))
+        losses = [torch.zeros((), dtype=self.params[0].dtype, device=self.params[0].device)]
+
+        def parts() -> Iterator[torch.Tensor]:
+            for start in range(0, len(rows.x), size):
+                loss = retain_loss(self.model, rows.piece(slice(start, start + size)))
+                losses.append(loss.detach())
+                yield loss
+
+        return self.gradient(parts(), 1), torch.stack(losses).sum()
 
     def forget_gradient(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(flat gradient of the negated truncated loss, this rank's part of the loss, of the truncated share)."""

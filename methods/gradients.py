@@ -7,7 +7,7 @@ that combines two of them holds two vectors and nothing else; scalars stay on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -52,15 +52,21 @@ def ranks() -> int:
 
 
 def flat(
-    loss: torch.Tensor, params: Sequence[torch.Tensor], keep_graph: bool = False, out: torch.Tensor | None = None
+    loss: torch.Tensor | Iterable[torch.Tensor],
+    params: Sequence[torch.Tensor],
+    keep_graph: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gradient of the global loss as one vector; a parameter that the loss does not reach contributes zeros.
 
-    The vector is `out`, overwritten, if it is given. Afterwards the `.grad` of `params` are views of it.
+    Of several losses, such as those of the pieces of a batch, it is the gradient of their sum, taken one after the other as
+    they come, so that the graphs of two never exist at once. The vector is `out`, overwritten, if it is given. Afterwards the
+    `.grad` of `params` are views of it.
     """
     vector = empty(params).zero_() if out is None else out.zero_()
     assign(params, vector)
-    torch.autograd.backward(loss, inputs=list(params), retain_graph=keep_graph)
+    for part in [loss] if isinstance(loss, torch.Tensor) else loss:
+        torch.autograd.backward(part, inputs=list(params), retain_graph=keep_graph)
     return sum_over_ranks(vector)
 
 

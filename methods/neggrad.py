@@ -2,9 +2,10 @@
 
 Source: Alberti et al., "Data Unlearning in Diffusion Models", ICLR 2025, arXiv:2503.01034 (baseline "NegGrad").
     minimise  - s * E_{a ~ forget, t, eps} |eps_theta(a_t, t) - eps|^2
-s is the released code's `superfactor`. With the gradient clipped to a global norm that it exceeds, s cancels out, so
-the learning rate and the number of steps are the knobs that matter. For a contrastive model the loss is
-1 - cos(image, caption) of forgotten pairs (baseline GA of arXiv:2407.11867).
+s is the released code's `superfactor`. The squared norm is a sum over the elements of an image, as released, and the clip of
+1 binds the gradient of that. Where it does, s cancels out, so the learning rate and the number of steps are the knobs that
+matter. For a contrastive model the loss is 1 - cos(image, caption) of forgotten pairs (baseline GA of arXiv:2407.11867),
+which `reduction` leaves as it is; see `methods.finetune` for that release's optimiser.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Scalars, Training
+from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Reduction, Scalars, Training
 from methods.recall import forget_loss
 
 
@@ -23,7 +24,10 @@ class NegGradSettings(Training):
     lr: float = Field(5e-6, gt=0, description="learning rate (released code, CelebA-HQ)")
     steps: int = Field(60, ge=0, description="optimiser steps (released code, CelebA-HQ)")
     superfactor: float = Field(1.0, gt=0, description="factor s on the ascent loss; no effect while clipping binds")
-    clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code)")
+    reduction: Reduction = Field(
+        "sum", description="of a diffusion loss over the elements of an image (released code: sum)"
+    )
+    clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code, of a sum)")
     weight_decay: float = Field(1e-6, ge=0, description="AdamW weight decay (released code, pixel models)")
     beta1: float = Field(0.95, ge=0, lt=1, description="AdamW (released code, pixel models)")
 
@@ -44,5 +48,5 @@ class NegGrad(Descent):
         return {"forget": Draw(self.hp.batch_size)}
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
-        loss = forget_loss(self.model, batch["forget"])
+        loss = forget_loss(self.model, batch["forget"], self.hp.reduction)
         return self.gradient(-self.hp.superfactor * loss), gradients.scalars(forget_loss=loss)

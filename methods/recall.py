@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from methods import gradients
-from methods.base import Goal, Model, Rows, mean_loss, squared_errors, timesteps
+from methods.base import Goal, Model, Reduction, Rows, diffusion_loss, squared_errors, timesteps
 
 
 def contrastive(model: Any) -> bool:
@@ -26,21 +26,21 @@ def comparing(model: Any) -> Any:
     return model if contrastive(model) else getattr(model, "tower", None)
 
 
-def forget_loss(model: Any, rows: Rows) -> torch.Tensor:
-    """Mean over rows of what unlearning raises: 1 - cos(image, caption), or the diffusion loss."""
+def forget_loss(model: Any, rows: Rows, reduction: Reduction = "mean") -> torch.Tensor:
+    """Mean over rows of what unlearning raises: 1 - cos(image, caption), or the diffusion loss under `reduction`."""
     if not contrastive(model):
-        return mean_loss(model, rows)
+        return diffusion_loss(model, rows, reduction)
     return (1 - F.cosine_similarity(model.encode_image(rows.x), model.encode_text(rows.cond))).sum() / rows.total
 
 
-def retain_loss(model: Any, rows: Rows) -> torch.Tensor:
-    """Mean over rows of what must stay low: symmetric InfoNCE within the global batch, or the diffusion loss.
+def retain_loss(model: Any, rows: Rows, reduction: Reduction = "mean") -> torch.Tensor:
+    """Mean over rows of what must stay low: symmetric InfoNCE within the global batch, or the diffusion loss under `reduction`.
 
     With several ranks every one compares all rows, and stands for its share of the loss. Raises ValueError if the global
     batch cannot be shared equally.
     """
     if not contrastive(model):
-        return mean_loss(model, rows)
+        return diffusion_loss(model, rows, reduction)
     world = gradients.ranks()
     if rows.total % world:
         raise ValueError(f"batch_size: {rows.total} rows cannot be shared equally by {world} workers")

@@ -7,13 +7,17 @@ and Generation", ICLR 2024, arXiv:2310.12508, and the released DDPM code.
     loss   L = mean |eps_theta(x_t, c_f) - stopgrad eps_theta(x_t, c')|^2  +  alpha * L_r,   x from the forget set
     update the gradient is multiplied by m; with no weight decay the other weights stay bitwise as they are
 The released code takes c' = (c_f + 1) mod 10 for every row ("next"); the teacher is the network being trained. Its L_r is
-a sum over elements while the first term is a mean: alpha = 1e-3 there is about 3.07 here for 3x32x32 images, because
-both terms here are means. The released mask differentiates classifier-free-guided predictions at w = 2; this one
-differentiates the conditional diffusion loss itself.
+a sum over the D elements of an image while the first term is a mean; both are means here, and alpha is D times that of the
+release: its 1e-3 is 3.07 for 3x32x32 and 12.29 for 3x64x64. The total, and with it what the clip of 1 binds, is the same. The
+release for Stable Diffusion takes means in both, and clips nothing.
+
+The released mask differentiates a sum of predictions guided at w = 2 and clips the gradient of every batch to 1 before it
+adds them up; this one differentiates the conditional diffusion loss itself, unclipped.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -31,10 +35,11 @@ from methods.base import (
     Rows,
     Scalars,
     Training,
-    mean_loss,
+    diffusion_loss,
     picked,
     squared_errors,
     timesteps,
+    without_labels,
 )
 
 
@@ -44,9 +49,16 @@ class SalUnSettings(Training):
     lr: float = Field(1e-4, gt=0, description="learning rate (released code, DDPM)")
     steps: int = Field(1000, ge=0, description="optimiser steps (released code, DDPM)")
     fraction: float = Field(0.5, gt=0, le=1, description="share of weights that may move (released code: 0.5)")
-    alpha: float = Field(3.07, ge=0, description="weight of the retain loss, both terms means (released 1e-3 on a sum)")
+    alpha: float = Field(
+        3.07, ge=0, description="weight of the retain loss, both terms means (released: 1e-3 on a sum, at 3x32x32)"
+    )
     relabel: Literal["override", "next", "random"] = Field("next", description="the class whose output is imitated")
-    clip_norm: float | None = Field(1.0, gt=0, description="gradient clipping (released code, before the mask)")
+    label_drop: float = Field(
+        0.0, ge=0, lt=1, description="share of rows without label, in each pass apart (released code, DDPM: 0.1)"
+    )
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="gradient clipping (released, DDPM, before the mask; SD: off)"
+    )
     weight_decay: float = Field(0.0, ge=0, le=0, description="fixed at 0: decay would move masked weights")
 
 
@@ -98,11 +110,12 @@ class SalUn(Descent):
         forget, model = batch["forget"], self.model
         t = timesteps(model, forget)
         x_t = model.add_noise(forget.x, model.noise(forget.seeds), t)
+        drop, stand_in = self.hp.label_drop, replace(forget, cond=self.stand_in(forget))
         with torch.no_grad():
-            teacher = model.predict(x_t, t, self.stand_in(forget))
-        errors = (model.predict(x_t, t, forget.cond) - teacher).square()
+            teacher = model.predict(x_t, t, without_labels(model, stand_in, drop, 3).cond)
+        errors = (model.predict(x_t, t, without_labels(model, forget, drop, 2).cond) - teacher).square()
         relabel_loss = errors.flatten(1).mean(1).sum() / forget.total
-        retain_loss = mean_loss(model, batch["retain"])
+        retain_loss = diffusion_loss(model, without_labels(model, batch["retain"], drop))
         gradient = self.gradient(relabel_loss + self.hp.alpha * retain_loss)
         return gradient, gradients.scalars(relabel_loss=relabel_loss, retain_loss=retain_loss)
 

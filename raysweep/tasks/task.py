@@ -231,7 +231,8 @@ class Task:
         return self._rows(split, Draw(None), seed, 0, 0, 1)
 
     def _rows(self, name: str, draw: Draw, seed: int, step: int, rank: int, world: int) -> Rows:
-        source, stream = draw.split or name, derive_seed("rows", seed, name)
+        source, stream = draw.split or name, derive_seed("rows", seed, draw.stream or name)
+        step = step if draw.place is None else draw.place
         if source == SEEDS:
             assert draw.size is not None
             low, high = rank * draw.size // world, (rank + 1) * draw.size // world
