@@ -3,13 +3,19 @@
 Source: Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, arXiv:2303.07345, and the released code.
     target  y = eps0(x_t, null) - eta * (eps0(x_t, c) - eps0(x_t, null)),   eps0 the frozen base model
     minimise  mean |eps_theta(x_t, c) - y|^2
-No image is read: x_t comes from sampling under c with guidance up to a random point of a DDIM run, and t is uniform inside
-that step of the run. It is sampled from the model being trained (paper, first release) or from the frozen base (current
-release). The current release writes the target as eps_c - eta' (eps_c - eps_null): eta' = eta + 1.
+No image is read: x_t comes from sampling under c with guidance up to a random point of a DDIM run. It is sampled from the
+model being trained (paper, first release) or from the frozen base (current release). The current release writes the target
+as eps_c - eta' (eps_c - eps_null): eta' = eta + 1.
+
+`timestep` is the t that the networks are told. level: that of x_t, as in the current release (on EDM the step whose noise
+level is nearest). older_release: as in the first release and in SalUn's copy, where the n steps of the run share the schedule
+of length T and a random k < n says t, uniform in [k T/n, (k + 1) T/n), while the sampler returns x_t two points of its
+run lower: at n = 50, T = 1000 its level is 39 to 58 steps below t. That sampler also starts one point below the top.
 
 What moves, `layers`: x is cross-attention (concepts tied to their name), x_strict its keys and values only, u everything
-else (concepts that appear unbidden), full is all. A class-conditional network has no cross-attention; there x is the class
-embedding, the one place where the condition enters.
+else (concepts that appear unbidden; the current release leaves out its norms, the first one the output and the time
+embedding), full is all. A class-conditional network has no cross-attention; there x is the class embedding, the one place
+where the condition enters.
 """
 
 from __future__ import annotations
@@ -34,6 +40,10 @@ class ESDSettings(Training):
     layers: Literal["x", "x_strict", "u", "full"] = Field("full", description="which weights move")
     guidance: float = Field(3.0, ge=0, description="guidance while sampling x_t (released: 3)")
     sampler_steps: int = Field(50, ge=1, description="length of the DDIM run (released: 50)")
+    timestep: Literal["level", "older_release"] = Field(
+        "level",
+        description="t that goes with x_t: its noise level (current release), or at or above it (first release)",
+    )
     sample_from: Literal["trained", "base"] = Field("trained", description="the model that x_t is sampled from")
 
 
@@ -90,22 +100,25 @@ class ESD(Descent):
         return self.gradient(loss), gradients.scalars(loss=loss)
 
     def partial_samples(self, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x_t, t): each row sampled under the concept up to a random step of the run, t uniform inside that step."""
+        """(x_t, t): each row sampled under the concept up to a random step of the run, and the t of `timestep`."""
         hp, model = self.hp, self.model if self.hp.sample_from == "trained" else self.base
-        u = model.uniform(seeds, 2)
-        stop = (u[:, 0] * hp.sampler_steps).long().clamp(max=hp.sampler_steps - 1)
+        u, n = model.uniform(seeds, 2), self.hp.sampler_steps
+        place = (u[:, 0] * n).long().clamp(max=n - 1)  # level: of the run's points from above; older_release: k
+        stop = place if hp.timestep == "level" else (n + 1 - place).clamp(max=n - 1)
         cond = self.goal.forgotten(len(seeds), u.device)
         x_t, times, last = None, [], int(stop.max())
-        for i, (t, x) in enumerate(model.trajectory(cond, seeds, hp.sampler_steps, hp.guidance)):
+        for i, (t, x) in enumerate(model.trajectory(cond, seeds, n, hp.guidance)):
             here = (stop == i).view(-1, *[1] * (x.dim() - 1))
             x_t = torch.where(here, x, torch.zeros_like(x) if x_t is None else x_t)
             times.append(t)
-            if len(times) > last + 1:
+            if i == last:
                 break
         assert x_t is not None
-        edges = torch.tensor([*times, 0], device=u.device)
-        high, low = edges[stop], edges[stop + 1]
-        return x_t, low + (u[:, 1] * (high - low).clamp(min=1)).long()
+        level, length = torch.tensor(times, device=u.device)[stop], len(model.alphas)
+        if hp.timestep == "level":
+            return x_t, level
+        drawn = ((place + u[:, 1]) * length / n).long().clamp(max=length - 1)
+        return x_t, torch.maximum(level, drawn)
 
 
 def target(eps_cond: torch.Tensor, eps_uncond: torch.Tensor, eta: float) -> torch.Tensor:

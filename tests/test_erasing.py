@@ -20,7 +20,7 @@ from methods.sld import SLD, SafetyGuidance, SLDSettings, scale
 from raysweep.store import digest_state
 
 D = torch.float64
-SMALL = {"replay_per_class": 6, "fisher_per_class": 3, "fisher_timesteps": 5, "sampler_steps": 3}
+SMALL = {"replay_per_class": 6, "fisher_per_class": 3, "fisher_timesteps": 5, "sampler_steps": 3, "ema": 0.0}
 
 
 def build(cls, task, model=None, **more):
@@ -81,14 +81,33 @@ def test_esd_layers_of_a_class_model(class_task):
     assert "valid: x, u, full" in reason
 
 
-def test_esd_samples_up_to_a_point_inside_its_step(class_task):
-    method = build(ESD, class_task, sampler_steps=4, batch_size=64)
-    x_t, t = method.partial_samples(batch_for(method, class_task)["forget"].seeds)
-    grid = [step for step, _ in method.model.trajectory(torch.full((1,), 2), torch.zeros(1, dtype=torch.long), 4, 3.0)]
-    assert x_t.shape == (64, 1, 4, 4)
-    assert int(t.max()) < grid[0]
-    for low, high in zip([*grid[1:], 0], grid, strict=True):
-        assert bool(((t >= low) & (t < high)).any())
+@pytest.mark.parametrize("steps", [1, 4, 10, 50])
+def test_esd_is_told_the_level_of_what_it_is_shown(class_task, steps):
+    """Every (x_t, t) is a point of the sampler's own run: x_t has the noise level of t."""
+    method = build(ESD, class_task, sampler_steps=steps, batch_size=24)
+    seeds = batch_for(method, class_task)["forget"].seeds
+    x_t, t = method.partial_samples(seeds)
+    run = dict(method.model.trajectory(torch.full((24,), 2), seeds, steps, 3.0))
+    assert len(run) == steps
+    for i in range(24):
+        torch.testing.assert_close(x_t[i], run[int(t[i])][i])
+    assert len(t.unique()) >= min(steps, 8)  # random points of it
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+def test_esd_of_the_older_release_is_told_a_higher_level(class_task, steps):
+    method = build(ESD, class_task, sampler_steps=steps, batch_size=48, timestep="older_release")
+    seeds = batch_for(method, class_task)["forget"].seeds
+    x_t, t = method.partial_samples(seeds)
+    run = list(method.model.trajectory(torch.full((48,), 2), seeds, steps, 3.0))
+    level = torch.tensor([next(s for s, x in run if torch.equal(x[i], x_t[i])) for i in range(48)])
+    assert bool((t >= level).all())
+    assert int(t.max()) < len(method.model.alphas)
+    if steps == 50:  # two points and the rest of a bin: its 20 timesteps are 0 to 19 above the bin's own
+        above = (t - level)[t >= 60]
+        offset = 20 - run[-1][0]  # where this run's lowest point lies within the lowest bin
+        assert int(above.min()) >= 20 + offset
+        assert int(above.max()) <= 39 + offset
 
 
 @given(st.integers(0, 1000))
@@ -156,22 +175,53 @@ def test_replay_holds_no_forgotten_label_and_is_generated(class_task):  # T39
 
 def test_erasediff_looks_ahead_and_comes_back(points_task, class_task):  # T40
     for task in (points_task, class_task):
-        method = build(EraseDiff, task, inner_steps=3, lr=1e-2)
+        method = build(EraseDiff, task, inner_steps=3, lr=1e-2, inner_moments="own")
         before = [p.detach().clone() for p in method.params]
-        reached = method.look_ahead(batch_for(method, task)["forget"])
+        reached = method.look_ahead(batch_for(method, task))
         assert all(torch.equal(p, b) for p, b in zip(method.params, before, strict=True))
         assert float(reached) > 0
         assert not method.optimizer.state  # its own moments stay as they were
     shared = build(EraseDiff, points_task, inner_steps=2, inner_moments="shared")
-    shared.look_ahead(batch_for(shared, points_task)["forget"])
+    shared.look_ahead(batch_for(shared, points_task))
     assert shared.optimizer.state
 
 
+def test_erasediff_passes_over_the_forget_set(class_task):
+    """A look-ahead of ceil(n / batch) fresh inner steps sees every forgotten row once, the next one goes on from there."""
+    method = build(EraseDiff, class_task, inner_steps=2, inner_every=3, batch_size=3)
+    forget = class_task.splits["forget"].x
+    assert len(forget) == 6
+    drawn = []
+    for step in range(5):
+        assert {n for n in method.draws() if n.startswith("inner")} == (
+            {"inner0", "inner1"} if step % 3 == 0 else set()
+        )
+        batch = batch_for(method, class_task, step)
+        if step % 3 == 0:
+            rows = torch.cat([batch["inner0"].x, batch["inner1"].x])
+            seeds = torch.cat([batch["inner0"].seeds, batch["inner1"].seeds])
+            drawn.append(seeds)
+            which = [next(k for k in range(6) if torch.allclose(x, forget[k].to(x))) for x in rows]
+            assert sorted(which) == list(range(6))
+        scalars = method.step(batch)
+        assert float(scalars["gap"]) == pytest.approx(float(scalars["forget_loss"] - method.reached))
+    assert len(torch.cat(drawn).unique()) == 12
+
+
+def test_erasediff_released_run():
+    """4 epochs of 2 rounds of 36 batches; 2 passes over 5,000 images in batches of 128 for each round."""
+    hp = EraseDiffSettings()
+    assert hp.steps == 4 * 2 * hp.inner_every
+    assert hp.inner_every == next(k for k in range(100) if k * hp.batch_size > 4500)
+    assert hp.inner_steps == 2 * -(-5000 // hp.batch_size)
+    assert (hp.clip_norm, hp.ema, hp.inner_moments) == (1.0, 0.99, "shared")
+
+
 def test_erasediff_direction(class_task):  # T40
-    fixed = build(EraseDiff, class_task, weight=0.7)
+    fixed = build(EraseDiff, class_task, weight=0.7, inner_steps=1)
     batch = batch_for(fixed, class_task)
-    only_retain = build(EraseDiff, class_task, weight=0.0)
-    unit = build(EraseDiff, class_task, weight=1.0)
+    only_retain = build(EraseDiff, class_task, weight=0.0, inner_steps=1)
+    unit = build(EraseDiff, class_task, weight=1.0, inner_steps=1)
     g, g_r, g_1 = (m.direction(batch)[0] for m in (fixed, only_retain, unit))
     torch.testing.assert_close(g, g_r + 0.7 * (g_1 - g_r), rtol=1e-6, atol=1e-9)
     cosines = torch.linspace(-1, 1, 21, dtype=D)
