@@ -11,16 +11,20 @@ prediction of x_0, c_f the class to forget, c_o its override, c_r a kept class.
 with c1 = c2 = c_r for what is kept and c1 = c_f, c2 = c_o for what is forgotten: only the teacher sees the override.
 Losses are sums over the elements of an image and means over rows; the two terms weigh `remain` and `forget` for theta and
 `fake_remain` and `fake_forget` for psi. phi and psi are constants of the theta step, but it differentiates through them.
-Gradients are clipped by value. No image is read: x_g comes from noise, c_r from the class list.
+Gradients are clipped by value, those of `clips`: of both networks (DDPM release), or of the generator alone (Stable Diffusion
+release, in half precision). No image is read: x_g comes from noise, c_r from the class list, or from the prompts of the
+search, where the Stable Diffusion release takes those of LAION-Aesthetics.
 
 With `cond_scale` w > 0 teacher and fake score are guided, eps_w = (1 + w) eps_c - w eps_null, in every place; the
-generator never is. The candidate is the moving average of theta alone: psi and phi still know c_f. It samples in one step.
+generator never is. The Stable Diffusion release writes kappa = 1 + w, and where it guides it drops a tenth of the conditions
+of the fake score's step, `fake_drop`: then x_g too comes from the empty prompt. The candidate is the moving average of theta alone: psi and phi still know c_f. It samples in one step.
 Its loss is negative for alpha > 1 at the optimum, so it says nothing about progress; `gap`, the mean of |p - s|^2, does.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -40,6 +44,7 @@ from methods.base import (
     Scalars,
     picked,
     timesteps,
+    without_labels,
 )
 
 
@@ -64,7 +69,14 @@ class SFDSettings(Hyperparameters):
     fake_steps: int = Field(1, ge=1, description="fake-score steps per generator step (released: 1)")
     beta1: float = Field(0.0, ge=0, lt=1, description="Adam's first-moment decay (paper: 0)")
     beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second-moment decay (paper: 0.999)")
+    adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon (released: 1e-8; in half precision 1e-6)")
     clip_value: float | None = Field(1.0, gt=0, description="gradients are clipped to +- this (released: 1)")
+    clips: Literal["both", "generator"] = Field(
+        "both", description="networks whose gradients are clipped (released: both; SD generator)"
+    )
+    fake_drop: float = Field(
+        0.0, ge=0, lt=1, description="share of conditions dropped in the fake score's step (released: 0; SD 0.1)"
+    )
     ema: float = Field(
         0.9999, ge=0, lt=1, description="decay of the generator's moving average; 0: off (paper: 0.9999)"
     )
@@ -99,7 +111,7 @@ class SFD(Method):
         self.t_init = nearest_timestep(model.alphas, hyperparameters.sigma_init)
         betas = (hyperparameters.beta1, hyperparameters.beta2)
         self.optimizers = [
-            torch.optim.Adam(params, lr=lr, betas=betas, fused=True)
+            torch.optim.Adam(params, lr=lr, betas=betas, eps=hyperparameters.adam_eps, fused=True)
             for params, lr in ((self.fake_params, hyperparameters.lr_fake), (self.params, hyperparameters.lr))
         ]
         self.room = [gradients.empty(params) for params in (self.fake_params, self.params)]
@@ -120,8 +132,9 @@ class SFD(Method):
             reasons.append(f"override: must differ from the forgotten class {goal.forget_class}")
         if not hp.t_min < hp.t_max <= length:
             reasons.append(f"t_min < t_max <= {length} must hold, not {hp.t_min}, {hp.t_max}")
-        if hp.cond_scale > 0 and model.unconditional(1) is None:
-            reasons.append("cond_scale: needs a model with an unconditional branch")
+        if model.unconditional(1) is None:
+            needing = [name for name in ("cond_scale", "fake_drop") if getattr(hp, name) > 0]
+            reasons += [f"{name}: needs a model with an unconditional branch" for name in needing]
         return reasons
 
     def draws(self) -> dict[str, Draw]:
@@ -169,7 +182,7 @@ class SFD(Method):
         params = (self.fake_params, self.params)[which]
         flat = gradients.flat(torch.stack(parts).sum(), params, out=self.room[which])
         self.watch(flat.norm(), scalars)
-        if self.hp.clip_value is not None:
+        if self.hp.clip_value is not None and (which == 1 or self.hp.clips == "both"):
             flat.clamp_(-self.hp.clip_value, self.hp.clip_value)
         gradients.assign(params, flat)
         self.optimizers[which].step()
@@ -187,7 +200,8 @@ class SFD(Method):
         return self.model.add_noise(x_g, eps, t), t, eps
 
     def fake_loss(self, rows: Rows, c1: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the fake score's denoising loss on generated images."""
+        """This rank's part of the fake score's denoising loss on generated images; some conditions are dropped."""
+        c1 = without_labels(self.model, replace(rows, cond=c1), self.hp.fake_drop, 3).cond
         with torch.no_grad():
             x_g = self.generate(rows, c1)
         x_t, t, eps = self.noised(rows, x_g)

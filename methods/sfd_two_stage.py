@@ -3,7 +3,8 @@
 Source: Chen, Zhang, Zhou, "Score Forgetting Distillation", ICLR 2025, arXiv:2409.11219, two-stage variant, and the released
 code. Stage 1 is plain score identity distillation of the base model (`methods.sfd` with both weights of the forgotten
 class 0); stage 2 is SFD from the moving average of its generator, with a larger weight of forgetting and no moving average
-(paper; the released file keeps both as in one stage). Stage 1 is prepared once and shared by all trials.
+(paper; the released file keeps both as in one stage: 0.01 and 0.9999). Stage 1 takes all settings of stage 2 but what forgets
+and those that it has of its own, `stage1_*`; it is prepared once for each value of them and shared by all trials.
 
 The teacher of stage 2 is the base model. In the released code it is loaded from the slot that holds stage 1's fake score,
 so there the teacher is not the original one. The fake score continues from stage 1.
@@ -32,12 +33,17 @@ class SFDTwoStageSettings(SFDSettings):
         0.1, ge=0, description="weight of the forgotten class for the fake score (not published)"
     )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the moving average of stage 2; 0: off (paper)")
-    lr_fake: float = Field(3e-5, gt=0, description="learning rate of the fake score (released: 3e-5)")
+    lr_fake: float = Field(3e-5, gt=0, description="learning rate of the fake score of stage 2 (released: 3e-5)")
     stage1_steps: int = Field(50_000, ge=1, description="steps of stage 1 (released: 50k)")
     stage1_lr: float = Field(1e-5, gt=0, description="learning rate of stage 1's generator (released: 1e-5)")
     stage1_lr_fake: float = Field(3e-5, gt=0, description="learning rate of stage 1's fake score (released: 3e-5)")
     stage1_ema: float = Field(0.9999, ge=0, lt=1, description="decay of stage 1's moving average (released: 0.9999)")
     stage1_batch_size: int = Field(128, ge=1, description="rows of a step of stage 1 (released: 128)")
+
+
+FORGETTING = ("forget", "fake_forget", "forget_batch_size", "override")
+OWN = ("steps", "lr", "lr_fake", "ema", "batch_size")  # that stage 1 has under names of its own
+SHARED = tuple(name for name in SFDSettings.model_fields if name not in (*FORGETTING, *OWN))
 
 
 class SFDTwoStage(SFD):
@@ -46,10 +52,7 @@ class SFDTwoStage(SFD):
     name = "sfd_two_stage"
     source = "Chen, Zhang, Zhou, ICLR 2025, arXiv:2409.11219, two stages"
     copies = 14
-    prepared_by = (
-        "stage1_steps", "stage1_lr", "stage1_lr_fake", "stage1_ema", "stage1_batch_size", "sigma_init", "t_min", "t_max",
-        "cond_scale",
-    )  # fmt: skip
+    prepared_by = (*(f"stage1_{name}" for name in OWN), *SHARED)
     Hyperparameters = SFDTwoStageSettings
 
     def __init__(
@@ -70,11 +73,9 @@ class SFDTwoStage(SFD):
     def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
         """Stage 1: `generator/NAME`, the moving average of the generator, and `fake/NAME`, the fake score."""
         hp = hyperparameters
-        settings = SFDSettings(
-            forget=0, fake_forget=0, steps=hp.stage1_steps, lr=hp.stage1_lr, lr_fake=hp.stage1_lr_fake, ema=hp.stage1_ema,
-            batch_size=hp.stage1_batch_size, forget_batch_size=1, sigma_init=hp.sigma_init, t_min=hp.t_min,
-            t_max=hp.t_max, cond_scale=hp.cond_scale,
-        )  # fmt: skip
+        own = {name: getattr(hp, f"stage1_{name}") for name in OWN}
+        shared = {name: getattr(hp, name) for name in SHARED}
+        settings = SFDSettings(forget=0, fake_forget=0, forget_batch_size=1, **own, **shared)
         student = model.with_net(copy.deepcopy(model.net))
         stage = SFD(student, settings, {}, replace(task.goal, forget_class=None, override_class=None))
         for step in range(settings.steps):
