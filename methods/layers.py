@@ -1,7 +1,8 @@
 """Named tensors of a network: which may be edited, where they stand, which move together, and the mean gradient of each.
 
 The rules are those of the code released with SLUG (arXiv:2407.11867), save that a vision projection belongs to the vision
-tower and that block 0 may be the deepest.
+tower and that block 0 may be the deepest. The release has two sets of them: its Hugging Face path (Stable Diffusion,
+UnlearnCanvas, vision-language models) leaves out the weights of norms, and its open_clip path lets them compete.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ from methods.base import Data, Model, Rows
 from methods.recall import contrastive
 
 EXCLUDED = {
-    "clip": ("bias", "logit_scale", "position", "embedding", "norm", "ln_"),
-    "diffusion": ("bias", "position", "norm", "time_embedding"),
+    "clip": ("bias", "logit_scale", "position", "embedding"),
+    "diffusion": ("bias", "position", "time_embedding"),
 }
+NORMS = ("norm", "ln_")  # the libraries' names of layer, group and other norms
 
 
-def eligible(model: Model) -> list[str]:
-    """The names of the tensors that may be edited."""
+def eligible(model: Model, norms: bool = False) -> list[str]:
+    """The names of the tensors that may be edited: matrices and kernels, and with `norms` the gains of norms."""
     excluded = EXCLUDED["clip" if contrastive(model) else "diffusion"]
+
+    def fits(name: str, p: torch.Tensor) -> bool:
+        return norms if any(part in name for part in NORMS) else p.dim() > 1
+
     return [n for n, p in model.net.named_parameters()
-            if p.requires_grad and p.dim() > 1 and not any(part in n for part in excluded)]  # fmt: skip
+            if p.requires_grad and fits(n, p) and not any(part in n for part in excluded)]  # fmt: skip
 
 
 def tower(name: str) -> str:
     """Which front a tensor belongs to: "vision", "language", or "unet"."""
     if re.search(r"(^|\.)(visual|vision)", name):
         return "vision"
-    return "language" if re.search(r"(^|\.)(text|transformer\.resblocks|token)", name) else "unet"
+    return "language" if re.search(r"(^|\.)(text|transformer\.resblocks|token|ln_final)", name) else "unet"
 
 
 def depth(name: str) -> tuple[int, int]:

@@ -15,7 +15,9 @@ edits Stable Diffusion by the same two, of the CLIP model that its text encoder 
 run). With `loss: own` a diffusion model takes the diffusion loss on both sets, in `passes` draws of noise and timestep per
 forget row and about as many rows of the retain set, and any of its tensors may be chosen. Weights are in evaluation mode,
 gradients are cleared between batches, retain captions are the data set's own; the release's Hugging Face path does none
-of these. Eligible tensors are those of two dimensions and more whose name holds none of `layers.EXCLUDED`.
+of these. Eligible tensors are those of two dimensions and more whose name holds none of `layers.EXCLUDED`, and with `norms` the
+gains of norms: in the release's open_clip path, which its CLIP experiments take, they compete for the Pareto set, in its
+Hugging Face path they do not.
 
 `bisection` > 0 finds the step by the paper's search instead: that many evaluations of the model's own forget accuracy,
 doubling until it has forgotten, halving the bracket afterwards; the smallest step that forgot is kept.
@@ -51,6 +53,7 @@ class SLUGSettings(Hyperparameters):
         description="the model's own, or of the CLIP model that its text encoder is of (released, Stable Diffusion)",
     )
     alignment: Literal["absolute", "signed"] = Field("absolute", description="cosine as released, or as in the paper")
+    norms: bool = Field(False, description="whether gains of norms compete (released: open_clip path yes, others no)")
     candidates: Literal["pareto", "all"] = Field("pareto", description="tensors that `layer: from_model` offers")
     bisection: int = Field(0, ge=0, le=30, description="evaluations of the paper's step search (paper: 10); 0: off")
     target: float = Field(
@@ -73,7 +76,7 @@ class SLUG(Method):
     forwards_per_step = 0  # two gradient passes in all, shared by every trial
     copies = 3
     tape = 0
-    prepared_by = ("loss", "batch_size", "passes")
+    prepared_by = ("loss", "batch_size", "passes", "norms")
     Hyperparameters = SLUGSettings
     hp: SLUGSettings
 
@@ -97,7 +100,7 @@ class SLUG(Method):
     def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
         """`forget/NAME` for each eligible tensor, and `statistics/NAME` = (|theta|^2, |g_f|^2, <g_f, g_r>, |g_r|^2)."""
         model = seen(model, hyperparameters)
-        names = eligible(model)
+        names = eligible(model, hyperparameters.norms)
         theta = dict(model.net.named_parameters())
         size, forget_passes, retain_passes = hyperparameters.batch_size, 1, 1
         if not contrastive(model):
@@ -131,7 +134,7 @@ class SLUG(Method):
     def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
         if hyperparameters.loss == "clip" and comparing(model) is None:
             return ["loss: clip: the model comes without the CLIP model that its text encoder is of (task.clip)"]
-        names, layer = eligible(seen(model, hyperparameters)), hyperparameters.layer
+        names, layer = eligible(seen(model, hyperparameters), hyperparameters.norms), hyperparameters.layer
         if not names:
             return ["no eligible tensor of this model may change (train.modules)"]
         if layer in (*RULES, *names):
