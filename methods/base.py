@@ -334,7 +334,8 @@ class Descent(Method):
 
     def adam(self, params: list[torch.Tensor]) -> torch.optim.AdamW:
         """An optimiser with this method's settings."""
-        hp, groups = self.hp, [{"params": params}]
+        hp = self.hp
+        groups: list[dict[str, Any]] = [{"params": params}]
         if hp.decays == "matrices" and any(p.dim() < 2 for p in params):
             groups = [{"params": [p for p in params if p.dim() > 1]},
                       {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip

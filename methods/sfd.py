@@ -201,11 +201,12 @@ class SFD(Method):
 
     def fake_loss(self, rows: Rows, c1: torch.Tensor) -> torch.Tensor:
         """This rank's part of the fake score's denoising loss on generated images; some conditions are dropped."""
-        c1 = without_labels(self.model, replace(rows, cond=c1), self.hp.fake_drop, 3).cond
+        asked = without_labels(self.model, replace(rows, cond=c1), self.hp.fake_drop, 3).cond
+        assert asked is not None
         with torch.no_grad():
-            x_g = self.generate(rows, c1)
+            x_g = self.generate(rows, asked)
         x_t, t, eps = self.noised(rows, x_g)
-        return (self.guided(self.fake, x_t, t, c1) - eps).square().sum() / rows.total
+        return (self.guided(self.fake, x_t, t, asked) - eps).square().sum() / rows.total
 
     def loss(self, rows: Rows, c1: torch.Tensor, c2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's parts of the generator's loss and of mean |p - s|^2."""
