@@ -6,9 +6,12 @@ hub have them: `open_clip.create_model_from_pretrained("local-dir:FOLDER")`. Con
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +20,8 @@ import torch
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from raysweep.models.folders import OPEN_CLIP, reading
+from raysweep.models import weights
+from raysweep.models.folders import OPEN_CLIP, read_json, reading
 from raysweep.models.handle import Handle
 
 
@@ -48,11 +52,8 @@ class Contrastive(Handle):
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
             (Path(folder) / OPEN_CLIP).write_text(json.dumps(config))
             torch.manual_seed(seed)
-            logging.disable(logging.WARNING)  # it warns that there are no weights
-            try:
+            with _quiet():
                 net = open_clip.create_model(f"local-dir:{folder}", load_weights=False, device="cpu")
-            finally:
-                logging.disable(logging.NOTSET)
             return cls(net, config, open_clip.get_tokenizer(f"local-dir:{folder}"))
 
     @classmethod
@@ -64,10 +65,25 @@ class Contrastive(Handle):
                 raise ValueError(
                     f"{folder / name}: missing: not an open_clip folder with weights in safetensors format"
                 )
-        with reading(folder):
-            config = json.loads((folder / OPEN_CLIP).read_text())
-            net = open_clip.create_model(f"local-dir:{folder}", load_weights=True, device="cpu")
+        config, file = read_json(folder / OPEN_CLIP), folder / HF_SAFE_WEIGHTS_NAME
+        shapes = weights.shapes_of([file])
+        wrapped = weights.check_names(folder, shapes)
+        with reading(folder), _quiet():
+            net = open_clip.create_model(f"local-dir:{folder}", load_weights=False, device="cpu")
             tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+            own = {n: tuple(t.shape) for n, t in net.state_dict().items()}
+            # the library would stretch embeddings of another length to fit
+            odd = {n: (s, own[n]) for n, s in shapes.items() if n in own and math.prod(s) != math.prod(own[n])}
+            if wrapped:
+                left = weights.fill(net, {weights.plain_name(n): t for n, t in weights.tensors_of([file]).items()})
+            elif not odd:
+                unfit = open_clip.load_checkpoint(net, str(file), strict=False)  # knows the names of older releases
+                left = {"missing_keys": unfit.missing_keys, "unexpected_keys": unfit.unexpected_keys}
+            else:
+                left = {"missing_keys": own.keys() - shapes.keys(), "unexpected_keys": shapes.keys() - own.keys()}
+        odd |= {n: (tuple(a), tuple(b)) for n, a, b in left.get("mismatched_keys", ())}
+        weights.refuse_others(folder, "model", len(own), left["missing_keys"], left["unexpected_keys"], odd)
+        weights.check_finite(folder, net)
         return cls(net, config, tokenizer)
 
     def save(self, folder: str | Path) -> None:
@@ -117,3 +133,13 @@ class Contrastive(Handle):
     def tokens(self, captions: list[str]) -> torch.Tensor:
         """(n, L)."""
         return self.tokenizer(captions)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns that a model without weights has none."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -26,6 +26,7 @@ from diffusers import DDIMScheduler
 from evaluators.base import ROWS
 from methods.sld import SafetyGuidance
 from raysweep.models.draws import normal_rows, uniform_rows
+from raysweep.models.folders import read_json
 from raysweep.models.handle import Handle
 from raysweep.store import digest_of
 
@@ -66,6 +67,10 @@ class Diffusion(Handle, ABC):
     @abstractmethod
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """The network's own output (epsilon or v). `cond` is ignored by an unconditional network."""
+
+    def outline(self, x: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """What the network gives for x (n, C, H, W) at some step: for its shape alone, on any device."""
+        return self.predict(x, torch.zeros(len(x), dtype=torch.long, device=x.device), cond)
 
     @abstractmethod
     def unconditional(self, count: int) -> torch.Tensor | None:
@@ -330,9 +335,12 @@ def load_sampler(folder: Path) -> dict[str, Any] | None:
     path = folder / SAMPLER
     if not path.is_file():
         return None
-    sampler = json.loads(path.read_text())
+    sampler = read_json(path)
     if sampler.get("kind") not in ("one_step", "safe"):
         raise ValueError(f"{path}: kind {sampler.get('kind')!r} is not a sampler; valid: one_step, safe")
+    needed = "t" if sampler["kind"] == "one_step" else "concept"
+    if needed not in sampler:
+        raise ValueError(f"{path}: a sampler of kind {sampler['kind']!r} needs the key {needed!r}")
     return sampler
 
 

@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from diffusers import EDMEulerScheduler, UNet2DModel
 
+from raysweep.models import weights
 from raysweep.models.diffusion import load_sampler, save_sampler
 from raysweep.models.draws import normal_rows
-from raysweep.models.folders import INDEX, no_pickles, reading
+from raysweep.models.folders import INDEX, read_json
 from raysweep.models.song import SongUNet
+from raysweep.models.sound import SCHEDULE, check_unet
 from raysweep.models.unet import OneUNet, drawn
 
 CLASS = "EDMPipeline"
@@ -76,14 +78,13 @@ class EDM(OneUNet):
     def load(cls, folder: str | Path) -> EDM:
         """Reads what `save` wrote; raises ValueError, saying what is wrong with the folder."""
         folder = Path(folder)
-        no_pickles(folder / "unet")
-        with reading(folder):
-            index = json.loads((folder / INDEX).read_text())
-            network = next((n for n in NETWORKS.values() if index["unet"][1] == n.__name__), UNet2DModel)
-            net = network.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False)
-            scheduler = EDMEulerScheduler.from_pretrained(folder / "scheduler")
-            levels = {k: float(scheduler.config[k]) for k in LEVELS}
-        return cls(net, levels, index["raysweep"]["training"], index["raysweep"]["null_label"], load_sampler(folder))
+        index, config = read_json(folder / INDEX), read_json(folder / "unet" / "config.json")
+        kind = next((n for n in NETWORKS.values() if n.__name__ == config.get("_class_name")), UNet2DModel)
+        net = weights.read(kind, folder / "unet")
+        check_unet(folder / "unet", net.config)
+        told = index.get("raysweep")
+        training, null_label = _training(folder / INDEX, {} if told is None else told, net)
+        return cls(net, _levels(folder / "scheduler" / SCHEDULE), training, null_label, load_sampler(folder))
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder whose parts diffusers reads: `UNet2DModel` (or `SongUNet`, which reads itself) and
@@ -145,6 +146,9 @@ class EDM(OneUNet):
     def x0(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         s = self.level(t)
         return self.denoised(x_t * (1 + s**2).sqrt(), s, cond).to(x_t.dtype)
+
+    def outline(self, x: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        return self.raw(x, torch.ones(len(x), 1, 1, 1, device=x.device), cond)
 
     def eps_at(self, x: torch.Tensor, s: float, cond: torch.Tensor | None) -> torch.Tensor:
         """Predicted noise at x = x0 + s eps (n, C, H, W), for any s: the network takes noise levels as they are."""
@@ -220,6 +224,43 @@ class EDM(OneUNet):
                 moved = x + (after - s) * (slope + other) / 2
             yield s, x, moved
             x = moved
+
+
+def _levels(path: Path) -> dict[str, float]:
+    """The noise levels that a folder's scheduler states; raises ValueError unless they are some."""
+    config = read_json(path)
+    if config.get("_class_name", EDMEulerScheduler.__name__) != EDMEulerScheduler.__name__:
+        raise ValueError(f"{path}: holds a {config['_class_name']}; an EDM model has an {EDMEulerScheduler.__name__}")
+    levels = {k: config.get(k, v) for k, v in LEVELS.items()}
+    odd = [k for k, v in levels.items() if not (_number(v) and v > 0)]
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} is {levels[odd[0]]!r}; it must be a positive number")
+    if levels["sigma_min"] >= levels["sigma_max"]:
+        raise ValueError(f"{path}: sigma_min {levels['sigma_min']} is not below sigma_max {levels['sigma_max']}")
+    return {k: float(v) for k, v in levels.items()}
+
+
+def _training(path: Path, told: Any, net: Any) -> tuple[dict[str, float], int | None]:
+    """What an index tells of the distribution of noise levels in training, and the label that stands for no class."""
+    training = told.get("training", {}) if isinstance(told, dict) else None
+    if not isinstance(training, dict) or not training.keys() <= TRAINING.keys():
+        raise ValueError(f"{path}: raysweep.training: may hold the numbers {', '.join(TRAINING)}")
+    values = TRAINING | training
+    if not all(map(_number, values.values())) or values["p_std"] <= 0 or int(values["steps"]) < 2:
+        raise ValueError(
+            f"{path}: raysweep.training: needs numbers, p_std above 0 and 2 steps or more; it is {training}"
+        )
+    null, classes = told.get("null_label"), net.config.num_class_embeds or 0
+    top = classes if isinstance(net, SongUNet) else classes - 1  # its label after the last class stands for none
+    if null is not None and not (isinstance(null, int) and 0 <= null <= top):
+        raise ValueError(
+            f"{path}: raysweep.null_label: {null!r} is not a class index of the network, 0 to {top}, or null"
+        )
+    return values, null
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _end(run: Iterator[tuple[float, torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -5,12 +5,11 @@ A class is imported when a model of its family is: libraries of the others would
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysweep.models.folders import OPEN_CLIP, pipeline_class
+from raysweep.models.folders import OPEN_CLIP, pipeline_class, read_json
 
 if TYPE_CHECKING:
     from raysweep.models.latent import LatentText
@@ -43,7 +42,7 @@ def family_of(folder: Path) -> str:
     if (folder / OPEN_CLIP).is_file():
         return "clip"
     config = folder / "config.json"
-    if config.is_file() and json.loads(config.read_text()).get("model_type") == "llava":
+    if config.is_file() and read_json(config).get("model_type") == "llava":
         return "vlm"
     return PIPELINES[pipeline_class(folder, PIPELINES)]
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 INDEX = "model_index.json"
 OPEN_CLIP = "open_clip_config.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # never pickles
+REASON = 400  # characters of a library's own message
+CHECKPOINTS = (".safetensors", ".ckpt")
 VARIANTS = ["*.fp16.*", "*.bf16.*", "*non_ema*"]
 
 
@@ -23,8 +28,13 @@ def is_hub_id(name: str) -> bool:
 
 def no_model(name: str) -> str:
     """What is wrong with a name that is neither a folder nor an id on the hub."""
+    if Path(name).suffix in CHECKPOINTS and Path(name).is_file():
+        return (
+            f"{name}: a checkpoint in one file, not a folder; diffusers makes one: "
+            f"StableDiffusionPipeline.from_single_file({name!r}).save_pretrained(FOLDER)"
+        )
     if Path(name).is_file():
-        return f"{name}: a file, not a folder; `raysweep convert {name} OUT_DIR` makes one of a snapshot of EDM"
+        return f"{name}: a file, not a folder; `raysweep convert {shlex.quote(name)} OUT_DIR` makes one of a snapshot of EDM"
     return f"{name}: no such folder, and not an id on the Hugging Face hub (OWNER/NAME)"
 
 
@@ -59,20 +69,44 @@ def located(name: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError, naming the file, if there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: is missing") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: must be an object ({{...}}), not a {type(data).__name__}")
+    return data
+
+
 def pipeline_class(folder: Path, valid: Iterable[str]) -> str:
     """The pipeline class that a folder declares; raises ValueError unless it is one of `valid`."""
     index = folder / INDEX
     if folder.is_file():
         raise ValueError(no_model(str(folder)))
     if not index.is_file():
-        raise ValueError(f"{folder}: not a diffusers pipeline folder ({INDEX} is missing)")
-    try:
-        name = json.loads(index.read_text()).get("_class_name")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{index}: not a pipeline's index ({error})") from error
+        raise ValueError(f"{folder}: not a diffusers pipeline folder ({INDEX} is missing){_instead(folder)}")
+    name = read_json(index).get("_class_name")
     if name not in valid:
         raise ValueError(f"{folder}: holds a {name}; supported: {', '.join(sorted(valid))}")
     return str(name)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without an index probably is."""
+    inner = sorted(folder.glob(f"snapshots/*/{INDEX}")) or sorted(folder.glob(f"*/{INDEX}"))
+    if inner:
+        return f"; there is one in {inner[0].parent}"
+    config = folder / "config.json"
+    kind = read_json(config).get("_class_name") if config.is_file() else None
+    return f"; it is a {kind} alone, a part of such a folder" if kind else ""
 
 
 def no_pickles(folder: Path) -> None:
@@ -92,10 +126,20 @@ def component_files(folder: Path, either: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def reading(place: Path) -> Iterator[None]:
-    """Turns whatever a library raises about files that are cut short or foreign into one ValueError."""
+    """Turns whatever a library raises about files that are cut short or foreign into one ValueError, and keeps its own reports
+    of what it read quiet: they are looked at."""
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # transformers' loading threads have hung beside others
+    levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{place}: cannot be read: {reason}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines) if lines else type(error).__name__
+        raise ValueError(
+            f"{place}: cannot be read: {reason[:REASON]}{'...' if len(reason) > REASON else ''}"
+        ) from error
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

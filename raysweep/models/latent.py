@@ -23,12 +23,14 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from raysweep.models import weights
 from raysweep.models.diffusion import Diffusion, load_sampler, save_sampler
 from raysweep.models.embeddings import Embeddings
-from raysweep.models.folders import component_files, no_pickles, pipeline_class, reading
+from raysweep.models.folders import INDEX, component_files, pipeline_class, read_json, reading
+from raysweep.models.sound import check_unet, ddim, schedule
 from raysweep.store import alike, digest_of, digest_state
 
 PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
@@ -77,9 +79,7 @@ class LatentText(Diffusion):
         trains: tuple[str, ...] | None = None,
         sampler: dict[str, Any] | None = None,
     ):
-        # without what a configuration remembers of its origin: defaults of one scheduler are not those of another
-        config = {k: v for k, v in frozen.scheduler.config.items() if not k.startswith("_")}
-        super().__init__(net, DDIMScheduler.from_config(config), sampler)
+        super().__init__(net, ddim(frozen.scheduler, latent=True), sampler)
         self.frozen = frozen
         frozen.vae.requires_grad_(False).eval()
         if trains is not None:
@@ -115,43 +115,30 @@ class LatentText(Diffusion):
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentText:
-        """Reads a pipeline's folder; safetensors only, without its safety checker.
+        """Reads a pipeline's folder; safetensors only. Parts that nothing here uses, such as its safety checker, may be absent.
 
-        Raises ValueError if it is of another class, or a part of it is missing, pickled, cut short, or does not fit the others.
+        Raises ValueError if it is of another class, or a part of it is missing, pickled, cut short, of other tensors than it
+        describes, or does not fit the others.
         """
         folder = Path(folder)
-        name = pipeline_class(folder, PIPELINES)
-        parts = ("unet", "vae", "text_encoder", *(("text_encoder_2",) if "XL" in name else ()))
-        for part in parts:
-            no_pickles(folder / part)
-        for part in ("tokenizer", *(("tokenizer_2",) if "XL" in name else ())):
-            component_files(folder / part, ("tokenizer.json", "vocab.json"))
-        extra = {} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
-        with reading(folder):
-            pipe = PIPELINES[name].from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                torch_dtype=torch.float32,
-                **extra,
-            )
-        modules = {part: getattr(pipe, part) for part in parts if part != "vae"}
-        tokenizers = tuple(getattr(pipe, t) for t in ("tokenizer", "tokenizer_2") if getattr(pipe, t, None) is not None)
-        for tokenizer, encoder in zip(tokenizers, [m for n, m in modules.items() if n != "unet"], strict=True):
-            if len(tokenizer) > encoder.config.vocab_size:
-                raise ValueError(
-                    f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {encoder.config.vocab_size}: "
-                    "they are not of the same model"
-                )
-        if pipe.vae.config.latent_channels != pipe.unet.config.in_channels:
-            raise ValueError(
-                f"{folder}: the autoencoder makes latents of {pipe.vae.config.latent_channels} channels, and the U-Net "
-                f"takes {pipe.unet.config.in_channels}: they are not of the same model"
-            )
-        zero = bool("XL" in name and pipe.config.get("force_zeros_for_empty_prompt", True))
-        frozen = Frozen(pipe.vae, tokenizers, pipe.scheduler, zero)
-        return cls(nn.ModuleDict(modules), frozen, tuple(modules), load_sampler(folder))
+        xl = "XL" in pipeline_class(folder, PIPELINES)
+        index = read_json(folder / INDEX)
+        kinds = {"text_encoder": CLIPTextModel} | ({"text_encoder_2": CLIPTextModelWithProjection} if xl else {})
+        _check_parts(folder, index, {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **kinds})
+        modules: dict[str, Any] = {"unet": weights.read(UNet2DConditionModel, folder / "unet")}
+        check_unet(folder / "unet", modules["unet"].config)
+        vae = weights.read(AutoencoderKL, folder / "vae")
+        _check_vae(folder / "vae", vae.config)
+        for part, kind in kinds.items():
+            modules[part] = weights.read(kind, folder / part, dtype=torch.float32)
+        encoders = [m for n, m in modules.items() if n != "unet"]
+        places = [folder / part.replace("text_encoder", "tokenizer") for part in kinds]
+        tokenizers = tuple(_tokenizer(*pair) for pair in zip(places, encoders, strict=True))
+        _check_together(folder, modules["unet"].config, vae.config, encoders, xl)
+        given, _ = schedule(folder / "scheduler", latent=True)
+        zero = bool(xl and index.get("force_zeros_for_empty_prompt", True))
+        net = nn.ModuleDict(modules).float().eval()
+        return cls(net, Frozen(vae.float(), tokenizers, given, zero), tuple(modules), load_sampler(folder))
 
     def save(self, folder: str | Path) -> None:
         self.pipeline().save_pretrained(folder, safe_serialization=True)
@@ -307,6 +294,19 @@ class LatentText(Diffusion):
         hidden, added = self.embed(tokens)
         return self.net["unet"](x_t, t, encoder_hidden_states=hidden, added_cond_kwargs=added).sample
 
+    def outline(self, x: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        frozen = self.frozen.vae.config
+        with x.device:
+            vae: Any = AutoencoderKL.from_config(frozen)
+        latent = vae.encode(x.new_empty(len(x), frozen.in_channels, *self.image_shape[1:])).latent_dist.mean
+        image = vae.decode(x).sample
+        if latent.shape != x.shape or image.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"its autoencoder makes latents {tuple(latent.shape[1:])} of images {self.image_shape}, and images "
+                f"{tuple(image.shape[1:])} of latents {tuple(x.shape[1:])}"
+            )
+        return super().outline(x, cond)
+
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
         """What the U-Net attends to, (n, length, width), and what an XL U-Net is told besides.
 
@@ -344,6 +344,61 @@ class LatentText(Diffusion):
             null = (tokens == self.unconditional(1)).all(1)
             hidden, pooled = hidden.masked_fill(null[:, None, None], 0), pooled.masked_fill(null[:, None], 0)
         return hidden, pooled
+
+
+def _check_parts(folder: Path, index: dict[str, Any], kinds: dict[str, Any]) -> None:
+    """Raises ValueError unless the parts that an index names are of these classes."""
+    for part, kind in kinds.items():
+        told = index.get(part)
+        name = told[1] if isinstance(told, list) and len(told) == 2 else None
+        if name != kind.__name__:
+            raise ValueError(f"{folder / INDEX}: {part}: is {name or 'none'}; supported there: {kind.__name__}")
+
+
+def _check_vae(folder: Path, config: Any) -> None:
+    """Raises ValueError unless latents are the encoder's means times a factor."""
+    where = folder / "config.json"
+    if not isinstance(config.scaling_factor, int | float) or config.scaling_factor <= 0:
+        raise ValueError(f"{where}: scaling_factor is {config.scaling_factor!r}; it must be a positive number")
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(key) is not None:
+            raise ValueError(f"{where}: {key} is set: latents that are shifted are not supported, only scaled ones")
+
+
+def _tokenizer(folder: Path, encoder: Any) -> CLIPTokenizer:
+    """The tokenizer of a text encoder. Without a configuration of its own it has the encoder's length and CLIP's own padding."""
+    component_files(folder, ("tokenizer.json", "vocab.json"))
+    with reading(folder):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    length, known = encoder.config.max_position_embeddings, encoder.config.vocab_size
+    if not (folder / "tokenizer_config.json").is_file():
+        weights.tell(
+            f"{folder}: tokenizer_config.json is missing: prompts are cut and padded to the {length} tokens of the text encoder, with "
+            f"{tokenizer.pad_token!r} as padding"
+        )
+    if tokenizer.model_max_length > length:
+        tokenizer.model_max_length = length
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"{folder.parent}: the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {known}: "
+            "they are not of the same model"
+        )
+    return tokenizer
+
+
+def _check_together(folder: Path, unet: Any, vae: Any, encoders: list[Any], xl: bool) -> None:
+    """Raises ValueError unless U-Net, autoencoder and text encoders fit each other."""
+    if vae.latent_channels != unet.in_channels:
+        raise ValueError(
+            f"{folder}: the autoencoder makes latents of {vae.latent_channels} channels, and the U-Net "
+            f"takes {unet.in_channels}: they are not of the same model"
+        )
+    width, taken = sum(e.config.hidden_size for e in encoders), unet.cross_attention_dim
+    if not (taken == width or (isinstance(taken, list | tuple) and set(taken) == {width})):
+        raise ValueError(
+            f"{folder}: the text encoder{'s' * xl} give{'' if xl else 's'} embeddings of width {width}, and the U-Net attends to those "
+            f"of {taken} (cross_attention_dim): they are not of the same model"
+        )
 
 
 def _same(encoders: list[nn.Module], others: list[nn.Module]) -> bool:

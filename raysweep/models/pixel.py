@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
+from raysweep.models import weights
 from raysweep.models.diffusion import load_sampler, save_sampler
-from raysweep.models.folders import no_pickles, pipeline_class, reading
+from raysweep.models.folders import pipeline_class
+from raysweep.models.sound import check_unet, schedule
 from raysweep.models.unet import OneUNet, drawn
 
 CLASSES = ("DDIMPipeline", "DDPMPipeline")
@@ -44,13 +46,16 @@ class PixelDDPM(OneUNet):
 
     @classmethod
     def load(cls, folder: str | Path) -> PixelDDPM:
-        """Reads a diffusers folder (`DDIMPipeline.save_pretrained` layout, safetensors only)."""
+        """Reads a diffusers folder (`DDIMPipeline.save_pretrained` layout, safetensors only).
+
+        Of a class-conditional network the last class index stands for "no class". Raises ValueError, saying what is wrong with
+        the folder.
+        """
         folder = Path(folder)
         pipeline_class(folder, CLASSES)
-        no_pickles(folder / "unet")
-        with reading(folder / "unet"):
-            net = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False)
-            scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+        net = weights.read(UNet2DModel, folder / "unet")
+        check_unet(folder / "unet", net.config)
+        _, scheduler = schedule(folder / "scheduler")
         classes = net.config.num_class_embeds
         return cls(net, scheduler, classes - 1 if classes else None, load_sampler(folder))
 

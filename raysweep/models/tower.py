@@ -17,7 +17,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel
 
-from raysweep.models.folders import component_files, no_pickles, reading
+from raysweep.models import weights
+from raysweep.models.folders import component_files, reading
 from raysweep.models.handle import Handle
 from raysweep.store import alike, digest_of, digest_state
 
@@ -38,12 +39,9 @@ class Clip:
         folder = Path(folder)
         component_files(folder, ("config.json",))
         component_files(folder, ("preprocessor_config.json",))
-        no_pickles(folder)
+        net = weights.read(CLIPModel, folder, dtype=torch.float32)
         with reading(folder):
-            net: Any = CLIPModel.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-            )
-            images = CLIPImageProcessor.from_pretrained(folder)
+            images = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         return cls(net.eval().requires_grad_(False), images, str(folder))
 
     @property

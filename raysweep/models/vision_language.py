@@ -18,7 +18,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
-from raysweep.models.folders import no_pickles, reading
+from raysweep.models import weights
+from raysweep.models.folders import reading
 from raysweep.models.handle import Handle
 from raysweep.models.unet import drawn
 from raysweep.store import digest_of, digest_state
@@ -71,16 +72,13 @@ class VisionLanguage(Handle):
         folder = Path(folder)
         if not (folder / CLIP / "config.json").is_file():
             raise ValueError(f"{folder / CLIP}: missing: it must hold the CLIP model that the vision tower is of")
-        no_pickles(folder)
-        no_pickles(folder / CLIP)
-        how: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        vlm: Any = weights.read(LlavaForConditionalGeneration, folder, dtype="auto")
+        net: Any = weights.read(CLIPModel, folder / CLIP, dtype=torch.float32)
         with reading(folder):
-            vlm: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto", **how)
-            processor = LlavaProcessor.from_pretrained(folder)
+            processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
         with reading(folder / CLIP):
-            net: Any = CLIPModel.from_pretrained(folder / CLIP, dtype=torch.float32, **how)
-            tokenizer = CLIPTokenizer.from_pretrained(folder / CLIP)
-            images = CLIPImageProcessor.from_pretrained(folder / CLIP)
+            tokenizer = CLIPTokenizer.from_pretrained(folder / CLIP, local_files_only=True)
+            images = CLIPImageProcessor.from_pretrained(folder / CLIP, local_files_only=True)
         tower, own = vlm.model.vision_tower.state_dict(), net.vision_model.state_dict()
         other = [n for n, t in tower.items() if n not in own or not torch.equal(own[n].to(t.dtype), t)]
         if other:

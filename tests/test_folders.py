@@ -1,0 +1,292 @@
+"""Model folders as people have them: what their files hold must be the network, and their configurations must make sense."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, PNDMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+from tiny import LATENT, clip_model, edm_model, tiny_config, tiny_model, tiny_task
+
+from raysweep.miniature import models
+from raysweep.models import families
+from raysweep.models.draws import row_seeds
+from raysweep.models.edm import EDM
+from raysweep.models.folders import located
+from raysweep.models.latent import LatentText
+from raysweep.models.pixel import PixelDDPM
+from raysweep.models.sound import check_pass
+from raysweep.models.weights import ReadOtherwise
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+FILES = {  # a file of weights of each family and of each part
+    "pixel": (UNET,),
+    "edm": (UNET,),
+    "text": (UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"),
+    "clip": ("open_clip_model.safetensors",),
+    "vlm": ("model.safetensors", "clip/model.safetensors"),
+}
+EVERY = [(family, file) for family, files in FILES.items() for file in files]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("originals")
+    tiny_model(tiny_task()).save(root / "pixel")
+    edm_model().save(root / "edm")
+    LatentText.build(LATENT, 0).save(root / "text")
+    clip_model().save(root / "clip")
+    models.untrained_vlm().save(root / "vlm")
+    return root
+
+
+@pytest.fixture
+def copy(originals, tmp_path) -> Callable[[str], Path]:
+    return lambda family: Path(shutil.copytree(originals / family, tmp_path / family))
+
+
+def edit(path: Path, change: Callable[[dict], dict]) -> None:
+    save_file({n: t.contiguous() for n, t in change(load_file(path)).items()}, path)
+
+
+def configure(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        families.load(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def first(state: dict) -> str:
+    return min(n for n, t in state.items() if t.is_floating_point() and t.dim())
+
+
+@pytest.mark.parametrize(("family", "file"), EVERY)
+def test_tensors_that_are_not_the_networks_are_refused_by_name(copy, family, file):
+    folder = copy(family)
+    whole = load_file(folder / file)
+    name = first(whole)
+    shown = name.removeprefix("text_model.")  # as the encoder itself calls them
+    edit(folder / file, lambda t: {n: x for n, x in t.items() if n != name})
+    refused(folder, rf"1 of \d+ are missing \(.*{shown.split('.')[-2]}.*\)|is missing")
+    save_file(whole | {"odd.extra": torch.zeros(2)}, folder / file)
+    refused(folder, r"1 are unknown to it \(odd\.extra\)")
+    save_file(whole | {name: torch.zeros(2, 3)}, folder / file)
+    refused(folder, rf"1 have another shape \(.*: \(2, 3\) in the file, \({whole[name].shape[0]},")
+    save_file(whole | {name: whole[name] * torch.nan}, folder / file)
+    refused(folder, "1 of its tensors hold numbers that are not finite")
+    save_file({f"ema.{n}": t for n, t in whole.items()}, folder / file)
+    refused(folder, r"are missing .*; \d+ are unknown to it \(ema\.")
+
+
+@pytest.mark.parametrize(("family", "file"), EVERY)
+def test_what_wrappers_put_before_names_is_taken_off_and_told(copy, family, file):
+    folder = copy(family)
+    plain = families.load(folder).digest
+    whole = load_file(folder / file)
+    for wrapped in ("_orig_mod.{}", "module._orig_mod.{}", "base_model.model.{}"):
+        save_file({wrapped.format(n): t for n, t in whole.items()}, folder / file)
+        with pytest.warns(ReadOtherwise, match=wrapped.format("").split(".")[0]):
+            assert families.load(folder).digest == plain
+    save_file({n.replace(".", "._orig_mod.", 1): t for n, t in whole.items()}, folder / file)
+    with pytest.warns(ReadOtherwise, match="wrapped model"):
+        assert families.load(folder).digest == plain
+    save_file(whole | {f"module.{n}": t for n, t in whole.items()}, folder / file)
+    refused(folder, "holds some tensors twice")
+    save_file(whole | {"x.lora_A.default.weight": torch.zeros(1)}, folder / file)
+    refused(folder, r"the tensors of an adapter \(x\.lora_A.*merge it")
+
+
+@pytest.mark.parametrize("family", ["pixel", "text"])
+def test_a_variant_alone_is_read_and_told(copy, family):
+    folder = copy(family)
+    plain, half = folder / UNET, folder / UNET.replace(".safe", ".fp16.safe")
+    edit(plain, lambda state: {n: t.half() for n, t in state.items()})
+    digest = families.load(folder).digest
+    shutil.copy(plain, half)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ReadOtherwise)
+        assert families.load(folder).digest == digest
+    plain.unlink()
+    with pytest.warns(ReadOtherwise, match="holds the variant 'fp16' of the weights alone"):
+        model = families.load(folder)
+    assert (model.digest, model.dtype) == (digest, torch.float32)
+    shutil.copy(half, folder / UNET.replace(".safe", ".non_ema.safe"))
+    refused(folder, "holds the variants fp16, non_ema")
+
+
+def test_shards_are_read_and_a_missing_one_is_named(copy):
+    folder = copy("pixel")
+    digest = families.load(folder).digest
+    net = UNet2DModel.from_pretrained(folder / "unet")
+    (folder / UNET).unlink()
+    net.save_pretrained(folder / "unet", max_shard_size="20KB")
+    assert families.load(folder).digest == digest
+    lost = next((folder / "unet").glob("*-00002-of-*"))
+    lost.unlink()
+    refused(folder, lost.name)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\nsize 5\n"), "a pointer of Git LFS"),
+        (lambda file: file.write_bytes(b""), "cut short or no safetensors file"),
+        (lambda file: (file.unlink(), file.symlink_to("/nowhere/blob")), "a link to /nowhere/blob, which is not there"),
+        (lambda file: file.rename(file.with_name("pytorch_lora_weights.safetensors")), "that is an adapter"),
+        (lambda file: (file.parent / "config.json").unlink(), r"config\.json: is missing"),
+        (lambda file: (file.parent / "config.json").write_text("{,"), r"config\.json:1: not valid JSON"),
+        (lambda file: (file.parent / "config.json").write_bytes(b'{"a": "\xe9"}'), "not a text in UTF-8"),
+        (lambda file: configure(file.parent / "config.json", _class_name="VQModel"), "describes a VQModel"),
+        (lambda file: shutil.rmtree(file.parent.parent / "scheduler"), r"scheduler_config\.json: is missing"),
+    ],
+)
+@pytest.mark.parametrize("family", ["pixel", "edm", "text"])
+def test_folders_that_are_cut_short_or_foreign(copy, family, harm, message):
+    folder = copy(family)
+    harm(folder / UNET)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        ({"sample_size": None}, "sample_size is null: set it to the size"),
+        ({"sample_size": (4,)}, r"sample_size is \(4,\)|sample_size is \[4\]"),
+        ({"out_channels": 2}, "also predicts variances"),
+        ({"in_channels": 3}, "in_channels is 3 and out_channels 1"),
+    ],
+)
+def test_networks_that_cannot_be_what_they_are_taken_for(tmp_path, unet, message):
+    config = tiny_config()
+    PixelDDPM.build(config | {"unet": config["unet"] | unet}, 0).save(tmp_path / "m")
+    refused(tmp_path / "m", message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prediction_type": "sample"}, "prediction_type 'sample' is not supported"),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "divides by zero"),
+        ({"beta_schedule": "linear", "beta_start": 0.0}, "step 0 adds no noise"),
+        ({"trained_betas": [0.1, 0.2, 1.5]}, "betas are not between 0 and 1"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "has no schedule of betas"),
+        ({"_class_name": "EDMEulerScheduler"}, "has no schedule of betas"),
+        ({"_class_name": "Nothing"}, "is not a scheduler of diffusers"),
+    ],
+)
+@pytest.mark.parametrize("family", ["pixel", "text"])
+def test_schedules_that_no_sampler_here_can_use(copy, family, settings, message):
+    folder = copy(family)
+    configure(folder / "scheduler" / "scheduler_config.json", **settings)
+    refused(folder, message)
+
+
+def test_zero_snr_goes_with_v_prediction(copy):
+    folder = copy("pixel")
+    configure(folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    model = families.load(folder)
+    assert float(model.alphas[-1]) == 0
+    assert bool(model.sample(None, row_seeds(0, 0, 2), 3).isfinite().all())
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, DDPMScheduler])
+def test_latents_are_never_clipped_and_images_are(copy, scheduler):
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    for family in ("text", "pixel"):
+        folder = copy(family)
+        scheduler(**betas).save_pretrained(folder / "scheduler")
+        model = families.load(folder)
+        cond = model.tokens(["a ring", "a dot"]) if family == "text" else None
+        *_, (_, last) = model.trajectory(cond, row_seeds(0, 0, 2), 20)
+        assert model.scheduler.config.clip_sample is (family == "pixel")
+        assert (float(last.abs().max()) > 1.2) is (family == "text")
+        model.save(folder.with_name(f"{family}-again"))
+        assert families.load(folder.with_name(f"{family}-again")).scheduler.config.clip_sample is (family == "pixel")
+
+
+def test_a_tokenizer_without_its_configuration_has_the_encoders_length(copy):
+    folder = copy("text")
+    wanted = families.load(folder).tokens(["a ring", "the small box"])
+    (folder / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.warns(ReadOtherwise, match="tokenizer_config.json is missing: .* the 6 tokens of the text encoder"):
+        model = families.load(folder)
+    assert torch.equal(model.tokens(["a ring", "the small box"]), wanted)
+
+
+def test_parts_that_nobody_needs_may_be_missing(copy):
+    folder = copy("text")
+    configure(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPFeatureExtractor"],
+    )
+    assert families.load(folder).family == "text-ddpm"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "vae: is AutoencoderTiny; supported there"),
+        ("model_index.json", {"text_encoder": [None, None]}, "text_encoder: is none; supported there: CLIPTextModel"),
+        ("vae/config.json", {"scaling_factor": None}, "scaling_factor is None"),
+        ("vae/config.json", {"latents_mean": [0.0, 0.0]}, "latents that are shifted are not supported"),
+    ],
+)
+def test_parts_that_are_something_else(copy, file, changes, message):
+    folder = copy("text")
+    configure(folder / file, **changes)
+    refused(folder, message)
+
+
+def test_a_text_encoder_of_another_width(tmp_path):
+    wide = LATENT["unet"] | {"cross_attention_dim": 32}
+    LatentText.build(LATENT | {"unet": wide}, 0).save(tmp_path / "m")
+    refused(tmp_path / "m", "gives embeddings of width 16, and the U-Net attends to those of 32")
+
+
+@pytest.mark.parametrize("family", ["pixel", "edm", "text"])
+def test_one_pass_on_shapes_alone(originals, family):
+    model = families.load(originals / family)
+    cond = model.tokens(["a ring"]) if family == "text" else None
+    check_pass(model, cond, "here")
+    size = model.net["unet"] if family == "text" else model.net
+    size.register_to_config(sample_size=5)
+    with pytest.raises(ValueError, match=r"^here: "):
+        check_pass(model, cond, "here")
+
+
+def test_edm_folders_made_by_hand(copy):
+    folder = copy("edm")
+    index = json.loads((folder / "model_index.json").read_text())
+    for told, message in (
+        ({"null_label": 40}, "null_label: 40 is not a class index of the network, 0 to 6"),
+        ({"training": {"p_std": 0}}, "p_std above 0"),
+        ([], "raysweep.training: may hold"),
+    ):
+        configure(folder / "model_index.json", raysweep=told)
+        refused(folder, message)
+    del index["raysweep"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert isinstance(families.load(folder), EDM)
+    configure(folder / "scheduler" / "scheduler_config.json", sigma_min=100.0)
+    refused(folder, "sigma_min 100.0 is not below sigma_max")
+
+
+def test_a_folder_that_is_not_the_pipeline_says_where_one_is(copy, tmp_path):
+    folder = copy("pixel")
+    with pytest.raises(ValueError, match=f"there is one in {folder}$"):
+        families.load(tmp_path)
+    with pytest.raises(ValueError, match="it is a UNet2DModel alone, a part of such a folder"):
+        families.load(folder / "unet")
+    with pytest.raises(ValueError, match="from_single_file"):
+        located(str(folder / UNET))
