@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raysweep.places import PlaceError, absolute
 from raysweep.store import StoreError, write_bytes
 
 if TYPE_CHECKING:
@@ -23,8 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def cache_folder(configured: Path | None) -> Path:
-    """The folder of artifacts that outlive a run: as configured, or RAYSWEEP_CACHE, or ~/.cache/raysweep."""
-    return configured or Path(os.environ.get("RAYSWEEP_CACHE") or Path.home() / ".cache" / "raysweep")
+    """The folder of artifacts that outlive a run: as configured, or RAYSWEEP_CACHE, or ~/.cache/raysweep; PlaceError without."""
+    chosen = configured or os.environ.get("RAYSWEEP_CACHE")
+    if not chosen and not os.path.expanduser("~").startswith("/"):
+        raise PlaceError("there is no home folder for the cache: set RAYSWEEP_CACHE to a folder")
+    return absolute(chosen or Path("~") / ".cache" / "raysweep")
 
 
 @cache

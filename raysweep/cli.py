@@ -26,13 +26,14 @@ def _errors(function: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         from raysweep.config import ConfigError
+        from raysweep.places import PlaceError
         from raysweep.registry import UnknownName
         from raysweep.spaces import SpaceError
         from raysweep.store import StoreError
 
         try:
             code = function(*args, **kwargs) or OK
-        except (ConfigError, SpaceError, UnknownName) as error:
+        except (ConfigError, PlaceError, SpaceError, UnknownName) as error:
             click.echo("\n".join(f"error: {line}" for line in str(error).splitlines()), err=True)
             code = BAD_INPUT
         except StoreError as error:
@@ -52,6 +53,19 @@ def main() -> None:
     """Pareto sweeps and audits of unlearning methods for diffusion models, on Ray."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = _show_warning
+
+
+_shown: set[str] = set()  # libraries that silence warnings for a while make Python forget which it has shown
+
+
+def _show_warning(message: Any, category: type, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    """What a model's folder was read as is for people; of other warnings Python tells where they come from."""
+    plain = category.__name__ == "ReadOtherwise"
+    text = f"warning: {message}\n" if plain else warnings.formatwarning(message, category, filename, lineno, line)
+    if text not in _shown:
+        click.echo(text, err=True, nl=False)
+    _shown.add(text)
 
 
 def _config(path: str | None, overrides: tuple[str, ...], absent: bool = False) -> Any:
@@ -203,8 +217,8 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     differences the configured samples can show, and refuses requirements that they cannot decide.
     """
     from raysweep.fit import resolve_sweep
+    from raysweep.places import ray_folder
     from raysweep.power import detectable
-    from raysweep.prepare import check_model, check_oracles
     from raysweep.resources import make_plan
     from raysweep.rundir import RunDir
     from raysweep.tasks.records import data_lines
@@ -212,9 +226,8 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     sweep = _config(config, overrides)
     task, spaces = resolve_sweep(sweep)
     _warn(sweep)
-    if task.base is not None:
-        check_model(task.base, task)
-    check_oracles(sweep, task)
+    if not os.environ.get("RAY_ADDRESS"):
+        ray_folder()
     RunDir.of(sweep).check(sweep)
     plan = make_plan(_nodes(sweep), sweep)
     told = detectable(sweep.audit.audit, task)

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from raysweep import presets
+from raysweep.places import Place
 from raysweep.registry import ATTACKS, BY_WEIGHTS, THOROUGH, names, suggest
 from raysweep.seeds import derive_seed
 from raysweep.tasks.digits import ClassTask, ClipTask, PictureTask, TextTask
@@ -68,7 +69,7 @@ class Tier(_Model):
     recall_images: int = Field(20, ge=1, description="images per population of the reconstruction curve")
     likelihood_steps: int = Field(20, ge=2, description="steps of the likelihood's solver")
     likelihood_probes: int = Field(5, ge=1, description="random directions per image of the likelihood's divergence")
-    weights: dict[Literal["sscd", "clip", "dino", "inception", "classifier", "detector"], Path] = Field(
+    weights: dict[Literal["sscd", "clip", "dino", "inception", "classifier", "detector"], Place] = Field(
         default_factory=dict, description="files of outside networks; each adds the checks that it serves"
     )
     strips: int = Field(0, ge=0, le=32, description="samples kept as pictures for the report")
@@ -240,7 +241,7 @@ class Sweep(_Model):
         default_factory=dict, description="overrides of search_spaces/<method>.yaml"
     )
     oracles: int = Field(2, ge=1, le=20, description="retrained models, each with a seed of its own")
-    oracle_models: tuple[Path, ...] = Field(
+    oracle_models: tuple[Place, ...] = Field(
         (), description="diffusers folders of retrained models; empty: trained here"
     )
     search: SearchConfig = Field(default_factory=SearchConfig)
@@ -249,8 +250,10 @@ class Sweep(_Model):
     resources: ResourceConfig = Field(default_factory=ResourceConfig)
     preset: str | None = Field(None, description="the paper's experiment that this is (`raysweep ls presets`)")
     scale: presets.Scale | None = Field(None, description="paper, or tiny: on miniatures of its models and data")
-    storage: Path = Field(Path("runs"), description="folder of run directories; shared by all nodes of a cluster")
-    cache: Path | None = Field(None, description="folder of base models, oracles and judges; null: ~/.cache/raysweep")
+    storage: Place = Field(
+        Path("runs"), validate_default=True, description="folder of run directories; shared by all nodes of a cluster"
+    )
+    cache: Place | None = Field(None, description="folder of base models, oracles and judges; null: ~/.cache/raysweep")
 
     @field_validator("name")
     @classmethod

@@ -43,7 +43,7 @@ class Context:
     def load(cls, run: str) -> Context:
         data = json.loads(RunDir(Path(run)).context.read_text())
         pairs = {k: {n: tuple(v) for n, v in data[k].items()} for k in ("oracles", "judges")}
-        return cls(**data | pairs)
+        return cls(**data | pairs | {"run": str(Path(run).absolute())})  # a run may have been moved
 
     @property
     def folder(self) -> RunDir:

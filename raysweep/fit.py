@@ -9,7 +9,7 @@ from methods.base import Method
 from raysweep.config import ConfigError, Sweep
 from raysweep.models import families
 from raysweep.power import undecidable
-from raysweep.prepare import prepares
+from raysweep.prepare import check_fits, check_oracles, prepares
 from raysweep.registry import resolve
 from raysweep.spaces import Space, SpaceError
 from raysweep.spaces import load as load_space
@@ -33,6 +33,10 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
         model = families.example(task)
     except ValueError as error:
         raise ConfigError(f"task.base: {error}") from error
+    if task.base is not None:
+        check_fits(model, task.base, task)
+    check_steps(sweep, task, model)
+    check_oracles(sweep, task, model)
     check_training(sweep, task, model)
     if sweep.train.modules:
         model.train_only(sweep.train.modules)
@@ -66,6 +70,28 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
     if problems:
         raise ConfigError("\n".join(problems))
     return task, spaces
+
+
+def check_steps(sweep: Sweep, task: Task, model: Any) -> None:
+    """Raises ConfigError if steps of the noise schedule are asked for that the model's does not have."""
+    if not hasattr(model, "alphas"):
+        return
+    total = len(model.alphas)
+    for tier_name in ("probe", "audit", "durability"):
+        tier = getattr(sweep.audit, tier_name)
+        for key, steps in (
+            ("injection_t", (tier.injection_t,)),
+            ("membership_t", tier.membership_t),
+            ("recall_t", tier.recall_t),
+        ):
+            if not all(0 <= t < total for t in steps):
+                raise ConfigError(
+                    f"audit.{tier_name}.{key}: {max(steps)} is no step of the model's noise schedule; valid: 0 to {total - 1}"
+                )
+    if model.family != "edm" and task.sampling.get("steps", 1) > total:
+        raise ConfigError(
+            f"task.steps: {task.sampling['steps']} is more than the {total} steps of the model's noise schedule"
+        )
 
 
 def check_training(sweep: Sweep, task: Task, model: Any) -> None:

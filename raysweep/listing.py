@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 import search_spaces
 from raysweep import presets
+from raysweep.places import absolute
 from raysweep.reader import validate
 from raysweep.registry import external, names, resolve
 from raysweep.rundir import list_runs
@@ -81,6 +82,8 @@ def _write(lines: list[str], model: BaseModel, depth: int) -> None:
     pad = "  " * depth
     for key, field in type(model).model_fields.items():
         value = getattr(model, key)
+        if isinstance(field.default, Path) and value == absolute(field.default):
+            value = field.default  # as it is written, not as it is read here
         about = f"  # {field.description}" if field.description else ""
         if isinstance(value, BaseModel):
             lines.append(f"{pad}{key}:{about}")

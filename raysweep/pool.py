@@ -22,6 +22,7 @@ from raysweep.artifacts import ROOT
 from raysweep.audit.auditor import Auditor
 from raysweep.audit.manager import AuditManager
 from raysweep.config import ConfigError, Sweep
+from raysweep.places import PlaceError, ray_folder
 from raysweep.resources import TRIAL_SLOT, Node, Plan
 from raysweep.train.groups import NAMESPACE, Broker, Executor, start_group, stop_groups
 from raysweep.trial import scaling
@@ -75,6 +76,10 @@ def connected(sweep: Sweep) -> Iterator[Cluster]:
         context = ray.init(address="auto", runtime_env={"env_vars": variables}, **options)
     else:
         try:
+            folder = ray_folder()
+        except PlaceError as error:
+            raise ConfigError(str(error)) from error
+        try:
             context = ray.init(
                 address="local",  # never a cluster that happens to run on this machine
                 num_cpus=sweep.resources.cpus,
@@ -86,8 +91,10 @@ def connected(sweep: Sweep) -> Iterator[Cluster]:
             )
         except Exception as error:  # Ray has no class for it; on a busy machine it gives up after 30 s
             ray.shutdown()
-            reason = " ".join(str(error).split())
-            raise RunFailed(f"Ray did not start on this machine, which may be too busy: {reason}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            told = " It may be too busy." if "timed out" in reason.lower() else ""
+            where = f" (temporary files in {folder})" if isinstance(error, OSError) else ""
+            raise RunFailed(f"Ray did not start on this machine{where}: {reason}{told}") from error
     if threading.current_thread() is threading.main_thread():
         # ray.init puts a handler of its own in place, which aborts the process
         signal.signal(signal.SIGTERM, interrupt)

@@ -17,6 +17,7 @@ from raysweep.audit.auditor import AuditRequest
 from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.context import Context, load_measured, prepared_key
 from raysweep.models import families
+from raysweep.models.sound import check_serves
 from raysweep.objectives import Anchors, Indistinct, Unmeasured, assess_views, check_scale
 from raysweep.pool import Pool, RunFailed
 from raysweep.power import remedies
@@ -40,10 +41,20 @@ def save_task(folder: RunDir, task: Task) -> None:
 
 def check_model(path: str, task: Task, key: str = "task.base") -> str:
     """Hash of a model given by the user; raises ConfigError, naming `key`, if it does not load or fit the task."""
+    return _loaded(path, task, key).digest
+
+
+def _loaded(path: str, task: Task, key: str) -> Any:
     try:
         model = families.load(path)
     except ValueError as error:
         raise ConfigError(str(error) if key == path else f"{key}: {error}") from error
+    check_fits(model, path, task, key)
+    return model
+
+
+def check_fits(model: Any, path: str, task: Task, key: str = "task.base") -> None:
+    """Raises ConfigError, naming `key` and `path`, unless a model fits the task, whose conditions its network must take."""
     if model.family != task.family:
         raise ConfigError(
             f"{key}: {path} is a {model.family} model, and the task {task.name} is about {task.family} models"
@@ -53,38 +64,48 @@ def check_model(path: str, task: Task, key: str = "task.base") -> str:
         raise ConfigError(f"{key}: {path} makes images of shape {model.image_shape}, but the task's are {shape}")
     if task.family == "pixel-ddpm" and (model.null_label is not None) != (task.kind == "class"):
         raise ConfigError(f"{key}: {path} must be {'class-conditional' if task.kind == 'class' else 'unconditional'}")
-    return model.digest
+    try:
+        check_serves(model, task, path)
+    except ValueError as error:
+        raise ConfigError(str(error) if key == path else f"{key}: {error}") from error
 
 
 def check_latents(path: str, base: Any, key: str) -> None:
     """Raises ConfigError, naming `key`, if a model's latents are not those of `base`, with which it will be compared."""
-    if base.latent and not base.same_encoder(families.load(path)):
+    if base.latent:
+        _check_same_latents(families.load(path), path, base, key)
+
+
+def _check_same_latents(model: Any, path: str, base: Any, key: str) -> None:
+    if not base.same_encoder(model):
         raise ConfigError(
             f"{path if key == path else f'{key}: {path}'} has another autoencoder than the base, so that what one makes of an "
             "image says nothing to the other: models that are compared share the base's folder vae"
         )
 
 
-def check_oracles(sweep: Sweep, task: Task) -> dict[str, tuple[str, str]]:
+def check_oracles(sweep: Sweep, task: Task, base: Any = None) -> dict[str, tuple[str, str]]:
     """Folder and hash of each oracle given by the user; raises ConfigError if one does not load, fit, or match the base.
 
     An oracle is the base's recipe without the forgotten data: of another architecture it would say what that changes.
+    base: the model of the task's architecture, if it is at hand.
     """
     if not sweep.oracle_models:
         return {}
-    base = families.example(task)
-    wanted, found = _shapes(base), {}
+    base = families.example(task) if base is None else base
+    wanted, found = _shapes(base), dict[str, tuple[str, str]]()
     for k, given in enumerate(sweep.oracle_models):
-        found[f"oracle-{k}"] = (str(given.absolute()), check_model(str(given), task, "oracle_models"))
-        shapes = _shapes(families.load(given))
+        oracle = _loaded(str(given), task, "oracle_models")
+        found[f"oracle-{k}"] = (str(given.absolute()), oracle.digest)
+        shapes = _shapes(oracle)
         odd = next((n for n in (*wanted, *shapes) if wanted.get(n) != shapes.get(n)), None)
         if odd is not None:
             raise ConfigError(
                 f"oracle_models: {given} is of another architecture than the base: {odd} is "
                 f"{shapes.get(odd, 'missing')}, and {wanted.get(odd, 'missing')} there"
             )
-        if task.base is not None:
-            check_latents(str(given), base, "oracle_models")
+        if task.base is not None and base.latent:
+            _check_same_latents(oracle, str(given), base, "oracle_models")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -311,8 +312,8 @@ def _conclude(
 def urls(folder: RunDir, dashboard: str) -> list[str]:
     """Where a running sweep can be watched. dashboard: HOST:PORT of Ray's; "" for none."""
     lines = [f"Ray dashboard  http://{dashboard}"] if dashboard else []
-    lines.append(f"tensorboard --logdir {folder.path / 'tune'}")
-    lines.append(f"optuna-dashboard {folder.journal}")
+    lines.append(f"tensorboard --logdir {shlex.quote(str(folder.path / 'tune'))}")
+    lines.append(f"optuna-dashboard {shlex.quote(str(folder.journal))}")
     return lines
 
 

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from raysweep.artifacts import ROOT, cache_folder
 from raysweep.config import ConfigError, Sweep
+from raysweep.places import PlaceError, check_writable
 from raysweep.reader import validate as validate_config
 from raysweep.store import CHECKPOINT, clear_temporaries, write_bytes, write_json
 from raysweep.texts import load_yaml
@@ -79,6 +80,11 @@ class RunDir:
         """Raises ConfigError if the directory holds something else than this sweep."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: exists and is not a folder")
+        try:
+            check_writable(self.path, "choose another storage, for example storage=FOLDER")
+            check_writable(cache_folder(sweep.cache), "choose another cache: RAYSWEEP_CACHE=FOLDER, or cache=FOLDER")
+        except PlaceError as error:
+            raise ConfigError(str(error)) from error
         if not self.exists():
             if self.path.is_dir() and any(p.name != "lock" for p in self.path.iterdir()):
                 raise ConfigError(f"{self.path}: not empty and not a run; choose another name or storage")

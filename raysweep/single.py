@@ -21,7 +21,6 @@ from raysweep.prepare import (
     Tick,
     check_latents,
     check_model,
-    check_oracles,
     gather,
     measure_anchors,
     prepare,
@@ -44,7 +43,6 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
     task, _ = resolve_sweep(sweep)
     digest = check_model(str(model), task, str(model))
     name = subject_name(model, digest)
-    check_oracles(sweep, task)
     if task.base is not None:
         check_latents(str(model), families.load(task.base), str(model))
     folder, run_id = RunDir.of(sweep), f"{sweep.name}-{sweep.digest[:8]}"

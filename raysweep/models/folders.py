@@ -53,7 +53,9 @@ def located(name: str, revision: str | None = None) -> Path:
 
     at = f" --revision {revision}" if revision else ""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=VARIANTS))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=VARIANTS)
+        ).absolute()
     except GatedRepoError as error:
         raise ValueError(
             f"{name}: is gated: accept its conditions at https://huggingface.co/{name}, and log in with `hf auth login`"

@@ -103,3 +103,30 @@ def check_pass(model: Any, cond: torch.Tensor | None, where: str) -> None:
         given = shadow.outline(x, None if cond is None else cond.to(meta))
         if given.shape != x.shape:
             raise ValueError(f"its network gives {tuple(given.shape[1:])} for {tuple(x.shape[1:])}")
+
+
+def check_serves(model: Any, task: Any, where: str) -> None:
+    """Raises ValueError, naming `where`, unless the network of a diffusion model takes the conditions of a task."""
+    if not hasattr(model, "outline"):
+        return
+    cond = task.splits["forget"].cond
+    if task.kind == "class" and model.family != "text-ddpm":
+        _check_labels(model, task, where)
+    check_pass(model, None if cond is None else cond[:1], where)
+    if task.kind == "points" or model.unconditional(1) is not None:
+        check_pass(model, None, where)
+
+
+def _check_labels(model: Any, task: Any, where: str) -> None:
+    """Raises ValueError unless every class of a task is one of the network's, and none the one that stands for no class."""
+    known = model.net.config.num_class_embeds or 0
+    labels = {int(c) for split in task.splits.values() if split.cond is not None for c in split.cond.unique()}
+    needed = max(len(task.class_names), 1 + max(labels))
+    if not known:
+        raise ValueError(f"{where}: must be class-conditional (num_class_embeds)")
+    if needed > known or (model.null_label is not None and model.null_label < needed):
+        null = "" if model.null_label is None else f", of which {model.null_label} stands for no class"
+        raise ValueError(
+            f"{where}: its network knows {known} class indices (num_class_embeds){null}, and the task has {needed} classes: it must "
+            f"know {needed}{'' if model.null_label is None else ' and one more for no class, the last'}"
+        )

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from raysweep.models.folders import is_hub_id, located, no_model
+from raysweep.places import location
 from raysweep.registry import CONTRASTIVE
 from raysweep.tasks.labels import Labels
 from raysweep.tasks.prompts import Prompts
@@ -99,6 +100,11 @@ class ImagesTask(BaseModel):
     recipe: dict[str, Any] = Field(default_factory=dict, description="other settings of their training (see `retrain`)")
     seed: int = Field(0, ge=0, description="seed of the samples of records")
     sensitive: bool = Field(True, description="blur pictures of what must be forgotten in the report until clicked")
+
+    @field_validator("base", "clip")
+    @classmethod
+    def _absolute(cls, name: str | None) -> str | None:
+        return name if name is None or is_hub_id(name) else location(name)
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo):

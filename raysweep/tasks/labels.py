@@ -46,8 +46,8 @@ class Labels:
         last = max((n for n, name in enumerate(self.own) if name in used), default=0)
         if count is not None and last >= count:
             raise SourceError(
-                f"classes: the label {self.own[last]!r} is number {last}, and the classes of {config.base} are 0 to {count - 1}; "
-                "list the labels in the order of the model's classes"
+                f"classes: the label {self.own[last]!r} is number {last}, and the classes of {config.base} are 0 to {count - 1} "
+                f"(index {count} of its class embeddings stands for no class); list the labels in the order of the model's classes"
             )
 
     def number(self, label: str | None) -> int:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import itertools
 import string
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
 
+from raysweep.places import Place
 from raysweep.tasks import textfiles
 from raysweep.tasks.kinds import by_key, tag
 from raysweep.tasks.records import Name, SourceError, Tally, Unreadable, listed, plain
@@ -45,7 +45,7 @@ class PromptFile(_Prompts):
     A text file has a prompt a line; empty lines and those that begin with # are left out.
     """
 
-    file: Path = Field(description="path of the file: .csv, .tsv, .json, .jsonl or .txt")
+    file: Place = Field(description="path of the file: .csv, .tsv, .json, .jsonl or .txt")
     prompt: str = Field("prompt", description="column of prompts")
     label: str = Field("label", description="column of classes")
     labelled: Name | None = Field(None, description="the class of all of them, where no column says it")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator
 
 from raysweep import unpickle
+from raysweep.places import Location, Place, location
 from raysweep.tasks import tables, tars, tree
 from raysweep.tasks.decoding import opened
 from raysweep.tasks.kinds import by_key, tag
@@ -96,7 +97,7 @@ class FolderSource(_Source):
     Metadata files are `metadata.jsonl` and `metadata.csv`, in any folder, with `file_name` relative to it.
     """
 
-    folder: Path = Field(description="folder; images are found at any depth, hidden files and folders left out")
+    folder: Place = Field(description="folder; images are found at any depth, hidden files and folders left out")
     label: Literal["parent", "grandparent"] | None = Field(
         "parent", description="whose name is the label (UnlearnCanvas: parent is the object, grandparent the style)"
     )
@@ -134,7 +135,7 @@ class ParquetSource(_Source):
     hub calls a ClassLabel are read as the names of the classes.
     """
 
-    parquet: str = Field(description="a file, a folder of files, or a URI such as s3://bucket/path")
+    parquet: Location = Field(description="a file, a folder of files, or a URI such as s3://bucket/path")
     split: str | None = Field(
         None, description="of a folder with train-00000-of-00002.parquet and the like: which of them"
     )
@@ -168,7 +169,7 @@ class ShardSource(_Source):
         """webdataset hands URLs to a shell, and runs what follows `pipe:`."""
         if shards.startswith("pipe:") or ("://" in shards and not URL.fullmatch(shards)):
             raise ValueError("must be a path, or a URL of letters, digits and ./_-+=%~,:{} alone; commands are not run")
-        return shards
+        return location(shards)
 
     def __str__(self) -> str:
         return self.shards
@@ -203,7 +204,7 @@ class TorchvisionSource(_Source):
     """One of torchvision's datasets, which must be there already: nothing is downloaded."""
 
     torchvision: Literal["CIFAR10", "STL10", "MNIST", "FashionMNIST", "CelebA"] = Field(description="the dataset")
-    root: Path = Field(description="torchvision's root folder")
+    root: Place = Field(description="torchvision's root folder")
     split: Literal["train", "test"] = Field("train", description="which part")
     checksums: bool = Field(
         True, description="false: a part of the dataset in its own format, which has other checksums"

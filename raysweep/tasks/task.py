@@ -133,13 +133,25 @@ class Task:
         searched, audited = (self.splits[name] for name in PROMPTS)
         both = {tuple(p) for p in searched.cond.tolist()} & {tuple(p) for p in audited.cond.tolist()}  # type: ignore[union-attr]
         if both:
-            raise ValueError(f"task {self.name}: {len(both)} prompts are used both by the search and by the audit")
+            one, other = (next((t for t in self._said(name, both)), "") for name in PROMPTS)
+            if one == other:
+                raise ValueError(f"task {self.name}: {len(both)} prompts are used both by the search and by the audit")
+            raise ValueError(
+                f"task {self.name}: {len(both)} prompts of the search and of the audit are the same to the text encoder, which reads "
+                f"{searched.cond.shape[1]} tokens and no capital letters: {one!r} and {other!r}"  # type: ignore[union-attr]
+            )
         for name in PROMPTS:
             kept = torch.unique(self.splits["retain"].groups).tolist()
             without = sorted({self.forget_class, *kept} - set(self.splits[name].groups.tolist()))
             if without:
                 shown = ", ".join(self.class_names[c] if self.class_names else str(c) for c in without)
                 raise ValueError(f"task {self.name}: {name} has no prompt for the classes {shown}")
+
+    def _said(self, name: str, tokens: set[tuple[int, ...]]) -> list[str]:
+        """The texts of a split's prompts that have one of these rows of tokens, where texts are known."""
+        rows = self.splits[name].cond.tolist()  # type: ignore[union-attr]
+        first = min(tokens)
+        return [text for text, row in zip(self.texts.get(name, ()), rows, strict=False) if tuple(row) == first]
 
     @cached_property
     def goal(self) -> Goal:
