@@ -317,8 +317,16 @@ def test_folders_that_are_not_whole_are_refused_in_one_sentence(saved, harm, mes
 def test_prompts_of_search_and_audit_must_differ():
     task = latent_task()
     probe = task.splits["prompts_probe"]
+    same, said = task.splits | {"prompts_audit": probe}, task.texts["prompts_probe"]
     with pytest.raises(ValueError, match="4 prompts are used both by the search and by the audit"):
-        replace(task, splits=task.splits | {"prompts_audit": probe})
+        replace(task, splits=same, texts={"prompts_probe": said, "prompts_audit": said})
+    longer = tuple(f"{text} that is cut off" for text in said)
+    message = r"4 prompts of .* are the same to the text encoder, which reads 6 tokens .*: 'a (\w+)' and 'a \1 that is cut off'"
+    with pytest.raises(ValueError, match=message):
+        replace(task, splits=same, texts=task.texts | {"prompts_audit": longer})
+    mixed = Split(probe.x, probe.cond[[0, 0, 2, 3]], probe.groups)
+    with pytest.raises(ValueError, match=r"prompts_probe asks for different classes by .* 'a dot' and 'a bar'"):
+        replace(task, splits=task.splits | {"prompts_probe": mixed})
     few = Split(probe.x[:2], probe.cond[:2], probe.groups[:2])
     with pytest.raises(ValueError, match="prompts_probe has no prompt for the classes"):
         replace(task, splits=task.splits | {"prompts_probe": few})

@@ -141,11 +141,24 @@ class Task:
                 f"{searched.cond.shape[1]} tokens and no capital letters: {one!r} and {other!r}"  # type: ignore[union-attr]
             )
         for name in PROMPTS:
+            self._check_classes_apart(name)
             kept = torch.unique(self.splits["retain"].groups).tolist()
             without = sorted({self.forget_class, *kept} - set(self.splits[name].groups.tolist()))
             if without:
                 shown = ", ".join(self.class_names[c] if self.class_names else str(c) for c in without)
                 raise ValueError(f"task {self.name}: {name} has no prompt for the classes {shown}")
+
+    def _check_classes_apart(self, name: str) -> None:
+        """Raises ValueError if different prompts of different classes are the same to the text encoder."""
+        split, seen = self.splits[name], dict[tuple[int, ...], tuple[str, int]]()
+        rows = zip(self.texts.get(name, ()), split.cond.tolist(), split.groups.tolist(), strict=False)  # type: ignore[union-attr]
+        for text, tokens, group in rows:
+            first, other = seen.setdefault(tuple(tokens), (text, group))
+            if group != other and text != first:
+                raise ValueError(
+                    f"task {self.name}: {name} asks for different classes by prompts that are the same to the text encoder, which "
+                    f"reads {len(tokens)} tokens and no capital letters: {first!r} and {text!r}"
+                )
 
     def _said(self, name: str, tokens: set[tuple[int, ...]]) -> list[str]:
         """The texts of a split's prompts that have one of these rows of tokens, where texts are known."""
