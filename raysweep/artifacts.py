@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raysweep.places import PlaceError, absolute
+from raysweep.places import absolute
 from raysweep.store import StoreError, write_bytes
 
 if TYPE_CHECKING:
@@ -24,10 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def cache_folder(configured: Path | None) -> Path:
-    """The folder of artifacts that outlive a run: as configured, or RAYSWEEP_CACHE, or ~/.cache/raysweep; PlaceError without."""
+    """The folder of artifacts that outlive a run: as configured, or RAYSWEEP_CACHE, or ~/.cache/raysweep"""
     chosen = configured or os.environ.get("RAYSWEEP_CACHE")
-    if not chosen and not os.path.expanduser("~").startswith("/"):
-        raise PlaceError("there is no home folder for the cache: set RAYSWEEP_CACHE to a folder")
     return absolute(chosen or Path("~") / ".cache" / "raysweep")
 
 

@@ -26,12 +26,13 @@ def _errors(function: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         from raysweep.config import ConfigError
-        from raysweep.places import PlaceError
+        from raysweep.places import PlaceError, check_home
         from raysweep.registry import UnknownName
         from raysweep.spaces import SpaceError
         from raysweep.store import StoreError
 
         try:
+            check_home()
             code = function(*args, **kwargs) or OK
         except (ConfigError, PlaceError, SpaceError, UnknownName) as error:
             click.echo("\n".join(f"error: {line}" for line in str(error).splitlines()), err=True)

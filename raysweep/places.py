@@ -39,6 +39,14 @@ Place = Annotated[Path, AfterValidator(absolute)]
 Location = Annotated[str, AfterValidator(location)]
 
 
+def check_home() -> None:
+    """Raises PlaceError if the user has no home folder, as in a container whose user has no entry in passwd: Ray needs one."""
+    if os.path.expanduser("~") == "~":
+        raise PlaceError(
+            "this user has no home folder: set HOME to a folder that can be written, for example HOME=/tmp"
+        )
+
+
 def check_writable(folder: Path, remedy: str) -> None:
     """Raises PlaceError unless the folder can be written, or made where it is not there yet; nothing is created."""
     there = folder

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from tiny import tiny_config, tiny_task
 
 from raysweep import places
 from raysweep.artifacts import cache_folder
+from raysweep.cli import main
 from raysweep.config import ConfigError
 from raysweep.context import Context
 from raysweep.fit import resolve_sweep
@@ -105,10 +107,12 @@ def test_links_stay_links(project):
 def test_a_home_that_there_is_not(monkeypatch):
     with pytest.raises(ConfigError, match=r"storage: ~nobody-here/x: there is no home folder"):
         validate({"storage": "~nobody-here/x"}, "here")
-    monkeypatch.delenv("RAYSWEEP_CACHE", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and an entry in passwd
-    with pytest.raises(PlaceError, match="set RAYSWEEP_CACHE to a folder"):
-        cache_folder(None)
+    found = CliRunner().invoke(main, ["ls", "methods"])
+    assert (found.exit_code, found.output.splitlines()) == (
+        2,
+        ["error: this user has no home folder: set HOME to a folder that can be written, for example HOME=/tmp"],
+    )
 
 
 def test_folders_that_cannot_be_written_are_told_before_anything_starts(project, monkeypatch):
