@@ -92,9 +92,9 @@ def connected(sweep: Sweep) -> Iterator[Cluster]:
         except Exception as error:  # Ray has no class for it; on a busy machine it gives up after 30 s
             ray.shutdown()
             reason = " ".join(str(error).split()) or type(error).__name__
-            told = " It may be too busy." if "timed out" in reason.lower() else ""
+            busy = ", which may be too busy" if "timed out" in reason else ""
             where = f" (temporary files in {folder})" if isinstance(error, OSError) else ""
-            raise RunFailed(f"Ray did not start on this machine{where}: {reason}{told}") from error
+            raise RunFailed(f"Ray did not start on this machine{busy}{where}: {reason}") from error
     if threading.current_thread() is threading.main_thread():
         # ray.init puts a handler of its own in place, which aborts the process
         signal.signal(signal.SIGTERM, interrupt)

@@ -222,3 +222,12 @@ def test_a_ray_that_does_not_start_fails_the_run_in_one_sentence(tmp_path, monke
     assert result.exit_code == 1
     assert "Ray did not start on this machine, which may be too busy: The current node timed out" in result.output
     assert json.loads((tmp_path / "runs" / "digits-picture" / "manifest.json").read_text())["state"] == "failed"
+
+    def closed(**_):
+        raise PermissionError(13, "Permission denied", "/closed/ray")
+
+    monkeypatch.setattr("ray.init", closed)
+    output = call("run").output
+    assert "Ray did not start on this machine (temporary files in " in output
+    assert "Permission denied: '/closed/ray'" in output
+    assert "too busy" not in output

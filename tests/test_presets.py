@@ -108,7 +108,7 @@ def test_only_presets_are_planned_without_what_they_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("run", "audit.audit.weights.sscd=none.pt", "--dry-run")
     assert result.exit_code == 2
-    assert "weights.sscd: none.pt does not exist" in result.output
+    assert f"weights.sscd: {tmp_path / 'none.pt'} does not exist" in result.output
 
 
 def test_what_is_there_is_not_missing(tmp_path, monkeypatch):
