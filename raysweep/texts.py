@@ -19,7 +19,11 @@ EXPONENT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
 
 
 class TextError(ValueError):
-    """A file that cannot be read as text; the message names it, the place in it, and what to do."""
+    """A file that cannot be read as text; the message names it, the place in it, and what to do. line: from 1; 0 if unknown."""
+
+    def __init__(self, message: str, line: int = 0):
+        super().__init__(message)
+        self.line = line
 
 
 def decode(content: bytes, where: str) -> str:
@@ -40,7 +44,8 @@ def decode(content: bytes, where: str) -> str:
         guess = f", which is {legacy!r} in Windows' cp1252" if legacy.isprintable() and legacy else ""
         raise TextError(
             f"{where}:{line}: not {encoding.upper()} text (byte 0x{byte:02x} at column {column}{guess}); "
-            "save the file as UTF-8"
+            "save the file as UTF-8",
+            line,
         ) from error
     if "\0" in text:
         raise TextError(f"{where}: not text, or UTF-16 without a byte order mark; save the file as UTF-8")

@@ -228,7 +228,7 @@ def test_a_caption_of_another_encoding_is_left_out_and_named(tmp_path):
     (tmp_path / "cat" / "03.txt").write_bytes("un caf\u00e9".encode("cp1252"))
     rows, tally = read(FolderSource(folder=tmp_path), ("caption",))
     assert (len(rows), tally.seen) == (39, 40)
-    assert tally.bad["a caption that is not UTF-8 text (save it as UTF-8)"].first == ["cat/03.png"]
+    assert tally.bad["a caption that is not UTF-8 text (save it as UTF-8)"].first == [f"{tmp_path}/cat/03.txt:1"]
     tally.check("train")
 
 

@@ -17,6 +17,7 @@ from raysweep.report.pictures import strips
 from raysweep.results import trial_table
 from raysweep.rundir import RunDir
 from raysweep.store import FRONT, ROWS, SCORES, read_table
+from raysweep.tasks.records import lines_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")  # colour-blind safe
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "pentagon", "hexagon", "star-triangle-down")
@@ -147,6 +148,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "attacks": _attacks(data),
         "flattery": [_flattery(name, gap) for name, gap in data.front.get("search_against_audit", {}).items()],
         "strips": drawn,
+        "data": [line for account in data.manifest.get("data", ()) for line in lines_of(account)],
         "failures": [{"trial": t["trial"], "reason": t["reason"]} for t in failed],
         "trials": trials_told(data),
         "incomplete": incomplete,

@@ -97,7 +97,7 @@ def flat(image: Image.Image, channels: int, note: Callable[[str], None]) -> Imag
             raise Unreadable("32-bit pixels, whose white is not fixed (save it with 8 or 16 bits)")
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             rgba = image.convert("RGBA")
-            if rgba.getextrema()[3][0] < 255:  # type: ignore[index]
+            if np.asarray(rgba)[..., 3].min() < 255:
                 note("transparency laid on white")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         return image.convert("L" if channels == 1 else "RGB")

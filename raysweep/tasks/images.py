@@ -20,7 +20,7 @@ from raysweep.tasks.labels import Labels
 from raysweep.tasks.prompts import Prompts
 from raysweep.tasks.records import Name, SourceError, Tally, listed
 from raysweep.tasks.sampling import Picked, Sample, pixels
-from raysweep.tasks.selecting import Selection, accounts_of, draw_samples
+from raysweep.tasks.selecting import Selection, draw_samples
 from raysweep.tasks.sources import Source
 
 if TYPE_CHECKING:
@@ -164,12 +164,12 @@ def images_task(config: ImagesTask) -> Task:
     if config.clip is not None and model.family != "text-ddpm":
         raise SourceError(f"clip: is for text-to-image models, and {config.base} is a {model.family} model")
     required = ("caption",) * (model.family in CAPTIONED) + ("label",) * (config.kind != "points")
-    samples, tallies = draw_samples(config, model.image_shape, required)
+    samples, accounts = draw_samples(config, model.image_shape, required)
     if config.kind == "points":
         _move_duplicates(samples)
     _check_sizes(config, samples)
     pictures = [p for sample in samples.values() for p in sample]
-    labels = Labels.of(config, pictures, {order for tally in tallies.values() for order in tally.orders})
+    labels = Labels.of(config, pictures, {tuple(order) for account in accounts for order in account["class_orders"]})
     if config.kind == "class":
         labels.check_model(config, model, pictures)
     split = partial(_split, config, model, labels)
@@ -207,7 +207,7 @@ def images_task(config: ImagesTask) -> Task:
         family=model.family,
         class_names=labels.own if by_class else (),
         texts=texts,
-        accounts=(*accounts_of(config, samples, tallies), *asked),
+        accounts=(*accounts, *asked),
     )
 
 

@@ -23,7 +23,14 @@ class SourceError(ValueError):
 
 
 class Unreadable(ValueError):
-    """Bytes that are no usable picture or caption; the message says why, in words that fit all records of the kind."""
+    """Bytes that are no usable picture or caption; the message says why, in words that fit all records of the kind.
+
+    place: the file and line, where that is not the record itself.
+    """
+
+    def __init__(self, why: str, place: str = ""):
+        super().__init__(why)
+        self.place = place
 
 
 def plain(name: str) -> str:
@@ -100,9 +107,9 @@ class Tally:
     hint: str = ""
     prefix: str = ""
 
-    def skip(self, why: str, key: str, count: int = 1) -> None:
-        """Counts records that could not be used."""
-        self.bad.setdefault(why, Reason()).add(self.prefix + key, count)
+    def skip(self, why: str, key: str, count: int = 1, place: str = "") -> None:
+        """Counts records that could not be used; place: what names the first of them in messages, if not its key."""
+        self.bad.setdefault(why, Reason()).add(self.prefix + (place or key), count)
         if key in self.wanted:
             self.lost[key] = why
 
@@ -155,8 +162,11 @@ class Tally:
                 "be left out"
             )
 
-    def account(self, name: str, source: object, kept: dict[str, int] | None = None) -> dict[str, Any]:
-        """The account as JSON data; name: the set that was read; kept: records of each sample that was drawn from it."""
+    def account(
+        self, name: str, source: object, kept: dict[str, int] | None = None, unkept: dict[str, int] | None = None
+    ) -> dict[str, Any]:
+        """The account as JSON data; name: the set that was read; kept: records of each sample that was drawn from it; unkept: how
+        many of those that were read are in none, by reason."""
         parts = {
             "left_out": self.bad, "files_left_out": self.lost_parts, "ignored": self.ignored, "notes": self.notes,
         }  # fmt: skip
@@ -164,8 +174,13 @@ class Tally:
             part: [{"reason": why, "count": r.count, "first": list(r.first)} for why, r in found.items()]
             for part, found in parts.items()
         }
-        counts = {"records": self.chosen, "read": self.chosen - self.skipped, "kept": kept or {}}
-        return {"set": name, "source": str(source)} | counts | reasons
+        counts = {
+            "records": self.chosen,
+            "read": self.chosen - self.skipped,
+            "kept": kept or {},
+            "unkept": {why: n for why, n in (unkept or {}).items() if n},
+        }
+        return {"set": name, "source": str(source), "class_orders": sorted(map(list, self.orders))} | counts | reasons
 
 
 def _why(reasons: dict[str, Reason]) -> str:
@@ -176,7 +191,8 @@ def lines_of(account: dict[str, Any]) -> list[str]:
     """An account for people: a line on what was read, and one for each thing that was left out or changed."""
     kept = ", ".join(f"{count} {name}" for name, count in account["kept"].items())
     first = f"{account['set']}: {account['read']} of {account['records']} records of {account['source']} read"
-    lines = [first + (f"; kept: {kept}" if kept else "")]
+    unkept = ", ".join(f"{count} {why}" for why, count in account["unkept"].items())
+    lines = [first + (f"; kept: {kept}" if kept else "") + (f"; not kept: {unkept}" if unkept else "")]
     for part, words in (
         ("left_out", "left out"),
         ("files_left_out", "files left out"),

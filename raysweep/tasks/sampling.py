@@ -29,17 +29,21 @@ class Picked:
 
 class Sample:
     """The `size` images whose content comes first in the order of a seed; the rest is let go at once. A picture that is
-    there already is not taken again, unless `repeats`. left_over: pictures that found no room."""
+    there already is not taken again, unless `repeats`.
+
+    again: pictures that were there already; beyond: those that found no room.
+    """
 
     def __init__(self, size: int, seed: int, repeats: bool = False):
         self.size, self.seed, self.repeats = size, seed, repeats
         self._heap: list[tuple[int, int, Picked]] = []
         self._orders: set[str] = set()
-        self._count = self.left_over = 0
+        self._count = self.again = self.beyond = 0
 
     def add(self, x: torch.Tensor, label: str | None, caption: str | None, other: str | None = None) -> None:
         order = hashlib.sha256(f"{self.seed} ".encode() + x.numpy().tobytes()).hexdigest()
         if order in self._orders and not self.repeats:
+            self.again += 1
             return
         self._count += 1
         item = (-int(order, 16), -self._count, Picked(order, x, label, caption, other))
@@ -47,7 +51,7 @@ class Sample:
             heapq.heappush(self._heap, item)
         else:
             gone = heapq.heappushpop(self._heap, item)
-            self.left_over += 1
+            self.beyond += 1
             if gone is item:
                 return
             self._orders.discard(gone[2].order)
@@ -78,9 +82,7 @@ def pixels(
                 _check(record, required, tally)
                 image = flat(record.open(), channels, partial(_note, tally, record))
             except Unreadable as error:
-                tally.skip(str(error), record.place or record.key)
-                if record.key in tally.wanted:
-                    tally.lost[record.key] = str(error)
+                tally.skip(str(error), record.key, place=record.place)
                 continue
             fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
             array = np.asarray(fitted, dtype=np.float32).reshape(height, width, channels)

@@ -72,9 +72,9 @@ class _Met:
 
 def draw_samples(
     config: Any, shape: tuple[int, int, int], required: tuple[str, ...]
-) -> tuple[dict[str, list[Picked]], dict[str, Tally]]:
+) -> tuple[dict[str, list[Picked]], list[dict[str, Any]]]:
     """The pictures that must go (`forget`), that stay (`retain`), held-out ones (`holdout`) and, of a class, held-out ones of its
-    kind (`of_kind`); the tallies of the passes over `train` and `holdout`.
+    kind (`of_kind`); the accounts of the passes over `train` and `holdout`.
 
     config: an ImagesTask; required: what a record must have, `label`, `caption`. Raises SourceError if one of them is empty, or if
     the selection names what is not there.
@@ -96,7 +96,15 @@ def draw_samples(
     for name, source in (("retain", config.train), ("holdout", config.holdout)):
         if not samples[name]:
             raise SourceError(f"{source}: nothing is left for the {name} set: all of its records are to be forgotten")
-    return samples, {"train": train, "holdout": holdout}
+    return samples, [
+        _account("train", config.train, train, {"to forget": forget, "to retain": retain}),
+        _account(
+            "holdout",
+            config.holdout,
+            holdout,
+            {"held out": held} | ({"of the forgotten class": of_kind} if by_class else {}),
+        ),
+    ]
 
 
 def _sort(
@@ -116,11 +124,10 @@ def _sort(
     return met
 
 
-def accounts_of(config: Any, samples: dict[str, list[Picked]], tallies: dict[str, Tally]) -> list[dict[str, Any]]:
-    """The accounts of both passes, with the sizes of the samples that were kept."""
-    count = {name: len(pictures) for name, pictures in samples.items()}
-    kept = {
-        "train": {"to forget": count["forget"], "to retain": count["retain"]},
-        "holdout": {"held out": count["holdout"] + count["of_kind"]},
+def _account(name: str, source: Any, tally: Tally, samples: dict[str, Sample]) -> dict[str, Any]:
+    """The account of a pass, with how many pictures each sample kept, and why it kept no more."""
+    unkept = {
+        "repeats of a picture": sum(sample.again for sample in samples.values()),
+        "beyond the size of the sample": sum(sample.beyond for sample in samples.values()),
     }
-    return [tally.account(name, getattr(config, name), kept[name]) for name, tally in tallies.items()]
+    return tally.account(name, source, {what: len(sample.images()) for what, sample in samples.items()}, unkept)

@@ -118,7 +118,7 @@ class FolderSource(_Source):
             try:
                 caption = found.caption()
             except Unreadable as error:
-                tally.skip(str(error), found.key)
+                tally.skip(str(error), found.key, place=error.place)
                 continue
             label, other = (self._name(found.path, which) for which in (self.label, self.other))
             yield Record(found.key, partial(_read, found.path), label, caption, other)
@@ -175,11 +175,11 @@ class ShardSource(_Source):
         return self.shards
 
     def _all(self, tally: Tally) -> Iterator[Record]:
-        from braceexpand import UnbalancedBracesError, braceexpand
+        from braceexpand import braceexpand
 
         try:
             files = list(braceexpand(self.shards))
-        except UnbalancedBracesError as error:
+        except ValueError as error:
             raise SourceError(
                 f"{self.shards}: braces do not match; write for example data/{{00000..00009}}.tar"
             ) from error
@@ -195,7 +195,7 @@ class ShardSource(_Source):
             try:
                 label, caption, other = (_text_of(sample, e) for e in (self.label, self.caption, self.other))
             except TextError:
-                tally.skip("a caption or label that is not UTF-8 text", sample.place)
+                tally.skip("a caption or label that is not UTF-8 text", sample.key, place=sample.place)
                 continue
             yield Record(sample.key, partial(opened, sample.content), label, caption, other, sample.place)
 

@@ -236,14 +236,18 @@ def _row(
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not content:
         has_path = isinstance(cell, dict) and cell.get("path")
-        tally.skip("no image bytes" + (", only the path of a file" if has_path else ""), place)
+        tally.skip("no image bytes" + (", only the path of a file" if has_path else ""), f"row {number}", place=place)
         return None
     texts: list[str | None] = []
     for what, column in (("caption", columns.caption), ("label", columns.label), ("other", columns.other)):
         value = None if column is None else cells[column]
         if isinstance(value, list):
             if what != "caption" and len(value) != 1:
-                tally.skip(f"{len(value) or 'no'} values in column {column!r}, where one is needed", place)
+                tally.skip(
+                    f"{len(value) or 'no'} values in column {column!r}, where one is needed",
+                    f"row {number}",
+                    place=place,
+                )
                 return None
             if len(value) > 1:
                 tally.note(f"several captions in column {column!r}, of which the first is used", place)
@@ -251,13 +255,17 @@ def _row(
         names = classes.get(column or "", ())
         if names and isinstance(value, int):
             if value >= len(names) or value < UNCLASSED:
-                tally.skip(f"class number {value} in column {column!r}, which has {len(names)} names", place)
+                tally.skip(
+                    f"class number {value} in column {column!r}, which has {len(names)} names",
+                    f"row {number}",
+                    place=place,
+                )
                 return None
             value = None if value == UNCLASSED else names[value]
         try:
             texts.append(_text(value))
         except UnicodeDecodeError:
-            tally.skip(f"a {what} that is not UTF-8 text", place)
+            tally.skip(f"a {what} that is not UTF-8 text", f"row {number}", place=place)
             return None
     return Row(number, place, content, *texts)
 

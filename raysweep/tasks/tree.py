@@ -110,7 +110,8 @@ def _read(path: Path) -> str:
     try:
         return read_text(path).strip()
     except TextError as error:
-        raise Unreadable(NOT_TEXT) from error
+        place = plain(f"{path}:{error.line}" if error.line else str(path))
+        raise Unreadable(NOT_TEXT, place) from error
 
 
 def _metadata(path: Path, caption_key: str | None, tally: Tally) -> _Metadata:
