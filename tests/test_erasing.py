@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import PROMPTS, TinyText, batch_for, text_task, tiny_model
+from tiny import PROMPTS, TinyText, batch_for, edm_model, text_task, tiny_model
 
 from methods.base import SEEDS, Draw, Goal, Rows, squared_errors, timesteps
 from methods.bernoulli import Bernoulli
@@ -92,6 +92,30 @@ def test_esd_is_told_the_level_of_what_it_is_shown(class_task, steps):
     for i in range(24):
         torch.testing.assert_close(x_t[i], run[int(t[i])][i])
     assert len(t.unique()) >= min(steps, 8)  # random points of it
+
+
+@pytest.mark.parametrize("family", ["pixel-ddpm", "edm"])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_the_level_is_that_of_the_noise_in_the_image(class_task, monkeypatch, family, steps):
+    """A network that takes every image for noise leaves nothing but noise: x_t is sigma_t times that of the start."""
+    model = tiny_model(class_task, dtype=D) if family == "pixel-ddpm" else edm_model()
+    model.net.to(D)
+
+    def ratio(t):
+        gamma, sigma = model.gamma_sigma(t)
+        return gamma / sigma
+
+    if family == "edm":
+        monkeypatch.setattr(model, "denoised", lambda x, s, cond, guidance=1.0: torch.zeros_like(x))
+    else:
+        monkeypatch.setattr(model, "predict", lambda x, t, cond: ratio(t) * x)  # v where x0 is 0
+    method = build(ESD, class_task, model, sampler_steps=steps, batch_size=24)
+    seeds = batch_for(method, class_task)["forget"].seeds
+    x_t, t = method.partial_samples(seeds)
+    first = torch.full((24,), int(next(model.trajectory(None, seeds, steps, 1.0))[0]))
+    unit = model.noise(seeds) if family == "edm" else model.noise(seeds) / model.gamma_sigma(first)[1]
+    torch.testing.assert_close(x_t, model.gamma_sigma(t)[1] * unit, rtol=1e-6, atol=1e-9)
+    assert len(t.unique()) > 5
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 50])

@@ -192,12 +192,22 @@ class EDM(OneUNet):
     def trajectory(
         self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float = 1.0
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(t, x_t) before each step of a run from noise, t the step whose noise level is nearest, (n, C, H, W)."""
-        known = self.levels().log()
-        start = self.noise(seeds).double() * self.edm["sigma_max"]
+        """(t, x_t) before each step of a run from noise, (n, C, H, W); x_t has exactly the noise level of t.
+
+        The run begins at the highest level of training, for above it there is no t, and each of its levels is the one of
+        training that is nearest to the sampler's. Raises ValueError for more steps than there are levels.
+        """
+        known, times = self.levels().cpu(), list[int]()
+        if steps > len(known):
+            raise ValueError(f"{steps} sampler steps are more than the {len(known)} noise levels of the model")
+        for k, s in enumerate(self.grid(steps, float(known[-1]))[:-1].tolist()):
+            nearest = int((known.log() - math.log(s)).abs().argmin())
+            below = times[-1] if times else len(known)  # no level twice, and one left for each step to come
+            times.append(max(min(nearest, below - 1), steps - 1 - k))
+        grid = torch.cat([known[times], torch.zeros(1, dtype=torch.float64)])
+        start = self.noise(seeds).double() * float(grid[0])
         with torch.no_grad():
-            for s, x, _ in self._heun(start, self.grid(steps), cond, guidance):
-                t = int((known - math.log(s)).abs().argmin())
+            for t, (s, x, _) in zip(times, self._heun(start, grid, cond, guidance), strict=True):
                 yield t, (x / math.sqrt(1 + s * s)).to(self.dtype)
 
     def _heun(
