@@ -206,7 +206,8 @@ class Method(ABC):
         needs: splits of the task that it reads; empty for a method that needs no data.
         families, kinds: the models and the tasks that it can serve.
         forwards_per_step: cost of a step in forward passes of one batch, a backward pass counting as two.
-        copies: how many numbers a step holds at once per trained weight (weights, gradients, moments, and so on).
+        copies: how many numbers a step holds at once per trained weight (weights, gradients, moments, and so on), besides the
+            moving average of `Descent`.
         tape: of how many forward passes of a batch it holds the activations at once.
         prepared_by: hyperparameters that `prepare` reads; every other one leaves the prepared tensors as they are.
 

@@ -95,7 +95,7 @@ class EraseDiff(Descent):
     source = "Wu et al., arXiv:2401.05779"
     needs = frozenset({"forget", "retain"})
     forwards_per_step = 15  # about two inner steps of 4 for an outer one of 7
-    copies = 9
+    copies = 7  # nine with `inner_moments: own`
     Hyperparameters = EraseDiffSettings
     hp: EraseDiffSettings
 

@@ -47,6 +47,7 @@ class Retrain(Descent):
     needs = frozenset({"retain"})
     families = DIFFUSION | {"clip"}  # the language model of a vision-language one would not be retrained
     forwards_per_step = 3
+    copies = 5
     Hyperparameters = RetrainSettings
     hp: RetrainSettings
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from methods.base import Descent
 from raysweep import footprint, presets
 from raysweep.artifacts import ROOT
 from raysweep.config import ConfigError, Sweep
@@ -149,6 +150,8 @@ def _memory(sweep: Sweep, network: Footprint, space: Space) -> float:
     method, settings = resolve("method", space.method), typical(space)
     rows = settings.get("batch_size", 64) / sweep.train.workers
     kept = network.saved - SINGLE * network.others.get("vae", 0)  # an autoencoder is shared
+    if issubclass(method, Descent) and settings.get("ema", method.Hyperparameters.model_fields["ema"].default) > 0:
+        kept += SINGLE * network.trained(sweep.train.modules)  # the moving average
     return network.step(method, rows, sweep.train.modules, sweep.train.precision) + kept
 
 

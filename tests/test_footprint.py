@@ -44,12 +44,12 @@ class Peak(TorchDispatchMode):
         return out
 
 
-def peak(name: str, width: int, batch: int) -> tuple[int, footprint.Footprint]:
-    """(most bytes that two steps hold, besides the task; the network's footprint)."""
+def peak(name: str, width: int, batch: int) -> tuple[int, footprint.Footprint, bool]:
+    """(most bytes that two steps hold, besides the task; the network's footprint; whether `Descent` keeps an average)."""
     kind = "points" if "points" in resolve("method", name).kinds else "class"
     task = tiny_task(kind)
     sizes = dict.fromkeys(("batch_size", "forget_batch_size", "stage1_batch_size"), batch)
-    little = dict.fromkeys(("replay_per_class", "fisher_per_class", "fisher_timesteps"), 1)
+    little = dict.fromkeys(("replay_per_class", "fisher_per_class", "fisher_timesteps", "inner_every"), 1)
     fields = resolve("method", name).Hyperparameters.model_fields
     settings = {k: v for k, v in (sizes | little).items() if k in fields}
     labels = torch.zeros(1, dtype=torch.long) if kind == "class" else None
@@ -63,7 +63,7 @@ def peak(name: str, width: int, batch: int) -> tuple[int, footprint.Footprint]:
     with counted:
         for step in range(min(2, method.steps)):
             method.step(batch_for(method, task, step))
-    return counted.most, found
+    return counted.most, found, bool(getattr(method, "average", []))
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -71,8 +71,9 @@ def test_methods_hold_what_they_say(name):
     method = resolve("method", name)
     sizes = ((64, 1), (8, 128))  # weights prevail, and activations
     for width, batch in sizes[:1] if name == "slug" else sizes:  # whose step has no backward pass
-        most, network = peak(name, width, batch)
-        told = footprint.SINGLE * network.parameters * method.copies + network.activations * batch * method.tape
+        most, network, averaged = peak(name, width, batch)
+        copies = method.copies + averaged
+        told = footprint.SINGLE * network.parameters * copies + network.activations * batch * method.tape
         assert most == pytest.approx(told, rel=0.15)
 
 
