@@ -450,11 +450,11 @@ def report(runs: tuple[str, ...], compare: bool, out: str) -> int:
 @_errors
 def show(what: tuple[str, ...], as_json: bool) -> int:
     """Show a trial (its settings, where they come from, every measurement of it), or audit cards side by side."""
+    from raysweep.audited import keys_of, rows_of
     from raysweep.compare import is_card
     from raysweep.config import ConfigError
     from raysweep.registry import suggest
     from raysweep.results import trial_table
-    from raysweep.store import ROWS, read_table
 
     if is_card(Path(what[0])):
         return _show_cards([Path(w) for w in what], as_json)
@@ -466,7 +466,7 @@ def show(what: tuple[str, ...], as_json: bool) -> int:
     trials = {t["trial"]: t for t in trial_table(folder, f"{sweep.name}-{sweep.digest[:8]}")}
     if trial not in trials:
         raise ConfigError(f"{run}: no trial {trial!r}{suggest(trial, sorted(trials))}")
-    rows = [r for r in read_table(folder.rows, ROWS).to_pylist() if r["subject"] == trial]
+    rows = rows_of(folder, keys_of(folder, list(trials.values())), [trial])
     standing = _front_of(folder).get("standing", {}).get(trial, "not audited")
     if as_json:
         click.echo(json.dumps({"trial": trials[trial], "standing": standing, "rows": rows}, indent=2))

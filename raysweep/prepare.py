@@ -250,13 +250,18 @@ def measure_anchors(task: Task, context: Context, actors: Pool, tier_name: str, 
     found = {name: load_measured(folder_path(context), request.key) for name, request in requests.items()}
     oracles = tuple(found[name] for name in context.oracles)
     anchors = Anchors(found["base"], oracles, found["destroyed"])
-    check_scale(anchors, task.quality, task.validity)
+    keys = {name: request.key for name, request in requests.items()}
     try:
+        check_scale(anchors, task.quality, task.validity)
         views = assess_views(anchors, task.views)
     except Indistinct as error:
+        context.save_anchors(tier_name, keys, error.views)  # for the report
         told = remedies(error.views, task, tier_name, tier)
         raise Unmeasured(f"{tier_name}: {error}. What to do: {told}") from error
-    context.save_anchors(tier_name, {name: request.key for name, request in requests.items()}, views)
+    except Unmeasured:
+        context.save_anchors(tier_name, keys, [])
+        raise
+    context.save_anchors(tier_name, keys, views)
     for view in views:
         verdict = f"base {view.base:.3g}, oracle {view.oracle:.3g}" if view.informative else f"not used: {view.reason}"
         say("anchor", f"{tier_name} view {view.metric}: {verdict}")

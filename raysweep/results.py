@@ -52,6 +52,7 @@ def trial_table(folder: RunDir, name: str) -> list[dict[str, Any]]:
             "damage": t.values[1] if done else None,
             **{k: result.get(k) for k in ("residue_se", "damage_se", "train_s", "audit_s")},
             "digest": result.get("digest", ""),
+            "probe": result.get("probe", ""),
             "reason": t.user_attrs.get("reason", ""),
         }
     return [rows[place] for place in sorted(rows)]
@@ -107,6 +108,7 @@ class Front:
     unmet: dict[str, list[str]] = field(default_factory=dict)  # candidate -> requirements that its audit does not show
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)  # finalist -> why its attacks gave no verdict
+    audits: dict[str, dict[str, str]] = field(default_factory=dict)  # tier -> subject -> key of the audit behind it all
     unplaced: list[str] = field(
         default_factory=list
     )  # audits that lack an objective, each with what is missing and why
@@ -334,6 +336,7 @@ def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
             "against": {name: list(reasons) for name, reasons in choice.against.items()},
             "answer": choice.answer([r for r in front.rows if r["kind"] == "candidate"], front.verdicts),
             "candidates": front.candidates,
+            "audits": front.audits,
             "unmet": front.unmet,
             "undecided": front.undecided,
             "picks": front.picks,

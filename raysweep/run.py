@@ -129,10 +129,27 @@ def _with_ray(
             incomplete = measure_anchors(task, context, actors, "audit", sweep.audit.audit, say)
             incomplete += measure_anchors(task, context, actors, "probe", sweep.audit.probe, say)
             prepare_methods(sweep, spaces, context, executor, actors, say)
+            stale = probed_otherwise(trial_table(folder, run_id), context, sweep)
+            if stale:
+                say("warning", stale)
             spaces = [open_choices(space, context) for space in spaces]
             search(sweep, spaces, folder, run_id, plan, say, tick, actors)
             trials = write_trials(folder, run_id)
             return _conclude(sweep, task, folder, context, actors, trials, incomplete, say, tick)
+
+
+def probed_otherwise(trials: list[dict[str, Any]], context: Context, sweep: Sweep) -> str:
+    """Says how many of the trials that are done were probed by other code, models or judges than those to come; "" for none."""
+    done = [t for t in trials if t["state"] == "COMPLETE"]
+    other = [t["trial"] for t in done if t["probe"] != context.request(
+        "probe", sweep.audit.probe, t["trial"], t["method"], None, t["digest"]).key]  # fmt: skip
+    if not other:
+        return ""
+    return (
+        f"{len(other)} of {len(done)} trials were probed before the checks' code, the anchors or the judges changed, so the "
+        "search compares what was measured in two ways; candidates that are audited are all measured anew. For a search of one "
+        f"kind run under another name, for example name={sweep.name}-2"
+    )
 
 
 def search(
@@ -244,6 +261,7 @@ def _conclude(
     actors.audit_only()
     by_trial = {t["trial"]: t for t in picked}
     rounds: list[dict[str, str]] = []
+    audits: dict[str, dict[str, str]] = {}
     again = list(by_trial)
     front = None
     # what draws nothing gives the same numbers again, and they would look like more evidence
@@ -268,13 +286,13 @@ def _conclude(
             break
         keys, missing = gather(pending, requests, say, tick)
         rounds.append(keys)
+        audits[name] = keys | {n: r.key for n, r in context.anchor_requests(name, tier).items()}
         incomplete += missing
         front = audited_front(folder, context, task, rounds, trials, requirements(sweep, task))
         again = front.undecided
         say("audit", f"done in {time.monotonic() - started:.0f} s")
     assert front is not None
     incomplete += front.unplaced
-    keys, tier = rounds[0], sweep.audit.audit
     finalists = front.finalists(sweep.audit.finalists)
     if finalists:
         started = time.monotonic()
@@ -290,8 +308,8 @@ def _conclude(
         pending = {actors.manager.audit.remote(r): name for name, r in attacks.items()}
         attacked, missing = gather(pending, attacks, say, tick)
         incomplete += missing
-        audits = keys | {n: r.key for n, r in context.control_requests("audit", tier).items()}
-        front.verdicts = judged_by_attacks(folder, context, audits, attacked)
+        audits["durability"] = attacked
+        front.verdicts = judged_by_attacks(folder, context, audits["audit"], attacked)
         front.gaps = {n: "the attacks on it failed" for n in finalists if n not in front.verdicts} | {
             n: "no attack gave a result on it"
             for n, v in front.verdicts.items()
@@ -301,9 +319,9 @@ def _conclude(
         for name in finalists:
             if name in front.verdicts:
                 say("verdict", f"{name}  {front.verdicts[name].sentence()}")
+    front.audits = audits
     write_front(folder, front, sweep)
-    controls = {name: r.key for name, r in context.anchor_requests("audit", tier).items()}
-    write_paired(folder, context, keys | controls, {t["trial"]: t["method"] for t in trials})
+    write_paired(folder, context, audits["audit"], {t["trial"]: t["method"] for t in trials})
     folder.update(incomplete=incomplete)  # for the report
     build(folder)
     return Result(folder, front, trials, incomplete)

@@ -127,6 +127,7 @@ class ParetoSearch(Searcher):
         if error or (result.get(FINAL) and not _finite(values)):
             fallback = "the trial ended with an error" if error else f"objectives are not finite: {values}"
             self._set(number, "reason", result.get("reason") or fallback)
+            self._set(number, "result", json.dumps({k: result[k] for k in _COSTS if k in result}))
             self.study.tell(number, state=TrialState.FAIL)
         elif not result.get(FINAL):
             self._set(number, "reason", result.get("reason") or "stopped early")
@@ -214,10 +215,8 @@ class ParetoSearch(Searcher):
         return self.storage.get_trial_id_from_study_id_trial_number(study, number)
 
 
-_KEPT = (
-    "residue", "damage", "residue_se", "damage_se", "over_forgetting", "validity", "train_s", "audit_s", "step_s",
-    "digest", "views",
-)  # fmt: skip
+_COSTS = ("train_s", "audit_s", "step_s", "probe")  # what is known of a trial that failed, too
+_KEPT = ("residue", "damage", "residue_se", "damage_se", "over_forgetting", "validity", "digest", "views", *_COSTS)
 
 
 def _finite(values: list[Any]) -> bool:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 if TYPE_CHECKING:
     import torch
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 TEMPORARY = ".*.tmp"  # what is being written
 CHECKPOINT = ".*.partial.pt"  # checkpoints of training that has not ended
 RENAMES = 10  # attempts to put a folder in its place
@@ -99,6 +99,7 @@ TRIALS = pa.schema(
         _field("train_s", pa.float64(), "seconds of training"),
         _field("audit_s", pa.float64(), "seconds of the probe"),
         _field("digest", pa.string(), "hash of the candidate's weights"),
+        _field("probe", pa.string(), "key of its probe, whose rows are in rows/KEY.parquet; empty without one"),
         _field("reason", pa.string(), "why the trial failed or was stopped"),
     ],
     metadata={"schema_version": SCHEMA_VERSION},

@@ -41,12 +41,16 @@ def trial(config: dict[str, Any]) -> None:
         anchors, views = context.load_anchors("probe")
         place = objectives(load_measured(Path(run), request.key), anchors, views, context.quality, context.validity)
     except Unmeasured as error:
-        _report(reason=f"probe: {error}", **costs)
+        _report(reason=f"probe: {error}", probe=request.key, **costs)
         return
     oracle = sum(o.values[context.validity] for o in anchors.oracles) / len(anchors.oracles)
     plain = {k: v for k, v in place.plain().items() if k != "replicates"}
     constraint = sweep.search.min_validity * oracle - place.validity
-    tune.report(plain | costs | {"digest": outcome.digest, "constraint": constraint, "reason": "", FINAL: True})
+    tune.report(
+        plain
+        | costs
+        | {"digest": outcome.digest, "probe": request.key, "constraint": constraint, "reason": "", FINAL: True}
+    )
 
 
 def make_executor(run: str, run_id: str, sweep: Sweep, plan: Plan) -> Executor:
@@ -79,5 +83,5 @@ def _of_run(run: str) -> tuple[Context, Sweep]:
     return Context.load(run), RunDir(Path(run)).sweep()
 
 
-def _report(reason: str, **costs: float) -> None:
-    tune.report(dict.fromkeys(OBJECTIVES, math.nan) | costs | {"reason": reason, FINAL: True})
+def _report(reason: str, **known: Any) -> None:
+    tune.report(dict.fromkeys(OBJECTIVES, math.nan) | known | {"reason": reason, FINAL: True})

@@ -75,8 +75,10 @@ def run(folder: Path, of: Front | None, *overrides: str, sensitive: bool = False
         made.update(**{"state": "done"} | entries)
     if of is None:
         return made
+    keys = {name: f"{name}-audit-0" for name in ("base", "oracle-0")}
+    of.audits = {"audit": keys}
     write_front(made, of, sweep)
-    write_json(made.anchors("audit"), {"keys": {}, "views": []})
+    write_json(made.anchors("audit"), {"keys": keys, "views": []})
     trials = [
         dict.fromkeys(TRIALS.names)
         | {"trial": r["trial"], "method": r["method"], "state": "COMPLETE", "digest": f"weights of {folder.name}"}
@@ -84,14 +86,14 @@ def run(folder: Path, of: Front | None, *overrides: str, sensitive: bool = False
         if r["kind"] == "candidate"
     ]
     write_table(made.trials, trials, TRIALS)
-    write_table(made.rows / "none.parquet", [], ROWS)
     size = task.splits["forget"].x[0].numel()
     pictures = np.random.default_rng(1).uniform(-1, 1, (4, size))
-    scores = [
-        {"subject": subject, "tier": "audit", "score": score, "unit": k, "values": picture.tolist(), "shape": [size]}
-        for subject in ("base", "oracle-0")
-        for score in ("strip.rebuilt", "strip.noised", "strip.samples")
-        for k, picture in enumerate(pictures)
-    ]
-    write_table(made.scores / "strips.parquet", scores, SCORES)
+    for subject, key in keys.items():
+        scores = [
+            {"subject": subject, "tier": "audit", "score": score, "unit": k, "values": picture.tolist(), "shape": [size]}
+            for score in ("strip.rebuilt", "strip.noised", "strip.samples")
+            for k, picture in enumerate(pictures)
+        ]
+        write_table(made.rows / f"{key}.parquet", [], ROWS)
+        write_table(made.scores / f"{key}.parquet", scores, SCORES)
     return made

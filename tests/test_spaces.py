@@ -229,13 +229,14 @@ def test_the_end_of_a_trial_that_an_earlier_process_asked_for_is_recorded_whole(
     for k in "wxyz":
         again.suggest(k)
     again.on_trial_complete("w", result(0.2, 0.9, constraint=0.3))
-    again.on_trial_complete("x", {"reason": "diverged", FINAL: True})
+    again.on_trial_complete("x", {"reason": "diverged", "train_s": 2.0, "residue": math.nan, FINAL: True})
     trials = open_study(tmp_path / "study.journal", "s").trials
     ended = [trials[c["number"]] for c in configs[:2]]
     assert [t.state for t in ended] == [TrialState.COMPLETE, TrialState.FAIL]
     assert [t.user_attrs["tune_id"] for t in ended] == ["w", "x"]
     assert json.loads(ended[0].user_attrs["result"])["residue"] == 0.2
     assert ended[1].user_attrs["reason"] == "diverged"
+    assert json.loads(ended[1].user_attrs["result"]) == {"train_s": 2.0}
     assert ended[0].constraints == {"validity": 0.3}
 
 

@@ -14,7 +14,7 @@ import ray
 
 from raysweep.config import Tier
 from raysweep.recent import Recent
-from raysweep.store import ROWS, SCORES, StoreError, digest_of, read_table, write_bytes, write_table
+from raysweep.store import ROWS, SCHEMA_VERSION, SCORES, StoreError, digest_of, read_table, write_bytes, write_table
 
 if TYPE_CHECKING:
     from evaluators.base import Subject
@@ -50,7 +50,7 @@ class AuditRequest:
         """Names the audit: equal keys are the same work."""
         parts = (self.subject, self.digest, self.tier_name, self.tier.digest, self.judge_digest, self.task_digest)
         peers = [(name, digest) for name, _, digest in self.anchors]
-        return f"{self.subject}-{self.tier_name}-{digest_of(*parts, self.code, peers)}"
+        return f"{self.subject}-{self.tier_name}-{digest_of(*parts, self.code, SCHEMA_VERSION, peers)}"
 
 
 class Peers(Mapping[str, Any]):

@@ -10,13 +10,14 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from raysweep import presets
+from raysweep.audited import keys_of, rows_of, scores_of
 from raysweep.config import ConfigError, Sweep
 from raysweep.informative import caveat
 from raysweep.report.answer import answer, answer_rows, trials_told, unfinished, untested, value
 from raysweep.report.pictures import strips
 from raysweep.results import trial_table
 from raysweep.rundir import RunDir
-from raysweep.store import FRONT, ROWS, SCORES, read_table
+from raysweep.store import FRONT, read_table
 from raysweep.tasks.records import lines_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")  # colour-blind safe
@@ -67,9 +68,9 @@ def gather(folder: RunDir) -> ReportData:
             "to date"
         )
     points = read_table(folder.front_table, FRONT).to_pylist() if front else []
-    every = read_table(folder.rows, ROWS).to_pylist() if folder.rows.is_dir() else []
-    measured = dict.fromkeys(r["subject"] for r in every if r["tier"] == "audit" and not r["method"])  # the anchors
-    subjects = [p["trial"] for p in points] or sorted(measured)
+    trials = trial_table(folder, f"{sweep.name}-{sweep.digest[:8]}")
+    keys = keys_of(folder, trials)
+    subjects = [p["trial"] for p in points] or sorted(keys.get("audit", {}))  # the anchors
     task = json.loads((folder.task / "task.json").read_text())
     original = load_file(folder.task / "splits.safetensors")["forget.x"][:8]
     styles = {m: (COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)]) for i, m in enumerate(sweep.methods)}
@@ -79,9 +80,9 @@ def gather(folder: RunDir) -> ReportData:
         front=front,
         points=points,
         subjects=subjects,
-        trials=trial_table(folder, f"{sweep.name}-{sweep.digest[:8]}"),
-        rows=[r for r in every if r["subject"] in subjects],
-        scores=_scores(folder, set(subjects)),
+        trials=trials,
+        rows=rows_of(folder, keys, subjects),
+        scores=_scores(scores_of(folder, {"audit": keys.get("audit", {})}, subjects)),
         anchors=json.loads(folder.anchors("audit").read_text()) if folder.anchors("audit").is_file() else {"views": []},
         styles=styles,
         shape=original.shape[1:],
@@ -102,15 +103,11 @@ def _preset(sweep: Sweep) -> str:
     return text
 
 
-def _scores(folder: RunDir, subjects: set[str]) -> dict[tuple[str, str], np.ndarray]:
+def _scores(rows: list[dict[str, Any]]) -> dict[tuple[str, str], np.ndarray]:
     """(subject, score) -> array, for what the report draws."""
-    if not folder.scores.is_dir():
-        return {}
-    table = read_table(folder.scores, SCORES)
     wanted: dict[tuple[str, str], list[tuple[int, list[float]]]] = {}
-    for row in table.to_pylist():
-        drawn = row["score"].startswith(("strip.", "loss."))
-        if row["tier"] == "audit" and row["subject"] in subjects and drawn:
+    for row in rows:
+        if row["score"].startswith(("strip.", "loss.")):
             wanted.setdefault((row["subject"], row["score"]), []).append((row["unit"], row["values"]))
     return {key: np.array([v for _, v in sorted(units)]) for key, units in wanted.items()}
 

@@ -1,0 +1,127 @@
+"""A run that was resumed after its code had changed: what is shown was measured by what the answer stands on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from tiny import tiny_task
+
+from raysweep.audited import keys_of, rows_of, scores_of
+from raysweep.cli import main
+from raysweep.config import ConfigError
+from raysweep.context import Context
+from raysweep.reader import load
+from raysweep.report.data import gather
+from raysweep.results import trial_table
+from raysweep.run import probed_otherwise
+from raysweep.rundir import RunDir
+from raysweep.search import FINAL, ParetoSearch
+from raysweep.spaces import Parameter, Space
+from raysweep.store import FRONT, ROWS, SCORES, write_json, write_table
+
+TRIAL, ANCHORS = "000-rgd", ("base", "oracle-0", "destroyed")
+OLD, NEW = 0.111, 0.222
+
+
+def context(folder: RunDir) -> Context:
+    pair = ("/model", "b" * 16)
+    return Context(
+        run=str(folder.path), run_id="r", task_digest="t", quality="q", validity="v", base=pair[0], base_digest=pair[1],
+        oracles={"oracle-0": pair}, judges={}, prepared={}, cache=str(folder.path / "cache"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A run whose every audit was made twice, the first time by other code; names of parts sort the old before the new."""
+    storage = tmp_path_factory.mktemp("storage")
+    sweep = load(None, (f"storage={storage}", "name=twice", "methods=[rgd]"))
+    folder = RunDir.of(sweep)
+    with folder.claim(sweep, {}):
+        task = tiny_task()
+        folder.task.mkdir(parents=True)
+        task.save(folder.task)
+    probe = context(folder).request("probe", sweep.audit.probe, TRIAL, "rgd", None, "d")
+    search = ParetoSearch(
+        folder.journal, f"{sweep.name}-{sweep.digest[:8]}", [Space("rgd", {}, (Parameter("lr", "log", (1e-5, 1e-3), {}),), ())],
+        1, 1, 0,
+    )  # fmt: skip
+    search.suggest("a")
+    search.on_trial_complete("a", {"residue": 0.1, "damage": 0.2, "digest": "d", "probe": probe.key, FINAL: True})
+    keys: dict[str, dict[str, str]] = {}
+    for tier in ("probe", "audit", "durability"):
+        for subject in (TRIAL, *ANCHORS):
+            new = probe.key if (tier, subject) == ("probe", TRIAL) else f"{subject}-{tier}-new"
+            keys.setdefault(tier, {})[subject] = new
+            for key, value in ((f"{subject}-{tier}-0", OLD), (new, NEW)):
+                row = {"subject": subject, "tier": tier, "check": "loss", "metric": "auc", "paired_with": "", "value": value,
+                       "method": "rgd" if subject == TRIAL else "", "n": 9, "direction": "target", "interval": "DeLong",
+                       "status": "ok", "reason": "", "lo": value, "hi": value}  # fmt: skip
+                write_table(folder.rows / f"{key}.parquet", [row], ROWS)
+                write_table(folder.rows / f"paired-{key}.parquet", [row | {"paired_with": "oracle"}], ROWS)
+                score = {
+                    "subject": subject,
+                    "tier": tier,
+                    "score": "loss.forget",
+                    "unit": 0,
+                    "values": [value],
+                    "shape": [],
+                }
+                write_table(folder.scores / f"{key}.parquet", [score], SCORES)
+    for tier in ("probe", "audit"):
+        write_json(folder.anchors(tier), {"keys": {n: keys[tier][n] for n in ANCHORS}, "views": []})
+    points = [{"trial": n, "kind": "candidate" if n == TRIAL else "anchor", "method": ""} for n in (TRIAL, *ANCHORS)]
+    write_table(folder.front_table, points, FRONT)
+    audits = {tier: keys[tier] for tier in ("audit", "durability")}
+    write_json(folder.front_json, {"audits": audits, "answer": [], "recommended": {"trial": None}})
+    return folder
+
+
+def test_the_report_shows_what_its_front_was_made_of(home):
+    data = gather(home)
+    assert {r["value"] for r in data.rows} == {NEW}
+    assert {(r["subject"], r["tier"]) for r in data.rows} == {
+        (s, t) for s in (TRIAL, *ANCHORS) for t in ("probe", "audit", "durability")
+    }
+    assert data.metric(TRIAL, "loss.auc")["value"] == NEW
+    assert data.metric(TRIAL, "loss.auc", "oracle")["value"] == NEW
+    assert {float(a.item()) for a in data.scores.values()} == {NEW}
+    assert len(data.scores) == 4
+
+
+def test_show_shows_the_same(home):
+    shown = CliRunner().invoke(main, ["show", str(home.path), TRIAL, "--json"])
+    assert shown.exit_code == 0, shown.output
+    rows = json.loads(shown.output)["rows"]
+    assert {r["value"] for r in rows} == {NEW}
+    assert sorted(r["tier"] for r in rows) == sorted(2 * ["probe", "audit", "durability"])
+
+
+def test_a_run_without_a_front_shows_its_anchors_and_probes(home, tmp_path):
+    early = RunDir(tmp_path / "early")
+    for tier in ("probe", "audit"):
+        write_json(early.anchors(tier), json.loads(home.anchors(tier).read_text()))
+    keys = keys_of(early, [{"trial": TRIAL, "probe": "p"}, {"trial": "001-rgd", "probe": ""}])
+    assert set(keys["audit"]) == set(ANCHORS)
+    assert set(keys["probe"]) == {*ANCHORS, TRIAL}
+    assert keys_of(RunDir(tmp_path / "none"), []) == {"probe": {}}
+    assert {r["value"] for r in rows_of(home, {"audit": keys["audit"]}, ANCHORS)} == {NEW}
+    assert {r["values"][0] for r in scores_of(home, {"audit": keys["audit"]}, ["base"])} == {NEW}
+
+
+def test_a_front_that_does_not_say_what_it_stands_on_is_refused(tmp_path):
+    write_json((folder := RunDir(tmp_path)).front_json, {"points": []})
+    with pytest.raises(ConfigError, match=r"front\.json: was written by an earlier raysweep; repeat"):
+        keys_of(folder, [])
+
+
+def test_trials_that_were_probed_in_another_way_are_told(home):
+    sweep = home.sweep()
+    trials = trial_table(home, f"{sweep.name}-{sweep.digest[:8]}")
+    assert probed_otherwise(trials, context(home), sweep) == ""
+    other = replace(context(home), task_digest="another")
+    assert probed_otherwise(trials, other, sweep).startswith("1 of 1 trials were probed before")
+    assert probed_otherwise([], other, sweep) == ""
