@@ -5,95 +5,21 @@ SciPy and torch-fidelity are imported where they are used: the cheap functions h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 
 LEVEL = 0.95
 
 
 def clopper_pearson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Exact two-sided interval of a proportion, k successes of n."""
+    """Exact two-sided interval of a proportion, k successes of n.
+
+    Where draws have rates of their own, as samples of several prompts in turn, it holds the mean of those rates at least as
+    often (Hoeffding, "On the distribution of the number of successes in independent trials", 1956).
+    """
     from scipy import stats
 
     interval = stats.binomtest(int(k), int(n)).proportion_ci(confidence_level=level, method="exact")
     return float(interval.low), float(interval.high)
-
-
-def wilson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, k successes of n: shorter than the exact one, and right on average."""
-    from scipy import stats
-
-    interval = stats.binomtest(int(k), int(n)).proportion_ci(confidence_level=level, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def anytime_interval(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Interval of a proportion that holds at every n at once, so sampling may stop as soon as it decides.
-
-    The rates p that a uniform mixture over all rates does not beat by 1/(1 - level) to one in likelihood (Robbins, 1970,
-    by Ville's inequality): B(k + 1, n - k + 1) < p^k (1 - p)^(n - k) / (1 - level).
-    """
-    from scipy import optimize, special
-
-    bound = special.betaln(k + 1, n - k + 1) + np.log(1 - level)
-
-    def excess(p: float) -> float:
-        return float(special.xlogy(k, p) + special.xlog1py(n - k, -p) - bound)
-
-    at = k / n if n else 0.5
-    low = 0.0 if k == 0 else float(optimize.brentq(excess, 1e-300, at))
-    high = 1.0 if k == n else float(optimize.brentq(excess, at, 1 - 1e-16))
-    return low, high
-
-
-def zero_hits_needed(rate: float, level: float = LEVEL, sequential: bool = False) -> int:
-    """The fewest samples without a single hit that show the true rate to be below `rate` (one-sided if not sequential).
-
-    A fixed n needs (1 - rate)^n <= 1 - level; with `sequential` the claim may be checked after every sample.
-    """
-    if not 0 < rate < 1:
-        raise ValueError(f"rate: {rate} is not between 0 and 1")
-    if not sequential:
-        return int(np.ceil(np.log1p(-level) / np.log1p(-rate)))
-    n = 1
-    while anytime_interval(0, n, level)[1] > rate:
-        n *= 2
-    low = n // 2
-    while n - low > 1:
-        middle = (low + n) // 2
-        low, n = (low, middle) if anytime_interval(0, middle, level)[1] <= rate else (middle, n)
-    return n
-
-
-def cluster_interval(
-    values: np.ndarray, clusters: np.ndarray, level: float = LEVEL, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """(standard error, low, high) of the mean of `values` (n,), drawing whole clusters (n,) with replacement.
-
-    For images that share a prompt or a latent. Bias-corrected and accelerated bootstrap by SciPy, at the level that makes up
-    for few clusters ("expanded" by Student's t: Hesterberg, 2015, section 3.3); needs two clusters.
-    """
-    from scipy import stats
-
-    _, index = np.unique(clusters, return_inverse=True)
-    sums, counts = np.bincount(index, weights=values), np.bincount(index)
-    if len(sums) < 2:
-        raise ValueError("an interval over clusters needs at least two of them")
-    if np.ptp(values) == 0:
-        return 0.0, float(values[0]), float(values[0])
-
-    n = len(sums)
-    tail = float(stats.norm.sf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.5 + level / 2, n - 1)))
-
-    def ratio(s: np.ndarray, c: np.ndarray, axis: int = -1) -> np.ndarray:
-        return s.sum(axis) / c.sum(axis)
-
-    found = stats.bootstrap(
-        (sums, counts.astype(float)), ratio, n_resamples=draws, paired=True, vectorized=True, confidence_level=1 - 2 * tail,
-        rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return float(found.standard_error), float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def corrected_shares(shares: np.ndarray, confusion: np.ndarray) -> np.ndarray:
@@ -153,19 +79,11 @@ def t_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float, 
     return se, mean - half, mean + half
 
 
-def jackknife(statistic: Callable[[np.ndarray], float], groups: Sequence[np.ndarray]) -> tuple[float, float]:
-    """(value, standard error) of a statistic of rows by the delete-a-group jackknife.
-
-    groups: arrays (n_g, ...) that together are the sample. Valid for the Frechet distance, where a naive bootstrap is
-    not: resampled duplicates add bias.
-    """
-    value = statistic(np.concatenate(groups))
-    parts = [statistic(np.concatenate([*groups[:g], *groups[g + 1 :]])) for g in range(len(groups))]
-    return value, jackknife_se(np.array(parts))
-
-
 def jackknife_se(replicates: np.ndarray) -> float:
-    """Standard error from leave-one-group-out values (G,) or, by the same rule along axis 0, (G, ...)."""
+    """Standard error from leave-one-group-out values (G,) or, by the same rule along axis 0, (G, ...).
+
+    Valid for the Frechet distance, where a naive bootstrap is not: resampled duplicates add bias.
+    """
     g = len(replicates)
     return float(np.sqrt((g - 1) / g * np.square(replicates - replicates.mean()).sum()))
 
@@ -245,12 +163,6 @@ def auc_interval(pos: np.ndarray, neg: np.ndarray, level: float = LEVEL) -> tupl
     if se == 0 and auc in (0.0, 1.0):
         low, high = clopper_pearson(round(auc) * min(len(pos), len(neg)), min(len(pos), len(neg)), level)
     return auc, se, max(0.0, low), min(1.0, high)
-
-
-def delong_paired(pos_a: np.ndarray, neg_a: np.ndarray, pos_b: np.ndarray, neg_b: np.ndarray) -> tuple[float, float]:
-    """(AUC_a - AUC_b, standard error) for two scorers of the same positives and negatives, by DeLong."""
-    (pa, na), (pb, nb) = _placements(pos_a, neg_a), _placements(pos_b, neg_b)
-    return float(pa.mean() - pb.mean()), float(np.sqrt(_variance(pa - pb) + _variance(na - nb)))
 
 
 def paired_gap(pos: np.ndarray, neg: np.ndarray, pos_ref: np.ndarray, neg_ref: np.ndarray) -> tuple[float, float]:

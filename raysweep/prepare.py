@@ -1,4 +1,4 @@
-"""What a sweep needs before its first trial: task, base model, oracles, judges, prepared tensors, anchors."""
+"""What a sweep needs before its first trial: task, base model, oracles, judges, prepared tensors; and its anchors' audits."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def prepare(
     say: Say,
     tick: Tick,
 ) -> Context:
-    """Makes or finds everything, measures the anchors with the probe, and leaves the run's context on disk."""
+    """Makes or finds base, oracles, judges and prepared tensors, and leaves the run's context on disk."""
     frozen, free = autoencoder_folder(sweep, task), actors.auditors
     with actors.waiting(executor) as threads:
         started, waiting = time.monotonic(), None

@@ -134,6 +134,8 @@ def write_card(
     given = "given" if sweep.oracle_models else "trained here"
     skipped = [f for f in findings if f["status"] == "skipped" and f["metric"] in ("auc", "presence")]
     untested = ["Adversarial prompts were not tried.", *(f"{f['check']}: {f['reason']}" for f in skipped)]
+    if task.kind == "concept":
+        untested.append("Other prompts than the audit's were not tried, and no interval covers them.")
     untested += [f"{text}: the check failed." for text in incomplete]
     content = {
         "subject": name,

@@ -1,31 +1,35 @@
 """Intervals and distances against brute force, theory and simulation."""
 
+import ast
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
+from tiny import ROOT
 
 from evaluators.statistics import (
     advantage,
-    anytime_interval,
     auc_interval,
     clopper_pearson,
-    cluster_interval,
     corrected_shares,
     delong,
-    delong_paired,
     detectable_auc,
     detectable_proportion,
     equivalence,
     frechet,
-    jackknife,
     jackknife_interval,
     jackknife_se,
     kid,
     normal_interval,
+    paired_gap,
     tpr_at_fpr,
-    wilson,
-    zero_hits_needed,
 )
+
+
+def left_out(statistic, groups) -> np.ndarray:
+    """A statistic of rows without each of their groups in turn."""
+    return np.array([statistic(np.concatenate([*groups[:g], *groups[g + 1 :]])) for g in range(len(groups))])
 
 
 def test_auc_is_the_share_of_ordered_pairs():
@@ -51,10 +55,10 @@ def test_delong_covers():
 def test_paired_difference_is_zero_for_the_same_scores_and_sharper_than_unpaired():
     rng = np.random.default_rng(2)
     pos, neg = rng.normal(0.5, 1, 200), rng.normal(0, 1, 200)
-    delta, se = delong_paired(pos, neg, pos, neg)
+    delta, se = paired_gap(pos, neg, pos[:, None], neg[:, None])
     assert (delta, se) == (0.0, 0.0)
     other_pos, other_neg = pos + rng.normal(0, 0.2, 200), neg + rng.normal(0, 0.2, 200)
-    _, paired = delong_paired(pos, neg, other_pos, other_neg)
+    _, paired = paired_gap(pos, neg, other_pos[:, None], other_neg[:, None])
     assert paired < 0.5 * np.hypot(delong(pos, neg)[1], delong(other_pos, other_neg)[1])
 
 
@@ -101,9 +105,7 @@ def test_clopper_pearson():
 
 def test_jackknife_of_a_mean_is_its_standard_error():
     x = np.random.default_rng(4).normal(size=100)
-    value, se = jackknife(lambda v: float(v.mean()), np.split(x, 100))
-    assert value == pytest.approx(x.mean())
-    assert se == pytest.approx(x.std(ddof=1) / 10)
+    assert jackknife_se(left_out(np.mean, np.split(x, 100))) == pytest.approx(x.std(ddof=1) / 10)
     assert jackknife_se(np.full(7, 3.0)) == 0.0
 
 
@@ -122,9 +124,8 @@ def test_the_jackknife_of_frechet_is_not_the_invalid_bootstrap():
     values, errors = [], []
     for _ in range(25):
         groups = np.split(rng.normal(size=(400, 16)), 20)
-        value, se = jackknife(lambda v: frechet(v, reference), groups)
-        values.append(value)
-        errors.append(se)
+        values.append(frechet(np.concatenate(groups), reference))
+        errors.append(jackknife_se(left_out(lambda v: frechet(v, reference), groups)))
     true = np.std(values, ddof=1)
     assert 0.7 * true < np.mean(errors) < 2.0 * true
     x = np.concatenate(groups)
@@ -138,53 +139,43 @@ def test_kid_is_unbiased_at_zero():
     assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(40)
 
 
-def test_interval_coverage_of_proportions():
+def test_the_interval_of_a_share_is_never_too_short():
     rng = np.random.default_rng(8)
-    averages = []
     for rate, n in ((0.05, 100), (0.1, 80), (0.3, 60), (0.5, 100), (0.9, 200)):
-        counts, weights = np.unique(rng.binomial(n, rate, 4000), return_counts=True)
-        for interval in (wilson, clopper_pearson):
-            inside = [lo <= rate <= hi for lo, hi in (interval(int(k), n) for k in counts)]
-            averages.append((interval, np.average(inside, weights=weights)))
-    assert 0.93 <= np.mean([c for i, c in averages if i is wilson]) <= 0.97  # right on average over rates
-    assert min(c for i, c in averages if i is clopper_pearson) >= 0.94  # never too short
+        assert _covered(rng.binomial(n, rate, 4000), rate, n) >= 0.94
 
 
-def test_an_anytime_interval_holds_at_every_look():
-    rng = np.random.default_rng(9)
-    missed, looks = 0, range(10, 400, 10)
-    for _ in range(150):
-        hits = np.cumsum(rng.random(400) < 0.2)
-        missed += any(not low <= 0.2 <= high for low, high in (anytime_interval(int(hits[n - 1]), n) for n in looks))
-    assert missed / 150 <= 0.05
-    assert anytime_interval(0, 0) == (0.0, 1.0)
+@pytest.mark.parametrize("prompts", [2, 10, 50])
+def test_nor_is_that_of_samples_of_several_prompts(prompts):
+    """Each prompt has a rate of its own and the same number of samples: the interval is about the mean over these prompts."""
+    rng = np.random.default_rng(prompts)
+    for each in (2, 20):
+        rates = rng.beta(0.5, 1.0, prompts)
+        hits = rng.binomial(each, rates, (4000, prompts)).sum(1)
+        assert _covered(hits, rates.mean(), each * prompts) >= 0.95
 
 
-def test_zero_hits():
-    n = zero_hits_needed(0.01)
-    assert 0.99**n <= 0.05 < 0.99 ** (n - 1)
-    m = zero_hits_needed(0.01, sequential=True)
-    assert anytime_interval(0, m)[1] <= 0.01 < anytime_interval(0, m - 1)[1]
-    assert m > n
-    with pytest.raises(ValueError, match="not between 0 and 1"):
-        zero_hits_needed(0.0)
+def _covered(hits: np.ndarray, rate: float, n: int) -> float:
+    counts, weights = np.unique(hits, return_counts=True)
+    inside = [low <= rate <= high for low, high in (clopper_pearson(int(k), n) for k in counts)]
+    return float(np.average(inside, weights=weights))
 
 
-def test_clusters_widen_the_interval_as_they_should():
-    rng = np.random.default_rng(10)
-    covered = naive = 0
-    for _ in range(150):
-        prompts = rng.normal(size=30)
-        values = np.repeat(prompts, 8) + 0.5 * rng.normal(size=240)
-        _, low, high = cluster_interval(values, np.repeat(np.arange(30), 8), draws=500)
-        covered += low <= 0 <= high
-        se = values.std(ddof=1) / np.sqrt(240)
-        naive += abs(values.mean()) <= 1.96 * se
-    assert 0.88 <= covered / 150 <= 0.99
-    assert naive / 150 < 0.7
-    with pytest.raises(ValueError, match="at least two"):
-        cluster_interval(np.ones(4), np.zeros(4))
-    assert cluster_interval(np.ones(4), np.arange(4)) == (0.0, 1.0, 1.0)
+def test_every_statistic_is_used_and_the_handbook_names_no_other():
+    """Intervals that nothing is reported by would say of the audit what it does not do."""
+    source = ROOT / "evaluators" / "statistics.py"
+    offered = {
+        f.name for f in ast.parse(source.read_text()).body if isinstance(f, ast.FunctionDef) and f.name[0] != "_"
+    }
+    used = set()
+    for path in (p for package in ("raysweep", "evaluators") for p in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "evaluators.statistics":
+                used |= {alias.name for alias in node.names}
+    assert offered == used
+    handbook = (ROOT / "docs" / "audit.md").read_text().partition("## Intervals")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+)`", handbook.partition("Tests simulate")[0])
+    assert set(named) <= offered | {"gap", "excess"}
 
 
 def test_shares_behind_an_erring_classifier():
@@ -250,7 +241,8 @@ def test_coverage_of_the_jackknife_of_frechet():
     expected = [frechet(part, reference) for part in np.split(large, 100)]
     target, covered = np.mean(expected), 0
     for _ in range(100):
-        value, se = jackknife(lambda v: frechet(v, reference), np.split(rng.normal(size=(400, 8)), 20))
-        lo, hi = normal_interval(value, se)
+        groups = np.split(rng.normal(size=(400, 8)), 20)
+        value = frechet(np.concatenate(groups), reference)
+        lo, hi = normal_interval(value, jackknife_se(left_out(lambda v: frechet(v, reference), groups)))
         covered += lo <= target <= hi
     assert covered >= 90
