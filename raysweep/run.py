@@ -202,13 +202,14 @@ class _Events(tune.Callback):
 
     def __init__(self, folder: RunDir, run_id: str, sweep: Sweep, say: Say, tick: Tick):
         self.folder, self.run_id, self.sweep, self.say, self.tick = folder, run_id, sweep, say, tick
-        self.done = sum(t["state"] != "RUNNING" for t in trial_table(folder, run_id))
-        self.failed = 0
+        states = [t["state"] for t in trial_table(folder, run_id)]  # of a run that goes on
+        self.done, self.failed = sum(s != "RUNNING" for s in states), states.count("FAIL")
         self.gauges = {
             "trials": Gauge("raysweep_trials", "ended trials", ("run", "state")),
             "residue": Gauge("raysweep_residue", "residue of the last candidate", ("run", "method")),
             "damage": Gauge("raysweep_damage", "damage of the last candidate", ("run", "method")),
         }
+        self.count()
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks; a display does not pickle and is of no use elsewhere."""
@@ -234,9 +235,13 @@ class _Events(tune.Callback):
             self.say("trial", f"{config['trial']:<16} {place}  {cost}  {settings}  {self.done}/{total}")
             for name in ("residue", "damage"):
                 self.gauges[name].set(result[name], {"run": self.run_id, "method": config["method"]})
+        self.count()
+        self.tick("trials", self.done, total)
+
+    def count(self) -> None:
+        """Brings the counts of trials to Ray's metrics."""
         self.gauges["trials"].set(self.failed, {"run": self.run_id, "state": "failed"})
         self.gauges["trials"].set(self.done, {"run": self.run_id, "state": "ended"})
-        self.tick("trials", self.done, total)
 
 
 def _conclude(

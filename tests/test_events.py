@@ -1,0 +1,56 @@
+"""What a sweep tells of its trials, when it begins and when it goes on."""
+
+from __future__ import annotations
+
+import pytest
+
+from raysweep import run
+from raysweep.reader import load
+from raysweep.rundir import RunDir
+from raysweep.search import FINAL, ParetoSearch
+from raysweep.spaces import Parameter, Space
+from raysweep.store import checkpoint_path
+
+LR = Space("rgd", {}, (Parameter("lr", "log", (1e-5, 1e-3), {}),), ())
+
+
+class Gauge:
+    """Stands in for Ray's."""
+
+    seen: dict[tuple, float] = {}
+
+    def __init__(self, name, description, tags):
+        self.name = name
+
+    def set(self, value, tags):
+        self.seen[self.name, *sorted(tags.items())] = value
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    monkeypatch.setattr(run, "Gauge", Gauge)
+    monkeypatch.setattr(Gauge, "seen", {})
+    return lambda state: Gauge.seen.get(("raysweep_trials", ("run", "r"), ("state", state)))
+
+
+def test_counts_go_on_where_they_were(tmp_path, counted):
+    sweep, told = load(None, (f"storage={tmp_path}", "methods=[rgd]", "search.trials=5")), []
+    folder = RunDir.of(sweep)
+    folder.path.mkdir()
+    search = ParetoSearch(folder.journal, "r", [LR], 5, 5, 0)
+    configs = [search.suggest(k) for k in "abcde"]
+    for k in "ab":
+        search.on_trial_complete(k, {"reason": "diverged", FINAL: True})
+    search.on_trial_complete("c", {"residue": 0.5, "damage": 0.5, FINAL: True})
+    events = run._Events(folder, "r", sweep, lambda *a: told.append(a), lambda *a: None)
+    assert (counted("failed"), counted("ended")) == (2, 3)
+    left = checkpoint_path(folder.candidates / configs[3]["trial"])
+    left.parent.mkdir()
+    left.write_bytes(b"")
+    events.ended(configs[3], {"reason": "exceeded its budget of 3 s"})
+    assert (counted("failed"), counted("ended")) == (3, 4)
+    assert not left.exists()  # a trial that ended does not go on from its checkpoint
+    events.ended(configs[4], {"residue": 0.1, "damage": 0.2, "train_s": 1.0, "audit_s": 2.0})
+    assert (counted("failed"), counted("ended")) == (3, 5)
+    assert [kind for kind, _ in told] == ["failed", "trial"]
+    assert told[1][1].endswith("5/5")
