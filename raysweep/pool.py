@@ -24,7 +24,7 @@ from raysweep.audit.manager import AuditManager
 from raysweep.config import ConfigError, Sweep
 from raysweep.places import PlaceError, ray_folder
 from raysweep.resources import TRIAL_SLOT, Node, Plan
-from raysweep.train.groups import NAMESPACE, Broker, Executor, start_group, stop_groups
+from raysweep.train.groups import NAMESPACE, Broker, Executor, actor_name, start_group, stop_groups
 from raysweep.trial import scaling
 
 # Settings of Ray that a run needs in every one of its processes.
@@ -147,7 +147,7 @@ def has_trial_slots() -> bool:
 class Pool:
     """A run's actors: the audit manager and its auditors, the broker and the threads that hold its groups."""
 
-    run_id: str
+    name: str  # of an auditor, without its number
     plan: Plan
     manager: ActorHandle
     auditors: list[ActorHandle]
@@ -179,7 +179,7 @@ class Pool:
         self.stop_training()
         if not self.plan.late_auditors:
             return
-        names, auditors, place = _start_auditors(self.run_id, self.plan, len(self.auditors), self.plan.late_auditors)
+        names, auditors, place = _start_auditors(self.name, self.plan, len(self.auditors), self.plan.late_auditors)
         self.auditors += auditors
         self.places.append(place)
         ray.get(self.manager.add.remote(names))
@@ -200,18 +200,19 @@ class Pool:
 @contextlib.contextmanager
 def pool(run: Path, run_id: str, sweep: Sweep, plan: Plan) -> Iterator[Pool]:
     """Starts auditors (their placement group first, so that trials cannot take their place), manager and groups."""
-    names, auditors, place = _start_auditors(run_id, plan, 0, plan.auditors)
+    name = actor_name("auditor", run, run_id)
+    names, auditors, place = _start_auditors(name, plan, 0, plan.auditors)
     if not place.wait(120):
         raise ConfigError("resources: the auditors found no place within 120 s; see `ray status`")
-    manager = AuditManager.options(name=f"audits-{run_id}").remote(  # type: ignore[attr-defined]
+    manager = AuditManager.options(name=actor_name("audits", run, run_id)).remote(  # type: ignore[attr-defined]
         str(run), names, NAMESPACE, sweep.audit.attempts, sweep.audit.timeout_s
     )
-    broker = Broker.options(name=f"broker-{run_id}").remote()  # type: ignore[attr-defined]
+    broker = Broker.options(name=actor_name("broker", run, run_id)).remote()  # type: ignore[attr-defined]
     groups = []
     if sweep.train.executor == "warm":
         storage = str(run / "tune" / "train")
         groups = [start_group(broker, slot, scaling(plan), storage) for slot in range(plan.slots)]
-    actors = Pool(run_id, plan, manager, auditors, broker, groups, [place])
+    actors = Pool(name, plan, manager, auditors, broker, groups, [place])
     try:
         yield actors
     finally:
@@ -219,9 +220,9 @@ def pool(run: Path, run_id: str, sweep: Sweep, plan: Plan) -> Iterator[Pool]:
 
 
 def _start_auditors(
-    run_id: str, plan: Plan, first: int, count: int
+    name: str, plan: Plan, first: int, count: int
 ) -> tuple[list[str], list[ActorHandle], PlacementGroup]:
-    """(names, handles, placement group) of `count` auditors, numbered from `first`."""
+    """(names, handles, placement group) of `count` auditors, called `name` and numbered from `first`."""
     bundle = {"CPU": plan.auditor_cpus} | ({"GPU": plan.auditor_gpus} if plan.auditor_gpus else {})
     selector = [{"role": "audit"}] * count if plan.roles and first == 0 else None
     place = placement_group([bundle] * count, strategy="SPREAD", bundle_label_selector=selector)
@@ -230,8 +231,8 @@ def _start_auditors(
         "num_cpus": plan.auditor_cpus,
         "num_gpus": plan.auditor_gpus,
     }
-    names = [f"auditor-{run_id}-{i}" for i in range(first, first + count)]
-    return names, [Auditor.options(name=name, **options).remote() for name in names], place  # type: ignore[attr-defined]
+    names = [f"{name}-{i}" for i in range(first, first + count)]
+    return names, [Auditor.options(name=n, **options).remote() for n in names], place  # type: ignore[attr-defined]
 
 
 def _in_job() -> bool:

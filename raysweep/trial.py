@@ -18,7 +18,7 @@ from raysweep.objectives import Unmeasured, objectives
 from raysweep.resources import Plan
 from raysweep.rundir import RunDir
 from raysweep.search import FINAL, OBJECTIVES
-from raysweep.train.groups import NAMESPACE, Executor, Isolated, Warm
+from raysweep.train.groups import NAMESPACE, Executor, Isolated, Warm, actor_name
 
 
 def trial(config: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ def trial(config: dict[str, Any]) -> None:
 def make_executor(run: str, run_id: str, sweep: Sweep, plan: Plan) -> Executor:
     """The executor that the sweep asks for."""
     if sweep.train.executor == "warm":
-        return Warm(ray.get_actor(f"broker-{run_id}", namespace=NAMESPACE))
+        return Warm(ray.get_actor(actor_name("broker", run, run_id), namespace=NAMESPACE))
     return Isolated(scaling(plan), str(Path(run) / "tune" / "train"))
 
 
@@ -74,7 +74,7 @@ def scaling(plan: Plan) -> ScalingConfig:
 
 def ask_audit(run_id: str, request: AuditRequest) -> dict[str, Any]:
     """Waits for the manager's answer."""
-    manager = ray.get_actor(f"audits-{run_id}", namespace=NAMESPACE)
+    manager = ray.get_actor(actor_name("audits", request.run, run_id), namespace=NAMESPACE)
     return ray.get(manager.audit.remote(request))
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_task
 
+from raysweep import trial
 from raysweep.models.pixel import PixelDDPM
+from raysweep.reader import load
 from raysweep.store import checkpoint_path
 from raysweep.train import groups, loop
 from raysweep.train.jobs import Job
@@ -150,3 +152,14 @@ def test_dropout_after_a_checkpoint_is_that_of_a_run_without_one(place):
     assert torch.load(checkpoint_path(place / "out" / "cut-dropping"), weights_only=True)["done"] == 2
     outcome = loop.run(cut, loop.Resident())
     assert (outcome.status, outcome.digest) == ("ok", whole.digest), outcome.reason
+
+
+def test_two_runs_of_one_config_share_a_cluster(tmp_path, monkeypatch):
+    """Each trial asks the actors of its own run: names of actors hold for the whole cluster."""
+    asked = []
+    monkeypatch.setattr(trial.ray, "get_actor", lambda name, namespace: asked.append(name) or name)
+    sweep = load(None, ())
+    for folder in ("mine", "yours", "mine"):
+        trial.make_executor(str(tmp_path / folder), "digits-0123", sweep, plan=None)
+    assert asked[0] == asked[2] != asked[1]
+    assert asked[0] == groups.actor_name("broker", tmp_path / "mine", "digits-0123")

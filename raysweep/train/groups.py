@@ -29,7 +29,7 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-from raysweep.store import temporary_path
+from raysweep.store import digest_of, temporary_path
 from raysweep.train.jobs import Job, Outcome, finished
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ ATTEMPTS = 3
 POLL_S = 20.0
 NAMESPACE = "raysweep"
 ENDED = "the run has ended"
+
+
+def actor_name(kind: str, run: str | Path, run_id: str) -> str:
+    """Name of an actor of the run in the folder `run`: others on the cluster may run the same config in a folder of their own."""
+    return f"{kind}-{run_id}-{digest_of(str(run))}"
 
 
 class Executor(Protocol):
