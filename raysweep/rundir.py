@@ -19,7 +19,7 @@ from raysweep.artifacts import ROOT, cache_folder
 from raysweep.config import ConfigError, Sweep
 from raysweep.places import PlaceError, check_writable
 from raysweep.reader import validate as validate_config
-from raysweep.store import CHECKPOINT, clear_temporaries, write_bytes, write_json
+from raysweep.store import CHECKPOINT, DAY_S, clear_temporaries, write_bytes, write_json
 from raysweep.texts import load_yaml
 
 PACKAGES = (
@@ -28,7 +28,6 @@ PACKAGES = (
 )  # fmt: skip
 
 
-DAY_S = 24 * 3600.0
 MONTH_S = 30 * DAY_S
 
 

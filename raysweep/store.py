@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import io
 import json
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = "4"
 TEMPORARY = ".*.tmp"  # what is being written
 CHECKPOINT = ".*.partial.pt"  # checkpoints of training that has not ended
+DAY_S = 24 * 3600.0
 RENAMES = 10  # attempts to put a folder in its place
 
 
@@ -196,9 +198,11 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Makes a folder atomically: `fill` writes into a temporary one, which then takes its place.
 
-    Where several processes make the same folder at once, on one host or on many, the last one to end wins.
+    Where several processes make the same folder at once, on one host or on many, the last one to end wins. What one that was
+    killed has left goes after a day.
     """
     temporary = temporary_path(path)
+    _clear(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"), DAY_S)
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
@@ -228,8 +232,12 @@ def _take_place(new: Path, path: Path) -> None:
 
 def clear_temporaries(folder: Path, age_s: float = 0.0, pattern: str = TEMPORARY) -> None:
     """Removes what writes that were killed have left below `folder`, if nothing in it was written for `age_s` seconds."""
+    _clear([*folder.rglob(pattern)], age_s)
+
+
+def _clear(leftovers: Iterable[Path], age_s: float) -> None:
     before = time.time() - age_s
-    for leftover in [*folder.rglob(pattern)]:
+    for leftover in leftovers:
         with contextlib.suppress(OSError):  # its writer was alive after all, and has just ended
             if _last_written(leftover) <= before:
                 _remove(leftover)

@@ -101,3 +101,17 @@ def test_recent_keeps_what_was_asked_for_last():
         assert kept.get(key, lambda key=key: make(key)) == key
     assert "".join(made) == "abcb"
     assert list(kept.entries) == ["a", "b"]
+
+
+def test_a_check_that_failed_is_tried_again(place, tmp_path, monkeypatch):
+    """Whoever runs a sweep again may have mended the cause; what went well is not done twice."""
+    from evaluators.fidelity import Fidelity
+
+    asked = request(place, tmp_path, 1, "candidate")
+    with monkeypatch.context() as broken:
+        broken.setattr(Fidelity, "scores", lambda *_: 1 / 0)
+        assert auditor().measure(asked)["failed"] == ["fidelity"]
+    again = auditor().measure(asked)
+    assert again["failed"] == []
+    assert again["images"] > 0
+    assert auditor().measure(asked)["images"] == 0

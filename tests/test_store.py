@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
@@ -124,6 +125,17 @@ def test_writers_of_one_name_do_not_meet(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a.json", "c"]
 
 
+def test_what_a_killed_writer_of_a_folder_left_goes_with_the_next(tmp_path):
+    """As `export` and `draw` write where nothing else is cleared: a name with odd letters, and another's left alone."""
+    left, young, other = (tmp_path / name for name in (".[a] b.0123.tmp", ".[a] b.4567.tmp", ".c.0123.tmp"))
+    for folder in (left, young, other):
+        folder.mkdir()
+    for folder in (left, other):
+        os.utime(folder, (0, 0))
+    write_folder(tmp_path / "[a] b", lambda folder: (folder / "x").write_text("x"))
+    assert (left.exists(), young.exists(), other.exists()) == (False, True, True)
+
+
 def test_a_folder_is_there_whole_while_many_write_it(tmp_path):
     """Sixteen writers at once: none fails, one of them wins, and its folder is complete."""
     files = [f"{k}.bin" for k in range(20)]
@@ -179,7 +191,9 @@ def test_models_are_diffusers_folders_and_never_pickles(tmp_path, points_task, c
 
 def test_the_audit_log_survives_a_torn_line(tmp_path):
     log = tmp_path / "audits.jsonl"
-    log.write_text('\n{"key": "a", "status": "ok"}\n{"key": "b", "status": "failed"}\n{"key": "c", "sta')
+    ended = [{"key": "a", "status": "ok", "failed": []}, {"key": "b", "status": "failed", "failed": []},
+             {"key": "d", "status": "ok", "failed": ["loss"]}]  # fmt: skip
+    log.write_text("".join("\n" + json.dumps(e) for e in ended) + '\n{"key": "c", "sta')
     assert list(read_log(log)) == ["a"]
 
 

@@ -150,7 +150,8 @@ class AuditManager:
 
 
 def read_log(path: Path) -> dict[str, dict[str, Any]]:
-    """Ends of audits by key; a last line that a crash cut short is ignored, and failures are left out to be retried."""
+    """Ends of audits by key; a last line that a crash cut short is ignored. Audits that failed, or in which a check did, are
+    left out: whoever runs a sweep again may have mended the cause."""
     done = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -158,7 +159,7 @@ def read_log(path: Path) -> dict[str, dict[str, Any]]:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if entry["status"] == "ok":
+            if entry["status"] == "ok" and not entry["failed"]:
                 done[entry.pop("key")] = entry
     return done
 
