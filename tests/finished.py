@@ -90,7 +90,14 @@ def run(folder: Path, of: Front | None, *overrides: str, sensitive: bool = False
     pictures = np.random.default_rng(1).uniform(-1, 1, (4, size))
     for subject, key in keys.items():
         scores = [
-            {"subject": subject, "tier": "audit", "score": score, "unit": k, "values": picture.tolist(), "shape": [size]}
+            {
+                "subject": subject,
+                "tier": "audit",
+                "score": score,
+                "unit": k,
+                "values": picture.tolist(),
+                "shape": [size],
+            }
             for score in ("strip.rebuilt", "strip.noised", "strip.samples")
             for k, picture in enumerate(pictures)
         ]

@@ -142,7 +142,7 @@ def test_every_output_of_a_run_says_the_same(remembering, monkeypatch):
     assert "Try next" in screen
     assert "Recommended" not in html
     assert "No candidate is recommended" in call("status", str(remembering)).output
-    trials = {"000-rgd": {"trial": "000-rgd"}}
+    trials = {"000-rgd": {"trial": "000-rgd", "probe": ""}}
     monkeypatch.setattr("raysweep.results.trial_table", lambda *_: list(trials.values()))
     assert "best so far, but not recommended: it has not forgotten" in call("show", str(remembering), "000-rgd").output
     card = {"trial": "000-rgd", "method": "rgd", "seed": 0, "hyperparameters": {}, "base_digest": "b", "task_digest": "t", "outcome": {"digest": "d"}}  # fmt: skip
