@@ -250,5 +250,5 @@ def test_what_killed_writes_left_is_cleared_away(tmp_path):
 def test_storage_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     sweep = load(None, (f"storage={tmp_path / 'file'}",))
-    with pytest.raises(ConfigError, match="cannot be written"), RunDir.of(sweep).claim(sweep, {}):
+    with pytest.raises(ConfigError, match="file is not a folder"), RunDir.of(sweep).claim(sweep, {}):
         pass
