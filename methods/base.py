@@ -386,8 +386,7 @@ class Descent(Method):
             group["lr"] = self.hp.lr * self.rate(self.done)
         self.optimizer.step()
         if self.average:
-            now = [p.detach() for p in self.params]
-            torch._foreach_lerp_(self.average, now, 1 - self.ema_decay(self.done))
+            gradients.average(self.average, self.params, self.ema_decay(self.done))
         self.done += 1
         return scalars
 

@@ -28,6 +28,11 @@ def alone() -> Iterator[None]:
         _alone.pop()
 
 
+def average(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], decay: float) -> None:
+    """Moves averages towards the weights in place, tensor by tensor: average <- decay average + (1 - decay) weight."""
+    torch._foreach_lerp_(averages, [w.detach() for w in weights], 1 - decay)  # one kernel for all
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sums in place over all ranks; the identity outside a process group and in `alone`."""
     if ranks() > 1:

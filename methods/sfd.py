@@ -159,7 +159,7 @@ class SFD(Method):
                 parts.append(w * loss)
         scalars = gradients.scalars(loss=torch.stack(parts).sum(), **gaps)
         self.update(1, parts, scalars)
-        torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - hp.ema)
+        gradients.average(self.ema, self.params, hp.ema)
         self.done += 1
         return scalars
 

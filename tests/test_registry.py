@@ -46,7 +46,7 @@ def test_every_name_resolves_to_what_it_says(kind, table, base):
 # What libraries keep to themselves and we lean on all the same: file -> name -> the tests that fail when it goes.
 PRIVATE = {
     "evaluators/fidelity.py": {"super()._both": "our own, of the parent class"},
-    "methods/sfd.py": {"torch._foreach_lerp_": "test_sfd.py: the moving average against its formula"},
+    "methods/gradients.py": {"torch._foreach_lerp_": "test_sfd.py: the moving average against its formula"},
     "raysweep/footprint.py": {
         "_cdata": "test_footprint.py: what stays alive for the backward pass, counted by hand",
         "torch._subclasses.fake_tensor import FakeTensorMode": "test_footprint.py",
