@@ -37,6 +37,8 @@ from raysweep.tasks.sources import (
 )
 
 KINDS = ("cat", "dog", "fox")
+# long enough for the prompts, whose words it spells letter by letter
+LONG = LATENT | {"text_encoder": LATENT["text_encoder"] | {"max_position_embeddings": 32}}
 CAPTIONS = {"cat": "a cat on a mat", "dog": "A DOG in the sun", "fox": "a quick fox"}
 
 
@@ -429,7 +431,7 @@ def test_grids_that_do_not_fit():
 
 
 def test_a_concept_of_a_users_model(tmp_path):
-    LatentText.build(LATENT, 0).save(tmp_path / "base")
+    LatentText.build(LONG, 0).save(tmp_path / "base")
     search, audit = write_prompts(tmp_path)
     rows = {"base": str(tmp_path / "base"), "train": write_parquet(tmp_path / "t.parquet", labelled(60)),
             "holdout": write_parquet(tmp_path / "h.parquet", labelled(30, 700)), "forget": {"labels": ["dog"]}}  # fmt: skip
@@ -437,7 +439,7 @@ def test_a_concept_of_a_users_model(tmp_path):
     assert (task.kind, task.forget_class, task.thing) == ("concept", 1, "the concept 'dog'")
     assert task.texts["prompts_probe"] == tuple(CAPTIONS[k] for k in KINDS)  # of a wolf there is no image
     assert len(task.splits["prompts_audit"]) == 6
-    assert task.splits["forget"].cond.shape == (20, 6)
+    assert task.splits["forget"].cond.shape == (20, 32)
     with pytest.raises(ValueError, match="prompts are used both by the search and by the audit"):
         ImagesTask(**rows, kind="concept", search_prompts=search, audit_prompts=search).build()
     with pytest.raises(ValidationError, match="a concept needs both"):
@@ -491,7 +493,7 @@ def test_starting_weights_and_their_recipe(tmp_path):
 
 def test_styles_besides_objects(tmp_path):
     """A tree of styles and objects with captions by a template: the second domain reaches judges and prompts."""
-    LatentText.build(LATENT, 0).save(tmp_path / "base")
+    LatentText.build(LONG, 0).save(tmp_path / "base")
     for part, skip in (("train", 0), ("held", 30)):
         data.tree(tmp_path / part, ("ring", "bar", "dot"), ("Photo", "Monet"), images=20, size=16, skip=skip)
     grid = {"slots": {"what": ("ring", "bar", "dot"), "style": ("Photo", "Monet")}, "label": "style", "other": "what"}
