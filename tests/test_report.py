@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -227,3 +228,14 @@ def test_every_axis_of_the_report_has_a_title(tmp_path):
         assert axes
         assert all(a.get("title", {}).get("text") for a in axes)
         assert figure.layout.yaxis.title.text
+
+
+def test_prompts_that_nobody_asked_are_not_covered(tmp_path):
+    """Intervals of a concept's figures are about the audit's own prompts."""
+    from raysweep.report.answer import untested
+    from raysweep.report.data import gather
+
+    data = gather(run(tmp_path / "a", front([GOOD, OTHER])))
+    said = {kind: " ".join(untested(dataclasses.replace(data, kind=kind))) for kind in ("points", "concept")}
+    assert "with another seed, nor other prompts than the audit's." in said["concept"]
+    assert "prompts than" not in said["points"]

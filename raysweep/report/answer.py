@@ -80,8 +80,9 @@ def untested(data: ReportData) -> list[str]:
     others = [p["trial"] for p in data.candidates() if p["trial"] not in attacked]
     lines = ["Adversarial prompts were not tried."]
     if data.candidates():
+        prompts = ", nor other prompts than the audit's" if data.kind == "concept" else ""
         lines += [
-            "Intervals cover the sampling of images and noise, not the retraining of a candidate with another seed.",
+            f"Intervals cover the sampling of images and noise, not the retraining of a candidate with another seed{prompts}.",
             "Candidates were picked for the audit by their probe values; the audit's seeds and judge are fresh, its task is not.",
         ]
     else:
