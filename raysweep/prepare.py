@@ -170,7 +170,7 @@ def prepare(
     say: Say,
     tick: Tick,
 ) -> Context:
-    """Makes or finds base, oracles, judges and prepared tensors, and leaves the run's context on disk."""
+    """Makes or finds base, oracles and judges, and leaves the run's context on disk."""
     frozen, free = autoencoder_folder(sweep, task), actors.auditors
     with actors.waiting(executor) as threads:
         started, waiting = time.monotonic(), None
