@@ -676,19 +676,31 @@ def draw_(
 
 @main.command(name="ls")
 @click.argument("what", type=click.Choice(["methods", "evaluators", "spaces", "tasks", "presets", "runs"]))
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @_errors
-def list_(what: str, as_json: bool) -> int:
-    """List what there is: methods, evaluators, spaces, tasks, presets, runs."""
-    from raysweep.listing import listing
+def list_(what: str, name: str | None, as_json: bool) -> int:
+    """List what there is: methods, evaluators, spaces, tasks, presets, runs.
 
-    rows = listing(what, STORAGE)
+    `raysweep ls spaces NAME`, of a preset, a config or a method: every point that is tried first, with the value of each
+    hyperparameter and its source.
+    """
+    from raysweep.config import ConfigError
+    from raysweep.listing import listing, points_of
+    from raysweep.released import shown
+
+    if name is not None and what != "spaces":
+        raise ConfigError(f"ls {what}: takes no name; `raysweep ls spaces NAME` does")
+    rows = listing(what, STORAGE) if name is None else points_of(name)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return OK
     for row in rows:
-        name, *rest = row.values()
-        click.echo(f"{name:<18} " + "  ".join(str(v) for v in rest))
+        first, *rest = (v for k, v in row.items() if k != "values")
+        click.echo(f"{first:<18} " + "  ".join(str(v) for v in rest))
+        for key, told in row.get("values", {}).items():
+            value = "-" if told["searched"] else shown(told["value"])
+            click.echo(f"    {key:<20} {value:<14} {told['from']}")
     return OK
 
 

@@ -10,11 +10,14 @@ from pydantic import BaseModel
 
 import search_spaces
 from raysweep import presets
+from raysweep.config import ConfigError
 from raysweep.places import absolute
+from raysweep.reader import load as load_config
 from raysweep.reader import validate
 from raysweep.registry import external, names, resolve
+from raysweep.released import shown
 from raysweep.rundir import list_runs
-from raysweep.spaces import load
+from raysweep.spaces import Parameter, Point, Space, load
 
 
 def listing(what: str, storage: Path) -> list[dict[str, Any]]:
@@ -30,6 +33,57 @@ def listing(what: str, storage: Path) -> list[dict[str, Any]]:
     if what == "presets":
         return [_preset(name) for name in presets.names()]
     return [{"name": r.path.name, "state": r.read_manifest()["state"], "path": str(r.path)} for r in list_runs(storage)]
+
+
+def points_of(name: str) -> list[dict[str, Any]]:
+    """Every point that a preset, a config (by its path) or a method tries first, with the value of each hyperparameter and
+    where that comes from. Raises ConfigError for another name, SpaceError for a space that is wrong."""
+    path = presets.path_of(name) if name in presets.names() else Path(name)
+    if path.is_file():
+        sweep = load_config(path, (), absent=True)
+        kind = getattr(sweep.task, "kind", None)
+        spaces = [load(method, sweep.spaces.get(method), kind) for method in sweep.methods]
+    elif name in search_spaces.names():
+        spaces = [load(name)]
+    else:
+        valid = ", ".join([*presets.names(), *search_spaces.names()])
+        raise ConfigError(f"{name!r}: not a preset, a config or a method; valid: {valid}")
+    return [
+        {"name": space.method, "source": point.source, "values": resolved(space, point)}
+        for space in spaces
+        for point in space.points
+    ]
+
+
+def resolved(space: Space, point: Point) -> dict[str, dict[str, Any]]:
+    """Hyperparameter -> its value at a point of a space, and where that comes from; a value that is searched is null."""
+    method = resolve("method", space.method)
+    ranges = {p.name: p for p in space.parameters}
+    start = {p.name: p.values[0] for p in space.parameters if not p.when and not p.open}
+    values = method.Hyperparameters(**(space.fixed | start | point.values)).model_dump()
+    found = {}
+    for name, value in values.items():
+        searched = name not in point.values and name in ranges and ranges[name].exists(space.fixed | point.values)
+        origin = _searched(ranges[name]) if searched else _origin(space, point, name, value)
+        found[name] = {"value": None if searched else value, "searched": searched, "from": origin}
+    return found
+
+
+def _searched(parameter: Parameter) -> str:
+    return f"searched: {parameter.kind} [{', '.join(shown(v) for v in parameter.values)}]"
+
+
+def _origin(space: Space, point: Point, name: str, value: Any) -> str:
+    stated = point.stated.get(name)
+    if stated is not None and (value == stated.here or (isinstance(value, tuple) and list(value) == stated.here)):
+        return str(stated)
+    if stated is not None:
+        return f"{point.because.get(name, 'set here')}; released: {shown(stated.here)} ({stated})"
+    if name in point.values:
+        return "this point"
+    if name in space.fixed:
+        return "fixed in the space"
+    return f"default; {point.unused[name]}" if name in point.unused else "default of the method"
 
 
 def _method(name: str) -> dict[str, Any]:

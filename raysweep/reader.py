@@ -47,7 +47,14 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = Fals
         raise ConfigError(f"{where}: keys must be text or numbers, and nothing may hold itself ({error})") from error
     _scale(data, overrides, where, text)
     set_by_hand = [_override(data, item) for item in overrides]
-    return validate(data, where, text, set_by_hand, absent and data.get("scale") == "paper")
+    sweep = validate(data, where, text, set_by_hand, absent and data.get("scale") == "paper")
+    for method in sweep.methods if sweep.scale == "paper" else ():
+        if "released" not in sweep.spaces.get(method, {}):
+            raise ConfigError(
+                f"{where}: spaces.{method}.released: missing; the paper's experiment starts from a released setting by its name, "
+                "or from the method's defaults (null), never from the space for the embedded models"
+            )
+    return sweep
 
 
 def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: str) -> None:

@@ -5,13 +5,19 @@ with `when`), and `enqueue` (points with their `source`, and with the `kind` of 
     {log: [a, b]}  {uniform: [a, b]}  {int: [a, b]}  {logint: [a, b]}  {choice: [x, y, ...]}
     {choice: from_model}   what the method offers for the prepared base model (SLUG's layers)
     when: {other: value}   the parameter exists only where `other` took `value`; `other` stands earlier in the file
+
+These files are for the embedded models. A sweep's own space (`spaces.METHOD`) changes them, unless it says `released`:
+    released: sfd/cifar10  every value is that of a released setting (see `raysweep.released`), which is the first point; what
+                           stands beside it is searched or set instead
+    released: null         no setting was released: the method's defaults, and what stands beside it
+A point may be `{released: NAME, ...}` as well: it has every value of that setting but for those beside it. Where a value
+differs from the released one, the point's source says so; `because` (name -> reason, or one reason for all) says why.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -20,6 +26,8 @@ from pydantic import ValidationError
 
 import search_spaces
 from raysweep.registry import resolve, suggest
+from raysweep.released import ReleasedError, Setting, Stated, here, shown
+from raysweep.released import setting as released_setting
 
 KINDS = ("log", "uniform", "int", "logint", "choice")
 FROM_MODEL = "from_model"
@@ -53,10 +61,16 @@ class Parameter:
         """Whether its choices are known only once the method has been prepared."""
         return self.values == (FROM_MODEL,)
 
+    def exists(self, chosen: dict[str, Any]) -> bool:
+        """Whether the parameter exists beside these values."""
+        return all(chosen.get(k) == v for k, v in self.when.items())
+
     def contains(self, value: Any) -> bool:
         if self.open:
             return True
-        return value in self.values if self.kind == "choice" else self.values[0] <= value <= self.values[1]
+        if self.kind == "choice":
+            return value in self.values
+        return isinstance(value, int | float) and self.values[0] <= value <= self.values[1]
 
 
 @dataclass(frozen=True)
@@ -66,22 +80,27 @@ class Point:
     source: str
     values: dict[str, Any]
     kind: str | None = None
+    stated: dict[str, Stated] = field(default_factory=dict)  # hyperparameter -> what a released setting states of it
+    unused: dict[str, str] = field(default_factory=dict)  # hyperparameter -> why that setting does not give it
+    because: dict[str, str] = field(default_factory=dict)  # hyperparameter -> why it differs from that
 
 
 @dataclass(frozen=True)
 class Space:
-    """The space of one method."""
+    """The space of one method; released: the name of the setting whose values are `fixed`, if any."""
 
     method: str
     fixed: dict[str, Any]
     parameters: tuple[Parameter, ...]
     points: tuple[Point, ...]
+    released: str | None = None
 
     def ask(self, trial: optuna.Trial, point: dict[str, Any]) -> dict[str, Any]:
         """Hyperparameters of a trial: `point`'s where it has them, else suggested, on top of the fixed ones."""
-        chosen = dict(self.fixed)
+        searched = {p.name for p in self.parameters}
+        chosen = self.fixed | {k: v for k, v in point.items() if k not in searched}
         for p in self.parameters:
-            if all(chosen.get(k) == v for k, v in p.when.items()):
+            if p.exists(chosen):
                 chosen[p.name] = p.ask(trial, self.method)
         return chosen | point
 
@@ -114,47 +133,98 @@ class Space:
 
 def load(method: str, overrides: dict[str, Any] | None = None, kind: str | None = None) -> Space:
     """Reads the space of a method, with a sweep's overrides: a distribution, or a plain value that is then fixed; `enqueue`: the
-    settings to be tried first, instead of the file's.
+    settings to be tried first, instead of the file's; `released`: what to start from instead of the file.
 
     `kind` leaves out the points that are for another kind of task.
 
     Raises:
         SpaceError: an unknown hyperparameter, an inverted range, or a value that the method refuses.
     """
-    where = f"search_spaces/{method}.yaml"
-    try:
-        data = search_spaces.read(method)
-    except FileNotFoundError as error:
-        where, own = f"methods.{method}.space", getattr(resolve("method", method), "space", None)
-        if own is None:
-            raise SpaceError(f"search_spaces/{method}.yaml: missing: {method!r} has no search space") from error
-        data = own
-    fixed, space = dict(data.get("fixed") or {}), dict(data.get("space") or {})
     overrides = dict(overrides or {})
-    enqueued = overrides.pop("enqueue", None)
-    if enqueued is not None:
-        if not isinstance(enqueued, list) or not all(isinstance(entry, dict) for entry in enqueued):
-            raise SpaceError(f"spaces.{method}.enqueue: must be a list of settings, each with its source")
-        data = data | {"enqueue": enqueued}
-    for name, value in overrides.items():
+    enqueued, because = overrides.pop("enqueue", None), overrides.pop("because", {})
+    if enqueued is not None and not (isinstance(enqueued, list) and all(isinstance(entry, dict) for entry in enqueued)):
+        raise SpaceError(f"spaces.{method}.enqueue: must be a list of settings, each with its source")
+    where, data, setting, name = f"spaces.{method}", dict[str, Any](), None, None
+    if "released" not in overrides:
+        where, data = _embedded(method)
+    elif (name := overrides.pop("released")) is not None:
+        setting = _released(f"{where}.released", method, name)
+        data = {"fixed": here(setting.values)}
+    fixed, space = dict(data.get("fixed") or {}), dict(data.get("space") or {})
+    for key, value in overrides.items():
         where = f"spaces.{method}"
-        (space if isinstance(value, dict) else fixed)[name] = value
-        (fixed if isinstance(value, dict) else space).pop(name, None)
+        (space if isinstance(value, dict) else fixed)[key] = value
+        (fixed if isinstance(value, dict) else space).pop(key, None)
     valid = sorted(resolve("method", method).Hyperparameters.model_fields)
-    for name in (*fixed, *space):
-        if name not in valid:
-            raise SpaceError(f"{where}.{name}: not a hyperparameter of {method}{suggest(name, valid)}")
-    parameters = tuple(_parameter(where, name, value) for name, value in space.items())
+    for key in (*fixed, *space):
+        if key not in valid:
+            raise SpaceError(f"{where}.{key}: not a hyperparameter of {method}{suggest(key, valid)}")
+    parameters = tuple(_parameter(where, key, value) for key, value in space.items())
     points = []
-    for entry in data.get("enqueue") or []:
-        taken = () if enqueued is not None else overrides
-        values = {k: v for k, v in entry.items() if k not in ("source", "kind") and k not in taken}
+    if setting is not None:
+        plain = {k for k, v in overrides.items() if not isinstance(v, dict)}
+        points = [
+            _stated(where, setting, i, {k: fixed[k] for k in plain}, because) for i in range(1 + len(setting.also))
+        ]
+    taken = () if enqueued is not None else tuple(overrides)
+    own = fixed if setting is None else {k: v for k, v in fixed.items() if k in overrides}  # what no release has set
+    for entry in enqueued if enqueued is not None else data.get("enqueue") or []:
         if kind is None or entry.get("kind", kind) == kind:
-            points.append(Point(entry.get("source", ""), values, entry.get("kind")))
-    result = Space(method, fixed, parameters, tuple(points))
+            points.append(_point(where, method, entry, own, taken))
+    result = Space(method, fixed, parameters, tuple(points), name)
     _check(where, result)
     result.variants(getattr(resolve("method", method), "prepared_by", ()))
     return result
+
+
+def _embedded(method: str) -> tuple[str, dict[str, Any]]:
+    """(what to call it, data) of the space for the embedded models."""
+    try:
+        return f"search_spaces/{method}.yaml", search_spaces.read(method)
+    except FileNotFoundError as error:
+        own = getattr(resolve("method", method), "space", None)
+        if own is None:
+            raise SpaceError(f"search_spaces/{method}.yaml: missing: {method!r} has no search space") from error
+        return f"methods.{method}.space", own
+
+
+def _released(where: str, method: str, name: Any) -> Setting:
+    try:
+        found = released_setting(name)
+    except ReleasedError as error:
+        raise SpaceError(f"{where}: {error}") from error
+    if found.method != method:
+        raise SpaceError(f"{where}: {name} is a setting of {found.method}, not of {method}")
+    return found
+
+
+def _point(where: str, method: str, entry: dict[str, Any], fixed: dict[str, Any], taken: Sequence[str]) -> Point:
+    """An entry of `enqueue`, without the values that a sweep has set itself; one of a released setting has every other value of
+    that, but for those that are fixed."""
+    values = {k: v for k, v in entry.items() if k not in ("source", "kind", "released", "because") and k not in taken}
+    if entry.get("released") is None:
+        return Point(entry.get("source", ""), values, entry.get("kind"))
+    setting = _released(f"{where}: enqueue", method, entry["released"])
+    point = _stated(where, setting, 0, fixed | values, entry.get("because") or {})
+    return replace(point, kind=entry.get("kind"), values={k: v for k, v in point.values.items() if k not in taken})
+
+
+def _stated(where: str, setting: Setting, which: int, instead: dict[str, Any], because: Any) -> Point:
+    """A point of a released setting, with some values of one's own; its source names each that differs from the release."""
+    stated = setting.points()[which]
+    values = here(stated) | instead
+    differs = [k for k in values if k not in stated or values[k] != stated[k].here]
+    notes = [f"{k} {shown(values[k])}" + (f" ({shown(stated[k].here)})" if k in stated else "") for k in differs]
+    reasons = because if isinstance(because, dict) else dict.fromkeys(differs, str(because))
+    unknown = [k for k in reasons if k not in values]
+    if unknown:
+        raise SpaceError(
+            f"{where}: because: {unknown[0]} is not a value that is set here{suggest(unknown[0], differs)}"
+        )
+    more = setting.also[which - 1] if which else {}
+    title = setting.title + "".join(f", {k} {shown(v.here)}" for k, v in more.items())
+    source = title + (f"; but {', '.join(notes)}" if notes else "")
+    return Point(source, values, None, stated, setting.unused, {k: v for k, v in reasons.items() if k in differs})
 
 
 def _parameter(where: str, name: str, value: Any) -> Parameter:
@@ -169,8 +239,6 @@ def _parameter(where: str, name: str, value: Any) -> Parameter:
     if kind != "choice":
         if len(given) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in given):
             raise SpaceError(f"{where}.{name}: {kind} takes two numbers [low, high], not {given!r}")
-        if not all(math.isfinite(v) for v in given):
-            raise SpaceError(f"{where}.{name}: the ends of a range are finite numbers, not {given!r}")
         if given[0] > given[1]:
             raise SpaceError(f"{where}.{name}: the range is inverted: [{given[0]}, {given[1]}]")
         if kind.startswith("log") and given[0] <= 0:
@@ -191,10 +259,11 @@ def _check(where: str, space: Space) -> None:
     by_name = {p.name: p for p in space.parameters}
     for point in space.points:
         place = f"{where}: enqueue ({point.source})"
+        values = space.fixed | start | point.values
         for name, value in point.values.items():
-            if name in by_name and not by_name[name].contains(value):
+            if name in by_name and by_name[name].exists(values) and not by_name[name].contains(value):
                 raise SpaceError(f"{place}: {name} = {value!r} is outside of the space")
-        _accepts(model, place, space.fixed | start | point.values, None)
+        _accepts(model, place, values, None)
 
 
 def _accepts(model: Any, place: str, values: dict[str, Any], only: str | None) -> None:

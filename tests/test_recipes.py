@@ -62,6 +62,7 @@ def test_a_presets_recipe_is_the_sweep_again(name, tmp_path, monkeypatch):
 def test_a_recipe_of_a_preset_of_ones_own_is_planned_as_any_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = yaml.safe_load(load(None).recipe()) | {"preset": "mine", "scale": "paper"}
+    data["spaces"] = {method: {"released": None} for method in data["methods"]}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
     sweep = load(tmp_path / "mine.yaml")
     assert presets.about_of(tmp_path / "mine.yaml", sweep.preset) is None

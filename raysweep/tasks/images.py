@@ -95,7 +95,10 @@ class ImagesTask(BaseModel):
     forget_images: int = Field(1000, ge=1, description="at most so many forgotten ones")
     holdout_images: int = Field(1000, ge=20, description="at most so many held-out ones")
     steps: int = Field(50, ge=1, description="steps of the sampler")
-    guidance: float = Field(1.0, ge=0, description="classifier-free guidance of the sampler")
+    guidance: float = Field(1.0, ge=0, description="classifier-free guidance of the sampler: eps_0 + g (eps_c - eps_0)")
+    eta: float = Field(
+        0.0, ge=0, le=1, description="noise that the sampler adds at each step: 0 none (DDIM), 1 as DDPM"
+    )
     base_steps: int = Field(0, ge=0, description="optimiser steps of each oracle; 0: oracles are given (oracle_models)")
     recipe: dict[str, Any] = Field(default_factory=dict, description="other settings of their training (see `retrain`)")
     seed: int = Field(0, ge=0, description="seed of the samples of records")
@@ -145,6 +148,12 @@ def _check_recipe(recipe: dict[str, Any]) -> None:
     if unknown:
         raise ValueError(f"recipe: {', '.join(unknown)}: not a setting of `retrain`")
     RetrainSettings(**recipe)
+
+
+def _sampling(config: ImagesTask) -> dict[str, Any]:
+    """How its models are sampled."""
+    noise = {"eta": config.eta} if config.eta else {}
+    return {"steps": config.steps, "guidance": config.guidance} | noise
 
 
 def images_task(config: ImagesTask) -> Task:
@@ -197,7 +206,7 @@ def images_task(config: ImagesTask) -> Task:
             **prompts,
         },
         **OBJECTIVES[model.family if model.family in CONTRASTIVE else "points" if config.kind == "points" else "class"],
-        sampling={} if model.family in CONTRASTIVE else {"steps": config.steps, "guidance": config.guidance},
+        sampling={} if model.family in CONTRASTIVE else _sampling(config),
         forget_class=labels.own.index(config.forget.labels[0]) if by_class else None,
         override_class=None if config.override is None or not by_class else labels.own.index(config.override),
         base=str(folder),
