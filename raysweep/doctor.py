@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from raysweep.artifacts import ROOT, cache_folder
+from raysweep.places import PlaceError, ray_folder
 from raysweep.rundir import PACKAGES, versions
 
 GIGABYTE = 1024**3
@@ -33,7 +34,18 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All checks, in order."""
-    return [_python(), *_packages(), _torch(), _memory(), _disk(), _shm(), *_ports(), _install(), _token()]
+    return [
+        _python(),
+        *_packages(),
+        _torch(),
+        _memory(),
+        _disk(),
+        _shm(),
+        _temporary(),
+        *_ports(),
+        _install(),
+        _token(),
+    ]
 
 
 def _python() -> Finding:
@@ -94,6 +106,14 @@ def _shm() -> Finding:
     free = shutil.disk_usage(path).free / GIGABYTE
     text = f"{free:.1f} GB free" + ("" if free >= 0.5 else "; in Docker start with --shm-size=1g or more")
     return Finding("/dev/shm", "ok" if free >= 0.5 else "warn", text)
+
+
+def _temporary() -> Finding:
+    """Where a local Ray keeps its sockets and logs."""
+    try:
+        return Finding("temporary", "ok", f"{ray_folder()} is short enough for Ray's sockets and can be written")
+    except PlaceError as error:
+        return Finding("temporary", "fail", str(error))
 
 
 def _ports() -> list[Finding]:

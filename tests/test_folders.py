@@ -18,7 +18,7 @@ from raysweep.miniature import models
 from raysweep.models import families
 from raysweep.models.draws import row_seeds
 from raysweep.models.edm import EDM
-from raysweep.models.folders import located
+from raysweep.models.folders import VARIANTS, located
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.models.sound import check_pass
@@ -179,6 +179,8 @@ def test_networks_that_cannot_be_what_they_are_taken_for(tmp_path, unet, message
         ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "divides by zero"),
         ({"beta_schedule": "linear", "beta_start": 0.0}, "step 0 adds no noise"),
         ({"trained_betas": [0.1, 0.2, 1.5]}, "betas are not between 0 and 1"),
+        ({"num_train_timesteps": 1}, "has 1 steps"),
+        ({"timestep_spacing": "sideways"}, "sideways is not supported"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "has no schedule of betas"),
         ({"_class_name": "EDMEulerScheduler"}, "has no schedule of betas"),
         ({"_class_name": "Nothing"}, "is not a scheduler of diffusers"),
@@ -189,6 +191,15 @@ def test_schedules_that_no_sampler_here_can_use(copy, family, settings, message)
     folder = copy(family)
     configure(folder / "scheduler" / "scheduler_config.json", **settings)
     refused(folder, message)
+
+
+def test_what_a_schedule_leaves_out_is_told(copy):
+    folder = copy("pixel")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k != "beta_schedule"} | {"beta_schequle": "linear"}))
+    with pytest.warns(ReadOtherwise, match="does not say beta_schedule; .* is taken: beta_schedule = linear"):
+        families.load(folder)
 
 
 def test_zero_snr_goes_with_v_prediction(copy):
@@ -282,6 +293,22 @@ def test_edm_folders_made_by_hand(copy):
     assert isinstance(families.load(folder), EDM)
     configure(folder / "scheduler" / "scheduler_config.json", sigma_min=100.0)
     refused(folder, "sigma_min 100.0 is not below sigma_max")
+
+
+def test_a_repository_of_variants_alone_is_fetched_again(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, revision, allow_patterns, ignore_patterns=None):
+        asked.append(ignore_patterns)
+        if ignore_patterns is None:
+            (tmp_path / "w.fp16.safetensors").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert located("someone/half-a-model") == tmp_path
+    assert asked == [VARIANTS, None]
+    assert located("someone/half-a-model") == tmp_path
+    assert len(asked) == 3
 
 
 def test_a_folder_that_is_not_the_pipeline_says_where_one_is(copy, tmp_path):

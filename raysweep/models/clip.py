@@ -84,7 +84,11 @@ class Contrastive(Handle):
         odd |= {n: (tuple(a), tuple(b)) for n, a, b in left.get("mismatched_keys", ())}
         weights.refuse_others(folder, "model", len(own), left["missing_keys"], left["unexpected_keys"], odd)
         weights.check_finite(folder, net)
-        return cls(net, config, tokenizer)
+        with reading(folder / OPEN_CLIP):
+            model = cls(net, config, tokenizer)
+            if model.mean.numel() != 3 or model.std.numel() != 3 or not bool((model.std > 0).all()):
+                raise ValueError("preprocess_cfg: mean and std must be three numbers each, std above 0")
+        return model
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `open_clip.create_model_from_pretrained` reads."""

@@ -53,9 +53,10 @@ def located(name: str, revision: str | None = None) -> Path:
 
     at = f" --revision {revision}" if revision else ""
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=VARIANTS)
-        ).absolute()
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=VARIANTS))
+        if not any(folder.rglob("*.safetensors")):  # one that has nothing but variants
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        return folder.absolute()
     except GatedRepoError as error:
         raise ValueError(
             f"{name}: is gated: accept its conditions at https://huggingface.co/{name}, and log in with `hf auth login`"
@@ -96,9 +97,9 @@ def pipeline_class(folder: Path, valid: Iterable[str]) -> str:
     if not index.is_file():
         raise ValueError(f"{folder}: not a diffusers pipeline folder ({INDEX} is missing){_instead(folder)}")
     name = read_json(index).get("_class_name")
-    if name not in valid:
+    if not isinstance(name, str) or name not in valid:
         raise ValueError(f"{folder}: holds a {name}; supported: {', '.join(sorted(valid))}")
-    return str(name)
+    return name
 
 
 def _instead(folder: Path) -> str:

@@ -40,6 +40,7 @@ for _logging in (diffusers_logging, transformers_logging):  # bars of files unde
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+LEAST = 3  # tokens of a prompt: a word between the two ends
 MASKED = (0.3, 0.5, 0.7)  # shares of a caption's words, see `LatentText.reduced`
 
 
@@ -376,8 +377,12 @@ def _tokenizer(folder: Path, encoder: Any) -> CLIPTokenizer:
             f"{folder}: tokenizer_config.json is missing: prompts are cut and padded to the {length} tokens of the text encoder, with "
             f"{tokenizer.pad_token!r} as padding"
         )
-    if tokenizer.model_max_length > length:
-        tokenizer.model_max_length = length
+    told = tokenizer.model_max_length
+    if not isinstance(told, int | float) or told < LEAST:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length is {told!r}; it must be {LEAST} or more"
+        )
+    tokenizer.model_max_length = int(min(told, length))
     if len(tokenizer) > known:
         raise ValueError(
             f"{folder.parent}: the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {known}: "

@@ -14,8 +14,11 @@ import torch
 from diffusers import DDIMScheduler
 
 from raysweep.models.folders import read_json, reading
+from raysweep.models.weights import tell
 
 SCHEDULE = "scheduler_config.json"
+# what a folder is expected to say
+STATED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
@@ -59,11 +62,17 @@ def schedule(folder: Path, latent: bool = False) -> tuple[Any, DDIMScheduler]:
     with reading(path):
         given = kind.from_config(config)
         sampler = ddim(given, latent)
+    untold = [key for key in STATED if key not in config]
+    if untold and config.get("trained_betas") is None:
+        told = ", ".join(f"{key} = {sampler.config[key]}" for key in untold)
+        tell(f"{path}: does not say {', '.join(untold)}; the library's default is taken: {told}")
     if sampler.config.prediction_type not in PREDICTIONS:
         raise ValueError(
             f"{path}: prediction_type {sampler.config.prediction_type!r} is not supported; valid: {', '.join(PREDICTIONS)}"
         )
     _check_alphas(path, sampler)
+    with reading(path):
+        _try(ddim(given, latent))
     return given, sampler
 
 
@@ -74,8 +83,20 @@ def ddim(given: Any, latent: bool = False) -> DDIMScheduler:
     return DDIMScheduler.from_config(config | ({"clip_sample": False, "thresholding": False} if latent else {}))
 
 
+def _try(sampler: DDIMScheduler) -> None:
+    """A step of the sampler, which raises what its settings would raise in a run."""
+    sampler.set_timesteps(2)
+    pixel = torch.zeros(1, 1, 1, 1)
+    for t in sampler.timesteps:
+        sampler.step(pixel, int(t), pixel)
+
+
 def _check_alphas(path: Path, sampler: DDIMScheduler) -> None:
     alphas = sampler.alphas_cumprod
+    if alphas.numel() < 2:
+        raise ValueError(
+            f"{path}: its noise schedule has {alphas.numel()} steps (num_train_timesteps); it needs 2 or more"
+        )
     if not bool(alphas.isfinite().all()) or bool((alphas < 0).any()) or bool((alphas.diff() > 0).any()):
         raise ValueError(
             f"{path}: its betas are not between 0 and 1: what is left of a picture must fall from step to step"
