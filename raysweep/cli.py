@@ -378,7 +378,7 @@ def status(run: str, as_json: bool) -> int:
 
     folder = _run_dir(run)
     manifest, sweep = folder.read_manifest(), folder.sweep()
-    trials = trial_table(folder, f"{sweep.name}-{sweep.digest[:8]}")
+    trials = trial_table(folder, folder.run_id)
     counts: dict[str, int] = {}
     for t in trials:
         counts[t["state"]] = counts.get(t["state"], 0) + 1
@@ -462,8 +462,7 @@ def show(what: tuple[str, ...], as_json: bool) -> int:
         raise ConfigError("show: give a run and a trial of it, or audit cards")
     run, trial = what
     folder = _run_dir(run)
-    sweep = folder.sweep()
-    trials = {t["trial"]: t for t in trial_table(folder, f"{sweep.name}-{sweep.digest[:8]}")}
+    trials = {t["trial"]: t for t in trial_table(folder, folder.run_id)}
     if trial not in trials:
         raise ConfigError(f"{run}: no trial {trial!r}{suggest(trial, sorted(trials))}")
     rows = rows_of(folder, keys_of(folder, list(trials.values())), [trial])

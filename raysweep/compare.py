@@ -16,16 +16,6 @@ from raysweep.rundir import RunDir
 from raysweep.store import FRONT, TRIALS, digest_of, read_table, write_bytes
 
 SHARES = (0.25, 0.5, 0.75)
-# prefixes of settings on which no result depends, besides seeds
-INCIDENTAL = (
-    "name",
-    "storage",
-    "cache",
-    "resources",
-    "train.executor",
-    "train.workers",
-    "train.checkpoint_s",
-)
 
 
 def is_card(path: Path) -> bool:
@@ -246,12 +236,12 @@ def _differences_of_code(manifests: Sequence[dict[str, Any]]) -> dict[str, list[
 
 def _differences(sweeps: Sequence[Sweep]) -> dict[str, list[str]]:
     """Settings, besides seeds and what no result depends on, that are not the same everywhere."""
-    flat = [_flat(s.resolved()) for s in sweeps]
+    flat = [_flat(s.decisive()) for s in sweeps]
     keys = sorted({k for f in flat for k in f})
     return {
         key: [str(f.get(key)) for f in flat]
         for key in keys
-        if not key.startswith(INCIDENTAL) and not key.endswith("seed") and len({str(f.get(key)) for f in flat}) > 1
+        if not key.endswith("seed") and len({str(f.get(key)) for f in flat}) > 1
     }
 
 

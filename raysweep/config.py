@@ -22,6 +22,7 @@ from raysweep import presets
 from raysweep.places import Place
 from raysweep.registry import ATTACKS, BY_WEIGHTS, THOROUGH, names, suggest
 from raysweep.seeds import derive_seed
+from raysweep.settings import ASIDE, BUDGET, TIMEOUT, asides
 from raysweep.tasks.digits import ClassTask, ClipTask, PictureTask, TextTask
 from raysweep.tasks.images import ImagesTask
 from raysweep.texts import dump_yaml
@@ -156,8 +157,8 @@ class AuditConfig(_Model):
     require: dict[str, str] = Field(
         default_factory=dict, description="what a recommended candidate must show: check.metric -> '>= x' or '<= x'"
     )
-    attempts: int = Field(3, ge=1, description="tries per audit before it is recorded as failed")
-    timeout_s: float = Field(600, gt=0, description="seconds after which an audit counts as hung")
+    attempts: Annotated[int, ASIDE] = Field(3, ge=1, description="tries per audit before it is recorded as failed")
+    timeout_s: Annotated[float, ASIDE] = Field(600, gt=0, description="seconds after which an audit counts as hung")
 
     def round(self, number: int) -> tuple[str, Tier]:
         """(name, tier) of the audit's first or a later round, which has seeds of its own and keeps no pictures."""
@@ -200,8 +201,10 @@ class LoRA(_Model):
 class TrainConfig(_Model):
     """How trials are trained."""
 
-    executor: Literal["warm", "isolated"] = Field("warm", description="long-lived worker groups, or one per trial")
-    workers: int = Field(1, ge=1, le=512, description="data-parallel workers per trial")
+    executor: Annotated[Literal["warm", "isolated"], ASIDE] = Field(
+        "warm", description="long-lived worker groups, or one per trial"
+    )
+    workers: Annotated[int, ASIDE] = Field(1, ge=1, le=512, description="data-parallel workers per trial")
     modules: tuple[str, ...] = Field(
         (),
         description="text-to-image models: the modules whose weights may change (unet, text_encoder, ...); empty: all",
@@ -210,8 +213,10 @@ class TrainConfig(_Model):
         "fp32", description="of the passes of a trial's training; weights and their updates are fp32 in either case"
     )
     lora: LoRA | None = Field(None, description="text-to-image models: train low-rank adapters instead of weights")
-    budget_s: float = Field(600, gt=0, description="seconds after which a trial counts as hung")
-    checkpoint_s: float = Field(60, gt=0, description="seconds between the checkpoints of a running trial")
+    budget_s: Annotated[float, ASIDE] = Field(600, gt=0, description="seconds after which a trial counts as hung")
+    checkpoint_s: Annotated[float, ASIDE] = Field(
+        60, gt=0, description="seconds between the checkpoints of a running trial"
+    )
 
 
 class ResourceConfig(_Model):
@@ -230,7 +235,9 @@ class ResourceConfig(_Model):
 class Sweep(_Model):
     """One sweep: a task, the methods that compete on it, and how they are searched, trained and audited."""
 
-    name: str = Field("digits-picture", description="name of the run; becomes a part of its directory")
+    name: Annotated[str, ASIDE] = Field(
+        "digits-picture", description="name of the run; becomes a part of its directory"
+    )
     task: Annotated[PictureTask | ClassTask | TextTask | ClipTask | ImagesTask, Field(discriminator="name")] = Field(
         default_factory=PictureTask
     )
@@ -247,13 +254,19 @@ class Sweep(_Model):
     search: SearchConfig = Field(default_factory=SearchConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     audit: AuditConfig = Field(default_factory=AuditConfig)
-    resources: ResourceConfig = Field(default_factory=ResourceConfig)
-    preset: str | None = Field(None, description="the paper's experiment that this is (`raysweep ls presets`)")
-    scale: presets.Scale | None = Field(None, description="paper, or tiny: on miniatures of its models and data")
-    storage: Place = Field(
+    resources: Annotated[ResourceConfig, ASIDE] = Field(default_factory=ResourceConfig)
+    preset: Annotated[str | None, ASIDE] = Field(
+        None, description="the paper's experiment that this is (`raysweep ls presets`)"
+    )
+    scale: Annotated[presets.Scale | None, ASIDE] = Field(
+        None, description="paper, or tiny: on miniatures of its models and data"
+    )
+    storage: Annotated[Place, ASIDE] = Field(
         Path("runs"), validate_default=True, description="folder of run directories; shared by all nodes of a cluster"
     )
-    cache: Place | None = Field(None, description="folder of base models, oracles and judges; null: ~/.cache/raysweep")
+    cache: Annotated[Place | None, ASIDE] = Field(
+        None, description="folder of base models, oracles and judges; null: ~/.cache/raysweep"
+    )
 
     @field_validator("name")
     @classmethod
@@ -302,12 +315,24 @@ class Sweep(_Model):
         """Every setting as YAML, which reads as this sweep again."""
         return dump_yaml(self.resolved())
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that a result can depend on, as plain data: all but those marked `ASIDE`."""
+        return self.model_dump(mode="json", exclude=asides(self))
+
     @property
     def digest(self) -> str:
-        """Hash of all settings that a result can depend on: storage, cache and resources are left out."""
-        data = self.model_dump(mode="json", exclude={"storage", "cache", "resources"})
-        del data["train"]["executor"], data["train"]["workers"], data["train"]["checkpoint_s"]
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of all settings that a result can depend on."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def run_id(self) -> str:
+        """Names the run's study, actors and jobs."""
+        return f"{self.name}-{self.digest[:8]}"
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits of time that end a trial, by setting: one that failed by such a limit is tried again under a wider one."""
+        return {BUDGET: self.train.budget_s, TIMEOUT: self.audit.timeout_s}
 
 
 def _digest_of_files(path: Path) -> str:

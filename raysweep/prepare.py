@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,7 +26,7 @@ from raysweep.registry import CONTRASTIVE, module_of, resolve
 from raysweep.rundir import RunDir
 from raysweep.seeds import derive_seed
 from raysweep.spaces import Space
-from raysweep.store import StoreError, digest_of, digest_state, write_folder
+from raysweep.store import StoreError, digest_of, digest_state, write_folder, write_json
 from raysweep.tasks.task import Task
 from raysweep.train.groups import Executor
 from raysweep.train.jobs import Job, Outcome, finished
@@ -34,9 +35,13 @@ Say = Callable[[str, str], None]
 
 
 def save_task(folder: RunDir, task: Task) -> None:
-    """Writes the task for the workers, unless it is there."""
-    if not (folder.task / "task.json").is_file():
+    """Writes the task for the workers and the report, unless it is there; how it is shown may have changed since."""
+    plain = folder.task / "task.json"
+    if not plain.is_file():
         write_folder(folder.task, task.save)
+    stored = json.loads(plain.read_text())
+    if stored["sensitive"] != task.sensitive:
+        write_json(plain, stored | {"sensitive": task.sensitive})
 
 
 def check_model(path: str, task: Task, key: str = "task.base") -> str:

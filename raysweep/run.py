@@ -72,8 +72,8 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
     """
     task, spaces = resolve_sweep(sweep)
     folder = RunDir.of(sweep)
-    run_id = f"{sweep.name}-{sweep.digest[:8]}"
     with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}):
+        run_id = folder.run_id
         before = trial_table(folder, run_id)
         ended = sum(t["state"] != "RUNNING" for t in before)
         say("run", f"{folder.path}" + (f"  (resuming: {ended} of {sweep.search.trials} trials done)" if before else ""))
@@ -167,8 +167,12 @@ def search(
     At most a trial per slot and one per auditor is in flight: audits that fall behind hold back new trials.
     """
     searcher = ParetoSearch(
-        folder.journal, run_id, spaces, sweep.search.trials, sweep.search.batch, sweep.search.seed, sweep.search.sampler
-    )
+        folder.journal, run_id, spaces, sweep.search.trials, sweep.search.batch, sweep.search.seed, sweep.search.sampler,
+        sweep.limits,
+    )  # fmt: skip
+    again = searcher.retry()
+    if again:
+        say("search", f"tried again, since the limit that ended them is wider by now: {', '.join(again)}")
     left = searcher.left()
     if left == 0:
         return

@@ -69,6 +69,12 @@ class RunDir:
             raise ConfigError(f"{self.path}: not a run directory (manifest.json is missing)")
         return json.loads(self.manifest.read_text())
 
+    @property
+    def run_id(self) -> str:
+        """Names the run's study, as it did when the run began: settings that raysweep has learnt since would change it."""
+        manifest = self.read_manifest()
+        return f"{manifest['name']}-{manifest['config_digest'][:8]}"
+
     def sweep(self) -> Sweep:
         """The resolved config of the run."""
         self.read_manifest()
@@ -89,7 +95,7 @@ class RunDir:
                 raise ConfigError(f"{self.path}: not empty and not a run; choose another name or storage")
             return
         if self.read_manifest()["config_digest"] != sweep.digest:
-            old, new = _flat(self.sweep().resolved()), _flat(sweep.resolved())
+            old, new = _flat(self.sweep().decisive()), _flat(sweep.decisive())
             keys = sorted(set(old) | set(new))
             changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)][:3]
             raise ConfigError(
@@ -114,9 +120,10 @@ class RunDir:
             clear_temporaries(self.path)
             clear_temporaries(cache_folder(sweep.cache), DAY_S)  # other runs write there too
             clear_temporaries(cache_folder(sweep.cache), MONTH_S, CHECKPOINT)
+            text = ("# resolved config of this run\n" + sweep.recipe()).encode()
+            if not self.config.is_file() or self.config.read_bytes() != text:  # other limits, resources, places
+                write_bytes(self.config, text)
             if not self.exists():
-                text = "# resolved config of this run\n" + sweep.recipe()
-                write_bytes(self.config, text.encode())
                 write_json(self.manifest, _manifest(sweep, digests))
             self.update(state="running", pid=os.getpid(), resumed_at=_now())
             yield

@@ -59,14 +59,24 @@ class ParetoSearch(Searcher):
         name: name of the study.
         spaces: one per method, in the order in which methods take turns.
         trials, batch, seed, sampler: as in `SearchConfig`.
+        limits: the limits of time that end a trial, by setting.
     """
 
     def __init__(
-        self, journal: Path, name: str, spaces: list[Space], trials: int, batch: int, seed: int, sampler: str = "tpe"
+        self,
+        journal: Path,
+        name: str,
+        spaces: list[Space],
+        trials: int,
+        batch: int,
+        seed: int,
+        sampler: str = "tpe",
+        limits: dict[str, float] | None = None,
     ):
         super().__init__(metric=list(OBJECTIVES), mode=["min"] * len(OBJECTIVES))
         self.journal, self.name, self.spaces = journal, name, spaces
         self.trials, self.batch, self.seed, self.sampler = trials, batch, seed, sampler
+        self.limits = limits or {}
         self._attach()
 
     def _attach(self) -> None:
@@ -82,6 +92,26 @@ class ParetoSearch(Searcher):
     def _open(self) -> None:
         self.storage = _storage(self.journal)
         self.study = _open(self.storage, self.name)
+
+    def retry(self) -> list[str]:
+        """Plans again, with the same settings, the trials that failed by a limit that is wider by now; their names.
+
+        The failed ones stay in the study, as what happened.
+        """
+        again = []
+        for t in self._planned().values():
+            ended_by = t.user_attrs.get("limit", {})
+            if t.state == TrialState.FAIL and any(self.limits.get(name, 0) > at for name, at in ended_by.items()):
+                config = json.loads(t.user_attrs["config"]) | {"number": len(self.study.get_trials(deepcopy=False))}
+                kept = {k: t.user_attrs[k] for k in ("place", "trial", "method")} | {"config": json.dumps(config)}
+                self.study.add_trial(
+                    optuna.create_trial(
+                        state=TrialState.RUNNING, params=t.params, distributions=t.distributions, user_attrs=kept
+                    )
+                )
+                self.ready.append(config)
+                again.append(config["trial"])
+        return again
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's config; None: wait for the batch before the running one; FINISHED: all were suggested."""
@@ -128,6 +158,8 @@ class ParetoSearch(Searcher):
             fallback = "the trial ended with an error" if error else f"objectives are not finite: {values}"
             self._set(number, "reason", result.get("reason") or fallback)
             self._set(number, "result", json.dumps({k: result[k] for k in _COSTS if k in result}))
+            if result.get("limit") in self.limits:
+                self._set(number, "limit", {result["limit"]: self.limits[result["limit"]]})
             self.study.tell(number, state=TrialState.FAIL)
         elif not result.get(FINAL):
             self._set(number, "reason", result.get("reason") or "stopped early")

@@ -104,7 +104,7 @@ def run_shadows(folder: RunDir, trial: str, shadows: int, say: Say) -> tuple[Pat
     cannot be trained.
     """
     sweep = folder.sweep()
-    run_id = f"{sweep.name}-{sweep.digest[:8]}"
+    run_id = folder.run_id
     config = next((t for t in trial_table(folder, run_id) if t["trial"] == trial), None)
     if config is None or config["state"] != "COMPLETE":
         done = [t["trial"] for t in trial_table(folder, run_id) if t["state"] == "COMPLETE"]

@@ -45,11 +45,12 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
     name = subject_name(model, digest)
     if task.base is not None:
         check_latents(str(model), families.load(task.base), str(model))
-    folder, run_id = RunDir.of(sweep), f"{sweep.name}-{sweep.digest[:8]}"
+    folder = RunDir.of(sweep)
     with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}):
         for line in data_lines(task):
             say("data", line)
         folder.update(data=list(task.accounts))
+        run_id = folder.run_id
         save_task(folder, task)
         try:
             with connected(sweep) as cluster:

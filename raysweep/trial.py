@@ -28,14 +28,14 @@ def trial(config: dict[str, Any]) -> None:
     executor = make_executor(run, context.run_id, sweep, Plan(**config["plan"]))
     outcome = executor.run(context.job(sweep, config))
     if outcome.status != "ok":
-        _report(reason=outcome.reason, train_s=outcome.seconds)
+        _report(reason=outcome.reason, limit=outcome.limit, train_s=outcome.seconds)
         return
     folder = str(context.folder.candidates / config["trial"])
     request = context.request("probe", sweep.audit.probe, config["trial"], config["method"], folder, outcome.digest)
     answer = ask_audit(context.run_id, request)
     costs = {"train_s": outcome.seconds, "audit_s": answer["seconds"], "step_s": outcome.step_seconds}
     if answer["status"] != "ok":
-        _report(reason=f"probe: {answer['reason']}", **costs)
+        _report(reason=f"probe: {answer['reason']}", limit=answer["limit"], **costs)
         return
     try:
         anchors, views = context.load_anchors("probe")
@@ -83,5 +83,6 @@ def _of_run(run: str) -> tuple[Context, Sweep]:
     return Context.load(run), RunDir(Path(run)).sweep()
 
 
-def _report(reason: str, **known: Any) -> None:
-    tune.report(dict.fromkeys(OBJECTIVES, math.nan) | known | {"reason": reason, FINAL: True})
+def _report(reason: str, limit: str = "", **known: Any) -> None:
+    """Reports a failure; limit: the setting that ended the trial, if one did."""
+    tune.report(dict.fromkeys(OBJECTIVES, math.nan) | known | {"reason": reason, "limit": limit, FINAL: True})

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raysweep.config import ConfigError, Sweep
-from raysweep.reader import load
+from raysweep.reader import load, validate
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -36,11 +36,47 @@ def test_overrides_win_over_the_file(tmp_path):
     assert load(path, ("task=digits-class",)).task.name == "digits-class"
 
 
-def test_digest_ignores_where_and_how_fast():
+def leaves(data, prefix=""):
+    """Every setting of a config as plain data, by its dotted key."""
+    found = {}
+    for key, value in data.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+ASIDE = {  # where, how fast, for how long, how it is shown
+    "name": "another", "storage": "elsewhere", "cache": "elsewhere", "preset": "rgd-cifar10-edm", "scale": "tiny",
+    "resources.cpus_per_worker": 2, "resources.gpus_per_worker": 1, "resources.gpus_per_auditor": 2, "resources.slots": 1,
+    "resources.auditors": 1, "resources.cpus": 1, "train.executor": "isolated", "train.workers": 2, "train.budget_s": 7200,
+    "train.checkpoint_s": 5, "audit.attempts": 1, "audit.timeout_s": 7200,
+}  # fmt: skip
+
+
+def test_digest_ignores_where_and_how_fast_and_for_how_long():
+    """Each such setting may change when a run is resumed; the list is complete, and everything else makes another run."""
     one = load(None)
-    same = load(None, ("storage=elsewhere", "resources.slots=1", "train.executor=isolated", "train.workers=2"))
-    assert one.digest == same.digest
-    assert one.digest != load(None, ("search.seed=1",)).digest
+    assert set(leaves(one.resolved())) - set(leaves(one.decisive())) == set(ASIDE)
+    for key, value in ASIDE.items():
+        parent, _, last = key.rpartition(".")
+        part = getattr(one, parent).model_copy(update={last: value}) if parent else value
+        changed = one.model_copy(update={parent or last: part})
+        assert changed != one
+        assert changed.digest == one.digest, key
+    for other in ("search.seed=1", "audit.top=9", "audit.audit.samples=801", "train.precision=bf16", "task.copies=5"):
+        assert load(None, (other,)).digest != one.digest, other
+
+
+def test_how_pictures_are_shown_makes_no_other_run(tmp_path):
+    base = {
+        "name": "images",
+        "base": "x",
+        "train": {"folder": "a"},
+        "holdout": {"folder": "b"},
+        "forget": {"labels": ["c"]},
+    }
+    clear, blurred = (validate({"task": base | {"sensitive": shown}}, "here", absent=True) for shown in (False, True))
+    assert clear.task.sensitive != blurred.task.sensitive
+    assert clear.digest == blurred.digest
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 from wsgiref.util import setup_testing_defaults
 
 import optuna
@@ -14,6 +15,7 @@ from ray.tune.search import Searcher
 import search_spaces
 from raysweep import spaces
 from raysweep.registry import method_names
+from raysweep.results import trial_table
 from raysweep.search import FINAL, ParetoSearch, open_study
 from raysweep.spaces import Parameter, Point, Space, SpaceError
 
@@ -182,6 +184,36 @@ def test_restore_suggests_the_unfinished_again_and_nothing_twice(tmp_path):
     assert [again.suggest(k)["place"] for k in "qrst"] == [4, 5, 6, 7]
     assert again.suggest("w") == Searcher.FINISHED
     assert len(again.study.trials) == 8
+
+
+def test_what_a_limit_ended_is_tried_again_under_a_wider_one_and_nothing_else_is(tmp_path):
+    def limited(seconds):
+        return ParetoSearch(
+            tmp_path / "study.journal", "s", [CONDITIONAL, PLAIN], 4, 4, 0, limits={"train.budget_s": seconds}
+        )
+
+    search = limited(10)
+    configs = [search.suggest(k) for k in "abcd"]
+    search.on_trial_complete("a", result(math.nan, math.nan, reason="exceeded its budget", limit="train.budget_s"))
+    search.on_trial_complete("b", result(math.nan, math.nan, reason="the gradient is not finite", limit=""))
+    for k, config in zip("cd", configs[2:], strict=True):
+        search.on_trial_complete(k, value(config))
+    assert limited(10).retry() == limited(5).retry() == []
+    wider = limited(20)
+    assert wider.left() == 0
+    assert wider.retry() == ["000-siss"]
+    assert wider.left() == 1
+    killed = limited(20)  # before it ended: found again as it was
+    assert killed.retry() == []
+    again = killed.suggest("e")
+    assert again == configs[0] | {"number": 4}
+    killed.on_trial_complete("e", value(again))
+    assert killed.left() == limited(40).left() == 0
+    assert limited(40).retry() == []
+    states = [t.state for t in killed.study.trials]
+    assert states == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE, TrialState.COMPLETE]
+    rows = trial_table(SimpleNamespace(journal=tmp_path / "study.journal"), "s")
+    assert [r["state"] for r in rows] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
 def test_broken_off_while_suggesting_keeps_the_shares(tmp_path):

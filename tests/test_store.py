@@ -220,6 +220,23 @@ def test_a_run_directory_belongs_to_one_config_and_one_process(tmp_path):
         RunDir.of(stuff).check(stuff)
 
 
+def test_a_run_goes_on_with_other_limits_and_under_a_newer_raysweep(tmp_path, monkeypatch):
+    sweep = load(None, (f"storage={tmp_path}",))
+    folder = RunDir.of(sweep)
+    with folder.claim(sweep, {}):
+        run_id = folder.run_id
+    assert run_id == sweep.run_id
+    patient = load(None, (f"storage={tmp_path}", "train.budget_s=7200", "audit.timeout_s=7200", "resources.slots=1"))
+    before = folder.read_manifest()["created_at"]
+    with folder.claim(patient, {}):
+        assert folder.sweep().resolved() == patient.resolved()  # which is what the processes of the run read
+    assert folder.read_manifest()["created_at"] == before
+    monkeypatch.setattr(type(sweep), "digest", "f" * 16)  # as settings that are added later change it
+    assert folder.run_id == run_id != sweep.run_id
+    with pytest.raises(ConfigError, match="made by another version"):
+        folder.check(patient)
+
+
 def test_what_killed_writes_left_is_cleared_away(tmp_path):
     cache = tmp_path / "cache"
     sweep = load(None, (f"storage={tmp_path / 'runs'}", f"cache={cache}"))

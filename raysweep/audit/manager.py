@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from ray.util.metrics import Gauge
 
 from raysweep.audit.auditor import AuditRequest
+from raysweep.settings import TIMEOUT
 
 LOG = "audits.jsonl"
 RETRY_S = 0.5
@@ -55,7 +56,8 @@ class AuditManager:
             self.known += 1
 
     async def audit(self, request: AuditRequest) -> dict[str, Any]:
-        """Waits for the audit's end: {"status", "reason", "seconds", "failed"}. RuntimeError if the run ends before."""
+        """Waits for the audit's end: {"status", "reason", "seconds", "failed"}, and "limit", the setting that ended it, if it
+        failed. RuntimeError if the run ends before."""
         if request.key in self.done:
             return self.done[request.key]
         if self.closed:
@@ -91,11 +93,11 @@ class AuditManager:
         return os.getpid()
 
     async def _lease(self, request: AuditRequest) -> dict[str, Any]:
-        reason = ""
+        reason = limit = ""
         for _ in range(self.attempts):
             number, auditor = await self.idle.get()
             self._queued(-1)
-            up = True
+            up, limit = True, ""
             try:
                 answer = await asyncio.wait_for(_ask(auditor, request), self.timeout_s)
                 tags = {"run": self.run, "tier": request.tier_name}
@@ -103,7 +105,7 @@ class AuditManager:
                 self.gauges["images"].set(answer["images"] / max(answer["seconds"], 1e-9), tags)
                 return self._end(request.key, {"status": "ok", "reason": ""} | answer)
             except TimeoutError:
-                reason = f"no answer within {self.timeout_s:g} s"
+                reason, limit = f"no answer within {self.timeout_s:g} s", TIMEOUT
                 ray.kill(auditor, no_restart=False)
                 up = False
             except ray.exceptions.RayActorError:
@@ -119,7 +121,7 @@ class AuditManager:
             self._queued(1)
         self._queued(-1)
         ended = {"status": "failed", "reason": f"{reason} ({self.attempts} attempts)", "seconds": 0.0, "failed": []}
-        return self._end(request.key, ended)
+        return self._end(request.key, ended | {"limit": limit})
 
     def _expect(self, number: int, auditor: ActorHandle) -> None:
         coming = asyncio.ensure_future(self._when_up(number, auditor))

@@ -68,7 +68,7 @@ def gather(folder: RunDir) -> ReportData:
             "to date"
         )
     points = read_table(folder.front_table, FRONT).to_pylist() if front else []
-    trials = trial_table(folder, f"{sweep.name}-{sweep.digest[:8]}")
+    trials = trial_table(folder, folder.run_id)
     keys = keys_of(folder, trials)
     subjects = [p["trial"] for p in points] or sorted(keys.get("audit", {}))  # the anchors
     task = json.loads((folder.task / "task.json").read_text())

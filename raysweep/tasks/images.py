@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from raysweep.models.folders import is_hub_id, located, no_model
 from raysweep.places import location
 from raysweep.registry import CONTRASTIVE
 from raysweep.tasks.labels import Labels
+from raysweep.settings import ASIDE
 from raysweep.tasks.prompts import Prompts
 from raysweep.tasks.records import Name, SourceError, Tally, listed
 from raysweep.tasks.sampling import Picked, Sample, pixels
@@ -102,7 +103,9 @@ class ImagesTask(BaseModel):
     base_steps: int = Field(0, ge=0, description="optimiser steps of each oracle; 0: oracles are given (oracle_models)")
     recipe: dict[str, Any] = Field(default_factory=dict, description="other settings of their training (see `retrain`)")
     seed: int = Field(0, ge=0, description="seed of the samples of records")
-    sensitive: bool = Field(True, description="blur pictures of what must be forgotten in the report until clicked")
+    sensitive: Annotated[bool, ASIDE] = Field(
+        True, description="blur pictures of what must be forgotten in the report until clicked"
+    )
 
     @field_validator("base", "clip")
     @classmethod

@@ -194,8 +194,8 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """Content hash of everything that a result can depend on."""
-        parts = [json.dumps({k: getattr(self, k) for k in _PLAIN}, sort_keys=True)]
+        """Content hash of everything that a result can depend on: not of what is only shown otherwise."""
+        parts = [json.dumps({k: getattr(self, k) for k in _PLAIN if k != "sensitive"}, sort_keys=True)]
         for name, split in sorted(self.splits.items()):
             labels = "" if split.cond is None else repr(split.cond.tolist())
             parts += [name, "".join(split.ids), labels, repr(split.groups.tolist())]

@@ -29,6 +29,7 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
+from raysweep.settings import BUDGET
 from raysweep.store import digest_of, temporary_path
 from raysweep.train.jobs import Job, Outcome, finished
 
@@ -335,4 +336,4 @@ def _budget(job: Job, report: Any):
 
 
 def _overdue(job: Job) -> Outcome:
-    return Outcome("failed", f"exceeded its budget of {job.budget_s:g} s")
+    return Outcome("failed", f"exceeded its budget of {job.budget_s:g} s", limit=BUDGET)

@@ -60,7 +60,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job came to. status: ok or failed; reason says why it failed; `digest` is the hash of the weights."""
+    """What a job came to. status: ok or failed; reason says why it failed, and limit which setting ended it, if one did;
+    `digest` is the hash of the weights."""
 
     status: str
     reason: str = ""
@@ -68,6 +69,7 @@ class Outcome:
     seconds: float = 0.0
     step_seconds: float = 0.0
     diagnostics: dict[str, float] = field(default_factory=dict)
+    limit: str = ""
 
 
 def finished(job: Job) -> Outcome | None:
