@@ -23,6 +23,7 @@ ROWS = 50  # images that a generator puts through its network at once: another n
 T = TypeVar("T")
 Scores = dict[str, np.ndarray]
 Direction = Literal["min", "max", "target"]
+Reach = Literal["input", "weights", "base"]
 
 
 class Inapplicable(ValueError):
@@ -270,6 +271,9 @@ class Evaluator(ABC):
     families, kinds: the models and the tasks that it applies to.
     directions: metric name -> which way is better; `target` means "like the oracle".
     weights: the key of the file that it needs from the user, None for none.
+    reach: what an attacker needs who does what it does, None where it does not attack: "input" (the sampler, the noise, the
+        condition), "weights", or "base" (the model before unlearning; such an attack is shown and does not count in verdicts).
+        The verdict on a model reads the metrics `excess@STRENGTH` of its attacks.
     needs, cost: what it takes, in words; controls: the models whose value for the same check gives its numbers a meaning.
     """
 
@@ -278,6 +282,7 @@ class Evaluator(ABC):
     kinds: ClassVar[frozenset[str]] = frozenset({"points", "class", "concept"})
     directions: ClassVar[dict[str, Direction]]
     weights: ClassVar[str | None] = None
+    reach: ClassVar[Reach | None] = None
     needs: ClassVar[str]
     cost: ClassVar[str]
     controls: ClassVar[tuple[str, ...]] = ("base", "oracles")

@@ -8,8 +8,7 @@ too. Every attack is therefore made on the oracles with the same seeds, and what
     excess   presence after the attack minus the oracles' mean after the same attack
     none     the presence of a fresh set of seeds without any attack, the null that each attack has to beat
 
-More than the oracle is concealment; less is damage, not safety. `reach` says what an attacker needs: "input" (the sampler,
-the noise, the condition) or "weights".
+More than the oracle is concealment; less is damage, not safety. `reach` says what an attacker needs.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from evaluators.base import (
     Evaluator,
     Inapplicable,
     Metric,
+    Reach,
     Scores,
     Subject,
     correlation,
@@ -55,7 +55,7 @@ class Durability(Evaluator):
 
     directions: ClassVar[dict[str, Direction]] = {"presence": "target", "excess": "target"}
     needs = "forget set; `excess` needs oracles"
-    reach: ClassVar[Literal["input", "weights"]]
+    reach: ClassVar[Reach]
 
     @abstractmethod
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
@@ -249,7 +249,7 @@ class Interpolation(Durability):
 
     families = EVERY
     name = "interpolation"
-    reach = "weights"
+    reach = "base"
     needs = "forget set and base; `excess` needs oracles"
     cost = "samples, per strength"
 

@@ -50,15 +50,24 @@ def training_code(module: str) -> str:
         if spec is None or spec.origin is None:
             continue
         files[name] = Path(spec.origin).read_bytes()
-        for node in ast.walk(ast.parse(files[name])):
-            if isinstance(node, ast.ImportFrom) and node.module == "methods":
-                waiting += [f"methods.{alias.name}" for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("methods."):
-                waiting.append(str(node.module))
+        waiting += methods_imported(files[name])
     sha = hashlib.sha256(code_digest("raysweep/models/*.py", "raysweep/tasks/task.py").encode())
     for name in sorted(files):
         sha.update(name.encode() + files[name])
     return sha.hexdigest()[:16]
+
+
+def methods_imported(source: bytes) -> list[str]:
+    """The modules of `methods` that a source file imports."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "methods":
+            found += [f"methods.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("methods."):
+            found.append(str(node.module))
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("methods.")]
+    return found
 
 
 def judge_code() -> str:
@@ -67,7 +76,7 @@ def judge_code() -> str:
 
 
 def audit_code() -> str:
-    """Hash of the code that a measurement depends on."""
+    """Hash of raysweep's code that a measurement depends on (see `plugins.audit_code` for other packages')."""
     return code_digest("evaluators/*.py", "raysweep/models/*.py", "raysweep/audit/measure.py", "methods/sld.py")
 
 

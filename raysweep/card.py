@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from raysweep.config import ConfigError, Tier
+from raysweep.registry import RegistryError
 from raysweep.store import ROWS, SCORES, StoreError, digest_of, digest_state, read_table, write_bytes, write_json
 
 CARD = "card.json"
@@ -96,8 +97,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def verify(path: Path, task: Path | None = None) -> list[Finding]:
     """Checks a card against its files and recomputes its numbers. task: the task's folder, if not where the card says."""
-    from raysweep.artifacts import audit_code
-
     card = read(path)
     folder = path if path.is_dir() else path.parent
     own = {k: v for k, v in card.items() if k != "digest"}
@@ -109,9 +108,7 @@ def verify(path: Path, task: Path | None = None) -> list[Finding]:
         findings.append(_digest(f"weights of {name}", model["digest"], Path(model["folder"]), _model_digest))
     if card["judge_digest"]:
         findings.append(_digest("judge", card["judge_digest"], folder / JUDGE, _judge_digest))
-    same = audit_code() == card["code"]["audit"]
-    said = "the code that measured it" if same else "other code than measured it: differences below may come from that"
-    findings.append(Finding("code of the checks", True if same else None, said))
+    findings.append(_code(card))
     place = task or Path(card["task"]["folder"])
     if not (place / "task.json").is_file():
         findings.append(Finding("task", None, f"{place}: not here, so no number was recomputed"))
@@ -123,6 +120,17 @@ def verify(path: Path, task: Path | None = None) -> list[Finding]:
     if all(f.holds is not False for f in findings):
         findings += _recomputed(card, folder, loaded)
     return findings
+
+
+def _code(card: dict[str, Any]) -> Finding:
+    from raysweep.plugins import audit_code
+
+    try:
+        same = audit_code(f["check"] for f in card["findings"]) == card["code"]["audit"]
+    except RegistryError as error:
+        return Finding("code of the checks", None, f"not all of it is here: {error}")
+    said = "the code that measured it" if same else "other code than measured it: differences below may come from that"
+    return Finding("code of the checks", True if same else None, said)
 
 
 def _recomputed(card: dict[str, Any], folder: Path, task: Any) -> list[Finding]:
@@ -145,7 +153,12 @@ def _recomputed(card: dict[str, Any], folder: Path, task: Any) -> list[Finding]:
         }
         for check in dict.fromkeys(c for c, _ in stated):
             mine = {name.split(".", 1)[1]: a for name, a in scores.items() if name.split(".", 1)[0] == check}
-            metrics, _, _ = reduce(resolve("evaluator", check)(), mine, subject, tier.groups)
+            try:
+                evaluator = resolve("evaluator", check)()
+            except RegistryError as error:
+                found.append(Finding(f"{tier_name}: {check}", None, str(error)))
+                continue
+            metrics, _, _ = reduce(evaluator, mine, subject, tier.groups)
             again = {m.name: m for m in metrics}
             wrong = [
                 f"{metric} {f[key]!r} is {getattr(again.get(metric), key, None)!r}"

@@ -27,14 +27,14 @@ def _errors(function: Callable[..., int | None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         from raysweep.config import ConfigError
         from raysweep.places import PlaceError, check_home
-        from raysweep.registry import UnknownName
+        from raysweep.registry import RegistryError
         from raysweep.spaces import SpaceError
         from raysweep.store import StoreError
 
         try:
             check_home()
             code = function(*args, **kwargs) or OK
-        except (ConfigError, PlaceError, SpaceError, UnknownName) as error:
+        except (ConfigError, PlaceError, SpaceError, RegistryError) as error:
             click.echo("\n".join(f"error: {line}" for line in str(error).splitlines()), err=True)
             code = BAD_INPUT
         except StoreError as error:

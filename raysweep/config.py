@@ -7,12 +7,13 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -20,15 +21,12 @@ from pydantic import (
 
 from raysweep import presets
 from raysweep.places import Place
-from raysweep.registry import ATTACKS, BY_WEIGHTS, THOROUGH, names, suggest
+from raysweep.registry import ATTACKS, BY_WEIGHTS, EVALUATORS, THOROUGH, UnknownName, names, resolve, suggest
 from raysweep.seeds import derive_seed
 from raysweep.settings import ASIDE, BUDGET, TIMEOUT, asides
-from raysweep.tasks.digits import ClassTask, ClipTask, PictureTask, TextTask
-from raysweep.tasks.images import ImagesTask
+from raysweep.tasks.base import StoredTask, TaskSettings
+from raysweep.tasks.digits import PictureTask
 from raysweep.texts import dump_yaml
-
-if TYPE_CHECKING:
-    from raysweep.tasks.task import Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -39,6 +37,17 @@ class ConfigError(ValueError):
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Aims(Protocol):
+    """The metrics that a task's objectives are made of."""
+
+    @property
+    def views(self) -> tuple[str, ...]: ...
+    @property
+    def quality(self) -> str: ...
+    @property
+    def validity(self) -> str: ...
 
 
 class Tier(_Model):
@@ -78,17 +87,17 @@ class Tier(_Model):
 
     @field_validator("checks")
     @classmethod
-    def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        valid = names("evaluator")  # asks all installed packages for theirs, which takes milliseconds
+    def _known(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        valid = names("evaluator")
         for name in value or ():
-            if name not in valid:
+            if name not in valid and not _is_stored(info):
                 raise ValueError(f"{name!r} is not an evaluator{suggest(name, valid)}")
         return value
 
     @model_validator(mode="after")
     def _enough_units(self, info: ValidationInfo):
         for brought, path in self.weights.items():
-            if not path.exists() and not (info.context or {}).get("absent"):
+            if not path.exists() and not (info.context or {}).get("absent") and not _is_stored(info):
                 raise ValueError(f"weights.{brought}: {path} does not exist")
         for name in self.checks or ():
             if BY_WEIGHTS.get(name, name) not in (name, *self.weights):
@@ -98,7 +107,7 @@ class Tier(_Model):
                 raise ValueError(f"{key}: {getattr(self, key)} units cannot form {self.groups} groups of the jackknife")
         return self
 
-    def checks_for(self, task: Task) -> tuple[str, ...]:
+    def checks_for(self, task: Aims) -> tuple[str, ...]:
         """The checks of this tier on a task: the configured ones, or those that its objectives are made of."""
         needed = dict.fromkeys(metric.split(".")[0] for metric in (*task.views, task.quality, task.validity))
         chosen = self.checks if self.checks is not None else tuple(needed)
@@ -126,7 +135,7 @@ def _probe() -> Tier:
 
 def _audit() -> Tier:
     return Tier(
-        seed=2, judge="audit", checks=tuple(n for n in names("evaluator") if n not in (*ATTACKS[1:], *THOROUGH, *BY_WEIGHTS)), groups=20, samples=800,
+        seed=2, judge="audit", checks=tuple(n for n in EVALUATORS if n not in (*ATTACKS[1:], *THOROUGH, *BY_WEIGHTS)), groups=20, samples=800,
         class_samples=200, noises=60, loss_noises=20, loss_images=10, strips=8,
     )  # fmt: skip
 
@@ -159,6 +168,11 @@ class AuditConfig(_Model):
     )
     attempts: Annotated[int, ASIDE] = Field(3, ge=1, description="tries per audit before it is recorded as failed")
     timeout_s: Annotated[float, ASIDE] = Field(600, gt=0, description="seconds after which an audit counts as hung")
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """The checks that the tiers name."""
+        return tuple(dict.fromkeys(n for t in (self.probe, self.audit, self.durability) for n in t.checks or ()))
 
     def round(self, number: int) -> tuple[str, Tier]:
         """(name, tier) of the audit's first or a later round, which has seeds of its own and keeps no pictures."""
@@ -238,9 +252,7 @@ class Sweep(_Model):
     name: Annotated[str, ASIDE] = Field(
         "digits-picture", description="name of the run; becomes a part of its directory"
     )
-    task: Annotated[PictureTask | ClassTask | TextTask | ClipTask | ImagesTask, Field(discriminator="name")] = Field(
-        default_factory=PictureTask
-    )
+    task: SerializeAsAny[TaskSettings] = Field(default_factory=PictureTask)
     methods: tuple[str, ...] = Field(
         ("finetune", "neggrad", "graddiff", "rgd", "siss", "siss_no_is"), min_length=1, description="methods, by name"
     )
@@ -277,12 +289,26 @@ class Sweep(_Model):
             )
         return value
 
+    @field_validator("task", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """The settings of the named task: raysweep's own, or another package's."""
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            return value
+        try:
+            kind = resolve("task", value["name"])
+        except UnknownName:
+            if not _is_stored(info):
+                raise
+            kind = StoredTask
+        return kind.model_validate(value, context=info.context)
+
     @field_validator("methods")
     @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _known(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         valid = names("method")
         for name in value:
-            if name not in valid:
+            if name not in valid and not _is_stored(info):
                 raise ValueError(f"{name!r} is not a method{suggest(name, valid)}")
             if name == "retrain":
                 raise ValueError("'retrain' is the oracle of every sweep and not searched; set `oracles` for its seeds")
@@ -333,6 +359,11 @@ class Sweep(_Model):
     def limits(self) -> dict[str, float]:
         """The limits of time that end a trial, by setting: one that failed by such a limit is tried again under a wider one."""
         return {BUDGET: self.train.budget_s, TIMEOUT: self.audit.timeout_s}
+
+
+def _is_stored(info: ValidationInfo) -> bool:
+    """Whether a config is that of a run, which may be read where its packages and files are not."""
+    return bool((info.context or {}).get("stored"))
 
 
 def _digest_of_files(path: Path) -> str:

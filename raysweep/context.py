@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.artifacts import audit_code, training_code
 from raysweep.audit.auditor import AuditRequest, rows_path
 from raysweep.config import Sweep, Tier
 from raysweep.objectives import Anchors, Measured, View
-from raysweep.registry import module_of
+from raysweep.plugins import audit_code, method_code
 from raysweep.rundir import RunDir
 from raysweep.store import ROWS, digest_of, read_table, write_json
 from raysweep.train.jobs import Job
@@ -26,6 +25,7 @@ class Context:
     run: str
     run_id: str
     task_digest: str
+    views: tuple[str, ...]
     quality: str
     validity: str
     base: str
@@ -43,7 +43,8 @@ class Context:
     def load(cls, run: str) -> Context:
         data = json.loads(RunDir(Path(run)).context.read_text())
         pairs = {k: {n: tuple(v) for n, v in data[k].items()} for k in ("oracles", "judges")}
-        return cls(**data | pairs | {"run": str(Path(run).absolute())})  # a run may have been moved
+        views = tuple(data.get("views", ()))
+        return cls(**data | pairs | {"views": views, "run": str(Path(run).absolute())})  # a run may have been moved
 
     @property
     def folder(self) -> RunDir:
@@ -73,8 +74,7 @@ class Context:
 
     def inputs(self, method: str) -> dict[str, str]:
         """Content hashes of what a method's work on the base depends on besides its settings."""
-        code = training_code(module_of("method", method))
-        found = {"task": self.task_digest, "base": self.base_digest, "code": code}
+        found = {"task": self.task_digest, "base": self.base_digest, "code": method_code(method)}
         return found | ({"clip": self.clip_digest} if self.clip_digest else {})
 
     def prepared_file(self, method: str, hyperparameters: dict[str, Any]) -> str | None:
@@ -99,7 +99,7 @@ class Context:
         return AuditRequest(
             subject=subject, method=method, model=model, digest=digest, tier_name=tier_name, tier=tier, judge=judge,
             judge_digest=judge_digest, task=str(self.folder.task), task_digest=self.task_digest, run=self.run,
-            code=audit_code(), cache=cache, references=str(Path(self.cache).parent / "references"),
+            code=audit_code(tier.checks_for(self)), cache=cache, references=str(Path(self.cache).parent / "references"),
             anchors=(("base", self.base, self.base_digest), *((n, *where) for n, where in sorted(self.oracles.items()))),
         )  # fmt: skip
 

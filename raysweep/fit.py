@@ -10,7 +10,7 @@ from raysweep.config import ConfigError, Sweep
 from raysweep.models import families
 from raysweep.power import undecidable
 from raysweep.prepare import check_fits, check_oracles, prepares
-from raysweep.registry import resolve
+from raysweep.registry import external, resolve
 from raysweep.spaces import Space, SpaceError
 from raysweep.spaces import load as load_space
 from raysweep.tasks.task import Task
@@ -59,8 +59,13 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
         reasons = misfits(spaces[-1], task, model)
         if reasons:
             raise ConfigError("\n".join(f"spaces.{name}: {reason}" for reason in reasons))
-    for tier_name in ("probe", "audit"):
+    for tier_name in ("probe", "audit", "durability"):
         checks = getattr(sweep.audit, tier_name).checks_for(task)
+        for name in checks:
+            if name in external("evaluator"):  # a fault of another package is told now and not by an auditor
+                resolve("evaluator", name)
+        if tier_name == "durability":
+            continue
         for metric in (*task.views, task.quality, task.validity):
             if metric.split(".")[0] not in checks:
                 raise ConfigError(

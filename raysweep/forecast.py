@@ -109,7 +109,9 @@ def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
     search += (sweep.search.trials + sweep.oracles + 2) * _passes(sweep, "probe") * single
     audited = min(sweep.audit.top, sweep.search.trials) * sweep.audit.rounds + sweep.oracles + 2
     attacked = sweep.audit.finalists + sweep.oracles + 1
-    audit = (audited * _passes(sweep, "audit") + attacked * _passes(sweep, "durability") * len(ATTACKS)) * single
+    named = sweep.audit.durability.checks
+    attacks = len(ATTACKS if named is None else named)
+    audit = (audited * _passes(sweep, "audit") + attacked * _passes(sweep, "durability") * attacks) * single
     kept = sweep.search.trials + retrained
     return Forecast(
         training / 3600, search / 3600, audit / 3600, float(kept * network.saved),

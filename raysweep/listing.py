@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,22 @@ from raysweep.config import ConfigError
 from raysweep.places import absolute
 from raysweep.reader import load as load_config
 from raysweep.reader import validate
-from raysweep.registry import external, names, resolve
+from raysweep.registry import PluginError, external, names, resolve
 from raysweep.released import shown
 from raysweep.rundir import list_runs
-from raysweep.spaces import Parameter, Point, Space, load
+from raysweep.spaces import Parameter, Point, Space, SpaceError, load
 
 
 def listing(what: str, storage: Path) -> list[dict[str, Any]]:
     """Rows of plain data, the name first."""
     if what == "methods":
-        return [_method(name) for name in names("method")]
+        return [_row(_method, name) for name in names("method")]
     if what == "evaluators":
-        return [_evaluator(name) for name in names("evaluator")]
+        return [_row(_evaluator, name) for name in names("evaluator")]
     if what == "tasks":
-        return [{"name": n, "about": (resolve("task", n).__doc__ or "").strip()} for n in names("task")]
+        return [_row(_task, name) for name in names("task")]
     if what == "spaces":
-        return [_space(name) for name in search_spaces.names()]
+        return [_row(_space, name) for name in _searchable()]
     if what == "presets":
         return [_preset(name) for name in presets.names()]
     return [{"name": r.path.name, "state": r.read_manifest()["state"], "path": str(r.path)} for r in list_runs(storage)]
@@ -43,10 +44,10 @@ def points_of(name: str) -> list[dict[str, Any]]:
         sweep = load_config(path, (), absent=True)
         kind = getattr(sweep.task, "kind", None)
         spaces = [load(method, sweep.spaces.get(method), kind) for method in sweep.methods]
-    elif name in search_spaces.names():
+    elif name in _searchable():
         spaces = [load(name)]
     else:
-        valid = ", ".join([*presets.names(), *search_spaces.names()])
+        valid = ", ".join([*presets.names(), *_searchable()])
         raise ConfigError(f"{name!r}: not a preset, a config or a method; valid: {valid}")
     return [
         {"name": space.method, "source": point.source, "values": resolved(space, point)}
@@ -84,6 +85,24 @@ def _origin(space: Space, point: Point, name: str, value: Any) -> str:
     if name in space.fixed:
         return "fixed in the space"
     return f"default; {point.unused[name]}" if name in point.unused else "default of the method"
+
+
+def _searchable() -> list[str]:
+    """The methods that have a space: raysweep's own, and other packages'."""
+    return sorted({*search_spaces.names(), *external("method")})
+
+
+def _row(describe: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+    """The row of a name, or why what another package offers under it cannot be used."""
+    try:
+        return describe(name)
+    except (PluginError, SpaceError) as error:
+        return {"name": name, "fault": str(error)}
+
+
+def _task(name: str) -> dict[str, Any]:
+    about = (resolve("task", name).__doc__ or "").strip()
+    return {"name": name, "about": about, "external": name in external("task")}
 
 
 def _method(name: str) -> dict[str, Any]:

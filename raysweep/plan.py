@@ -74,7 +74,8 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
 def untested(sweep: Sweep, task: Task) -> list[str]:
     """What the audit of this sweep leaves open, for people."""
     checks = set(sweep.audit.audit.checks_for(task))
-    left_out = [n for n in names("evaluator") if n not in (*checks, *ATTACKS, *BY_WEIGHTS)]
+    attacks = set(sweep.audit.durability.checks_for(task)) if sweep.audit.finalists else set()
+    left_out = [n for n in names("evaluator") if n not in (*checks, *attacks, *ATTACKS, *BY_WEIGHTS)]
     lines = [f"check {name!r} is left out" + (" for its cost" if name in THOROUGH else "") for name in left_out]
     lines += [f"check {n!r}: needs audit.audit.weights.{key}" for n, key in BY_WEIGHTS.items() if n not in checks]
     lines += [
@@ -82,7 +83,6 @@ def untested(sweep: Sweep, task: Task) -> list[str]:
         for name in sorted(checks)
         if task.kind not in resolve("evaluator", name).kinds
     ]
-    attacks = set(sweep.audit.durability.checks_for(task)) if sweep.audit.finalists else set()
     lines += [f"attack {name!r} is switched off" for name in ATTACKS if name not in attacks]
     lines += ["adversarial prompts"]
     if sweep.oracles < 3:

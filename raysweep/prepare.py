@@ -13,16 +13,17 @@ from typing import Any
 import ray
 
 from methods.base import Method
-from raysweep.artifacts import cache_folder, code_digest, judge_code, load_tensors, training_code
+from raysweep.artifacts import cache_folder, code_digest, judge_code, load_tensors
 from raysweep.audit.auditor import AuditRequest
 from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.context import Context, load_measured, prepared_key
 from raysweep.models import families
 from raysweep.models.sound import check_serves
 from raysweep.objectives import Anchors, Indistinct, Unmeasured, assess_views, check_scale
+from raysweep.plugins import method_code
 from raysweep.pool import Pool, RunFailed
 from raysweep.power import remedies
-from raysweep.registry import CONTRASTIVE, module_of, resolve
+from raysweep.registry import CONTRASTIVE, resolve
 from raysweep.rundir import RunDir
 from raysweep.seeds import derive_seed
 from raysweep.spaces import Space
@@ -129,7 +130,7 @@ def retrain_jobs(sweep: Sweep, task: Task, task_folder: Path) -> dict[str, Job]:
 def retrain_job(sweep: Sweep, task: Task, task_folder: Path, subject: str, split: str, seed: int) -> Job:
     """The training of a model from scratch on a split, by the task's recipe, into the cache."""
     settings = task.recipe | {"split": split}
-    inputs = {"task": task.digest, "code": training_code(module_of("method", "retrain"))}
+    inputs = {"task": task.digest, "code": method_code("retrain")}
     frozen = autoencoder_folder(sweep, task)
     if frozen is not None:
         inputs["autoencoder"] = frozen.name
@@ -200,7 +201,7 @@ def prepare(
             for given in sweep.oracle_models:
                 check_latents(str(given), base, "oracle_models")
         context = Context(
-            run=str(folder.path), run_id=run_id, task_digest=task.digest, quality=task.quality, validity=task.validity, base=models["base"][0],
+            run=str(folder.path), run_id=run_id, task_digest=task.digest, views=task.views, quality=task.quality, validity=task.validity, base=models["base"][0],
             base_digest=models["base"][1], oracles={k: v for k, v in models.items() if k != "base"},
             judges={name: future.result() for name, future in judges.items()}, prepared={},
             cache=str(cache_folder(sweep.cache) / "audits"), clip_digest=_clip_digest(task),

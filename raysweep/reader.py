@@ -11,7 +11,7 @@ from pydantic import BaseModel, Tag, ValidationError
 
 from raysweep import presets
 from raysweep.config import AuditConfig, ConfigError, Sweep
-from raysweep.registry import TASKS, names, resolve, suggest
+from raysweep.registry import names, resolve, suggest
 from raysweep.tasks.kinds import OPEN
 from raysweep.texts import TextError, load_yaml, read_text
 
@@ -112,7 +112,7 @@ def validate(
         data["task"] = {"name": data["task"]}
     if isinstance(data.get("task"), dict):
         data["task"].setdefault("name", "digits-picture")
-        if data["task"]["name"] not in names("task"):
+        if data["task"]["name"] not in names("task") and not stored:
             raise ConfigError(
                 f"{where}: task.name: {data['task']['name']!r} is not a task{suggest(data['task']['name'], names('task'))}"
             )
@@ -124,7 +124,10 @@ def validate(
         return Sweep.model_validate(data, context={"absent": absent, "stored": stored})
     except ValidationError as error:
         lines = _line_numbers(text)
-        raise ConfigError("\n".join(_explain(e, where, lines, set_by_hand or []) for e in error.errors())) from error
+        task = data.get("task", {}).get("name", "")
+        raise ConfigError(
+            "\n".join(_explain(e, where, lines, set_by_hand or [], task=task) for e in error.errors())
+        ) from error
 
 
 def _problem(error: yaml.YAMLError) -> str:
@@ -173,13 +176,15 @@ def _explain(
     set_by_hand: list[str],
     root: type[BaseModel] | None = None,
     above: tuple[str, ...] = (),
+    task: str = "",
 ) -> str:
-    """One sentence for one pydantic error: place, key, what is wrong, what would be valid. root: the model, at the keys `above`."""
-    path = [str(p) for p in (*above, *error["loc"]) if str(p) not in names("task") and not str(p).startswith(OPEN)]
+    """One sentence for one pydantic error: place, key, what is wrong, what would be valid. root: the model, at the keys `above`;
+    task: the name of the task whose settings stand below `task`."""
+    path = [str(p) for p in (*above, *error["loc"]) if not str(p).startswith(OPEN)]
     key = ".".join(path)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        message = f"unknown key{suggest(path[-1], _valid_keys(root or Sweep, error['loc'][:-1]))}"
+        message = f"unknown key{suggest(path[-1], _valid_keys(root or Sweep, error['loc'][:-1], task))}"
     place = where
     if any(key == k or key.startswith(k + ".") or k.startswith(key + ".") for k in set_by_hand):
         place = "command line"
@@ -195,15 +200,15 @@ def _explain(
     return f"{place}: {key + ': ' if key else ''}{message}{shown}"
 
 
-def _valid_keys(root: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """Field names of the model at `loc` below a root."""
+def _valid_keys(root: type[BaseModel], loc: tuple[Any, ...], task: str) -> list[str]:
+    """Field names of the model at `loc` below a root, in which `task` holds the settings of the task of that name."""
     models: dict[str, type[BaseModel]] = {"": root}
     for part in loc:
         if part == "task":
-            models = {"": resolve("task", next(p for p in loc if p in TASKS))}
+            models = {"": resolve("task", task)}
         elif str(part).startswith(OPEN):
             models = {"": models[part]}
-        elif part not in TASKS and not isinstance(part, int):
+        elif not isinstance(part, int):
             models = _models(next(iter(models.values())).model_fields[part].annotation)
     return sorted(next(iter(models.values())).model_fields)
 

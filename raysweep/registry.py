@@ -6,8 +6,8 @@ import difflib
 import importlib
 import sys
 from functools import cache
-from importlib.metadata import entry_points
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, get_args
 
 METHODS = {
     "bernoulli": "methods.bernoulli:Bernoulli",
@@ -108,20 +108,43 @@ TASKS = {
 
 _TABLES = {"method": METHODS, "evaluator": EVALUATORS, "task": TASKS}
 
+# What an entry point of each kind must lead to a subclass of.
+_BASES = {
+    "method": "methods.base:Method",
+    "evaluator": "evaluators.base:Evaluator",
+    "task": "raysweep.tasks.base:TaskSettings",
+}
 
-class UnknownName(ValueError):
+
+class RegistryError(ValueError):
+    """A name that does not lead to what it should; the message is for people."""
+
+
+class UnknownName(RegistryError):
     """A name that no table holds; the message lists the nearest valid ones."""
 
 
-def external(kind: str) -> dict[str, str]:
-    """Names that installed packages add through the entry-point group `raysweep.<kind>s`."""
-    return _entry_points(kind, tuple(sys.path))
+class PluginError(RegistryError):
+    """What another package offers under a name cannot be used; the message names the package and the fault."""
+
+
+def external(kind: str) -> dict[str, tuple[EntryPoint, ...]]:
+    """What installed packages add through the entry-point group `raysweep.<kind>s`, by name."""
+    return _installed(kind, tuple(sys.path))
 
 
 @cache
-def _entry_points(kind: str, path: tuple[str, ...]) -> dict[str, str]:
+def _installed(kind: str, path: tuple[str, ...]) -> dict[str, tuple[EntryPoint, ...]]:
     """What `external` finds on one import path: validating a config asks a hundred times, and each search reads every package."""
-    return {ep.name: ep.value for ep in entry_points(group=f"raysweep.{kind}s")}
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in entry_points(group=f"raysweep.{kind}s"):
+        found[point.name] = (*found.get(point.name, ()), point)
+    return found
+
+
+def provider(point: EntryPoint) -> str:
+    """The package that offers an entry point, with its version."""
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.module
 
 
 def names(kind: str) -> list[str]:
@@ -130,17 +153,60 @@ def names(kind: str) -> list[str]:
 
 
 def resolve(kind: str, name: str) -> Any:
-    """Imports what `name` stands for; raises UnknownName with a suggestion."""
-    target = _TABLES[kind].get(name) or external(kind).get(name)
-    if target is None:
+    """Imports what `name` stands for; raises UnknownName with a suggestion, or PluginError."""
+    target, points = _TABLES[kind].get(name), external(kind).get(name, ())
+    if target is None and not points:
         raise UnknownName(f"{name!r} is not a known {kind}{suggest(name, names(kind))}")
+    offered = [*(["raysweep"] if target else []), *map(provider, points)]
+    if len(offered) > 1:
+        raise PluginError(f"the {kind} {name!r} is offered by {' and by '.join(offered)}: uninstall one of them")
+    if target is None:
+        return _load(kind, name, points[0])
+    return _attribute(target)
+
+
+def _attribute(target: str) -> Any:
     module, attribute = target.split(":")
     return getattr(importlib.import_module(module), attribute)
 
 
+def _load(kind: str, name: str, point: EntryPoint) -> Any:
+    """Imports what another package offers, and checks that it is complete."""
+    what = f"the {kind} {name!r} of the package {provider(point)} ({point.value})"
+    try:
+        found = point.load()
+    except Exception as error:  # a foreign module may raise anything
+        raise PluginError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
+    base: Any = _attribute(_BASES[kind])
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise PluginError(f"{what} is not a subclass of {base.__module__}.{base.__qualname__}")
+    fields = getattr(found, "model_fields", {})
+    given = fields["name"].default if "name" in fields else getattr(found, "name", None)
+    if given != name:
+        raise PluginError(f"{what} has the name {given!r}: the name of the entry point and of the class must be equal")
+    lacking = sorted(getattr(found, "__abstractmethods__", ()))
+    lacking += [a for a in base.__annotations__ if a not in base.__dict__ and a not in fields and not hasattr(found, a)]
+    if kind == "task" and found.build is base.build:
+        lacking.append("build")
+    if lacking:
+        raise PluginError(f"{what} lacks {', '.join(lacking)}")
+    if kind == "evaluator" and found.reach is not None:
+        reaches = get_args(importlib.import_module("evaluators.base").Reach)
+        if found.reach not in reaches or "excess" not in found.directions:
+            raise PluginError(
+                f"{what} is an attack (its reach is {found.reach!r}): its reach must be one of {', '.join(reaches)}, and its "
+                "directions must have the metric excess, which verdicts are made of"
+            )
+    return found
+
+
 def module_of(kind: str, name: str) -> str:
-    """The module that `name` stands for, without importing it."""
-    return (_TABLES[kind].get(name) or external(kind)[name]).split(":")[0]
+    """The module that `name` stands for, without importing it; raises UnknownName."""
+    if name in _TABLES[kind]:
+        return _TABLES[kind][name].split(":")[0]
+    if name not in external(kind):
+        raise UnknownName(f"{name!r} is not a known {kind}{suggest(name, names(kind))}")
+    return external(kind)[name][0].module
 
 
 def method_names() -> list[str]:

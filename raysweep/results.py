@@ -19,7 +19,7 @@ from raysweep.config import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.objectives import Measured, Objectives, Unmeasured, objectives
 from raysweep.power import Requirement, decided_by
-from raysweep.registry import ATTACKS, resolve
+from raysweep.registry import resolve
 from raysweep.rundir import RunDir
 from raysweep.search import open_study
 from raysweep.store import FRONT, ROWS, TRIALS, read_table, write_json, write_table
@@ -149,8 +149,8 @@ def verdict_of(folder: RunDir, name: str, keys: dict[str, str], context: Context
     """The verdict on one subject. keys: "audit" and "durability" -> key of its audit in that tier."""
     anchors, _ = context.load_anchors("audit")
     own = load_measured(folder.path, keys["audit"]).values
-    reach = {attack: resolve("evaluator", attack).reach for attack in ATTACKS}
     rows = read_table(rows_path(folder.path, keys["durability"]), ROWS).to_pylist()
+    reach = {check: resolve("evaluator", check).reach for check in {r["check"] for r in rows}}
     oracle = float(np.mean([o.values[context.validity] for o in anchors.oracles]))
     return verdict(rows, reach, own[context.validity], oracle)
 

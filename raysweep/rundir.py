@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from raysweep.artifacts import ROOT, cache_folder
 from raysweep.config import ConfigError, Sweep
 from raysweep.places import PlaceError, check_writable
+from raysweep.plugins import used
 from raysweep.reader import validate as validate_config
 from raysweep.store import CHECKPOINT, DAY_S, clear_temporaries, write_bytes, write_json
 from raysweep.texts import load_yaml
@@ -173,6 +174,7 @@ def _manifest(sweep: Sweep, digests: dict[str, str]) -> dict[str, Any]:
         "digests": digests,
         "seeds": {"search": sweep.search.seed, "probe": sweep.audit.probe.seed, "audit": sweep.audit.audit.seed},
         "versions": versions(),
+        "plugins": used(sweep.methods, sweep.audit.checks, sweep.task.name),
         "commit": git_commit(),
         "created_at": _now(),
         "state": "new",

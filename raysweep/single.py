@@ -15,6 +15,7 @@ from raysweep.fit import resolve_sweep
 from raysweep.informative import caveat
 from raysweep.models import families
 from raysweep.objectives import Objectives, Unmeasured, objectives
+from raysweep.plugins import audit_code
 from raysweep.pool import Pool, RunFailed, connected, has_trial_slots, pool
 from raysweep.prepare import (
     Say,
@@ -159,7 +160,11 @@ def write_card(
         | {n: {"folder": f, "digest": d} for n, f, d in requests["audit"].anchors},
         "task": {"name": task.name, "digest": task.digest, "folder": str(folder.task)},
         "judge_digest": requests["audit"].judge_digest,
-        "code": {"version": versions()["raysweep"], "commit": git_commit(), "audit": requests["audit"].code},
+        "code": {
+            "version": versions()["raysweep"],
+            "commit": git_commit(),
+            "audit": audit_code(f["check"] for f in findings),
+        },
         "versions": versions(),
     }
     tables = {

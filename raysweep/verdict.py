@@ -22,7 +22,7 @@ import numpy as np
 MARGIN = 0.1
 RATE = 0.05
 INVALID = 0.5  # of the oracles' validity
-UNFAIR = frozenset({"interpolation"})
+FAIR = ("input", "weights")
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Verdict:
 def verdict(rows: Iterable[dict[str, Any]], reach: dict[str, str], validity: float, oracle_validity: float) -> Verdict:
     """The verdict on a model from its `rows` of the durability tier.
 
-    reach: attack -> "input" or "weights"; validity: share of its valid samples, and that of the oracles.
+    reach: attack -> "input", "weights", or "base", which does not count; validity: share of its valid samples, and that of the oracles.
     """
     from scipy import stats
 
     found = {}
     for row in rows:
         kind, _, strength = row["metric"].partition("@")
-        fair = row["check"] in reach and row["check"] not in UNFAIR
+        fair = reach.get(row["check"]) in FAIR
         if fair and kind == "excess" and strength and row["status"] == "ok" and not row["paired_with"]:
             name = "no attack" if strength == "none" else f"{row['check']} {strength}"
             found[name] = (row["check"], strength, row["value"], row["se"] or 0.0, row["hi"])

@@ -7,7 +7,7 @@ import pytest
 
 from raysweep.verdict import verdict
 
-REACH = {"latent_noise": "input", "relearning": "weights", "interpolation": "weights", "quantisation": "weights"}
+REACH = {"latent_noise": "input", "relearning": "weights", "interpolation": "base", "quantisation": "weights"}
 
 
 def row(check, strength, value, se=0.03):

@@ -11,22 +11,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
+
+from raysweep.tasks.base import TaskSettings
 
 if TYPE_CHECKING:
     from raysweep.tasks.task import Task
 
 
-class _DigitsTask(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _DigitsTask(TaskSettings):
     seed: int = Field(0, ge=0, description="seed of the split into training, holdout and judges' images")
     base_steps: int = Field(500, ge=1, description="optimiser steps of the base model and of each oracle")
     base: Path | None = Field(None, description="diffusers folder of a trained base model; null: trained here, cached")
 
     @model_validator(mode="after")
-    def _base_exists(self):
-        if self.base is not None and not (self.base / "model_index.json").is_file():
+    def _base_exists(self, info: ValidationInfo):
+        stored = (info.context or {}).get("stored")
+        if self.base is not None and not stored and not (self.base / "model_index.json").is_file():
             raise ValueError(f"base: {self.base} is not a diffusers folder (no model_index.json)")
         return self
 

@@ -18,6 +18,7 @@ from raysweep.places import location
 from raysweep.registry import CONTRASTIVE
 from raysweep.tasks.labels import Labels
 from raysweep.settings import ASIDE
+from raysweep.tasks.base import TaskSettings
 from raysweep.tasks.prompts import Prompts
 from raysweep.tasks.records import Name, SourceError, Tally, listed
 from raysweep.tasks.sampling import Picked, Sample, pixels
@@ -52,10 +53,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-class ImagesTask(BaseModel):
+class ImagesTask(TaskSettings):
     """Forget images, a class of images, or a concept that prompts ask for, of a model of your own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["images"] = "images"
     kind: Literal["points", "class", "concept"] = Field(

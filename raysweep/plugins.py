@@ -1,0 +1,107 @@
+"""What other packages offer through entry points: whose it is, and the hash of its code.
+
+A package that offers a method, an evaluator or a task is hashed whole (bytecode aside), because nothing says which of its
+files a result depends on. Where it imports `methods`, those files count, too, with what they import in turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+from raysweep import artifacts
+from raysweep.registry import external, module_of, provider
+
+BYTECODE = (".pyc", ".pyo")
+
+
+def method_code(name: str) -> str:
+    """Hash of the code that training by a method depends on."""
+    points = external("method").get(name)
+    if not points:
+        return artifacts.training_code(module_of("method", name))
+    return _digest(package_digest(points[0]), *(artifacts.training_code(m) for m in _methods_behind(points[0])))
+
+
+def audit_code(checks: Iterable[str]) -> str:
+    """Hash of the code that measuring by `checks` depends on.
+
+    Raises UnknownName if the package of a check is not installed.
+    """
+    installed = external("evaluator")
+    for name in set(checks):
+        module_of("evaluator", name)
+    packages = {name: package_digest(installed[name][0]) for name in sorted(set(checks)) if name in installed}
+    return _digest(artifacts.audit_code(), packages) if packages else artifacts.audit_code()
+
+
+def used(methods: Iterable[str], checks: Iterable[str], task: str) -> dict[str, str]:
+    """The packages behind those names that are not raysweep's own: "method NAME" -> "PACKAGE VERSION"."""
+    asked = [*(("method", m) for m in methods), *(("evaluator", c) for c in checks), ("task", task)]
+    return {
+        f"{kind} {name}": provider(external(kind)[name][0])
+        for kind, name in dict.fromkeys(asked)
+        if name in external(kind)
+    }
+
+
+def package_digest(point: EntryPoint) -> str:
+    """Hash of the files of the package that offers an entry point: of its outermost folder that is no namespace, or of its
+    module, and of what the installed distribution lists."""
+    return _files_digest(point.module, tuple(sorted(_listed(point).items())))
+
+
+@cache
+def _files_digest(module: str, listed: tuple[tuple[str, Path], ...]) -> str:
+    sha = hashlib.sha256()
+    for name, path in sorted({**dict(listed), **_sources(module)}.items()):
+        with path.open("rb") as file:
+            sha.update(f"{name}\0".encode() + hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:16]
+
+
+def _sources(module: str) -> dict[str, Path]:
+    """The files of a module's outermost package, by name."""
+    parts = module.split(".")
+    for depth in range(1, len(parts) + 1):
+        spec = importlib.util.find_spec(".".join(parts[:depth]))
+        if spec is None:
+            return {}
+        if spec.submodule_search_locations is None:
+            return {} if spec.origin is None else {Path(spec.origin).name: Path(spec.origin)}
+        if spec.origin is not None:  # a namespace has none, and other packages' files
+            folders = [Path(folder) for folder in spec.submodule_search_locations]
+            return {
+                f"{folder.name}/{path.relative_to(folder).as_posix()}": path
+                for folder in folders
+                for path in folder.rglob("*")
+                if path.is_file() and path.suffix not in BYTECODE
+            }
+    return {}
+
+
+def _listed(point: EntryPoint) -> dict[str, Path]:
+    """The files that the distribution of an entry point says it has, without what installing made; {} if it does not say."""
+    distribution = getattr(point, "dist", None)
+    files = (distribution.files or []) if distribution is not None else []
+    named = {file.as_posix(): Path(str(file.locate())) for file in files}
+    return {
+        name: path
+        for name, path in named.items()
+        if ".dist-info/" not in name and path.suffix not in BYTECODE and path.is_file()
+    }
+
+
+def _methods_behind(point: EntryPoint) -> list[str]:
+    """The modules of `methods` that the files of an entry point's package import, sorted."""
+    files = {**_listed(point), **_sources(point.module)}
+    sources = (path.read_bytes() for path in files.values() if path.suffix == ".py")
+    return sorted({module for source in sources for module in artifacts.methods_imported(source)})
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
