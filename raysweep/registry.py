@@ -174,11 +174,12 @@ def _load(kind: str, name: str, point: EntryPoint) -> Any:
     """Imports what another package offers, and checks that it is complete."""
     what = f"the {kind} {name!r} of the package {provider(point)} ({point.value})"
     try:
-        found = point.load()
+        found: Any = point.load()
     except Exception as error:  # a foreign module may raise anything
         raise PluginError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
     base: Any = _attribute(_BASES[kind])
-    if not (isinstance(found, type) and issubclass(found, base)):
+    fits = isinstance(found, type) and issubclass(found, base)
+    if not fits:
         raise PluginError(f"{what} is not a subclass of {base.__module__}.{base.__qualname__}")
     fields = getattr(found, "model_fields", {})
     given = fields["name"].default if "name" in fields else getattr(found, "name", None)

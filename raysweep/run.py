@@ -227,7 +227,8 @@ class _Events(tune.Callback):
 
     def ended(self, config: dict[str, Any], result: dict[str, Any]) -> None:
         self.done += 1
-        checkpoint_path(self.folder.candidates / config["trial"]).unlink(missing_ok=True)  # a trial that failed left it
+        if not result.get("limit"):  # under a wider one it would go on from there
+            checkpoint_path(self.folder.candidates / config["trial"]).unlink(missing_ok=True)
         settings = " ".join(f"{k}={_short(v)}" for k, v in config["hyperparameters"].items())
         total = self.sweep.search.trials
         if result.get("reason"):

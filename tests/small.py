@@ -55,6 +55,13 @@ class Hangs(Raises):
     def direction(self, batch):
         time.sleep(3600)
 
+class Slow(Finetune):
+    name = "slow"
+    space = {"fixed": {"steps": 4, "batch_size": 8}, "space": {"lr": {"log": [1e-4, 1e-3]}}}
+    def direction(self, batch):
+        time.sleep(3)
+        return super().direction(batch)
+
 class ExitsOnce(Finetune):
     name = "exitsonce"
     space = Raises.space
@@ -72,7 +79,7 @@ def install_faulty(folder: Path) -> str:
     info = folder / "faulty-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
-    names = {"raises": "Raises", "nan": "Nan", "hangs": "Hangs", "exitsonce": "ExitsOnce"}
+    names = {"raises": "Raises", "nan": "Nan", "hangs": "Hangs", "slow": "Slow", "exitsonce": "ExitsOnce"}
     lines = "".join(f"{name} = faulty_methods:{cls}\n" for name, cls in names.items())
     (info / "entry_points.txt").write_text("[raysweep.methods]\n" + lines)
     (folder / "faulty_methods.py").write_text(FAULTY)

@@ -354,6 +354,59 @@ def test_runs_side_by_side(run, card, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_ran_out_of_time_goes_on_under_a_longer_limit(tmp_path, cache):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    faulty = install_faulty(tmp_path / "faulty")
+    settings = ("name=late", "methods=[slow]", "spaces={}", "search.trials=1", "audit.rounds=1", "train.checkpoint_s=1")
+
+    def ended(*more: str) -> int:
+        run = start(tmp_path, cache, "run", "small.yaml", *settings, *more, PYTHONPATH=faulty)
+        return run.wait(timeout=400)
+
+    assert ended("train.budget_s=8") == 1, log(tmp_path)
+    assert "exceeded its budget of 8 s" in log(tmp_path)
+    assert ended("train.budget_s=8") == 1, log(tmp_path)  # nothing is wider, and nothing is tried again
+    assert ended("train.budget_s=600") == 0, log(tmp_path)
+    assert "tried again, since the limit that ended them is wider by now: 000-slow" in log(tmp_path)
+    run = RunDir(tmp_path / "runs" / "late")
+    trials = read_table(run.trials, TRIALS).to_pylist()
+    assert [(t["trial"], t["state"], t["number"]) for t in trials] == [("000-slow", "COMPLETE", 1)]
+    assert trials[0]["train_s"] < 12  # of four steps that take three seconds each, some were done before
+    assert run.sweep().train.budget_s == 600
+
+
+def test_a_candidate_that_cannot_be_placed_is_named_and_the_others_stay(run, tmp_path):
+    from raysweep.context import Context
+    from raysweep.report.page import build
+    from raysweep.results import audited_front, trial_table, write_front
+    from raysweep.tasks.task import Task
+
+    folder = RunDir(Path(shutil.copytree(run.path, tmp_path / "small")))
+    context = Context(**vars(Context.load(str(run.path))) | {"run": str(folder.path)})
+    names = json.loads(run.front_json.read_text())["candidates"]
+    keys = {n: next(p.stem for p in folder.rows.glob(f"{n}-audit-*.parquet") if "audit-2" not in p.stem) for n in names}
+    trials, task = trial_table(folder, folder.run_id), Task.load(folder.task)
+    lost = {"status": "failed", "value": None, "replicates": None, "reason": "RuntimeError: no memory"}
+
+    def front_without(subjects):
+        for n in subjects:
+            path = folder.rows / f"{keys[n]}.parquet"
+            rows = read_table(path, ROWS).to_pylist()
+            write_table(path, [r | lost if r["check"] == "fidelity" else r for r in rows], ROWS)
+        return audited_front(folder, context, task, [keys], trials)
+
+    front = front_without(names[:1])
+    assert front.candidates == names[1:]
+    why = "fidelity.frechet was not measured (failed: RuntimeError: no memory)"
+    assert front.unplaced == [f"{names[0]}: audit 1: {why}"]
+    front = front_without(names)
+    assert (front.candidates, front.recommended, len(front.unplaced)) == ([], None, len(names))
+    write_front(folder, front, folder.sweep())
+    build(folder)
+    assert "No candidate was audited" in folder.report.read_text()
+
+
+@pytest.mark.slow
 def test_shadow_models_attack_a_trial(home, cache, run):
     process = start(
         home,

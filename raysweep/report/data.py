@@ -92,6 +92,11 @@ def gather(folder: RunDir) -> ReportData:
     )
 
 
+def _plugins(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is not raysweep's own, and the package that it is of."""
+    return [(name, f"external, {package}") for name, package in sorted(manifest.get("plugins", {}).items())]
+
+
 def _preset(sweep: Sweep) -> str:
     """Which paper's experiment this is, and at which scale; "" if none."""
     text = ""
@@ -152,7 +157,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "absent": [{"check": c, "status": s, "reason": why} for c, s, why in reasons],
         "untested": untested(data),
         "config": data.sweep.recipe(),
-        "versions": sorted(data.manifest["versions"].items()),
+        "versions": sorted(data.manifest["versions"].items()) + _plugins(data.manifest),
         "command": f"raysweep run {data.sweep.name}.yaml",
     }
 
