@@ -169,10 +169,9 @@ class AuditConfig(_Model):
     attempts: Annotated[int, ASIDE] = Field(3, ge=1, description="tries per audit before it is recorded as failed")
     timeout_s: Annotated[float, ASIDE] = Field(600, gt=0, description="seconds after which an audit counts as hung")
 
-    @property
-    def checks(self) -> tuple[str, ...]:
-        """The checks that the tiers name."""
-        return tuple(dict.fromkeys(n for t in (self.probe, self.audit, self.durability) for n in t.checks or ()))
+    def checks_for(self, task: Aims) -> tuple[str, ...]:
+        """The checks of all tiers on a task, each once."""
+        return tuple(dict.fromkeys(n for t in (self.probe, self.audit, self.durability) for n in t.checks_for(task)))
 
     def round(self, number: int) -> tuple[str, Tier]:
         """(name, tier) of the audit's first or a later round, which has seeds of its own and keeps no pictures."""

@@ -32,10 +32,10 @@ def audit_code(checks: Iterable[str]) -> str:
 
     Raises UnknownName if the package of a check is not installed.
     """
-    installed = external("evaluator")
-    for name in set(checks):
+    installed, asked = external("evaluator"), sorted(set(checks))
+    for name in asked:
         module_of("evaluator", name)
-    packages = {name: package_digest(installed[name][0]) for name in sorted(set(checks)) if name in installed}
+    packages = {name: package_digest(installed[name][0]) for name in asked if name in installed}
     return _digest(artifacts.audit_code(), packages) if packages else artifacts.audit_code()
 
 

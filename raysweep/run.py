@@ -72,7 +72,7 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
     """
     task, spaces = resolve_sweep(sweep)
     folder = RunDir.of(sweep)
-    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}):
+    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}, sweep.audit.checks_for(task)):
         run_id = folder.run_id
         before = trial_table(folder, run_id)
         ended = sum(t["state"] != "RUNNING" for t in before)

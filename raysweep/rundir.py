@@ -105,8 +105,11 @@ class RunDir:
             )
 
     @contextlib.contextmanager
-    def claim(self, sweep: Sweep, digests: dict[str, str]) -> Iterator[None]:
-        """Holds the directory for this process; raises ConfigError if another one has it or it holds another config."""
+    def claim(self, sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...] = ()) -> Iterator[None]:
+        """Holds the directory for this process; raises ConfigError if another one has it or it holds another config.
+
+        digests, checks: of the config and the task, and of all tiers, for the manifest of a new run.
+        """
         self.check(sweep)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -125,7 +128,7 @@ class RunDir:
             if not self.config.is_file() or self.config.read_bytes() != text:  # other limits, resources, places
                 write_bytes(self.config, text)
             if not self.exists():
-                write_json(self.manifest, _manifest(sweep, digests))
+                write_json(self.manifest, _manifest(sweep, digests, checks))
             self.update(state="running", pid=os.getpid(), resumed_at=_now())
             yield
         finally:
@@ -167,14 +170,14 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _manifest(sweep: Sweep, digests: dict[str, str]) -> dict[str, Any]:
+def _manifest(sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...]) -> dict[str, Any]:
     return {
         "name": sweep.name,
         "config_digest": sweep.digest,
         "digests": digests,
         "seeds": {"search": sweep.search.seed, "probe": sweep.audit.probe.seed, "audit": sweep.audit.audit.seed},
         "versions": versions(),
-        "plugins": used(sweep.methods, sweep.audit.checks, sweep.task.name),
+        "plugins": used(sweep.methods, checks, sweep.task.name),
         "commit": git_commit(),
         "created_at": _now(),
         "state": "new",

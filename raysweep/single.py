@@ -47,7 +47,7 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
     if task.base is not None:
         check_latents(str(model), families.load(task.base), str(model))
     folder = RunDir.of(sweep)
-    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}):
+    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}, sweep.audit.checks_for(task)):
         for line in data_lines(task):
             say("data", line)
         folder.update(data=list(task.accounts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +13,7 @@ from small import log, start
 from tiny import ROOT
 
 from raysweep import plugins
+from raysweep.card import _code
 from raysweep.cli import main
 from raysweep.config import ConfigError
 from raysweep.fit import resolve_sweep
@@ -31,7 +33,7 @@ audit:
   rounds: 1
   probe: {samples: 40, class_samples: 20, noises: 12, loss_noises: 10, loss_images: 2, timesteps: 4, groups: 10}
   audit: {samples: 60, class_samples: 20, noises: 20, loss_noises: 20, loss_images: 2, timesteps: 4,
-          checks: [brightness, brittle, classifier, denoising, fidelity, generation, reconstruction]}
+          checks: [brightness, classifier, brittle, denoising, fidelity, generation, reconstruction]}
   finalists: 1
   durability: {checks: [planted], noises: 20}
 resources: {slots: 1, auditors: 1}
@@ -135,8 +137,8 @@ def test_the_settings_of_another_packages_task_are_checked_like_ours(installed, 
 
 
 def test_a_package_that_is_installed_changes_no_sweep_that_does_not_name_it(installed):
-    checks = load(None).audit.checks
-    assert not {"brightness", "brittle", "planted"} & set(checks)
+    sweep = load(None)
+    assert not {"brightness", "brittle", "planted"} & set(sweep.audit.checks_for(sweep.task.build()))
     with pytest.raises(UnknownName):
         plugins.audit_code(["absent"])
 
@@ -192,3 +194,15 @@ def test_faults_are_told_before_a_run_begins(tmp_path, monkeypatch):
         "[raysweep.evaluators]\ndull = evens.check:Dull\n", "evens"))  # fmt: skip
     with pytest.raises(PluginError, match=r"'dull' of the package evens 1.5 .* OSError: no such library"):
         resolve_sweep(load(None, ("audit.durability.checks=[dull]",)))
+
+
+def test_a_card_with_checks_of_a_package_that_is_not_here_says_so(installed, monkeypatch):
+    found = {
+        "findings": [{"check": "brightness"}, {"check": "loss"}],
+        "code": {"audit": plugins.audit_code(["brightness"])},
+    }
+    assert _code(found).holds
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p != str(installed.parent)])
+    unknown = _code(found)
+    assert unknown.holds is None
+    assert "'brightness' is not a known evaluator" in unknown.detail
