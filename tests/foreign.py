@@ -67,8 +67,6 @@ class Brittle(Brightness):
         return super().scores(subject)
 ''',
     "attack.py": '''
-from functools import partial
-
 import numpy as np
 
 from evaluators.durability import Durability
@@ -82,10 +80,9 @@ class Planted(Durability):
     cost = "nothing"
 
     def attacks(self, subject):
-        oracles = subject.oracles()
-
         def found(s):
-            return np.zeros(20) if any(s is oracle for oracle in oracles) else np.ones(20)
+            oracle = any(peer is s for name, peer in s.peers.items() if name.startswith("oracle"))
+            return np.zeros(20) if oracle else np.ones(20)
 
         return {"at once": found}
 ''',
