@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raysweep.models.folders import is_hub_id, located, no_model
 from raysweep.places import location
 from raysweep.registry import CONTRASTIVE
-from raysweep.tasks.labels import Labels
 from raysweep.settings import ASIDE
 from raysweep.tasks.base import TaskSettings
+from raysweep.tasks.labels import Labels
 from raysweep.tasks.prompts import Prompts
 from raysweep.tasks.records import Name, SourceError, Tally, listed
 from raysweep.tasks.sampling import Picked, Sample, pixels
