@@ -51,6 +51,7 @@ def home(tmp_path_factory, cache):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_a_sweep_of_another_packages_parts_ends_as_any_other(home, monkeypatch):
     """One check breaks on the oracle: the view that needs it is left out, trials go on, and the end says so."""
