@@ -25,7 +25,6 @@ class Context:
     run: str
     run_id: str
     task_digest: str
-    views: tuple[str, ...]
     quality: str
     validity: str
     base: str
@@ -34,6 +33,7 @@ class Context:
     judges: dict[str, tuple[str, str]]  # probe, audit -> (file, digest)
     prepared: dict[str, dict[str, Any]]  # method -> {"by": what it depends on and its defaults, "files": {key: file}}
     cache: str  # folder of the anchors' audits
+    views: tuple[str, ...] = ()  # metrics of the residue
     clip_digest: str = ""  # of the CLIP model that a task names beside its base
 
     def save(self) -> None:

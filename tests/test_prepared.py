@@ -112,7 +112,7 @@ def test_choices_come_from_the_prepared_model(place):
     defaults = _defaults(resolve("method", "slug"))
     files = {prepared_key(defaults, {"passes": 2, "batch_size": 64}): prepared.out}
     context = Context(
-        run=str(place), run_id="r", task_digest="", views=(), quality="", validity="", base="", base_digest="", oracles={}, judges={},
+        run=str(place), run_id="r", task_digest="", quality="", validity="", base="", base_digest="", oracles={}, judges={},
         prepared={"slug": {"by": defaults, "files": files}}, cache="",
     )  # fmt: skip
     layer = next(p for p in open_choices(space, context).parameters if p.name == "layer")
