@@ -29,7 +29,7 @@ def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, called):
     monkeypatch.setattr(card, "findings_of", lambda *_: [])
     sweep, folder = load(None, (f"storage={tmp_path}",)), RunDir(tmp_path / "run")
     context = Context(
-        run=str(folder.path), run_id="r", task_digest="t", quality="q", validity="v", base=ANCHORS["base"][0],
+        run=str(folder.path), run_id="r", task_digest="t", quality="fidelity.frechet", validity="classifier.validity", base=ANCHORS["base"][0],
         base_digest=ANCHORS["base"][1], oracles={"oracle-0": ANCHORS["oracle-0"]}, judges={}, prepared={}, cache=str(tmp_path),
     )  # fmt: skip
     place = Objectives(0.1, 0.2, 0.01, 0.01, 0.0, 1.0, {}, np.zeros((3, 2)))
