@@ -22,6 +22,7 @@ from raysweep.cli import main
 from raysweep.report.page import build
 from raysweep.report.pictures import png, veiled
 from raysweep.rundir import RunDir
+from raysweep.tasks.records import Tally
 
 GOOD, OTHER = row("000-rgd", 0.05, 0.2), row("001-siss", 0.02, 0.6)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -239,3 +240,13 @@ def test_prompts_that_nobody_asked_are_not_covered(tmp_path):
     said = {kind: " ".join(untested(dataclasses.replace(data, kind=kind))) for kind in ("points", "concept")}
     assert "with another seed, nor other prompts than the audit's." in said["concept"]
     assert "prompts than" not in said["points"]
+
+
+def test_what_was_left_out_of_the_data_is_listed(tmp_path):
+    folder = run(tmp_path / "a", front([GOOD]))
+    account = Tally(seen=40)
+    account.skip("a damaged or incomplete picture (OSError)", "cat/<b>.png")
+    folder.update(data=[account.account("train", "photos", {"to retain": 39})])
+    html = build(folder).read_text()
+    assert "train: 39 of 40 records of photos read; kept: 39 to retain" in html
+    assert "left out 1: a damaged or incomplete picture (OSError) (cat/&lt;b&gt;.png)" in html

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from tiny import tiny_config
 
+from raysweep.cli import main
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.images import ImagesTask
 from raysweep.tasks.labels import Labels
@@ -85,6 +87,27 @@ def test_too_few_pictures_are_one_sentence(rows, tmp_path):
     for part in ("train", "holdout"):
         with pytest.raises(SourceError, match=r"(retain|holdout) set|to be forgotten"):
             ImagesTask(**rows | {part: {"folder": one}}, forget={"keys": ["cat/0.png"]}).build()
+
+
+def test_validate_tells_what_is_left_out(rows, tmp_path):
+    train = folder(tmp_path / "t", per=16)
+    (train / "dog" / "0.png").write_bytes(b"none")
+    task = {**rows, "name": "images", "train": {"folder": train}, "forget": {"keys": ["cat/0.png"]}, "base_steps": 2}
+    plain = json.loads(
+        json.dumps({"name": "a", "task": task, "methods": ["neggrad"], "search": {"trials": 1}}, default=str)
+    )
+    plain |= {"storage": str(tmp_path / "runs")}
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps(plain))  # which is YAML, too
+    unconditional = tiny_config(None)
+    unconditional["unet"] |= {"sample_size": 8, "in_channels": 3, "out_channels": 3}
+    PixelDDPM.build(unconditional, 0).save(tmp_path / "base")
+    done = CliRunner().invoke(main, ["validate", str(path), f"task.base={tmp_path / 'base'}"])
+    assert done.exit_code == 0, done.output
+    assert f"train: 47 of 48 records of {train} read; kept: 1 to forget, 46 to retain" in done.output
+    assert "train: left out 1: not a picture in a format that is read" in done.output
+    done = CliRunner().invoke(main, ["validate", str(path), f"task.base={tmp_path / 'base'}", "--json"])
+    assert json.loads(done.stdout)["data"][0]["left_out"][0]["first"] == ["dog/0.png"]
 
 
 class Config:
