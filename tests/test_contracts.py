@@ -318,6 +318,8 @@ def test_norms_compete_only_if_asked_for():
     without, with_ = eligible(model), eligible(model, norms=True)
     gains = set(with_) - set(without)
     assert set(without) <= set(with_)
+    words = ("bias", "logit_scale", "position", "embedding")  # that the open_clip path leaves out, and nothing else
+    assert with_ == [n for n, _ in model.net.named_parameters() if not any(word in n for word in words)]
     assert all(dict(model.net.named_parameters())[n].dim() == 1 for n in gains)
     assert all(".ln_" in f".{n}" and n.endswith("weight") for n in gains)
     assert {"visual.ln_pre.weight", "visual.ln_post.weight", "ln_final.weight"} <= gains

@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict] = {
     "bernoulli": {"rho": 0.5},
     "erasediff": {"inner_steps": 2, "inner_every": 2, "ema": 0.5, "label_drop": 0.3},
     "esd": {"sampler_steps": 4},
+    "rg": {"retain_pass": "full"},
     "rgd": {"trunc_elem_sq": None},
     "retrain": {"split": "retain", "warmup": 2},
     "salun": {"alpha": 1.0, "label_drop": 0.3},
