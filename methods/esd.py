@@ -38,7 +38,9 @@ class ESDSettings(Training):
     eta: float = Field(1.0, gt=0, description="strength of the negative guidance (paper: 1)")
     layers: Literal["x", "x_strict", "u", "full"] = Field("full", description="which weights move")
     guidance: float = Field(3.0, ge=0, description="guidance while sampling x_t (released: 3)")
-    sampler_steps: int = Field(50, ge=1, description="length of the DDIM run (released: 50)")
+    sampler_steps: int = Field(
+        50, ge=1, description="length of the DDIM run, at most that of the schedule (released: 50)"
+    )
     timestep: Literal["level", "older_release"] = Field(
         "level",
         description="t that goes with x_t: its noise level (current release), or at or above it (first release)",
@@ -79,6 +81,10 @@ class ESD(Descent):
             valid = [v for v in ("x", "x_strict", "u", "full") if moving(list(named), v) & free]
             reasons.append(
                 f"layers: {hyperparameters.layers} names no weight of this model that may change; valid: {', '.join(valid)}"
+            )
+        if hyperparameters.sampler_steps > len(model.alphas):
+            reasons.append(
+                f"sampler_steps: {hyperparameters.sampler_steps} is more than the {len(model.alphas)} steps of the schedule"
             )
         return reasons
 

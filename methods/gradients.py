@@ -30,7 +30,7 @@ def alone() -> Iterator[None]:
 
 def average(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], decay: float) -> None:
     """Moves averages towards the weights in place, tensor by tensor: average <- decay average + (1 - decay) weight."""
-    torch._foreach_lerp_(averages, [w.detach() for w in weights], 1 - decay)  # one kernel for all
+    torch._foreach_lerp_(list(averages), [w.detach() for w in weights], 1 - decay)  # one kernel for all
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

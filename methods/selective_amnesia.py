@@ -134,6 +134,11 @@ class SelectiveAmnesia(Descent):
         fisher = diagonal_fisher(model, sample, hp.fisher_timesteps)
         return {"x": x, "cond": cond, "groups": groups} | {f"fisher/{name}": f for name, f in fisher.items()}
 
+    @classmethod
+    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+        steps, length = hyperparameters.sampler_steps, len(model.alphas)
+        return [f"sampler_steps: {steps} is more than the {length} steps of the schedule"] if steps > length else []
+
     def draws(self) -> dict[str, Draw]:
         return {name: Draw(self.hp.batch_size, split=SEEDS) for name in ("forget", "replay")}
 

@@ -336,6 +336,10 @@ def test_a_class_of_a_users_model(tmp_path):
     assert set(task.splits["forget_holdout"].groups.tolist()) == {1}
     assert not set(task.splits["judge_probe"].ids) & set(task.splits["judge_audit"].ids)
     assert task.digest == config.build().digest
+    assert task.sampling == {"steps": config.steps, "guidance": config.guidance}
+    released = config.model_copy(update={"guidance": 3.0, "eta": 1.0}).build()  # w = 2 with the noise of DDPM
+    assert released.sampling == {"steps": config.steps, "guidance": 3.0, "eta": 1.0}
+    assert released.digest != task.digest
 
 
 def test_pictures_of_a_captioned_model(tmp_path):
