@@ -144,12 +144,18 @@ def load(method: str, overrides: dict[str, Any] | None = None, kind: str | None 
     enqueued, because = overrides.pop("enqueue", None), overrides.pop("because", {})
     if enqueued is not None and not (isinstance(enqueued, list) and all(isinstance(entry, dict) for entry in enqueued)):
         raise SpaceError(f"spaces.{method}.enqueue: must be a list of settings, each with its source")
-    where, data, setting, name = f"spaces.{method}", dict[str, Any](), None, None
+    where, data = f"spaces.{method}", dict[str, Any]()
+    setting: Setting | None = None
+    name: str | None = None
     if "released" not in overrides:
         where, data = _embedded(method)
     elif (name := overrides.pop("released")) is not None:
         setting = _released(f"{where}.released", method, name)
         data = {"fixed": here(setting.values)}
+    if because and setting is None:
+        raise SpaceError(
+            f"spaces.{method}.because: says why values differ from a released setting; name it by `released`"
+        )
     fixed, space = dict(data.get("fixed") or {}), dict(data.get("space") or {})
     for key, value in overrides.items():
         where = f"spaces.{method}"
@@ -189,6 +195,8 @@ def _embedded(method: str) -> tuple[str, dict[str, Any]]:
 
 
 def _released(where: str, method: str, name: Any) -> Setting:
+    if not isinstance(name, str):
+        raise SpaceError(f"{where}: must be the name of a released setting, or null, not {name!r}")
     try:
         found = released_setting(name)
     except ReleasedError as error:

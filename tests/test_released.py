@@ -189,6 +189,8 @@ def test_a_space_that_names_a_release_takes_nothing_from_the_embedded_one():
         ({"released": "siss/mnist"}, "is a setting of siss, not of sfd"),
         ({"released": "sfd/cifar10", "lr": {"log": [1e-4, 1e-3]}}, "lr = 1e-05 is outside of the space"),
         ({"released": "sfd/cifar10", "because": {"lrr": "why"}}, "because: lrr is not a value that is set here"),
+        ({"because": {"lr": "why"}}, "says why values differ from a released setting"),
+        ({"released": ["sfd/cifar10"]}, "must be the name of a released setting, or null, not"),
         ({"released": None, "enqueue": [{"released": "nothing"}]}, "enqueue: 'nothing' is not a released setting"),
     ],
 )
