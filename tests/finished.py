@@ -62,7 +62,9 @@ def front(candidates: list[dict[str, Any]], verdicts: dict[str, Verdict] | None 
     return Front(**values | more)
 
 
-def run(folder: Path, of: Front | None, *overrides: str, sensitive: bool = False, **entries: Any) -> RunDir:
+def run(
+    folder: Path, of: Front | None, *overrides: str, sensitive: bool = False, family: str = "pixel-ddpm", **entries: Any
+) -> RunDir:
     """A run directory with that front; without one, a run that came to none. entries: of the manifest."""
     where = (f"name={folder.name}", f"storage={folder.parent}", f"cache={folder.parent / 'cache'}")
     sweep = load(None, (*where, "methods=[rgd, siss]", "search.trials=4", *overrides))
@@ -71,7 +73,7 @@ def run(folder: Path, of: Front | None, *overrides: str, sensitive: bool = False
         made.task.mkdir(parents=True)
         task.save(made.task)
         plain = json.loads((made.task / "task.json").read_text())
-        write_json(made.task / "task.json", plain | {"sensitive": sensitive})
+        write_json(made.task / "task.json", plain | {"sensitive": sensitive, "family": family})
         made.update(**{"state": "done"} | entries)
     if of is None:
         return made

@@ -132,6 +132,17 @@ def test_the_first_screen_is_true_in_every_state(tmp_path, of, entries, badges, 
     assert "±" not in html
 
 
+def test_models_that_are_their_own_judge_are_not_said_to_have_another(tmp_path):
+    clip, pixels_ = (
+        build(run(tmp_path / name, front([GOOD]), family=family)).read_text()
+        for name, family in (("a", "clip"), ("b", "pixel-ddpm"))
+    )
+    assert "a judge with other training data" not in clip
+    assert "other labelled images and other prompts" in clip
+    assert "a judge with other training data" in pixels_
+    assert 'id="membership"' not in clip + pixels_  # no attack on membership was made
+
+
 def test_a_front_of_an_earlier_raysweep_is_named(tmp_path):
     made = run(tmp_path / "a", front([GOOD]))
     content = json.loads(made.front_json.read_text())

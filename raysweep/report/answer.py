@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from raysweep.choice import MEANING
+from raysweep.registry import CONTRASTIVE
 
 if TYPE_CHECKING:
     from raysweep.report.data import ReportData
@@ -83,7 +84,7 @@ def untested(data: ReportData) -> list[str]:
         prompts = ", nor other prompts than the audit's" if data.kind == "concept" else ""
         lines += [
             f"Intervals cover the sampling of images and noise, not the retraining of a candidate with another seed{prompts}.",
-            "Candidates were picked for the audit by their probe values; the audit's seeds and judge are fresh, its task is not.",
+            f"Candidates were picked for the audit by their probe values; it used {fresh(data)}, on the same task.",
         ]
     else:
         lines.append("No candidate was audited: the search's own estimates are on few samples, and are not results.")
@@ -96,6 +97,13 @@ def untested(data: ReportData) -> list[str]:
             "interval on its spread."
         )
     return lines
+
+
+def fresh(data: ReportData) -> str:
+    """What the audit has that the search had not."""
+    if data.family in CONTRASTIVE:  # a model that draws nothing and is its own judge
+        return "other labelled images and other prompts"
+    return "fresh seeds and a judge with other training data"
 
 
 def trials_told(data: ReportData) -> str:

@@ -13,7 +13,7 @@ from raysweep import presets
 from raysweep.audited import keys_of, rows_of, scores_of
 from raysweep.config import ConfigError, Sweep
 from raysweep.informative import caveat
-from raysweep.report.answer import answer, answer_rows, trials_told, unfinished, untested, value
+from raysweep.report.answer import answer, answer_rows, fresh, trials_told, unfinished, untested, value
 from raysweep.report.pictures import strips
 from raysweep.results import trial_table
 from raysweep.rundir import RunDir
@@ -43,11 +43,17 @@ class ReportData:
     styles: dict[str, tuple[str, str]]
     shape: tuple[int, int, int]
     kind: str
+    family: str
     sensitive: bool
     original: np.ndarray
 
     def candidates(self) -> list[dict[str, Any]]:
         return [p for p in self.points if p["kind"] == "candidate"]
+
+    @property
+    def membership(self) -> bool:
+        """Whether curves of membership inference can be drawn."""
+        return bool(self.front) and any(score == "loss.calibration" for _, score in self.scores)
 
     def metric(self, subject: str, name: str, paired_with: str = "") -> dict[str, Any] | None:
         """One audit row of a subject, or None."""
@@ -87,6 +93,7 @@ def gather(folder: RunDir) -> ReportData:
         styles=styles,
         shape=original.shape[1:],
         kind=task["kind"],
+        family=task["family"],
         sensitive=task["sensitive"],
         original=original,
     )
@@ -136,7 +143,9 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "answer": [*lines, *answer(data, best)],
         "answer_rows": answer_rows(data, best),
         "sections": _sections(data, drawn),
+        "membership": data.membership,
         "audited": bool(data.front),
+        "fresh": fresh(data),
         "searched": any(t["state"] == "COMPLETE" for t in data.trials),
         "hypervolume": f"{volume['value']:.3f} (95 % interval {volume['lo']:.3f} to {volume['hi']:.3f})"
         if volume
@@ -172,7 +181,7 @@ def _sections(data: ReportData, drawn: list[dict[str, Any]]) -> list[tuple[str, 
         "effects": ("Hyperparameters", bool(data.trials)),
         "sheets": ("Audit sheets", bool(data.subjects)),
         "durability": ("Under attack", bool(data.front)),
-        "membership": ("Membership", bool(data.front)),
+        "membership": ("Membership", data.membership),
         "gaps": ("Failures and gaps", True),
         "provenance": ("Provenance", True),
     }
