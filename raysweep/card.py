@@ -47,7 +47,8 @@ def thresholds() -> dict[str, str]:
         "copies": f"a sample extracts an image below {memorisation.ALPHA} of its mean distance to its {memorisation.NEIGHBOURS} "
         f"nearest training images; by SSCD above the {memorisation.QUANTILE:.1%} quantile of held-out images",
         "validity": f"a sample is valid above the {classifier.REAL_QUANTILE:.0%} quantile of real images' energy",
-        "views": f"a view counts if it tells base from oracles by {objectives.INFORMATIVE:g} standard errors",
+        "views": f"a view counts if it tells base from oracles by {objectives.INFORMATIVE:g} standard errors, and the base does not "
+        "show less of what must be forgotten",
         "attacks": f"the thing comes back if presence exceeds the oracles' by more than {verdict.MARGIN}, one-sided, false "
         f"discoveries at most {verdict.RATE:.0%}; destroyed below {verdict.INVALID:.0%} of the oracles' validity",
         "intervals": "95 %, by the means named in each line",

@@ -1,7 +1,8 @@
 """Residue and damage: a candidate's measurements, anchored by measured models rather than by assumption.
 
 residue  the worst over the task's views of (candidate - oracle)/(base - oracle): 0 like the oracle, 1 like the untouched
-         base. A view whose gap between base and oracle is under four standard errors says nothing and is left out.
+         base. A view whose gap between base and oracle is under four standard errors says nothing and is left out; so is one in which
+         the base shows less of what must be forgotten than the oracle, as a base does that has not learned it.
 damage   the larger of log(F/F_oracle)/log(F_destroyed/F_oracle), with F the Frechet distance on retained content, and of
          over-forgetting, the farthest that any view lies beyond the oracle in units of its distance to the base or to a
          destroyed model, whichever is larger, at most 1: 0 like the oracle, 1 like a destroyed model.
@@ -20,6 +21,18 @@ import numpy as np
 from evaluators.statistics import jackknife_se
 
 INFORMATIVE = 4.0
+# On which side of the oracles a model lies that knows what must be forgotten; of metrics that are not here nothing is assumed.
+KNOWS = {
+    "classifier.leak": 1,
+    "classifier.recognised": 1,
+    "contrast.forget_similarity": 1,
+    "contrast.recognised": 1,
+    "denoising.forget_log_loss": -1,
+    "generation.rate": 1,
+    "questions.forget_accuracy": 1,
+    "reconstruction.correlation": 1,
+    "relearning.presence": 1,
+}
 
 Values = Mapping[str, float]
 
@@ -109,18 +122,18 @@ class Unmeasured(ValueError):
 
 
 class Indistinct(Unmeasured):
-    """No view tells the base from the oracles; `views` holds each with its reason."""
+    """No view tells the base from the oracles, or none in the right direction; `views` holds each with its reason."""
 
     def __init__(self, views: list[View]):
         super().__init__(
-            "no view tells the base from the oracles, so there is nothing to forget: "
+            "no view shows that the base knows more of what must be forgotten than the oracles, so there is nothing to forget: "
             + "; ".join(f"{v.metric}: {v.reason}" for v in views)
         )
         self.views = views
 
 
 def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
-    """Each view with its verdict; raises Indistinct if none tells base and oracle apart."""
+    """Each view with its verdict; raises Indistinct if none shows that the base knows more."""
     views = []
     for metric in metrics:
         lacking = list(anchors.lacking(metric))
@@ -130,22 +143,31 @@ def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
         base, oracle = anchors.base.values[metric], float(np.mean([o.values[metric] for o in anchors.oracles]))
         gap = anchors.base.replicates[metric] - np.mean([o.replicates[metric] for o in anchors.oracles], axis=0)
         se = jackknife_se(gap)
-        informative = abs(base - oracle) > INFORMATIVE * se and base != oracle
-        reason = "" if informative else _too_small(base, oracle, se)
-        views.append(View(metric, base, oracle, se, bool(informative), reason))
+        reason = _not_used(metric, base, oracle, se)
+        views.append(View(metric, base, oracle, se, not reason, reason))
     if not any(v.informative for v in views):
         raise Indistinct(views)
     return views
 
 
-def _too_small(base: float, oracle: float, se: float) -> str:
+def knows_less(metric: str, base: float, oracle: float) -> bool:
+    """Whether the base lies on the side of the oracle where a model lies that knows less of what must be forgotten."""
+    return KNOWS.get(metric, 0) * (base - oracle) < 0
+
+
+def _not_used(metric: str, base: float, oracle: float, se: float) -> str:
+    """Why a view says nothing; empty if it tells the base from the oracle."""
     gap = abs(base - oracle)
     if gap == 0:
         return f"base and oracle are both {base:.3g}"
-    return (
-        f"base and oracle differ by {gap:.3g} ({base:.3g} and {oracle:.3g}); at this sample size at least "
-        f"{INFORMATIVE * se:.3g} is needed to tell them apart"
-    )
+    if gap <= INFORMATIVE * se:
+        return (
+            f"base and oracle differ by {gap:.3g} ({base:.3g} and {oracle:.3g}); at this sample size at least "
+            f"{INFORMATIVE * se:.3g} is needed to tell them apart"
+        )
+    if knows_less(metric, base, oracle):
+        return f"the base ({base:.3g}) shows less of what must be forgotten than the oracle ({oracle:.3g})"
+    return ""
 
 
 def check_scale(anchors: Anchors, quality: str, validity: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raysweep.config import ConfigError, Sweep, Tier
-from raysweep.objectives import INFORMATIVE, View
+from raysweep.objectives import INFORMATIVE, View, knows_less
 from raysweep.registry import BY_WEIGHTS, names, resolve, suggest
 from raysweep.tasks.task import Task
 
@@ -58,6 +58,8 @@ def remedies(views: Sequence[View], task: Task, tier_name: str, tier: Tier) -> s
         return "the checks gave nothing to compare: mend what made them fail, and run the same command again"
     for view in views:
         if view.base is None or view.oracle is None or not view.gap_se or view.base == view.oracle:
+            continue
+        if knows_less(view.metric, view.base, view.oracle):  # which more samples would only confirm
             continue
         key = decided_by(view.metric, task.kind, name)
         times = (INFORMATIVE * view.gap_se / abs(view.base - view.oracle)) ** 2

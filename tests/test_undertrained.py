@@ -16,7 +16,7 @@ from small import SMALL, log, start
 
 import raysweep.run as engine
 from raysweep.cli import main
-from raysweep.objectives import Anchors, Indistinct, Measured, Unmeasured, View, assess_views
+from raysweep.objectives import KNOWS, Anchors, Indistinct, Measured, Unmeasured, View, assess_views
 from raysweep.pool import RunFailed
 from raysweep.power import AFFORDABLE, DECIDED_BY, decided_by, remedies
 from raysweep.reader import load
@@ -76,6 +76,26 @@ def test_enough_samples_are_enough():
     gap_se = caught.value.views[0].gap_se
     needed = 60 * (4 * gap_se / 0.02) ** 2
     assert assess_views(anchors(int(4 * needed)), ("v.m",))[0].informative
+
+
+@pytest.mark.parametrize(("metric", "side"), sorted(KNOWS.items()))
+def test_a_base_that_knows_less_than_the_oracles_has_nothing_to_forget(metric, side):
+    """As one does after a single step of training: its distance to the oracles is real, and says nothing about forgetting."""
+
+    def measured(value: float) -> Measured:
+        return Measured({metric: value}, {metric: np.full(10, value) + 0.001 * np.arange(10)})
+
+    right = Anchors(measured(0.5 + 0.3 * side), (measured(0.5),), measured(0.0))
+    assert assess_views(right, (metric,))[0].informative
+    wrong = Anchors(measured(0.5 - 0.3 * side), (measured(0.5),), measured(0.0))
+    with pytest.raises(Indistinct, match="shows less of what must be forgotten than the oracle"):
+        assess_views(wrong, (metric,))
+
+
+def test_every_view_of_a_task_has_a_side():
+    views = {m for o in OBJECTIVES.values() for m in o["views"]}
+    views |= {m for name in TASKS if name != "images" for m in load(None, (f"task={name}",)).task.build().views}
+    assert views == set(KNOWS)
 
 
 @pytest.fixture
@@ -166,7 +186,7 @@ def test_an_undertrained_base_ends_a_real_run_before_its_search(tmp_path, cache)
     process = start(tmp_path, cache, "run", "small.yaml", "task.base_steps=1")
     assert process.wait(timeout=500) == 1, log(tmp_path)
     told = log(tmp_path)
-    assert "audit: no view tells the base from the oracles, so there is nothing to forget" in told
+    assert "audit: no view shows that the base knows more of what must be forgotten than the oracles" in told
     assert "task.base_steps, 1 so far" in told
     assert " trial  " not in told
     assert "FAILED" in (tmp_path / "runs" / "small" / "report.html").read_text()
