@@ -145,7 +145,9 @@ def interval(row: Row, objective: str) -> tuple[float, float]:
 
 
 def told(row: Row, objective: str) -> str:
-    """An objective with its 95 % interval."""
+    """An objective with its 95 % interval; where the jackknife sees no spread (at the cut at 0), an interval would be a lie."""
+    if row[f"{objective}_se"] == 0:
+        return f"{objective} {row[objective]:.3f} (the same whichever group of samples is left out)"
     low, high = interval(row, objective)
     return f"{objective} {row[objective]:.3f} (95 % interval {low:.3f} to {high:.3f})"
 

@@ -48,6 +48,13 @@ def test_what_speaks_against_a_recommendation(candidate, verdict, more, reason):
     assert of.choice.standing("000-rgd").startswith("best so far, but not recommended")
 
 
+def test_no_interval_of_no_width_is_told():
+    of = front([row("000-rgd", 0.0, 0.2, residue_se=0.0)], {"000-rgd": LIKE})
+    assert (
+        "residue 0.000 (the same whichever group of samples is left out), damage 0.200 (95 % interval" in answer(of)[0]
+    )
+
+
 def test_no_candidate_must_be_nearer_to_the_oracles_than_an_oracle_is():
     of = front([row("000-rgd", 0.2, 0.1)], {"000-rgd": LIKE})
     assert of.choice.recommended is None
