@@ -160,7 +160,8 @@ def _against(
         excess = verdict.by[0].removeprefix("no attack ")
         reasons.append(f"it has not forgotten: without any attack, presence exceeds the oracles' {excess}")
     if interval(row, "residue")[0] > limit:
-        reasons.append(f"it has not forgotten: {told(row, 'residue')} lies above {_limit(limit)}")
+        lead = "" if reasons else "it has not forgotten: "
+        reasons.append(f"{lead}{told(row, 'residue')} lies above {_limit(limit)}")
     elif row["residue"] >= MIDWAY:
         reasons.append(f"it is as near to the base as to the oracles: {told(row, 'residue')}")
     own, oracles = valid
