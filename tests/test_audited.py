@@ -29,7 +29,7 @@ OLD, NEW = 0.111, 0.222
 def context(folder: RunDir) -> Context:
     pair = ("/model", "b" * 16)
     return Context(
-        run=str(folder.path), run_id="r", task_digest="t", quality="q", validity="v", base=pair[0], base_digest=pair[1],
+        run=str(folder.path), run_id="r", task_digest="t", quality="fidelity.frechet", validity="classifier.validity", base=pair[0], base_digest=pair[1],
         oracles={"oracle-0": pair}, judges={}, prepared={}, cache=str(folder.path / "cache"),
     )  # fmt: skip
 
