@@ -109,9 +109,7 @@ class Front:
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)  # finalist -> why its attacks gave no verdict
     audits: dict[str, dict[str, str]] = field(default_factory=dict)  # tier -> subject -> key of the audit behind it all
-    unplaced: list[str] = field(
-        default_factory=list
-    )  # audits that lack an objective, each with what is missing and why
+    unplaced: list[str] = field(default_factory=list)  # audits that lack an objective, and why
 
     @property
     def choice(self) -> Choice:

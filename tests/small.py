@@ -57,9 +57,11 @@ class Hangs(Raises):
 
 class Slow(Finetune):
     name = "slow"
-    space = {"fixed": {"steps": 4, "batch_size": 8}, "space": {"lr": {"log": [1e-4, 1e-3]}}}
+    space = {"fixed": {"steps": 6, "batch_size": 8}, "space": {"lr": {"log": [1e-4, 1e-3]}}}
     def direction(self, batch):
-        time.sleep(3)
+        with open(os.environ["FAULTY_MARK"], "a") as told:
+            told.write("step\\n")
+        time.sleep(2)
         return super().direction(batch)
 
 class ExitsOnce(Finetune):
