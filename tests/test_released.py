@@ -20,6 +20,7 @@ from raysweep.listing import points_of, resolved
 from raysweep.reader import load
 from raysweep.registry import resolve
 from raysweep.released import ReleasedError, Setting
+from raysweep.search import ParetoSearch
 from raysweep.spaces import SpaceError
 from raysweep.spaces import load as load_space
 from raysweep.tasks.images import ImagesTask, _sampling
@@ -230,3 +231,18 @@ def test_the_sampler_adds_noise_as_a_task_says():
     assert _sampling(ImagesTask.model_validate(plain)) == {"steps": 50, "guidance": 1.0}
     noisy = ImagesTask.model_validate(plain | {"eta": 1.0, "steps": 1000, "guidance": 3.0})
     assert _sampling(noisy) == {"steps": 1000, "guidance": 3.0, "eta": 1.0}
+
+
+def test_the_search_tries_the_points_as_they_are_and_keeps_the_rest_as_released(tmp_path):
+    space = next(s for s in spaces_of("siss-celebahq") if s.method == "siss")
+    search = ParetoSearch(tmp_path / "study.journal", "s", [space], 6, 6, 0)
+    configs = [search.suggest(f"t{k}") for k in range(6)]
+    assert all(isinstance(c, dict) for c in configs)
+    assert [c["source"] for c in configs[:3]] == [p.source for p in space.points] + [""]
+    read = [resolve("method", "siss").Hyperparameters(**c["hyperparameters"]) for c in configs]
+    assert (read[0].rho, read[0].tau, read[0].t_sampler) == (0.1, None, "uniform")
+    assert (read[1].rho, read[1].tau, read[1].t_sampler, read[1].t_low) == (None, 500, "fixed", 999)
+    for hp in read[2:]:
+        assert (hp.tau, hp.t_sampler, hp.weight_decay, hp.batch_size) == (None, "uniform", 1e-6, 64)
+        assert 0.02 <= hp.rho <= 0.5
+    assert "siss.rho" not in search.study.trials[configs[1]["number"]].params  # it does not exist beside tau
