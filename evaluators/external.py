@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from evaluators.base import BATCHES, Inapplicable, Subject
 
+LONGEST = 400  # characters of a library's own message
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -38,10 +40,43 @@ def network(subject: Subject, key: str, kind: Callable[[Path, str], Any]) -> Any
 @lru_cache(maxsize=8)
 def _loaded(kind: Callable[[Path, str], Any], path: Path, changed: int, device: str) -> Any:
     try:
-        return kind(path, device)
+        made = kind(path, device)
+        net = getattr(made, "net", None)
+        odd = (
+            [n for n, t in net.named_parameters() if not bool(t.isfinite().all())] if isinstance(net, nn.Module) else []
+        )
+        if odd:
+            raise ValueError(f"{len(odd)} of its tensors hold numbers that are not finite ({odd[0]})")
+        return made
     except Exception as error:  # a foreign or truncated file surfaces as many different exceptions
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise Unreadable(f"{path}: cannot be read as {kind.__name__}: {lines[0]}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines)
+        shown = reason if len(reason) <= LONGEST else f"{reason[:LONGEST]}..."
+        raise Unreadable(f"{path}: cannot be read as {kind.__name__}: {shown}") from error
+
+
+def check(key: str, path: Path) -> None:
+    """Raises Unreadable unless the file or folder under `key` of a tier's `weights` can be read; keeps nothing of it."""
+    _loaded.__wrapped__(KINDS[key], path, 0, "cpu")
+
+
+def _pretrained(auto: Any, path: Path) -> tuple[Any, set[str]]:
+    """(network, names of tensors that its files lack), safetensors alone; raises ValueError for tensors of other shapes."""
+    net, told = auto.from_pretrained(
+        path, local_files_only=True, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if told["mismatched_keys"]:
+        name, held, needed = min(told["mismatched_keys"])
+        raise ValueError(f"its tensor {name} is {tuple(held)}, and the network's {tuple(needed)}")
+    return net, set(told["missing_keys"])
+
+
+def _whole(auto: Any, path: Path) -> Any:
+    """The network; raises ValueError, naming them, if tensors are missing, which the library would draw at random."""
+    net, missing = _pretrained(auto, path)
+    if missing:
+        raise ValueError(f"{len(missing)} of its tensors are missing ({', '.join(sorted(missing)[:3])})")
+    return net
 
 
 def rgb(images: torch.Tensor, size: int | tuple[int, int] | None = None) -> torch.Tensor:
@@ -126,13 +161,18 @@ class DINO(_Network):
         super().__init__(device)
         how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
         self.mean, self.std = how.image_mean, how.image_std
-        self.net = AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True).to(device).eval()
+        net, missing = _pretrained(AutoModel, path)
+        # DINO's first release has no pooler, for which the library would draw weights at random
+        self.pools = not missing
+        if any(not name.startswith("pooler.") for name in missing):
+            raise ValueError(f"{len(missing)} of its tensors are missing ({', '.join(sorted(missing)[:3])})")
+        self.net = net.to(device).eval()
         self.size = _size(how)
 
     def one(self, x: torch.Tensor) -> torch.Tensor:
         found = self.net(pixel_values=_normalised(rgb(x, self.size), self.mean, self.std))
         pooled = getattr(found, "pooler_output", None)
-        return found.last_hidden_state[:, 0] if pooled is None else pooled
+        return found.last_hidden_state[:, 0] if pooled is None or not self.pools else pooled
 
 
 class ImageClassifier(_Network):
@@ -144,7 +184,7 @@ class ImageClassifier(_Network):
         super().__init__(device)
         how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
         self.mean, self.std, self.size = how.image_mean, how.image_std, _size(how)
-        net = AutoModelForImageClassification.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        net = _whole(AutoModelForImageClassification, path)
         self.net = net.to(device).eval()
         self.labels = {str(name).lower(): int(k) for k, name in net.config.id2label.items()}
 
@@ -169,8 +209,7 @@ class ObjectDetector:
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         self.how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        net = AutoModelForObjectDetection.from_pretrained(path, local_files_only=True, use_safetensors=True)
-        self.net = net.to(device).eval()
+        self.net = _whole(AutoModelForObjectDetection, path).to(device).eval()
 
     @torch.no_grad()
     def __call__(self, image: torch.Tensor) -> list[tuple[int, int, int, int]]:
@@ -205,6 +244,12 @@ class Inception(_Network):
 
     def one(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.net((rgb(x) * 255).round().to(torch.uint8)), 1)
+
+
+KINDS: dict[str, Callable[[Path, str], Any]] = {
+    "sscd": SSCD, "clip": CLIP, "dino": DINO, "inception": Inception, "classifier": ImageClassifier,
+    "detector": ObjectDetector,
+}  # fmt: skip
 
 
 def _size(processor: Any) -> tuple[int, int]:

@@ -60,7 +60,9 @@ def main() -> None:
 _shown: set[str] = set()  # libraries that silence warnings for a while make Python forget which it has shown
 
 
-def _show_warning(message: Any, category: type, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+def _show_warning(
+    message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
     """What a model's folder was read as is for people; of other warnings Python tells where they come from."""
     plain = category.__name__ == "ReadOtherwise"
     text = f"warning: {message}\n" if plain else warnings.formatwarning(message, category, filename, lineno, line)
@@ -213,9 +215,10 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     """Check a config without running it.
 
     Checks keys and types, names, ranges of search spaces and enqueued points, that methods fit the task, that data can
-    be read and splits are disjoint, that search and audit differ in seeds and judges, that a base model given by path
-    loads and fits, that the run directory is free for this config, and that everything fits the cluster; says what
-    differences the configured samples can show, and refuses requirements that they cannot decide.
+    be read and splits are disjoint, that search and audit differ in seeds and judges, that a base, oracles and outside
+    networks that are given load and fit, that the run directory is free for this config and, with the cache and Ray's
+    temporary folder, can be written, and that everything fits the cluster; says what differences the configured samples
+    can show, and refuses requirements that they cannot decide.
     """
     from raysweep.fit import resolve_sweep
     from raysweep.places import ray_folder
@@ -729,7 +732,7 @@ def init(name: str, task: str) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @_errors
 def doctor(as_json: bool) -> int:
-    """Check this machine: Python, packages, torch, memory, disk, /dev/shm, ports, stale installs, Ray's token."""
+    """Check this machine: Python, packages, torch, memory, disk, /dev/shm, temporary files, ports, installs, Ray's token."""
     from raysweep.doctor import examine
 
     findings = examine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from methods.base import Method
@@ -37,6 +38,7 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
         check_fits(model, task.base, task)
     check_steps(sweep, task, model)
     check_oracles(sweep, task, model)
+    check_weights(sweep)
     check_training(sweep, task, model)
     if sweep.train.modules:
         model.train_only(sweep.train.modules)
@@ -97,6 +99,21 @@ def check_steps(sweep: Sweep, task: Task, model: Any) -> None:
         raise ConfigError(
             f"task.steps: {task.sampling['steps']} is more than the {total} steps of the model's noise schedule"
         )
+
+
+def check_weights(sweep: Sweep) -> None:
+    """Raises ConfigError if an outside network that a tier names cannot be read: auditors would only meet it after the training."""
+    from evaluators.external import Unreadable, check
+
+    seen: set[tuple[str, Path]] = set()
+    for tier_name in ("probe", "audit", "durability"):
+        for key, path in getattr(sweep.audit, tier_name).weights.items():
+            if (key, path) not in seen:
+                try:
+                    check(key, path)
+                except Unreadable as error:
+                    raise ConfigError(f"audit.{tier_name}.weights.{key}: {error}") from error
+            seen.add((key, path))
 
 
 def check_training(sweep: Sweep, task: Task, model: Any) -> None:

@@ -12,7 +12,18 @@ from test_evaluators import subject
 from tiny import tiny_model
 
 from evaluators.base import Inapplicable
-from evaluators.external import CLIP, SSCD, ImageClassifier, Inception, ObjectDetector, Unreadable, network, rgb
+from evaluators.external import (
+    CLIP,
+    DINO,
+    SSCD,
+    ImageClassifier,
+    Inception,
+    ObjectDetector,
+    Unreadable,
+    check,
+    network,
+    rgb,
+)
 from evaluators.fidelity import CLIPFidelity, DINOFidelity, InceptionFidelity
 from evaluators.judge import Judge
 from evaluators.memorisation import CopyDetection
@@ -119,9 +130,9 @@ def test_a_label_that_the_classifier_does_not_know(named, brought, judge):
     forgotten = named.forget_class
     other = [*NAMES]
     other[forgotten] = "cat"
-    for check in (OutsideClassifier(), Detection()):
+    for evaluator in (OutsideClassifier(), Detection()):
         with pytest.raises(Unreadable, match="no label 'cat'; its labels: cross, dot"):
-            check.scores(with_names(*other))
+            evaluator.scores(with_names(*other))
     only = ["cat"] * len(NAMES)
     only[forgotten] = NAMES[forgotten]
     with pytest.raises(Inapplicable, match=f"knows '{NAMES[forgotten]}', but not 'cat'"):
@@ -302,6 +313,44 @@ def test_files_that_cannot_be_used(named, judge, tmp_path):
         network(subject(named, judge), "clip", CLIP)
     with pytest.raises(Inapplicable, match="does not exist"):
         network(subject(named, judge, weights={"clip": tmp_path / "gone"}), "clip", CLIP)
+
+
+def test_networks_whose_files_lack_tensors(brought, tmp_path):
+    """Their library would fill the gaps with random numbers; a message names what is missing."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    for key, file in (
+        ("clip", "open_clip_model.safetensors"),
+        ("classifier", "model.safetensors"),
+        ("dino", "model.safetensors"),
+    ):
+        folder = shutil.copytree(brought[key], tmp_path / key)
+        state = load_file(folder / file)
+        name = sorted(n for n in state if n.endswith(".weight") and "layernorm" not in n.lower())[0]
+        save_file({n: t for n, t in state.items() if n != name}, folder / file)
+        with pytest.raises(Unreadable, match=rf"{key}: cannot be read as .*{name.split('.')[-2]}"):
+            check(key, folder)
+        save_file({n: t * torch.nan for n, t in state.items()}, folder / file)
+        with pytest.raises(Unreadable, match="hold numbers that are not finite"):
+            check(key, folder)
+        check(key, brought[key])
+
+
+def test_a_first_dino_without_a_pooler_gives_its_class_token(tmp_path):
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bare = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4), add_pooling_layer=False).eval()
+    bare.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    x = torch.rand(3, 3, 8, 8) * 2 - 1
+    found = DINO(tmp_path, "cpu")
+    with torch.no_grad():
+        wanted = bare(x).last_hidden_state[:, 0]
+    np.testing.assert_allclose(found(x), wanted.numpy(), atol=1e-4)
 
 
 def test_tasks_without_names_are_skipped(class_task, brought, judge):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from outside import sscd_file
 from PIL import Image
 from tiny import tiny_config, tiny_task
 
@@ -43,7 +44,7 @@ def project(tmp_path, monkeypatch) -> Path:
         PixelDDPM.build(tiny_config(), seed).save(tmp_path / name)
     pictures(tmp_path / "train", 0)
     pictures(tmp_path / "held", 100)
-    (tmp_path / "weights.pt").write_bytes(b"x")
+    sscd_file(tmp_path / "weights.pt")
     config = {
         "name": "here", "methods": ["neggrad"], "search": {"trials": 1}, "oracle_models": ["oracle"], "cache": "cache",
         "task": {"name": "images", "base": "base", "train": {"folder": "train", "label": None}, "forget": {"keys": ["000.png"]},
@@ -158,6 +159,12 @@ def test_steps_that_the_models_schedule_does_not_have(project):
     resolve_sweep(load(Path("c.yaml"), fitting))
     with pytest.raises(ConfigError, match=r"task.steps: 101 is more than the 100 steps"):
         resolve_sweep(load(Path("c.yaml"), (*fitting, "task.steps=101")))
+
+
+def test_outside_networks_are_looked_at_before_anything_starts(project):
+    (project / "weights.pt").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"^audit.audit.weights.sscd: .*weights.pt: cannot be read as SSCD"):
+        resolve_sweep(load(Path("c.yaml")))
 
 
 def test_oracles_are_looked_at_before_anything_starts(project):

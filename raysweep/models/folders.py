@@ -51,7 +51,7 @@ def located(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.errors import RevisionNotFoundError as NoRevision
 
-    at = f" --revision {revision}" if revision else ""
+    at = f" --revision {shlex.quote(revision)}" if revision else ""
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=VARIANTS))
         if not any(folder.rglob("*.safetensors")):  # one that has nothing but variants
