@@ -47,7 +47,7 @@ SCHEDULER = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "bet
 FULL: dict[str, Any] = {
     "unet": footprint.STABLE_DIFFUSION, "vae": footprint.AUTOENCODER | {"sample_size": 512},
     "text_encoder": footprint.TEXT_ENCODER | {"max_position_embeddings": footprint.TEXT_LENGTH},
-    "batches": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96), "sampled": (4, 16, 32), "steps": 50,
+    "batches": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96), "sampled": (8, 32), "steps": 50,
     "transformer": {"sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
                     "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
                     "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 192},
@@ -71,6 +71,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "salun": {"relabel": "override"}, "esd": {"sampler_steps": SAMPLER_STEPS}, "sfd": {},
 }  # fmt: skip
 SPLITS = {"forget": 1, "retain": 2, "remain": 3}
+LONG = 8  # a step of over this many seconds divided by the repeats is timed less often, twice at least
+ROW = 2  # steps in a row without waiting, as a run takes them
 COMPILED = ("finetune", "siss", "rgd")  # each takes about a minute to compile
 
 
@@ -88,6 +90,7 @@ class Bench:
         self.until = time.monotonic() + seconds
         self.left_out: list[str] = []
         self.rate = 0.0  # FLOP/s of a large bf16 product
+        self.flop: dict[tuple[str, int], float] = {}  # of a step by method and batch, counted where it is not compiled
         self.total = torch.cuda.mem_get_info()[1] if self.device.type == "cuda" else 2**62
 
     def may(self, what: str) -> bool:
@@ -97,20 +100,26 @@ class Bench:
             return False
         return True
 
+    def tell(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """The entry, on standard error at once: a run that is cut short keeps it."""
+        print(json.dumps(entry), file=sys.stderr, flush=True)
+        return entry
+
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def seconds(self, run: Callable[[], Any], warm: int = 2, repeats: int | None = None) -> list[float]:
-        """Of each repetition of `run`, the device's work included."""
+    def seconds(self, run: Callable[[], Any], warm: int = 2, repeats: int | None = None, row: int = ROW) -> list[float]:
+        """Of one `run`, by each repetition of a row of them, in which the host does not wait for the device."""
         found = []
         for k in range(warm + (repeats or self.repeats)):
             self.wait()
             started = time.perf_counter()
-            run()
+            for _ in range(row):
+                run()
             self.wait()
             if k >= warm:
-                found.append(time.perf_counter() - started)
+                found.append((time.perf_counter() - started) / row)
         return found
 
     def clear(self) -> None:
@@ -199,7 +208,8 @@ def contender(
         step()
         bench.wait()
         found["first_s"] = time.perf_counter() - started
-        found |= stats(bench.seconds(step, 1))
+        once = bench.seconds(step, 0, 1, 1)[0]
+        found |= stats(bench.seconds(step, 0, max(2, min(bench.repeats, int(LONG / once)))))
         found["peak_gib"] = bench.peak()
         if count:
             with FlopCounterMode(display=False) as counter:
@@ -221,18 +231,21 @@ def told(bench: Bench, name: str, rows: int) -> float:
     ) / GIB  # fmt: skip
 
 
+def fit(bench: Bench, name: str) -> list[int]:
+    """The batch sizes that the forecast puts into 90 % of the card."""
+    return [b for b in bench.sizes["batches"] if told(bench, name, b) * GIB < 0.9 * bench.total]
+
+
 def steps(bench: Bench, name: str) -> list[dict[str, Any]]:
     """One method at several batch sizes, eager."""
-    fitting = [b for b in bench.sizes["batches"] if told(bench, name, b) * GIB < 0.9 * bench.total]
-    chosen = sorted({*fitting[-1:], *(b for b in (4, 16) if b in fitting)})
-    found = []
-    for rows in chosen:
+    found, fitting = [], fit(bench, name)
+    for rows in sorted({*fitting[-1:], *(b for b in fitting if b == 16)}):
         if not bench.may(f"{name} at batch {rows}"):
             continue
         entry: dict[str, Any] = {"section": name, "rows": rows, "told_gib": told(bench, name, rows)}
         for who in ("plain", "ours"):
             entry[who] = contender(bench, who, name, rows, count=who == "ours")
-        found.append(judged(bench, entry))
+        found.append(bench.tell(judged(bench, entry)))
         bench.clear()
     return found
 
@@ -242,8 +255,10 @@ def judged(bench: Bench, entry: dict[str, Any]) -> dict[str, Any]:
     plain, ours = entry["plain"], entry["ours"]
     if "ms" in ours:
         entry["images_per_s"] = entry["rows"] / ours["ms"] * 1e3
-        if "flop" in ours and bench.rate:
-            entry["share_of_peak"] = ours["flop"] / (ours["ms"] / 1e3) / bench.rate
+        flop = ours.get("flop") or bench.flop.get((entry["section"].split()[0], entry["rows"]))
+        if flop and bench.rate:
+            bench.flop[entry["section"].split()[0], entry["rows"]] = flop
+            entry["share_of_peak"] = flop / (ours["ms"] / 1e3) / bench.rate
         if ours["peak_gib"] and "told_gib" in entry:
             entry["peak_over_told"] = ours["peak_gib"] / entry["told_gib"]
         if "ms" in plain:
@@ -252,55 +267,67 @@ def judged(bench: Bench, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def compiled(bench: Bench) -> list[dict[str, Any]]:
-    """Some methods with `torch.compile` on the U-Net, at a batch that all of them fit."""
-    rows, found = 2 if bench.toy else 16, []
+    """Some methods with `torch.compile` on the U-Net, at their largest batch, and the sampler."""
+    found = []
     for name in COMPILED[:1] if bench.toy else COMPILED:
-        if not bench.may(f"{name} compiled"):
-            continue
-        entry: dict[str, Any] = {"section": f"{name} compiled", "rows": rows, "told_gib": told(bench, name, rows)}
-        for who in ("ours", "plain"):
-            entry[who] = contender(bench, who, name, rows, compiled=True)
-        found.append(judged(bench, entry))
-        bench.clear()
+        if bench.may(f"{name} compiled"):
+            rows = fit(bench, name)[-1]
+            entry: dict[str, Any] = {"section": f"{name} compiled", "rows": rows, "told_gib": told(bench, name, rows)}
+            for who in ("ours", "plain"):
+                entry[who] = contender(bench, who, name, rows, compiled=True)
+            found.append(bench.tell(judged(bench, entry)))
+            bench.clear()
+        if name == "finetune":
+            found += drawn(bench, [("ours bf16, compiled", bench.sizes["sampled"][-1])])
     return found
 
 
-@torch.no_grad()
 def sampling(bench: Bench) -> list[dict[str, Any]]:
     """Images per second under guidance, decoded: diffusers' pipeline in bf16, and raysweep's sampler."""
-    found = []
     small = min(8, bench.sizes["sampled"][-1])
     plans = [("diffusers bf16", b) for b in bench.sizes["sampled"]]
-    plans += [("ours bf16", b) for b in bench.sizes["sampled"]] + [("ours fp32", small)]
+    plans += [("ours bf16", b) for b in bench.sizes["sampled"]] + [("ours tf32", small), ("ours fp32", small)]
+    return drawn(bench, plans)
+
+
+@torch.no_grad()
+def drawn(bench: Bench, plans: list[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Each contender at its batch size."""
+    found = []
     for who, rows in plans:
         if not bench.may(f"sampling, {who}, batch {rows}"):
             continue
         bench.clear()
         entry: dict[str, Any] = {"section": f"sampling, {who}", "rows": rows, "ours": {}, "plain": {}}
         try:
+            torch.backends.cuda.matmul.allow_tf32 = "tf32" in who  # of convolutions it is PyTorch's default
             draw = drawing(bench, who, rows)
-            entry["ours"] = stats(bench.seconds(draw, 1, 1 if "fp32" in who else 2)) | {"peak_gib": bench.peak()}
+            draw(2)  # warms up
+            times = bench.seconds(lambda draw=draw: draw(bench.sizes["steps"]), 0, 1 if "fp32" in who else 2, 1)
+            entry["ours"] = stats(times) | {"peak_gib": bench.peak()}
             entry["images_per_s"] = rows / entry["ours"]["ms"] * 1e3
         except Exception as error:  # as above
             entry["ours"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        found.append(entry)
+        found.append(bench.tell(entry))
     return found
 
 
-def drawing(bench: Bench, who: str, rows: int) -> Callable[[], Any]:
-    """What draws `rows` images."""
-    model, count = bench.model(), bench.sizes["steps"]
+def drawing(bench: Bench, who: str, rows: int) -> Callable[[int], Any]:
+    """What draws `rows` images in so many steps."""
+    model = bench.model()
     cond, seeds = bench.prompts(model)[:1].expand(rows, -1), row_seeds(7, 0, rows)
     if "bf16" in who:
         model.embeddings = None  # which are in single precision
         model.net.to(torch.bfloat16)
         model.frozen.vae.to(torch.bfloat16)
+    if "compiled" in who:
+        model.net["unet"].compile()
     if who.startswith("diffusers"):
         pipe: Any = model.pipeline()
         pipe.set_progress_bar_config(disable=True)
         prompts = [f"a photo of a {WORDS[3]}"] * rows
-        return lambda: pipe(prompts, num_inference_steps=count, guidance_scale=7.5, output_type="pt")
-    return lambda: model.sample(cond, seeds, count, 7.5, batch=rows)
+        return lambda count: pipe(prompts, num_inference_steps=count, guidance_scale=7.5, output_type="pt")
+    return lambda count: model.sample(cond, seeds, count, 7.5, batch=rows)
 
 
 def transformer(bench: Bench) -> list[dict[str, Any]]:
@@ -330,7 +357,7 @@ def transformer(bench: Bench) -> list[dict[str, Any]]:
                 optimizer.step()
 
             step()
-            entry["plain"] = stats(bench.seconds(step, 1)) | {"peak_gib": bench.peak()}
+            entry["plain"] = stats(bench.seconds(step, 0)) | {"peak_gib": bench.peak()}
             entry["images_per_s"] = rows / entry["plain"]["ms"] * 1e3
             with FlopCounterMode(display=False) as counter:
                 step()
@@ -339,7 +366,7 @@ def transformer(bench: Bench) -> list[dict[str, Any]]:
             del step, optimizer, net, counter
         except Exception as error:  # as above
             entry["plain"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        found.append(entry)
+        found.append(bench.tell(entry))
     bench.clear()
     return found
 
@@ -395,7 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-benchmark"), help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS], default=[*SECTIONS], help="sections to run")
     parser.add_argument("--seconds", type=float, default=450, help="no measurement begins later than this")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps after two that are not")
+    parser.add_argument("--repeats", type=int, default=4, help="timings, of two steps in a row each")
     args = parser.parse_args(arguments)
     if not args.toy and not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA GPU and there is none; --toy runs it on this machine.", file=sys.stderr)

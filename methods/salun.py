@@ -17,6 +17,7 @@ adds them up; this one differentiates the conditional diffusion loss itself, unc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -72,7 +73,6 @@ class SalUn(Descent):
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 7
     copies = 8
-    tape = 2
     passes = 8  # draws of noise and timestep per forget row when the saliency is summed
     Hyperparameters = SalUnSettings
     hp: SalUnSettings
@@ -107,17 +107,27 @@ class SalUn(Descent):
         return {"forget": Draw(self.hp.batch_size), "retain": Draw(self.hp.batch_size)}
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
-        forget, model = batch["forget"], self.model
-        t = timesteps(model, forget)
+        losses: Scalars = {}
+
+        def each() -> Iterator[torch.Tensor]:  # one graph at a time
+            relabel = self.relabel_loss(batch["forget"])
+            losses["relabel_loss"] = relabel.detach()
+            yield relabel
+            retain = diffusion_loss(self.model, without_labels(self.model, batch["retain"], self.hp.label_drop))
+            losses["retain_loss"] = retain.detach()
+            yield self.hp.alpha * retain
+
+        return self.gradient(each()), gradients.scalars(**losses)
+
+    def relabel_loss(self, forget: Rows) -> torch.Tensor:
+        """This rank's part of the loss of forgotten rows against what the network says of another class."""
+        model, t = self.model, timesteps(self.model, forget)
         x_t = model.add_noise(forget.x, model.noise(forget.seeds), t)
         drop, stand_in = self.hp.label_drop, replace(forget, cond=self.stand_in(forget))
         with torch.no_grad():
             teacher = model.predict(x_t, t, without_labels(model, stand_in, drop, 3).cond)
         errors = (model.predict(x_t, t, without_labels(model, forget, drop, 2).cond) - teacher).square()
-        relabel_loss = errors.flatten(1).mean(1).sum() / forget.total
-        retain_loss = diffusion_loss(model, without_labels(model, batch["retain"], drop))
-        gradient = self.gradient(relabel_loss + self.hp.alpha * retain_loss)
-        return gradient, gradients.scalars(relabel_loss=relabel_loss, retain_loss=retain_loss)
+        return errors.flatten(1).mean(1).sum() / forget.total
 
     def constrain(self, flat: torch.Tensor) -> None:
         flat.mul_(self.mask)

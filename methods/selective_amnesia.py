@@ -24,6 +24,7 @@ number of GPUs and rows of each: 1.6e-4 with 4 of 4.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -85,7 +86,6 @@ class SelectiveAmnesia(Descent):
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 6
     copies = 11
-    tape = 2
     prepared_by = (
         "replay_per_class",
         "fisher_per_class",
@@ -144,8 +144,15 @@ class SelectiveAmnesia(Descent):
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         forget, replay = self.surrogate_rows(batch["forget"]), self.generated(batch["replay"], self.kept)
-        losses = [diffusion_loss(self.model, rows, self.hp.reduction) for rows in (forget, replay)]
-        flat = self.gradient(losses[0] + self.hp.gamma * losses[1])
+        losses = []
+
+        def each() -> Iterator[torch.Tensor]:  # one graph at a time
+            for rows, weight in ((forget, 1.0), (replay, self.hp.gamma)):
+                loss = diffusion_loss(self.model, rows, self.hp.reduction)
+                losses.append(loss.detach())
+                yield weight * loss
+
+        flat = self.gradient(each())
         theta = torch.cat([p.detach().reshape(-1) for p in self.params])
         penalty = ewc_penalty(theta, self.theta0, self.fisher)
         flat.addcmul_(self.fisher, theta.sub_(self.theta0), value=2 * self.hp.lam)

@@ -24,6 +24,7 @@ Its loss is negative for alpha > 1 at the optimum, so it says nothing about prog
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -93,7 +94,7 @@ class SFD(Method):
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 22  # per branch: 4 for the fake score (1 + 3), 7 for the generator (3 + 2 + 2)
     copies = 12
-    tape = 5.5
+    tape = 3
     Hyperparameters = SFDSettings
     hp: SFDSettings
 
@@ -148,17 +149,20 @@ class SFD(Method):
             self.model.net.eval()
             self.fake.net.train()
             self.update(
-                0, [w * self.fake_loss(rows.reseeded(2 * k + 1), c1) for _, rows, c1, _, _, w in branches if w], {}
+                0, (w * self.fake_loss(rows.reseeded(2 * k + 1), c1) for _, rows, c1, _, _, w in branches if w), dict
             )
         self.fake.net.eval()
         self.model.net.train()
         parts, gaps = [], {}
-        for name, rows, c1, c2, w, _ in branches:
-            if w:
-                loss, gaps[name] = self.loss(rows.reseeded(2 * hp.fake_steps + 2), c1, c2)
-                parts.append(w * loss)
-        scalars = gradients.scalars(loss=torch.stack(parts).sum(), **gaps)
-        self.update(1, parts, scalars)
+
+        def each() -> Iterator[torch.Tensor]:  # one graph at a time
+            for name, rows, c1, c2, w, _ in branches:
+                if w:
+                    loss, gaps[name] = self.loss(rows.reseeded(2 * hp.fake_steps + 2), c1, c2)
+                    parts.append((w * loss).detach())
+                    yield w * loss
+
+        scalars = self.update(1, each(), lambda: gradients.scalars(loss=torch.stack(parts).sum(), **gaps))
         gradients.average(self.ema, self.params, hp.ema)
         self.done += 1
         return scalars
@@ -177,15 +181,18 @@ class SFD(Method):
             found.append(("forget_gap", rows, c_f, c_o, hp.forget, hp.fake_forget))
         return found
 
-    def update(self, which: int, parts: list[torch.Tensor], scalars: Scalars) -> None:
-        """One Adam step of the fake score (0) or the generator (1) along the sum of this rank's parts of a loss."""
+    def update(self, which: int, losses: Iterable[torch.Tensor], about: Callable[[], Scalars]) -> Scalars:
+        """One Adam step of the fake score (0) or the generator (1) along the sum of this rank's parts of a loss. Returns what
+        `about` says once they are differentiated."""
         params = (self.fake_params, self.params)[which]
-        flat = gradients.flat(torch.stack(parts).sum(), params, out=self.room[which])
+        flat = gradients.flat(losses, params, out=self.room[which])
+        scalars = about()
         self.watch(flat.norm(), scalars)
         if self.hp.clip_value is not None and (which == 1 or self.hp.clips == "both"):
             flat.clamp_(-self.hp.clip_value, self.hp.clip_value)
         gradients.assign(params, flat)
         self.optimizers[which].step()
+        return scalars
 
     def generate(self, rows: Rows, cond: torch.Tensor) -> torch.Tensor:
         """x_g = G(z, c), (n, C, H, W), z from the rows' seeds."""

@@ -22,16 +22,18 @@ class SISSNoIS(SubtractedScores):
     name = "siss_no_is"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, SISS (No IS)"
     forwards_per_step = 6
-    tape = 2
     Hyperparameters = SubtractSettings
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         retain, forget = batch["retain"], batch["forget"]
         t, eps = self.draw_t(self.model.uniform(retain.seeds, 2)[:, 0]), self.model.noise(retain.seeds)
-        losses = [
-            squared_errors(self.model, rows, t, eps).flatten(1).sum(1).sum() / rows.total for rows in (retain, forget)
-        ]
-        g_x, g_a = (self.gradient(loss, k) for k, loss in enumerate(losses))
+        losses, flats = [], []
+        for k, rows in enumerate((retain, forget)):  # one graph at a time
+            loss = squared_errors(self.model, rows, t, eps).flatten(1).sum(1).sum() / rows.total
+            flats.append(self.gradient(loss, k))
+            losses.append(loss.detach())
+            del loss
+        g_x, g_a = flats
         stats = gradients.scalars(loss_x=losses[0], loss_a=losses[1])
         direction, scalars = self.combine(g_x, g_a)
         return direction, stats | scalars

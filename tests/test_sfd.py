@@ -136,11 +136,11 @@ def test_each_update_moves_its_own_network(class_task):  # 7
     method = build(class_task)
     rows, cond = batch_for(method, class_task)["remain"], torch.full((6,), 1)
     theta, psi = flat(method.params), flat(method.fake_params)
-    method.update(0, [method.fake_loss(rows, cond)], {})
+    method.update(0, [method.fake_loss(rows, cond)], dict)
     assert torch.equal(flat(method.params), theta)
     assert not torch.equal(flat(method.fake_params), psi)
     psi = flat(method.fake_params)
-    method.update(1, [method.loss(rows, cond, cond)[0]], {})
+    method.update(1, [method.loss(rows, cond, cond)[0]], dict)
     assert torch.equal(flat(method.fake_params), psi)
     assert not torch.equal(flat(method.params), theta)
 

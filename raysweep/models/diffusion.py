@@ -311,17 +311,22 @@ class Diffusion(Handle, ABC):
     def _guided(
         self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None, guidance: float, safe: SafetyGuidance | None
     ) -> torch.Tensor:
-        """The network's output at x under classifier-free guidance, and safety guidance if there is one."""
-        output = self.predict(x, t, cond)
+        """The network's output at x under classifier-free guidance, and safety guidance if there is one. All branches go through
+        the network in one pass: on a GPU, small batches take as long as their kernels take to launch.
+        """
         null = None if cond is None else self.unconditional(len(cond))
         if cond is None or null is None or (guidance == 1.0 and safe is None):
-            return output
-        free = self.predict(x, t, null)
+            return self.predict(x, t, cond)
+        conds = [cond, null]
+        if safe is not None:
+            conds.append(torch.as_tensor(safe.hp["concept"], device=cond.device).expand_as(cond))
+        k = len(conds)
+        outputs = self.predict(torch.cat([x] * k), torch.cat([t] * k), torch.cat(conds)).chunk(k)
         if safe is None:
+            output, free = outputs
             return free + guidance * (output - free)
-        concept = self.predict(x, t, torch.as_tensor(safe.hp["concept"], device=cond.device).expand_as(cond))
         unit = 1.0 if self.prediction == "epsilon" else self.gamma_sigma(t)[0]  # v differs from epsilon by 1/gamma
-        return safe(output, free, concept, guidance, unit)
+        return safe(*outputs, guidance, unit)
 
 
 def save_sampler(folder: str | Path, sampler: dict[str, Any] | None) -> None:

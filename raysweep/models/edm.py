@@ -127,10 +127,11 @@ class EDM(OneUNet):
     ) -> torch.Tensor:
         """D(x; s), the predicted clean image, in the dtype of x; under classifier-free guidance, if there is a null label."""
         skip, out, _ = self.scales(s)
-        f = self.raw(x, s, cond)
-        null = None if cond is None else self.unconditional(len(x))
-        if guidance != 1.0 and null is not None:
-            free = self.raw(x, s, null)
+        null = None if cond is None or guidance == 1.0 else self.unconditional(len(x))
+        if cond is None or null is None:
+            f = self.raw(x, s, cond)
+        else:  # both branches in one pass, as in `Diffusion._guided`
+            f, free = self.raw(torch.cat([x, x]), torch.cat([s, s]), torch.cat([cond, null])).chunk(2)
             f = free + guidance * (f - free)
         return (skip * x + out * f.to(x.dtype)).to(x.dtype)
 

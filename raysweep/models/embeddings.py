@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+RECENT = 4  # answers that are kept where they were asked for: a sampler asks the same at every step
 CHUNK = 32  # prompts at once: kernels round by the size of a batch, so it is the same for whoever computes them
 
 
@@ -17,6 +18,7 @@ class Embeddings:
     rows: dict[bytes, int]
     hidden: torch.Tensor
     pooled: torch.Tensor | None
+    recent: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict, compare=False)
 
     @classmethod
     @torch.no_grad()
@@ -29,13 +31,23 @@ class Embeddings:
 
     def look_up(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """(hidden, pooled) of the prompts where the tokens are; None if one of them is not known."""
-        places = [self.rows.get(key) for key in _keys(tokens.cpu())]
-        if None in places:
-            return None
-        index = torch.tensor(places)
-        return self.hidden[index].to(tokens.device), None if self.pooled is None else self.pooled[index].to(
-            tokens.device
-        )
+        here = tokens.cpu()
+        key = (here.numpy().tobytes(), tuple(here.shape), tokens.device)
+        if key not in self.recent:
+            places = [self.rows.get(row) for row in _keys(here)]
+            if None in places:
+                return None
+            # each prompt is sent to the device once, however many rows ask for it
+            used, back = torch.unique(torch.tensor(places), return_inverse=True)
+            hidden, pooled = (
+                None if table is None else table[used].to(tokens.device)[back.to(tokens.device)]
+                for table in (self.hidden, self.pooled)
+            )
+            assert hidden is not None
+            while len(self.recent) >= RECENT:
+                del self.recent[next(iter(self.recent))]
+            self.recent[key] = hidden, pooled
+        return self.recent[key]
 
 
 def _keys(tokens: torch.Tensor) -> list[bytes]:
