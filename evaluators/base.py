@@ -215,7 +215,8 @@ class Subject:
         how = {**self.task.sampling, **sampling}
 
         def part(rows: slice) -> torch.Tensor:
-            return self.model.sample(None if cond is None else cond[rows], seeds[rows], batch=BATCHES.rows, **how)
+            with self._drawing():
+                return self.model.sample(None if cond is None else cond[rows], seeds[rows], batch=BATCHES.rows, **how)
 
         BATCHES.generated += len(seeds)
         return torch.cat(BATCHES.map(part, len(seeds)))
@@ -227,10 +228,15 @@ class Subject:
 
         def part(rows: slice) -> torch.Tensor:
             labels = None if cond is None else cond[rows]
-            return self.model.reconstruct(x0[rows], seeds[rows], t, steps, labels, batch=BATCHES.rows)
+            with self._drawing():
+                return self.model.reconstruct(x0[rows], seeds[rows], t, steps, labels, batch=BATCHES.rows)
 
         BATCHES.generated += len(seeds)
         return torch.cat(BATCHES.map(part, len(seeds)))
+
+    def _drawing(self) -> torch.autocast:
+        """The precision of a generator's passes; its steps and all scores of given images keep that of the weights."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, self.sizes.get("precision") == "bf16")
 
     def rebuilt(self, images: Images, row: int, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the model rebuilds, the picture), each (n, C, H, W), for one row of `images` noised to `injection_t` by n seeds and

@@ -84,6 +84,9 @@ class Tier(_Model):
     )
     strips: int = Field(0, ge=0, le=32, description="samples kept as pictures for the report")
     full_fidelity: bool = Field(True, description="KID, precision and recall besides the Frechet distance")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the network's passes when images are drawn; losses and scores of given images are fp32"
+    )
 
     @field_validator("checks")
     @classmethod

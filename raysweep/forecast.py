@@ -106,12 +106,13 @@ def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
             * resolve("method", space.method).forwards_per_step
         )
         search += each * rows * seconds
-    search += (sweep.search.trials + sweep.oracles + 2) * _passes(sweep, "probe") * single
+    search += (sweep.search.trials + sweep.oracles + 2) * _audit_seconds(sweep, network, "probe")
     audited = min(sweep.audit.top, sweep.search.trials) * sweep.audit.rounds + sweep.oracles + 2
     attacked = sweep.audit.finalists + sweep.oracles + 1
     named = sweep.audit.durability.checks
     attacks = len(ATTACKS if named is None else named)
-    audit = (audited * _passes(sweep, "audit") + attacked * _passes(sweep, "durability") * attacks) * single
+    audit = audited * _audit_seconds(sweep, network, "audit")
+    audit += attacked * _audit_seconds(sweep, network, "durability") * attacks
     kept = sweep.search.trials + retrained
     return Forecast(
         training / 3600, search / 3600, audit / 3600, float(kept * network.saved),
@@ -157,14 +158,15 @@ def _memory(sweep: Sweep, network: Footprint, space: Space) -> float:
     return network.step(method, rows, sweep.train.modules, sweep.train.precision) + kept
 
 
-def _passes(sweep: Sweep, name: str) -> float:
-    """Forward passes of one image that a tier makes of one model, to the leading order."""
+def _audit_seconds(sweep: Sweep, network: Footprint, name: str) -> float:
+    """What a tier takes of one model, by the forward passes of one image that it makes, to the leading order."""
     tier, task = getattr(sweep.audit, name), ours(sweep)
     guided = 1 if task.guidance in (0, 1) else 2
     drawn = tier.class_samples if name == "durability" else 2 * tier.samples + tier.class_samples
     trained = sum(tier.relearn_steps) * RELEARNING_ROWS * 3 if name == "durability" else 0
     membership = 0 if name != "audit" else 3 * tier.membership_images * len(tier.membership_t) * tier.membership_noises
-    return drawn * task.steps * guided + trained + membership
+    drawing = drawn * task.steps * guided / PEAK[tier.precision]
+    return (drawing + (trained + membership) / PEAK["fp32"]) * network.flops / SHARE
 
 
 def _at(data: Any, key: str) -> tuple[Any, Any]:

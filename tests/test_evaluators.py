@@ -132,6 +132,23 @@ def test_an_image_is_the_same_to_the_last_bit_in_any_company(points_task, class_
         assert torch.equal(some, again[5:9])
 
 
+def test_half_precision_is_for_drawing_alone(class_task, judge):
+    one, half = (subject(class_task, judge, precision=p) for p in ("fp32", "bf16"))
+    cond, seeds = torch.arange(60) % 6, row_seeds(9, 0, 60)
+    whole, drawn = one.generate(cond, seeds), half.generate(cond, seeds)
+    assert drawn.dtype == torch.float32
+    assert not torch.equal(drawn, whole)
+    assert float(correlation(drawn, whole).min()) > 0.98
+    assert torch.equal(half.generate(cond[3:50], seeds[3:50]), drawn[3:50])
+    x0 = class_task.splits["retain"].x[:8]
+    rebuilt = [s.reconstruct(x0, seeds[:8], 400, 3, cond[:8]) for s in (one, half)]
+    assert not torch.equal(*rebuilt)
+    tiers = [QUICK.model_copy(update={"checks": ("denoising", "loss"), "precision": p}) for p in ("fp32", "bf16")]
+    fp32, bf16 = (measure(subject_of(tiny_model(class_task), class_task, judge, t), t) for t in tiers)
+    assert fp32.values == bf16.values
+    assert tiers[0].digest != tiers[1].digest
+
+
 def test_sampling_is_diffusers_own(points_task):
     from diffusers import DDIMPipeline
 

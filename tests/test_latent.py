@@ -22,7 +22,7 @@ from raysweep.config import ConfigError, Sweep, Tier
 from raysweep.fit import resolve_sweep
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
-from raysweep.models.embeddings import Embeddings
+from raysweep.models.embeddings import RECENT, Embeddings
 from raysweep.models.latent import ATTENTION, Frozen, LatentText
 from raysweep.models.words import tokenizer_of
 from raysweep.prepare import check_oracles
@@ -165,6 +165,28 @@ def test_remembered_prompts_are_what_the_encoders_make_of_them(model):
     with torch.no_grad():
         other["text_encoder"].get_input_embeddings().weight.add_(1)
     assert model.with_net(other).embeddings is None
+
+
+def test_prompts_asked_for_again_are_not_fetched_again(model):
+    words = ["a ring", "a box", "", "a dot", "the small ring", "the small box"]
+    kept = Embeddings.of(model, model.tokens(words))
+    asked = [model.tokens([word] * 3 + ["a ring"]) for word in words]
+    first = kept.look_up(asked[0])
+    assert kept.look_up(asked[0].clone())[0] is first[0]
+    for tokens in asked * 2:  # more than are kept
+        torch.testing.assert_close(kept.look_up(tokens)[0], model.encoded(tokens)[0])
+    assert len(kept.recent) == RECENT < len(asked)
+    assert kept.look_up(model.tokens(["a ring", "the box"])) is None
+
+
+def test_embeddings_in_half_precision_are_not_taken_for_others(model):
+    cond = model.tokens(["a ring", "a box"])
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model.embed(cond)[0]
+        whole = model.embed(cond)[0]
+    assert not torch.equal(half.float(), whole)
+    assert torch.equal(whole, model.encoded(cond)[0])
 
 
 @pytest.mark.parametrize(("modules", "calls"), [(("unet",), 1), ((), 3)])

@@ -321,7 +321,8 @@ class Diffusion(Handle, ABC):
         if safe is not None:
             conds.append(torch.as_tensor(safe.hp["concept"], device=cond.device).expand_as(cond))
         k = len(conds)
-        outputs = self.predict(torch.cat([x] * k), torch.cat([t] * k), torch.cat(conds)).chunk(k)
+        # differences of outputs are taken in the precision of x, also where passes are in half precision
+        outputs = self.predict(torch.cat([x] * k), torch.cat([t] * k), torch.cat(conds)).to(x.dtype).chunk(k)
         if safe is None:
             output, free = outputs
             return free + guidance * (output - free)

@@ -319,7 +319,8 @@ class LatentText(Diffusion):
             found = self.encoded(tokens)
         elif found is None:
             weights = tuple(p._version for module in self.encoders for p in module.parameters())
-            key = (tokens.cpu().numpy().tobytes(), tuple(tokens.shape), weights)
+            half = torch.is_autocast_enabled(tokens.device.type)
+            key = (tokens.cpu().numpy().tobytes(), tuple(tokens.shape), weights, half)
             if self._embedded[0] != key:
                 self._embedded = (key, self.encoded(tokens))
             found = self._embedded[1]
