@@ -132,7 +132,9 @@ def test_cost_grows_with_the_work():
     assert b.disk == 2 * a.disk
     assert c.search < a.search
     assert all(c.memory[m] < a.memory[m] for m in a.memory)
-    assert a.memory["siss"] > a.memory["siss_no_is"] > a.memory["finetune"]  # the former keeps a graph for two gradients
+    assert (
+        a.memory["siss"] > a.memory["siss_no_is"] > a.memory["finetune"]
+    )  # the former keeps a graph for two gradients
 
 
 def test_nodes_of_the_launcher_file():
