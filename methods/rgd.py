@@ -10,7 +10,8 @@ order neither loss rises. The optimiser is Adam, as in the released code, which 
 
 Diversity: the retain rows are balanced over the task's groups (its classes). `retain_pass` says how many enter a step:
 one balanced minibatch, or all of the retain set (released CIFAR code: 50 images of each of the 9 other classes; its
-average divides a last batch of 2 by 64, which this one does not). `methods.rg` is the same without the diversity.
+average divides a last batch of 2 by 64, which this one does not). The Stable Diffusion release pairs forget and retain
+prompts of the same scene in a step; here both are drawn apart. `methods.rg` is the same without the diversity.
 """
 
 from __future__ import annotations

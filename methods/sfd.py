@@ -16,9 +16,11 @@ release, in half precision). No image is read: x_g comes from noise, c_r from th
 search, where the Stable Diffusion release takes those of LAION-Aesthetics.
 
 With `cond_scale` w > 0 teacher and fake score are guided, eps_w = (1 + w) eps_c - w eps_null, in every place; the
-generator never is. The Stable Diffusion release writes kappa = 1 + w, and where it guides it drops a tenth of the conditions
-of the fake score's step, `fake_drop`: then x_g too comes from the empty prompt. The candidate is the moving average of theta alone: psi and phi still know c_f. It samples in one step.
-Its loss is negative for alpha > 1 at the optimum, so it says nothing about progress; `gap`, the mean of |p - s|^2, does.
+generator never is. The Stable Diffusion release writes kappa = 1 + w, and where it guides it drops a tenth of the
+conditions of the fake score's step, `fake_drop`: then x_g too comes from the empty prompt. It draws new conditions for
+each of the four terms; here both steps share those of a batch, as in the DDPM release. The candidate is the moving
+average of theta alone: psi and phi still know c_f. It samples in one step. Its loss is negative for alpha > 1 at the
+optimum, so it says nothing about progress; `gap`, the mean of |p - s|^2, does.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ losses are SUMS over the elements of an image and means over rows. The target fo
 (v instead of epsilon where the network predicts v); this reweights timesteps and leaves w_x, w_a as they are. Where x
 and a carry different conditions (classes), each term is evaluated under its own, at the cost of a second forward pass.
 
+Latents are the mean of the autoencoder's posterior; the Stable Diffusion script samples it anew at every step.
+
 `t_sampler` is explicit because the released CelebA-HQ and Stable Diffusion scripts draw only t = 999, while the paper
 says uniform.
 """
