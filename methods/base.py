@@ -359,8 +359,9 @@ class Descent(Method):
     def gradient(
         self, loss: torch.Tensor | Iterable[torch.Tensor], which: int = 0, keep_graph: bool = False
     ) -> torch.Tensor:
-        """The flat gradient of the global loss, or of the sum of several. A method that needs several at once numbers them: each number has its
-        own memory, used again at every step, and the vector may be changed in place."""
+        """The flat gradient of the global loss, or of the sum of several losses (see `gradients.flat`). A method that needs
+        several gradients at once numbers them: each number has its own memory, used again at every step, and the vector may be
+        changed in place."""
         if which not in self._room:
             self._room[which] = gradients.empty(self.params)
         return gradients.flat(loss, self.params, keep_graph, self._room[which])

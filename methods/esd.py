@@ -7,9 +7,10 @@ No image is read: x_t comes from sampling under c with guidance up to a random p
 model being trained (paper, first release) or from the frozen base (current release). The current release writes the target
 as eps_c - eta' (eps_c - eps_null): eta' = eta + 1.
 
-`timestep` is the t that the networks are told. level: that of x_t, as in the current release. older_release: as in the first release and in SalUn's copy, where the n steps of the run share the schedule
-of length T and a random k < n says t, uniform in [k T/n, (k + 1) T/n), while the sampler returns x_t two points of its
-run lower: at n = 50, T = 1000 its level is 39 to 58 steps below t. That sampler also starts one point below the top.
+`timestep` is the t that the networks are told. level: that of x_t, as in the current release. older_release: as in the
+first release and in SalUn's copy, where the n steps of the run share the schedule of length T and a random k < n says
+t, uniform in [k T/n, (k + 1) T/n), while the sampler returns x_t two points of its run lower: at n = 50, T = 1000 its
+level is 39 to 58 steps below t. That sampler also starts one point below the top.
 
 What moves, `layers`: x is cross-attention (concepts tied to their name), x_strict its keys and values only, u everything
 else (concepts that appear unbidden; the current release leaves out its norms, the first one the output and the time
