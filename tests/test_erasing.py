@@ -81,7 +81,7 @@ def test_esd_layers_of_a_class_model(class_task):
     assert "valid: x, u, full" in reason
 
 
-@pytest.mark.parametrize("steps", [1, 4, 10, 50])
+@pytest.mark.parametrize("steps", [1, 10, 50])
 def test_esd_is_told_the_level_of_what_it_is_shown(class_task, steps):
     """Every (x_t, t) is a point of the sampler's own run: x_t has the noise level of t."""
     method = build(ESD, class_task, sampler_steps=steps, batch_size=24)
@@ -118,13 +118,13 @@ def test_the_level_is_that_of_the_noise_in_the_image(class_task, monkeypatch, fa
     assert len(t.unique()) > 5
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+@pytest.mark.parametrize("steps", [2, 10, 50])
 def test_esd_of_the_older_release_is_told_a_higher_level(class_task, steps):
-    method = build(ESD, class_task, sampler_steps=steps, batch_size=48, timestep="older_release")
+    method = build(ESD, class_task, sampler_steps=steps, batch_size=32, guidance=1.0, timestep="older_release")
     seeds = batch_for(method, class_task)["forget"].seeds
     x_t, t = method.partial_samples(seeds)
-    run = list(method.model.trajectory(torch.full((48,), 2), seeds, steps, 3.0))
-    level = torch.tensor([next(s for s, x in run if torch.equal(x[i], x_t[i])) for i in range(48)])
+    run = list(method.model.trajectory(torch.full((32,), 2), seeds, steps, 1.0))
+    level = torch.tensor([next(s for s, x in run if torch.equal(x[i], x_t[i])) for i in range(32)])
     assert bool((t >= level).all())
     assert int(t.max()) < len(method.model.alphas)
     if steps == 50:  # two points and the rest of a bin: its 20 timesteps are 0 to 19 above the bin's own
