@@ -16,6 +16,7 @@ differs from the released one, the point's source says so; `because` (name -> re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -247,6 +248,8 @@ def _parameter(where: str, name: str, value: Any) -> Parameter:
     if kind != "choice":
         if len(given) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in given):
             raise SpaceError(f"{where}.{name}: {kind} takes two numbers [low, high], not {given!r}")
+        if not all(math.isfinite(v) for v in given):
+            raise SpaceError(f"{where}.{name}: the ends of a range are finite numbers, not {given!r}")
         if given[0] > given[1]:
             raise SpaceError(f"{where}.{name}: the range is inverted: [{given[0]}, {given[1]}]")
         if kind.startswith("log") and given[0] <= 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysweep.config import ConfigError
@@ -13,7 +13,10 @@ from raysweep.spaces import SpaceError
 from raysweep.spaces import load as load_space
 from raysweep.texts import TextError, decode, dump_yaml, load_yaml, read_text
 
+FEW = settings(max_examples=50, deadline=None)  # a busy machine keeps no time
 
+
+@FEW
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff")))
 def test_every_encoding_that_names_itself_is_read(text):
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
@@ -21,6 +24,7 @@ def test_every_encoding_that_names_itself_is_read(text):
     assert decode(b"\xfe\xff" + text.encode("utf-16-be"), "f") == text
 
 
+@FEW
 @given(st.binary(max_size=40))
 def test_other_bytes_are_refused_by_name(content):
     message = "notes.txt:1: read; save the file as UTF-8"
@@ -48,6 +52,7 @@ def test_the_place_of_a_strange_byte_is_told(tmp_path):
         read_text(tmp_path / "none.txt")
 
 
+@FEW
 @given(st.floats(allow_nan=False, allow_infinity=False), st.sampled_from(["{:e}", "{:.0e}", "{:g}", "{!r}"]))
 def test_numbers_as_programs_write_them(number, form):
     text = form.format(number)
@@ -60,6 +65,7 @@ def test_exponents_are_numbers(text):
     assert load_yaml(f"[{text}]") == [float(text)]
 
 
+@FEW
 @given(st.recursive(st.text() | st.floats(allow_nan=False) | st.integers() | st.booleans() | st.none(), st.lists))
 def test_what_is_written_is_read_back(data):
     assert load_yaml(dump_yaml({"a": data})) == {"a": data}
