@@ -144,7 +144,7 @@ class SelectiveAmnesia(Descent):
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         forget, replay = self.surrogate_rows(batch["forget"]), self.generated(batch["replay"], self.kept)
-        losses = []
+        losses: list[torch.Tensor] = []
 
         def each() -> Iterator[torch.Tensor]:  # one graph at a time
             for rows, weight in ((forget, 1.0), (replay, self.hp.gamma)):

@@ -155,7 +155,8 @@ class SFD(Method):
             )
         self.fake.net.eval()
         self.model.net.train()
-        parts, gaps = [], {}
+        parts: list[torch.Tensor] = []
+        gaps: Scalars = {}
 
         def each() -> Iterator[torch.Tensor]:  # one graph at a time
             for name, rows, c1, c2, w, _ in branches:

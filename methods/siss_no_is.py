@@ -27,7 +27,8 @@ class SISSNoIS(SubtractedScores):
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         retain, forget = batch["retain"], batch["forget"]
         t, eps = self.draw_t(self.model.uniform(retain.seeds, 2)[:, 0]), self.model.noise(retain.seeds)
-        losses, flats = [], []
+        losses: list[torch.Tensor] = []
+        flats: list[torch.Tensor] = []
         for k, rows in enumerate((retain, forget)):  # one graph at a time
             loss = squared_errors(self.model, rows, t, eps).flatten(1).sum(1).sum() / rows.total
             flats.append(self.gradient(loss, k))

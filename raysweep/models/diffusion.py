@@ -323,11 +323,11 @@ class Diffusion(Handle, ABC):
         k = len(conds)
         # differences of outputs are taken in the precision of x, also where passes are in half precision
         outputs = self.predict(torch.cat([x] * k), torch.cat([t] * k), torch.cat(conds)).to(x.dtype).chunk(k)
+        output, free = outputs[:2]
         if safe is None:
-            output, free = outputs
             return free + guidance * (output - free)
         unit = 1.0 if self.prediction == "epsilon" else self.gamma_sigma(t)[0]  # v differs from epsilon by 1/gamma
-        return safe(*outputs, guidance, unit)
+        return safe(output, free, outputs[2], guidance, unit)
 
 
 def save_sampler(folder: str | Path, sampler: dict[str, Any] | None) -> None:
