@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,3 +112,67 @@ def mutated_bytes(content: bytes, rng: np.random.Generator) -> bytes:
             j = int(rng.integers(len(data)))
             data[i : i + 16] = data[j : j + 16]
     return bytes(data)
+
+
+def mutated_tensors(tensors: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Tensors of a file with one missing, added, renamed, of another shape or type, or not finite; or all renamed."""
+    import torch
+
+    tensors = dict(tensors)
+    names = sorted(tensors)
+    name = names[rng.integers(len(names))]
+    action = rng.integers(9)
+    if action == 0:
+        del tensors[name]
+    elif action == 1:
+        tensors[f"{name}.more"] = torch.zeros(2)
+    elif action == 2:
+        tensors[misspell(name, rng)] = tensors.pop(name)
+    elif action == 3:
+        prefix = ("_orig_mod.", "module.", "base_model.model.", "model.", "unet.")[rng.integers(5)]
+        tensors = {prefix + n: t for n, t in tensors.items()}
+    elif action == 4:
+        tensors[name] = torch.zeros(*tensors[name].shape, 2)
+    elif action == 5:
+        kind = (torch.float16, torch.bfloat16, torch.float64, torch.int8)[rng.integers(4)]
+        tensors[name] = tensors[name].to(kind)
+    elif action == 6:
+        bad = tensors[name].clone().float()
+        bad.view(-1)[:1] = (float("nan"), float("inf"))[rng.integers(2)]
+        tensors[name] = bad
+    elif action == 7:
+        tensors = {n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}
+    else:
+        del tensors[name], names
+        tensors = dict(list(tensors.items())[: len(tensors) // 2])
+    return tensors
+
+
+def mutate_folder(folder: Path, rng: np.random.Generator) -> str:
+    """Changes one thing in a folder of files, in a way that suits what the file holds; returns what."""
+    from safetensors.torch import load_file, save_file
+
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    file = files[rng.integers(len(files))]
+    action = rng.integers(16)
+    if action == 0:
+        file.unlink()
+    elif action == 1:
+        file.rename(file.with_name(misspell(file.name, rng)))
+    elif action == 2:
+        file.write_bytes(b"")
+    elif action == 3:
+        other = files[rng.integers(len(files))]
+        file.write_bytes(other.read_bytes())
+    elif action == 4:
+        file.unlink()
+        file.mkdir()
+    elif action == 5 and file.parent != folder:
+        shutil.rmtree(file.parent)
+    elif file.suffix == ".safetensors" and rng.integers(4):
+        save_file(mutated_tensors(load_file(file), rng), file)
+    elif file.suffix == ".json" and rng.integers(4):
+        file.write_text(json.dumps(mutated_tree(json.loads(file.read_text()), rng, 2)))
+    else:
+        file.write_bytes(mutated_bytes(file.read_bytes(), rng))
+    return f"{action} {file.relative_to(folder)}"

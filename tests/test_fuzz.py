@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import traceback
 import warnings
@@ -15,13 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
-from mutation import mutated_bytes, mutated_tree
+from mutation import mutate_folder, mutated_bytes, mutated_tree
 
 from raysweep import presets
 from raysweep.cli import main
 from raysweep.config import Sweep
+from raysweep.models import families
+from raysweep.reader import load
 
 pytestmark = pytest.mark.slow
 
@@ -113,4 +117,58 @@ def test_configs(shard, tmp_path_factory, monkeypatch):
         answers.append(code)
         if wrong:
             failures[seed] = wrong
+    report(failures, answers)
+
+
+# a preset of each family, whose miniature of the base is changed
+FAMILIES = (
+    "siss-celebahq",
+    "sfd-cifar10",
+    "rgd-cifar10-edm",
+    "siss-sd-memorised",
+    "slug-clip-identity",
+    "slug-vlm-identity",
+)
+
+
+def use(folder: Path) -> str:
+    """What is wrong with a model that was accepted: its hash depends on the reading, or what it makes is not finite."""
+    model, again = families.load(folder), families.load(folder)
+    if model.digest != again.digest:
+        return "the same folder has another hash at each reading"
+    x = torch.zeros(2, *model.image_shape)
+    if hasattr(model, "encode_image"):
+        made = model.encode_image(x)
+    else:
+        cond = model.tokens(["a picture"] * 2) if model.family == "text-ddpm" else None
+        if model.family != "text-ddpm" and model.net.config.get("num_class_embeds"):
+            cond = torch.zeros(2, dtype=torch.long)
+        made = model.sample(cond, torch.arange(2), 2)
+    return "" if made.isfinite().all() else "what it makes is not finite"
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_model_folders(shard, tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path_factory.getbasetemp().parent / "fuzz-cache"))
+    failures, answers = {}, []
+    for seed in seeds(1000, shard):
+        rng = np.random.default_rng([8, seed])
+        preset = FAMILIES[rng.integers(len(FAMILIES))]
+        base = Path(str(load(presets.path_of(preset), ("scale=tiny",)).task.base))
+        folder = tmp_path / f"model-{seed}"
+        shutil.copytree(base, folder)
+        what = mutate_folder(folder, rng)
+        code, output, wrong = ask("validate", preset, "scale=tiny", f"task.base={folder}")
+        answers.append(code)
+        if code == 0 and not wrong:
+            try:
+                wrong = use(folder)
+            except Exception as error:
+                wrong = f"accepted, and cannot be used: {type(error).__name__}: {str(error)[:200]}"
+        elif code == 2 and folder.name not in output:
+            wrong = f"the message does not name the folder: {output[:300]}"
+        if wrong:
+            failures[seed] = f"{preset}: {what}: {wrong}"
+        shutil.rmtree(folder)
     report(failures, answers)
