@@ -1,10 +1,12 @@
-"""Seeded mutations of what users write: trees of settings, text and bytes. The same seed gives the same mutation."""
+"""Seeded mutations of what users write: trees of settings, text, bytes, folders. The same seed gives the same mutation."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,28 @@ ODD: tuple[Any, ...] = (
     [], [[]], [None], ["a", 1], [1, 2, 3], [float("nan")], {}, {"": 1}, {"a": {"b": None}}, {"log": [0, 1]}, {"choice": []},
     {"uniform": [1, 0]}, {"log": ["1e-5", "1e-3"]}, {"choice": [[1], {"a": 1}]}, {"int": [0.5, 2]},
 )  # fmt: skip
+
+
+def seeds(count: int, shard: int, shards: int) -> list[int]:
+    """The seeds of one of several shards, or those asked for by FUZZ_SEEDS (in the first shard)."""
+    asked = os.environ.get("FUZZ_SEEDS")
+    if asked:
+        return [int(s) for s in asked.split(",")] if shard == 0 else []
+    return list(range(shard, count, shards))
+
+
+def wrong_of(error: BaseException) -> str:
+    """An exception that no user should see, and where it came from."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+    return f"{type(error).__name__}: {str(error)[:200]} ({where})"
+
+
+def check(failures: dict[int, str], answers: list[int]) -> None:
+    """Fails with every seed whose answer was wrong; and if nothing was refused, since then nothing was tried."""
+    assert not failures, "\n".join(f"seed {seed}: {wrong}" for seed, wrong in failures.items())
+    if len(answers) > 20:
+        assert 2 in answers
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -148,13 +172,16 @@ def mutated_tensors(tensors: dict[str, Any], rng: np.random.Generator) -> dict[s
     return tensors
 
 
-def mutate_folder(folder: Path, rng: np.random.Generator) -> str:
-    """Changes one thing in a folder of files, in a way that suits what the file holds; returns what."""
+def mutate_folder(folder: Path, rng: np.random.Generator, removing: bool = True) -> str:
+    """Changes one thing in a folder of files, in a way that suits what the file holds; returns what.
+
+    removing: files and folders may be taken away, too.
+    """
     from safetensors.torch import load_file, save_file
 
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     file = files[rng.integers(len(files))]
-    action = rng.integers(16)
+    action = rng.integers(0 if removing else 1, 16)
     if action == 0:
         file.unlink()
     elif action == 1:
@@ -164,10 +191,10 @@ def mutate_folder(folder: Path, rng: np.random.Generator) -> str:
     elif action == 3:
         other = files[rng.integers(len(files))]
         file.write_bytes(other.read_bytes())
-    elif action == 4:
+    elif action == 4 and removing:
         file.unlink()
         file.mkdir()
-    elif action == 5 and file.parent != folder:
+    elif action == 5 and removing and file.parent != folder:
         shutil.rmtree(file.parent)
     elif file.suffix == ".safetensors" and rng.integers(4):
         save_file(mutated_tensors(load_file(file), rng), file)

@@ -1,16 +1,14 @@
 """Whatever users write ends in an answer: exit code 0 with what was asked for, or 2 with messages; never in a traceback.
 
-`pytest -m slow tests/test_fuzz.py` runs all: 10,000 configs and 1,000 each of model folders, pictures and tables. What fails
-names its seed; `FUZZ_SEEDS=17,2041 pytest -m slow tests/test_fuzz.py -k configs` runs those alone.
+`pytest -m slow tests/test_fuzz.py tests/test_fuzz_data.py` tries 10,000 configs, and 1,000 each of model folders, sources of
+images of every kind, and files of prompts. What fails names its seed; `FUZZ_SEEDS=17,2041` before the command tries those alone.
 """
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
-import traceback
 import warnings
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from mutation import mutate_folder, mutated_bytes, mutated_tree
+from mutation import check, mutate_folder, mutated_bytes, mutated_tree, seeds, wrong_of
 
 from raysweep import presets
 from raysweep.cli import main
@@ -33,14 +31,6 @@ SHARDS = 20
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_S = 120  # a question that takes longer counts as hung
 MEMORY = 12 << 30  # bytes of address space; what asks for more ends in MemoryError, and so as a failure
-
-
-def seeds(count: int, shard: int) -> list[int]:
-    """The seeds of one shard, or those asked for by FUZZ_SEEDS (in the first shard)."""
-    asked = os.environ.get("FUZZ_SEEDS")
-    if asked:
-        return [int(s) for s in asked.split(",")] if shard == 0 else []
-    return list(range(shard, count, SHARDS))
 
 
 @pytest.fixture(autouse=True)
@@ -69,9 +59,7 @@ def ask(*arguments: str) -> tuple[int, str, str]:
         signal.alarm(0)
     wrong = ""
     if result.exception is not None and not isinstance(result.exception, SystemExit):
-        frames = traceback.extract_tb(result.exception.__traceback__)[-4:]
-        where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
-        wrong = f"{type(result.exception).__name__}: {str(result.exception)[:200]} ({where})"
+        wrong = wrong_of(result.exception)
     elif result.exit_code not in (0, 2):
         wrong = f"exit code {result.exit_code}"
     elif "Traceback" in result.output:
@@ -79,13 +67,6 @@ def ask(*arguments: str) -> tuple[int, str, str]:
     elif result.exit_code == 2 and not result.output.strip():
         wrong = "no message"
     return result.exit_code, result.output, wrong
-
-
-def report(failures: dict[int, str], answers: list[int]) -> None:
-    """Fails with every seed whose answer was wrong; and if nothing was refused, since then nothing was tried."""
-    assert not failures, "\n".join(f"seed {seed}: {wrong}" for seed, wrong in failures.items())
-    if len(answers) > 20:
-        assert 2 in answers
 
 
 def starts() -> list[str]:
@@ -99,7 +80,7 @@ def starts() -> list[str]:
 def test_configs(shard, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path_factory.getbasetemp().parent / "fuzz-cache"))
     failures, answers, texts = {}, [], starts()
-    for seed in seeds(10_000, shard):
+    for seed in seeds(10_000, shard, SHARDS):
         rng = np.random.default_rng([7, seed])
         text, more = texts[rng.integers(len(texts))], []
         tree = yaml.safe_load(text)
@@ -117,7 +98,7 @@ def test_configs(shard, tmp_path_factory, monkeypatch):
         answers.append(code)
         if wrong:
             failures[seed] = wrong
-    report(failures, answers)
+    check(failures, answers)
 
 
 # a preset of each family, whose miniature of the base is changed
@@ -152,7 +133,7 @@ def use(folder: Path) -> str:
 def test_model_folders(shard, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("RAYSWEEP_CACHE", str(tmp_path_factory.getbasetemp().parent / "fuzz-cache"))
     failures, answers = {}, []
-    for seed in seeds(1000, shard):
+    for seed in seeds(1000, shard, SHARDS):
         rng = np.random.default_rng([8, seed])
         preset = FAMILIES[rng.integers(len(FAMILIES))]
         base = Path(str(load(presets.path_of(preset), ("scale=tiny",)).task.base))
@@ -171,4 +152,4 @@ def test_model_folders(shard, tmp_path, tmp_path_factory, monkeypatch):
         if wrong:
             failures[seed] = f"{preset}: {what}: {wrong}"
         shutil.rmtree(folder)
-    report(failures, answers)
+    check(failures, answers)
