@@ -41,5 +41,5 @@ def check(path: Path) -> None:
     try:
         with path.open("rb") as file:
             Restricted(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        raise Unsafe(f"{path}: not a pickle of plain data: {error}") from error
+    except Exception as error:  # damaged opcodes raise IndexError, TypeError, MemoryError, ...
+        raise Unsafe(f"{path}: not a pickle of plain data: {str(error) or type(error).__name__}") from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import resource
 import shutil
+import signal
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+ANSWER_S = 120
+MEMORY = 12 << 30  # bytes of address space
 # what ends up in a field by mistake: nothing, another kind of thing, an extreme, a number or a switch as text, odd text
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3, 10**6, 10**30, 0.0, -0.5, 0.37, 1e-300, 1e300, float("nan"), float("inf"), -float("inf"),
@@ -36,6 +41,32 @@ def wrong_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
     return f"{type(error).__name__}: {str(error)[:200]} ({where})"
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """Raises TimeoutError in a block that takes longer than `ANSWER_S`: it counts as hung."""
+
+    def late(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"no answer within {ANSWER_S} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(ANSWER_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Makes a block that asks for more than `MEMORY` raise MemoryError, before the system kills its process or another."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def check(failures: dict[int, str], answers: list[int]) -> None:

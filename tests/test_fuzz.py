@@ -6,9 +6,7 @@ images of every kind, and files of prompts. What fails names its seed; `FUZZ_SEE
 
 from __future__ import annotations
 
-import resource
 import shutil
-import signal
 import warnings
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from mutation import check, mutate_folder, mutated_bytes, mutated_tree, seeds, wrong_of
+from mutation import answering, bounded, check, mutate_folder, mutated_bytes, mutated_tree, seeds, wrong_of
 
 from raysweep import presets
 from raysweep.cli import main
@@ -29,34 +27,18 @@ pytestmark = pytest.mark.slow
 
 SHARDS = 20
 ROOT = Path(__file__).resolve().parent.parent
-ANSWER_S = 120  # a question that takes longer counts as hung
-MEMORY = 12 << 30  # bytes of address space; what asks for more ends in MemoryError, and so as a failure
 
 
 @pytest.fixture(autouse=True)
-def bounded(monkeypatch, tmp_path):
-    """An empty working folder, and bounds on the memory of a question."""
+def in_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def ask(*arguments: str) -> tuple[int, str, str]:
     """(exit code, output, what is wrong with the answer: empty if nothing)."""
-
-    def late(signum, frame):
-        raise TimeoutError(f"no answer within {ANSWER_S} s")
-
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(ANSWER_S)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = CliRunner().invoke(main, list(arguments))
-    finally:
-        signal.alarm(0)
+    with answering(), bounded(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = CliRunner().invoke(main, list(arguments))
     wrong = ""
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         wrong = wrong_of(result.exception)

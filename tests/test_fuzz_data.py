@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from mutation import check, mutate_folder, mutated_bytes, mutated_tree, seeds, wrong_of
+from mutation import answering, bounded, check, mutate_folder, mutated_bytes, mutated_tree, seeds, wrong_of
 from PIL import Image
-from raysweep.tasks.decoding import flat
-from raysweep.tasks.records import SourceError, Tally, Unreadable
 
 from raysweep.miniature import data
+from raysweep.tasks.decoding import flat
 from raysweep.tasks.prompts import PromptError, PromptFile
+from raysweep.tasks.records import SourceError, Tally, Unreadable
 from raysweep.tasks.sources import FolderSource, ParquetSource, ShardSource, TorchvisionSource
 
 pytestmark = pytest.mark.slow
@@ -115,8 +115,12 @@ def test_sources(name, tmp_path):
         source = SOURCES[name](folder, count)
         what = mutate_folder(folder, rng, removing=False)
         try:
-            used, tally = drain(source)
-            told = tally.skipped + sum(r.count for r in tally.ignored.values()) + count * len(tally.lost_parts)
+            with answering(), bounded():
+                used, tally = drain(source)
+            ignored = sum(r.count for r in tally.ignored.values())
+            if name == "Parquet":  # where a file that is not taken for one holds many records
+                ignored *= count
+            told = tally.skipped + ignored + count * len(tally.lost_parts)
             if used + tally.skipped != tally.chosen:
                 failures[seed] = f"{what}: {used} used and {tally.skipped} left out of {tally.chosen}"
             elif used + told < count:
@@ -151,7 +155,8 @@ def test_prompt_files(suffix, tmp_path):
         file.write_bytes(content)
         source = PromptFile(file=file, **({"labelled": "k"} if suffix == ".txt" else {"label": "artist"}))
         try:
-            source.rows(Tally())
+            with answering(), bounded():
+                source.rows(Tally())
         except PromptError as error:
             refused += 1
             if file.name not in str(error):

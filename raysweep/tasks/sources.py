@@ -237,6 +237,13 @@ class TorchvisionSource(_Source):
                 f"{self.root / TORCHVISION[self.torchvision]}: {self.torchvision} is not there; fetch it with "
                 f"torchvision.datasets.{self.torchvision}({str(self.root)!r}, download=True)"
             ) from error
+        except (
+            Exception
+        ) as error:  # torchvision asserts, and its parsers raise whatever bytes that make no sense lead to
+            raise SourceError(
+                f"{self.root / TORCHVISION[self.torchvision]}: a file of {self.torchvision} is damaged or cut short "
+                f"({type(error).__name__}{f': {error}' if str(error) else ''}); fetch it anew"
+            ) from error
         names = getattr(data, "classes", None)
         tally.orders.add(tuple(names or ()))
         tally.hint = f"{self.torchvision} has labels alone"
@@ -246,6 +253,9 @@ class TorchvisionSource(_Source):
                 image, target = data[i]
             except (OSError, SyntaxError, ValueError) as error:  # a picture that is a file of its own, as CelebA's are
                 tally.skip(f"a damaged or missing picture ({type(error).__name__})", str(i))
+                continue
+            if names is not None and not 0 <= int(target) < len(names):
+                tally.skip(f"a label that {self.torchvision} does not have", str(i))
                 continue
             label = names[int(target)] if names is not None else str(int(target))
             yield Record(str(i), partial(_given, image), label)

@@ -52,8 +52,8 @@ class _Metadata:
 def pictures(root: Path, tally: Tally, caption_key: str | None = None) -> Iterator[Found]:
     """Every picture below `root`, in the order of names, folder by folder; links to folders are followed.
 
-    Hidden files and folders and those of file managers are ignored; where pictures are among them, they are counted. Raises
-    SourceError for a metadata file that is not in its format.
+    Hidden files and folders and those of file managers are ignored; where pictures are among them, they are counted, and so are
+    other files that are neither pictures nor captions. Raises SourceError for a metadata file that is not in its format.
     """
     tally.hint = (
         "looked for NAME.txt beside each picture, and for metadata.jsonl or metadata.csv with `file_name` and "
@@ -72,6 +72,7 @@ def _walk(
     by_lower = {e.name.lower(): e for e in entries}
     here = [_metadata(folder / name, caption_key, tally) for name in METADATA if (folder / name).is_file()]
     known = [*here, *above]
+    pictured = {Path(e.name).stem.lower() for e in entries if Path(e.name).suffix.lower() in (*SUFFIXES, *UNREAD)}
     for entry in entries:
         path, relative = folder / entry.name, posixpath.join(*(folder / entry.name).relative_to(root).parts)
         suffix = path.suffix.lower()
@@ -88,6 +89,8 @@ def _walk(
         elif suffix in UNREAD:
             tally.seen += 1
             tally.skip(f"a format that is not read ({suffix})", plain(relative))
+        elif entry.name not in METADATA and not (suffix == ".txt" and path.stem.lower() in pictured):
+            tally.ignore("files that are not pictures, by their names", plain(relative))
     for metadata in here:
         for name in sorted(metadata.unmet):
             tally.note(f"{metadata.path.name} names a picture that is not there", name)
