@@ -65,7 +65,8 @@ def test_what_file_managers_leave_is_no_picture(tmp_path):
     rows, tally = read(FolderSource(folder=tmp_path))
     assert [(r.key, r.label) for r, _ in rows] == [("cat/0.png", "cat"), ("dog/1.PNG", "dog")]
     assert (tally.seen, tally.skipped) == (2, 0)
-    (ignored,) = tally.ignored.values()
+    ignored, others = tally.ignored.values()
+    assert (others.count, others.first) == (1, ["README.md"])
     assert set(ignored.first) <= {
         ".git",
         "__MACOSX",
