@@ -1,7 +1,7 @@
 """Which audits a run's answer stands on, and what they measured. No Ray.
 
-A run that is resumed after its code, its task or its models have changed measures again what that concerns, under other keys,
-and what it measured before stays in its folder. A subject's name and a tier are therefore not enough to find a row by.
+A run that is resumed after its code or its models have changed measures again what that concerns, under other keys, and what
+it measured before stays in its folder. A subject's name and a tier are therefore not enough to find a row by.
 """
 
 from __future__ import annotations

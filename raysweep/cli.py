@@ -183,7 +183,7 @@ def _dry_run(sweep: Any) -> int:
 
     task, spaces = resolve_sweep(sweep)
     _warn(sweep)
-    RunDir.of(sweep).check(sweep)
+    RunDir.of(sweep).check(sweep, task.digest)
     plan = make_plan(_nodes(sweep), sweep)
     for kind, text in describe(sweep, task, spaces, plan):
         click.echo(f"{kind:<9} {text}")
@@ -232,7 +232,7 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     _warn(sweep)
     if not os.environ.get("RAY_ADDRESS"):
         ray_folder()
-    RunDir.of(sweep).check(sweep)
+    RunDir.of(sweep).check(sweep, task.digest)
     plan = make_plan(_nodes(sweep), sweep)
     told = detectable(sweep.audit.audit, task)
     if as_json:
@@ -403,6 +403,8 @@ def status(run: str, as_json: bool) -> int:
         click.echo(f"  failed {f['trial']}: {f['reason']}")
     for missing in data["incomplete"]:
         click.echo(f"  check missing: {missing}")
+    if data["answer"] and data["state"] not in ("done", "incomplete"):
+        click.echo("answer of the attempt before:")
     for line in data["answer"]:
         click.echo(line)
     if data["report"]:

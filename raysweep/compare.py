@@ -152,7 +152,7 @@ def _identities(folder: RunDir, sweep: Sweep) -> dict[str, str]:
     weights = sorted(t["digest"] for t in trials if t["digest"])
     if weights:
         found["weights"] = digest_of(weights)
-    return found | {"seeds": sweep.model_copy(update={"name": "any"}).digest}
+    return found | {"seeds": sweep.digest}
 
 
 def refuse_card_copies(paths: Sequence[Path], cards: Sequence[dict[str, Any]]) -> None:

@@ -353,11 +353,6 @@ class Sweep(_Model):
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
-    def run_id(self) -> str:
-        """Names the run's study, actors and jobs."""
-        return f"{self.name}-{self.digest[:8]}"
-
-    @property
     def limits(self) -> dict[str, float]:
         """The limits of time that end a trial, by setting: one that failed by such a limit is tried again under a wider one."""
         return {BUDGET: self.train.budget_s, TIMEOUT: self.audit.timeout_s}

@@ -105,7 +105,7 @@ def requirements(sweep: Sweep, task: Task) -> list[Requirement]:
     """`audit.require`, checked; raises ConfigError for metrics that do not exist or that the audit does not measure."""
     found, checks = [], sweep.audit.audit.checks_for(task)
     for metric, text in sweep.audit.require.items():
-        match = re.fullmatch(r"\s*(>=|<=)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*", text)
+        match = re.fullmatch(r"\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*", text)
         check, _, name = metric.partition(".")
         where = f"audit.require.{metric}"
         if match is None:

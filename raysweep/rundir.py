@@ -72,7 +72,7 @@ class RunDir:
 
     @property
     def run_id(self) -> str:
-        """Names the run's study, as it did when the run began: settings that raysweep has learnt since would change it."""
+        """Names the run's study, actors and jobs, as when the run began: settings that raysweep has learnt since would change it."""
         manifest = self.read_manifest()
         return f"{manifest['name']}-{manifest['config_digest'][:8]}"
 
@@ -82,8 +82,8 @@ class RunDir:
         text = self.config.read_text()
         return validate_config(load_yaml(text), str(self.config), text, stored=True)
 
-    def check(self, sweep: Sweep) -> None:
-        """Raises ConfigError if the directory holds something else than this sweep."""
+    def check(self, sweep: Sweep, task: str = "") -> None:
+        """Raises ConfigError if the directory holds something else than this sweep. task: hash of its task; "" if not known."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: exists and is not a folder")
         try:
@@ -95,7 +95,8 @@ class RunDir:
             if self.path.is_dir() and any(p.name != "lock" for p in self.path.iterdir()):
                 raise ConfigError(f"{self.path}: not empty and not a run; choose another name or storage")
             return
-        if self.read_manifest()["config_digest"] != sweep.digest:
+        manifest = self.read_manifest()
+        if manifest["config_digest"] != sweep.digest:
             old, new = _flat(self.sweep().decisive()), _flat(sweep.decisive())
             keys = sorted(set(old) | set(new))
             changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)][:3]
@@ -103,14 +104,21 @@ class RunDir:
                 f"{self.path}: belongs to a run of another config ({'; '.join(changed) or 'made by another version'}); "
                 "choose another name, for example name=" + sweep.name + "-2"
             )
+        began = manifest["digests"].get("task", task)
+        if task and began != task:  # the run keeps the task's data of its beginning, and would measure on them
+            raise ConfigError(
+                f"{self.path}: began with other data: its task has the hash {began}, and what the config names gives {task}; "
+                f"restore the data, or choose another name, for example name={sweep.name}-2"
+            )
 
     @contextlib.contextmanager
     def claim(self, sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...] = ()) -> Iterator[None]:
         """Holds the directory for this process; raises ConfigError if another one has it or it holds another config.
 
-        digests, checks: of the config and the task, and of all tiers, for the manifest of a new run.
+        digests, checks: of the config and the task, and of all tiers, for the manifest of a new run. A run that is there must have
+        the same task.
         """
-        self.check(sweep)
+        self.check(sweep, digests.get("task", ""))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / "lock")
@@ -120,7 +128,7 @@ class RunDir:
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
         try:
-            self.check(sweep)
+            self.check(sweep, digests.get("task", ""))
             clear_temporaries(self.path)
             clear_temporaries(cache_folder(sweep.cache), DAY_S)  # other runs write there too
             clear_temporaries(cache_folder(sweep.cache), MONTH_S, CHECKPOINT)

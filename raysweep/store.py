@@ -1,7 +1,7 @@
 """What a run keeps on disk: the declared schema of its tables, atomic writes, and content hashes.
 
 Every file is written under a temporary name in its own folder, flushed to disk and renamed, so that a reader sees either
-nothing or all of it. Tables are parts that are written once and never changed.
+nothing or all of it. Tables are parts, each written as a whole.
 """
 
 from __future__ import annotations

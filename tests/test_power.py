@@ -39,7 +39,7 @@ def test_what_the_samples_cannot_decide_is_refused_with_the_number_that_could():
 
 
 @pytest.mark.parametrize(("require", "message"), [
-    ({"classifier__unlearning_accuracy": "0.9"}, "must be"), ({"clasifier__validity": ">= 0.9"}, "is not an evaluator"),
+    ({"classifier__unlearning_accuracy": "0.9"}, "must be"), ({"classifier__validity": ">= 0.9.1"}, "must be"), ({"clasifier__validity": ">= 0.9"}, "is not an evaluator"),
     ({"classifier__valid": ">= 0.9"}, "no metric 'valid'"), ({"quantisation__excess": "<= 0.1"}, "not among the checks of the tier audit"),
     ({"zero_shot__recognised": "<= 0.1"}, "needs audit.audit.weights.clip"), ({"reconstruction__correlation": "<= 0.1"}, "does not apply to"),
 ])  # fmt: skip

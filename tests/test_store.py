@@ -225,16 +225,35 @@ def test_a_run_goes_on_with_other_limits_and_under_a_newer_raysweep(tmp_path, mo
     folder = RunDir.of(sweep)
     with folder.claim(sweep, {}):
         run_id = folder.run_id
-    assert run_id == sweep.run_id
+    assert run_id == f"{sweep.name}-{sweep.digest[:8]}"
     patient = load(None, (f"storage={tmp_path}", "train.budget_s=7200", "audit.timeout_s=7200", "resources.slots=1"))
     before = folder.read_manifest()["created_at"]
     with folder.claim(patient, {}):
         assert folder.sweep().resolved() == patient.resolved()  # which is what the processes of the run read
     assert folder.read_manifest()["created_at"] == before
     monkeypatch.setattr(type(sweep), "digest", "f" * 16)  # as settings that are added later change it
-    assert folder.run_id == run_id != sweep.run_id
+    assert folder.run_id == run_id
     with pytest.raises(ConfigError, match="made by another version"):
         folder.check(patient)
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    """It keeps the task of its beginning: what is measured on that must not be taken for a measurement on the new one."""
+    sweep = load(None, (f"storage={tmp_path}",))
+    folder = RunDir.of(sweep)
+    with folder.claim(sweep, {"task": "a"}):
+        pass
+    with folder.claim(sweep, {"task": "a"}):
+        pass
+    folder.check(sweep)
+    text = folder.manifest.read_text()
+    with pytest.raises(
+        ConfigError, match="began with other data: its task has the hash a, and what the config names gives b"
+    ):
+        folder.check(sweep, "b")
+    with pytest.raises(ConfigError, match="began with other data"), folder.claim(sweep, {"task": "b"}):
+        pass
+    assert folder.manifest.read_text() == text
 
 
 def test_what_killed_writes_left_is_cleared_away(tmp_path):

@@ -173,6 +173,7 @@ def test_a_run_that_fails_leaves_a_report_that_says_why(tmp_path, monkeypatch, w
 
 def test_a_reason_of_an_attempt_before_is_not_told_of_the_next(tmp_path, monkeypatch, without_ray):
     made = finished(tmp_path / "failing", None, state="failed", reason="Ray did not start", incomplete=["x"])
+    made.update(digests={"task": made.sweep().task.build().digest})
     monkeypatch.setattr(engine, "_with_ray", lambda *_: engine.Result(made, None, [], []))
     engine.run_sweep(made.sweep(), lambda *_: None, lambda *_: None)
     status = json.loads(CliRunner().invoke(main, ["status", str(made.path), "--json"]).output)

@@ -20,10 +20,13 @@ def unfinished(data: ReportData) -> tuple[str, list[str]]:
     if state == "failed":
         before = " What follows stands from the attempt before it." if data.front else " No candidate is recommended."
         return "FAILED", [f"The run failed: {reason}.{before}"]
+    if state == "interrupted" and data.front:
+        again = "The run was resumed and interrupted; the same command goes on. What follows stands from the attempt before it."
+        return "NOT FINISHED", [again]
     if not data.front:
         ended = sum(t["state"] != "RUNNING" for t in data.trials)
         return "NOT FINISHED", [
-            f"The run has not come to its audit (state: {state}; {ended} of {data.sweep.search.trials} trials ended). No candidate "
+            f"The run has not come to the end of its audit (state: {state}; {ended} of {data.sweep.search.trials} trials ended). No candidate "
             "is recommended; the same command goes on."
         ]
     return "", []
