@@ -20,7 +20,7 @@ SURFACE = {
     "doctor": ["--json"],
     "export": ["RUN", "TRIAL", "OUT", "--delta"],
     "init": ["NAME", "--task"],
-    "ls": ["WHAT", "--json"],
+    "ls": ["WHAT", "NAME", "--json"],
     "patch": ["DELTA_FILE", "MODEL_DIR", "OUT_DIR", "--revert"],
     "report": ["RUNS", "--compare", "--out"],
     "run": ["CONFIG", "OVERRIDES", "--dry-run"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import struct
 import tarfile
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from raysweep.miniature import data
 from raysweep.tasks.decoding import flat, opened
+from raysweep.tasks.prompts import PromptFile
 from raysweep.tasks.records import NAMED, SourceError, Tally, Unreadable, lines_of, listed, plain
 from raysweep.tasks.sampling import pixels
-from raysweep.tasks.sources import FolderSource, MixedSource, ParquetSource, ShardSource
+from raysweep.tasks.sources import FolderSource, MixedSource, ParquetSource, ShardSource, TorchvisionSource
 
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -570,3 +573,16 @@ def test_sizes_stay_as_they_are_asked_for(tmp_path):
     ((_, x),) = read(FolderSource(folder=tmp_path))[0]
     assert x.shape == (3, 8, 8)
     assert torch.equal(((x + 1) * 127.5).round().byte().permute(1, 2, 0), torch.from_numpy(np.array(picture(0))))
+
+
+def test_pictures_and_labels_of_different_number_are_refused(tmp_path):
+    data.idx(tmp_path, images=30)
+    labels = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    labels.write_bytes(struct.pack(">II", 2049, 20) + bytes(20))
+    with pytest.raises(SourceError, match="300 pictures and 20 labels"):
+        read(TorchvisionSource(torchvision="MNIST", root=tmp_path, checksums=False))
+
+
+def test_tables_with_the_line_ends_of_old_macs_are_read(tmp_path):
+    (tmp_path / "prompts.csv").write_bytes(b"prompt,label\ra cat,cat\ra dog,dog\r")
+    assert [row[:2] for row in PromptFile(file=tmp_path / "prompts.csv").rows()] == [("a cat", "cat"), ("a dog", "dog")]

@@ -92,9 +92,9 @@ def shards(folder: Path, count: int) -> ShardSource:
 
 def torchvision(folder: Path, count: int, name: str) -> TorchvisionSource:
     if name == "CIFAR10":
-        data.cifar10(folder, count)
+        data.cifar10(folder, count // 10)  # of each class
     else:
-        data.idx(folder, name, count)
+        data.idx(folder, name, count // 10)
     return TorchvisionSource(torchvision=name, root=folder, checksums=False)
 
 

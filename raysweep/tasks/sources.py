@@ -244,6 +244,12 @@ class TorchvisionSource(_Source):
                 f"{self.root / TORCHVISION[self.torchvision]}: a file of {self.torchvision} is damaged or cut short "
                 f"({type(error).__name__}{f': {error}' if str(error) else ''}); fetch it anew"
             ) from error
+        held = {n: len(getattr(data, n)) for n in ("data", "targets", "labels") if getattr(data, n, None) is not None}
+        if len(set(held.values())) > 1:
+            counts = " and ".join(f"{count} {'pictures' if n == 'data' else 'labels'}" for n, count in held.items())
+            raise SourceError(
+                f"{self.root / TORCHVISION[self.torchvision]}: holds {counts}: a file is cut short or another's"
+            )
         names = getattr(data, "classes", None)
         tally.orders.add(tuple(names or ()))
         tally.hint = f"{self.torchvision} has labels alone"

@@ -47,7 +47,9 @@ def table(path: Path, text: str, separator: str, needed: str) -> Iterator[tuple[
 
     A row that is longer than the header has the rest under None. Raises SourceError for quotes that do not close.
     """
-    header = text.split("\n", 1)[0]
+    header = next(iter(io.StringIO(text, newline="")), "").rstrip(
+        "\r\n"
+    )  # lines end as in `reader`, Macs' old \r included
     if needed not in next(csv.reader([header], delimiter=separator), []):
         separator = next((s for s in ";\t" if needed in next(csv.reader([header], delimiter=s), [])), separator)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
