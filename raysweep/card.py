@@ -140,13 +140,16 @@ def _recomputed(card: dict[str, Any], folder: Path, task: Any) -> list[Finding]:
     from raysweep.audit.measure import reduce, subject_of
     from raysweep.registry import resolve
 
-    judge, found = load_judge(folder / JUDGE), []
+    judge = load_judge(folder / JUDGE) if card["judge_digest"] else None  # of a model that is its own judge
+    found = []
     for tier_name, settings in card["tiers"].items():
         absent = [f"{key}: {path}" for key, path in settings["weights"].items() if not Path(path).exists()]
         if absent:
             found.append(Finding(f"{tier_name} tier", None, f"weights that are not here: {', '.join(absent)}"))
             continue
-        tier = Tier(**settings)
+        tier = Tier.model_validate(
+            settings, context={"stored": True}
+        )  # its checks may be of packages that are not here
         subject = subject_of(None, task, judge, tier)
         scores = load_scores(folder / f"{tier_name}-scores.parquet")
         stated = {

@@ -10,17 +10,17 @@ import pytest
 from click.testing import CliRunner
 from foreign import FILES, install
 from small import log, start
-from tiny import ROOT
+from tiny import ROOT, tiny_task
 
 from raysweep import plugins
-from raysweep.card import _code
+from raysweep.card import _code, _recomputed
 from raysweep.cli import main
-from raysweep.config import ConfigError
+from raysweep.config import AuditConfig, ConfigError
 from raysweep.fit import resolve_sweep
 from raysweep.reader import load
 from raysweep.registry import PluginError, UnknownName, names, resolve
 from raysweep.rundir import RunDir
-from raysweep.store import ROWS, TRIALS, read_table
+from raysweep.store import ROWS, SCORES, TRIALS, read_table, write_table
 
 CONFIG = """
 name: odd
@@ -207,3 +207,26 @@ def test_a_card_with_checks_of_a_package_that_is_not_here_says_so(installed, mon
     unknown = _code(found)
     assert unknown.holds is None
     assert "'brightness' is not a known evaluator" in unknown.detail
+
+
+def test_the_numbers_of_checks_that_are_not_here_are_not_recomputed(tmp_path):
+    """The card of a model that is its own judge, so that none lies beside it."""
+    checks = {"checks": ["brightness"]}
+    number = {
+        "tier": "audit",
+        "check": "brightness",
+        "metric": "mean",
+        "status": "ok",
+        "value": 1.0,
+        "lo": None,
+        "hi": None,
+    }
+    content = {
+        "tiers": {"audit": AuditConfig().audit.model_dump(mode="json") | checks},
+        "judge_digest": "",
+        "findings": [number],
+    }
+    write_table(tmp_path / "audit-scores.parquet", [], SCORES)
+    (only,) = _recomputed(content, tmp_path, tiny_task())
+    assert (only.what, only.holds) == ("audit: brightness", None)
+    assert "'brightness' is not a known evaluator" in only.detail
