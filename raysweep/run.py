@@ -93,7 +93,7 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
             _failed(folder, run_id, str(error), say)
             raise RunFailed(str(error)) from error
         except ConfigError as error:
-            folder.update(state="failed", reason=str(error))
+            _failed(folder, run_id, str(error), say)
             raise
         except Exception as error:
             _failed(folder, run_id, f"{type(error).__name__}: {error}", say)

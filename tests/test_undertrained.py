@@ -16,6 +16,7 @@ from small import SMALL, log, start
 
 import raysweep.run as engine
 from raysweep.cli import main
+from raysweep.config import ConfigError
 from raysweep.objectives import KNOWS, Anchors, Indistinct, Measured, Unmeasured, View, assess_views
 from raysweep.pool import RunFailed
 from raysweep.power import AFFORDABLE, DECIDED_BY, decided_by, remedies
@@ -150,7 +151,12 @@ def test_the_base_is_checked_by_the_audits_samples_before_methods_and_search(tmp
 
 @pytest.mark.parametrize(
     "error",
-    [RunFailed("training base failed: it diverged"), Unmeasured("audit: no view tells"), ZeroDivisionError("oh")],
+    [
+        RunFailed("training base failed: it diverged"),
+        Unmeasured("audit: no view tells"),
+        ConfigError("resources: no place"),
+        ZeroDivisionError("oh"),
+    ],
 )
 def test_a_run_that_fails_leaves_a_report_that_says_why(tmp_path, monkeypatch, without_ray, error):
     def fails(*_):
@@ -158,7 +164,7 @@ def test_a_run_that_fails_leaves_a_report_that_says_why(tmp_path, monkeypatch, w
 
     monkeypatch.setattr(engine, "search", fails)
     said = []
-    with pytest.raises(type(error) if isinstance(error, ZeroDivisionError) else RunFailed):
+    with pytest.raises(type(error) if isinstance(error, ConfigError | ZeroDivisionError) else RunFailed):
         engine.run_sweep(sweep(tmp_path), lambda *told: said.append(told), lambda *_: None)
     folder = RunDir(tmp_path / "failing")
     assert folder.read_manifest()["state"] == "failed"
