@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -144,3 +145,15 @@ def test_folders_that_are_not_whole(folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"cut/model\.safetensors: cannot be read, it is cut short"):
         families.load(tmp_path / "cut")
+    for part in ("", "clip/"):
+        mute, foreign = tmp_path / f"mute{part[:4]}", tmp_path / f"foreign{part[:4]}"
+        shutil.copytree(folder, mute)
+        (mute / f"{part}tokenizer.json").unlink()
+        with pytest.raises(ValueError, match=rf"{mute}.*: tokenizer\.json or .* is missing"):
+            families.load(mute)
+        shutil.copytree(folder, foreign)
+        known = json.loads((foreign / f"{part}tokenizer_config.json").read_text())
+        known["extra_special_tokens"] = [f"<more-{i}>" for i in range(500)]
+        (foreign / f"{part}tokenizer_config.json").write_text(json.dumps(known))
+        with pytest.raises(ValueError, match=rf"{foreign}.* tokens, but the model knows"):
+            families.load(foreign)

@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, LlavaForC
 from transformers.utils import logging
 
 from raysweep.models import weights
-from raysweep.models.folders import reading
+from raysweep.models.folders import component_files, reading
 from raysweep.models.handle import Handle
 from raysweep.models.unet import drawn
 from raysweep.store import digest_of, digest_state
@@ -72,6 +72,8 @@ class VisionLanguage(Handle):
         folder = Path(folder)
         if not (folder / CLIP / "config.json").is_file():
             raise ValueError(f"{folder / CLIP}: missing: it must hold the CLIP model that the vision tower is of")
+        component_files(folder, ("tokenizer.json", "tokenizer.model"))
+        component_files(folder / CLIP, ("tokenizer.json", "vocab.json"))
         vlm: Any = weights.read(LlavaForConditionalGeneration, folder, dtype="auto")
         net: Any = weights.read(CLIPModel, folder / CLIP, dtype=torch.float32)
         with reading(folder):
@@ -79,6 +81,14 @@ class VisionLanguage(Handle):
         with reading(folder / CLIP):
             tokenizer = CLIPTokenizer.from_pretrained(folder / CLIP, local_files_only=True)
             images = CLIPImageProcessor.from_pretrained(folder / CLIP, local_files_only=True)
+        for place, tokens, known in (
+            (folder, len(processor.tokenizer), vlm.get_input_embeddings().num_embeddings),
+            (folder / CLIP, len(tokenizer), net.config.text_config.vocab_size),
+        ):
+            if tokens > known:
+                raise ValueError(
+                    f"{place}: the tokenizer has {tokens} tokens, but the model knows {known}: they are not of the same model"
+                )
         tower, own = vlm.model.vision_tower.state_dict(), net.vision_model.state_dict()
         other = [n for n, t in tower.items() if n not in own or not torch.equal(own[n].to(t.dtype), t)]
         if other:
