@@ -228,8 +228,12 @@ def _mean(values: np.ndarray) -> str:
 
 
 def _differences_of_code(manifests: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Commit and versions that are not the same everywhere."""
-    flat = [{"commit": m["commit"]} | {f"version of {name}": v for name, v in m["versions"].items()} for m in manifests]
+    """Commits and versions that are not the same everywhere."""
+    flat = [
+        {"commit": ", resumed at ".join(m.get("commits", [m["commit"]]))}
+        | {f"version of {name}": v for name, v in m["versions"].items()}
+        for m in manifests
+    ]
     keys = dict.fromkeys(k for f in flat for k in f)
     return {key: values for key in keys if len(set(values := [str(f.get(key)) for f in flat])) > 1}
 

@@ -39,7 +39,7 @@ from raysweep.results import (
     write_paired,
     write_trials,
 )
-from raysweep.rundir import RunDir
+from raysweep.rundir import RunDir, git_commit
 from raysweep.search import ParetoSearch
 from raysweep.spaces import Space
 from raysweep.store import checkpoint_path
@@ -81,7 +81,8 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
             say("warning", text)
         for line in data_lines(task):
             say("data", line)
-        folder.update(data=list(task.accounts))
+        commits, commit = folder.commits, git_commit()
+        folder.update(data=list(task.accounts), commits=commits if commits[-1] == commit else [*commits, commit])
         save_task(folder, task)
         folder.update(reason="", incomplete=[])  # of an attempt before
         try:

@@ -76,6 +76,12 @@ class RunDir:
         manifest = self.read_manifest()
         return f"{manifest['name']}-{manifest['config_digest'][:8]}"
 
+    @property
+    def commits(self) -> list[str]:
+        """The commits of raysweep that the run began at and was resumed at, in order."""
+        manifest = self.read_manifest()
+        return manifest.get("commits", [manifest["commit"]])
+
     def sweep(self) -> Sweep:
         """The resolved config of the run."""
         self.read_manifest()

@@ -186,6 +186,15 @@ def test_a_reason_of_an_attempt_before_is_not_told_of_the_next(tmp_path, monkeyp
     assert (status["state"], status["reason"], status["incomplete"]) == ("done", "", [])
 
 
+def test_the_report_names_the_commits_that_a_run_was_resumed_at(tmp_path, monkeypatch, without_ray):
+    for commit in ("a" * 40, "a" * 40, "b" * 40):
+        monkeypatch.setattr(engine, "git_commit", lambda commit=commit: commit)
+        monkeypatch.setattr("raysweep.rundir.git_commit", lambda commit=commit: commit)
+        with pytest.raises(RunFailed):
+            engine.run_sweep(sweep(tmp_path), lambda *_: None, lambda *_: None)
+    assert f"at commit {'a' * 40}, resumed at {'b' * 40}." in RunDir(tmp_path / "failing").report.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_undertrained_base_ends_a_real_run_before_its_search(tmp_path, cache):

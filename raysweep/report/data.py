@@ -33,6 +33,7 @@ class ReportData:
 
     sweep: Sweep
     manifest: dict[str, Any]
+    commits: list[str]
     front: dict[str, Any]
     points: list[dict[str, Any]]
     subjects: list[str]
@@ -83,6 +84,7 @@ def gather(folder: RunDir) -> ReportData:
     return ReportData(
         sweep=sweep,
         manifest=folder.read_manifest(),
+        commits=folder.commits,
         front=front,
         points=points,
         subjects=subjects,
@@ -167,6 +169,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "untested": untested(data),
         "config": data.sweep.recipe(),
         "versions": sorted(data.manifest["versions"].items()) + _plugins(data.manifest),
+        "commit": ", resumed at ".join(data.commits),
         "command": f"raysweep run {data.sweep.name}.yaml",
     }
 
