@@ -55,14 +55,15 @@ class Unet:
 
 
 def plain_finetune(model: Any) -> Step:
-    """Naive deletion of arXiv:2503.01034."""
+    """Naive deletion of arXiv:2503.01034: the clip binds the gradient of a sum over the elements of an image."""
     params = list(model.net.parameters())
     optimizer = torch.optim.AdamW(params, lr=5e-6, betas=(0.95, 0.999), weight_decay=1e-6)
 
     def step(batch: dict[str, Rows]) -> None:
         model.net.train()
         optimizer.zero_grad()
-        plain_loss(model, batch["retain"].x).backward()
+        x = batch["retain"].x
+        (x[0].numel() * plain_loss(model, x)).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
 

@@ -352,6 +352,11 @@ class Descent(Method):
         progress = (step - hp.warmup) / max(1, hp.steps - hp.warmup)
         return hp.floor + (1 - hp.floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
+    def at_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives an optimiser the learning rate of the next step."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.hp.lr * self.rate(self.done)
+
     def ema_decay(self, step: int) -> float:
         """The decay of the moving average after a step."""
         return self.hp.ema
@@ -383,8 +388,7 @@ class Descent(Method):
             gradients.clip(flat, norm, self.hp.clip_norm)
         self.constrain(flat)
         gradients.assign(self.params, flat)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.hp.lr * self.rate(self.done)
+        self.at_rate(self.optimizer)
         self.optimizer.step()
         if self.average:
             gradients.average(self.average, self.params, self.ema_decay(self.done))

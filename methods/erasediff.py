@@ -149,6 +149,7 @@ class EraseDiff(Descent):
         """The mean forget loss over the inner steps, float64, after which the weights are as they were."""
         kept = [p.detach().clone() for p in self.params]
         optimizer = self.optimizer if self.hp.inner_moments == "shared" else self.adam(self.params)
+        self.at_rate(optimizer)
         losses = []
         for k in range(self.hp.inner_steps):
             fresh = self.hp.inner_rows == "fresh"

@@ -210,6 +210,21 @@ def test_erasediff_looks_ahead_and_comes_back(points_task, class_task):  # T40
     assert shared.optimizer.state
 
 
+@pytest.mark.parametrize("moments", ["own", "shared"])
+def test_erasediff_looks_ahead_at_the_rate_of_its_outer_step(points_task, moments):
+    """Adam's first step moves a weight by the rate at most: at the start of a warm-up of 1,000 steps a thousandth of lr."""
+    method = build(EraseDiff, points_task, lr=1e-2, warmup=1000, inner_steps=2, inner_moments=moments)
+    start, moved, real = [p.detach().clone() for p in method.params], [], method.forget_loss
+
+    def forget_loss(rows):
+        moved.append(max(float((p - s).detach().abs().max()) for p, s in zip(method.params, start, strict=True)))
+        return real(rows)
+
+    method.forget_loss = forget_loss
+    method.look_ahead(batch_for(method, points_task))
+    assert moved == [0.0, pytest.approx(1e-5, rel=0.05)]
+
+
 def test_erasediff_passes_over_the_forget_set(class_task):
     """A look-ahead of ceil(n / batch) fresh inner steps sees every forgotten row once, the next one goes on from there."""
     method = build(EraseDiff, class_task, inner_steps=2, inner_every=3, batch_size=3)
