@@ -50,7 +50,7 @@ def audit_model(model: Path, sweep: Sweep, say: Say, tick: Tick) -> tuple[Path, 
     with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}, sweep.audit.checks_for(task)):
         for line in data_lines(task):
             say("data", line)
-        folder.update(data=list(task.accounts))
+        folder.update(data=list(task.accounts), reason="", incomplete=[])  # these two of an attempt before
         run_id = folder.run_id
         save_task(folder, task)
         try:

@@ -15,9 +15,10 @@ from raysweep.audit.auditor import AuditRequest
 from raysweep.config import Tier
 from raysweep.context import Context
 from raysweep.objectives import Objectives
+from raysweep.pool import RunFailed
 from raysweep.reader import load
 from raysweep.rundir import RunDir
-from raysweep.single import subject_name, write_card
+from raysweep.single import audit_model, subject_name, write_card
 
 TIER = Tier(seed=1, judge="audit")
 ANCHORS = {"base": ("/models/base", "b" * 16), "oracle-0": ("/models/o0", "0" * 16)}
@@ -61,3 +62,18 @@ def test_a_folder_is_named_by_where_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "mine" / "sub")
     for given in ("..", "../", "../../mine", str(tmp_path / "mine")):
         assert subject_name(Path(given), "0123456789abcdef") == "mine@01234567"
+
+
+def test_a_reason_of_an_audit_before_is_not_told_of_the_next(tmp_path, monkeypatch):
+    def ends(error):
+        raise error
+
+    sweep = load(None, (f"storage={tmp_path}", f"cache={tmp_path / 'cache'}", "name=x"))
+    monkeypatch.setattr(single, "resolve_sweep", lambda _: (tiny_task(), []))
+    monkeypatch.setattr(single, "check_model", lambda *_: "1" * 16)
+    for error, state, reason in ((RunFailed("no Ray"), "failed", "no Ray"), (KeyboardInterrupt(), "interrupted", "")):
+        monkeypatch.setattr(single, "connected", lambda _, error=error: ends(error))
+        with pytest.raises(type(error)):
+            audit_model(tmp_path / "model", sweep, lambda *_: None, lambda *_: None)
+        manifest = RunDir(tmp_path / "x-audits").read_manifest()
+        assert (manifest["state"], manifest["reason"]) == (state, reason)
