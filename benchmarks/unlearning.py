@@ -4,7 +4,7 @@
     python benchmarks/unlearning.py points           # forget a memorised picture
     python benchmarks/unlearning.py class --methods rgd,siss --trials 4 --seeds 3 --jobs 2
 
-For each (method, seed) a study of `--trials` trials runs as a sweep would: the method's search space, the papers' settings
+For each (method, seed) a study of `--trials` trials runs as a sweep would: the method's search space, its points
 first, then Optuna's TPE on residue and damage of the probe. The best trial by the probe is audited on fresh seeds by the
 other judge, and so are two controls made from it: each changed tensor moved by as much in a random direction, and in the
 opposite direction. "Best" is the largest min(UA, RA) for a class and the smallest max(residue, damage) for a picture, and

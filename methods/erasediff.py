@@ -51,7 +51,7 @@ DEFAULT = 0.1  # lam_B and eta of the released code
 
 
 class EraseDiffSettings(Training):
-    """Settings of EraseDiff; defaults are the released DDPM run."""
+    """Settings of EraseDiff; defaults are the released DDPM run, without its dropped labels."""
 
     lr: float = Field(1e-4, gt=0, description="learning rate, inner and outer (released code, DDPM)")
     steps: int = Field(288, ge=0, description="outer steps (released code, DDPM: 4 epochs x 2 rounds x 36 batches)")
