@@ -29,8 +29,8 @@ def keys_of(folder: RunDir, trials: Sequence[dict[str, Any]]) -> Keys:
         front = json.loads(folder.front_json.read_text())
         if "audits" not in front:
             raise ConfigError(
-                f"{folder.front_json}: was written by an earlier raysweep; repeat the `raysweep run` that made it, which brings "
-                "it up to date"
+                f"{folder.front_json}: was written by an earlier raysweep, whose runs this one cannot go on with: run the sweep again under "
+                f"another name, for example name={folder.path.name}-2"
             )
         keys |= front["audits"]
     keys.setdefault("probe", {}).update({t["trial"]: t["probe"] for t in trials if t["probe"]})

@@ -114,7 +114,7 @@ def test_a_run_without_a_front_shows_its_anchors_and_probes(home, tmp_path):
 
 def test_a_front_that_does_not_say_what_it_stands_on_is_refused(tmp_path):
     write_json((folder := RunDir(tmp_path)).front_json, {"points": []})
-    with pytest.raises(ConfigError, match=r"front\.json: was written by an earlier raysweep; repeat"):
+    with pytest.raises(ConfigError, match=r"front\.json: was written by an earlier raysweep, whose runs"):
         keys_of(folder, [])
 
 

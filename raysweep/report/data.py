@@ -71,8 +71,8 @@ def gather(folder: RunDir) -> ReportData:
     front: dict[str, Any] = json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {}
     if front and "answer" not in front:
         raise ConfigError(
-            f"{folder.front_json}: was written by an earlier raysweep; repeat the `raysweep run` that made it, which brings it up "
-            "to date"
+            f"{folder.front_json}: was written by an earlier raysweep, whose runs this one cannot go on with: run the sweep again under "
+            f"another name, for example name={folder.path.name}-2"
         )
     points = read_table(folder.front_table, FRONT).to_pylist() if front else []
     trials = trial_table(folder, folder.run_id)
