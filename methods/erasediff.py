@@ -116,12 +116,12 @@ class EraseDiff(Descent):
         return []
 
     def draws(self) -> dict[str, Draw]:
-        hp, found = self.hp, {"forget": Draw(self.hp.batch_size), "retain": Draw(self.hp.batch_size)}
+        hp, draws = self.hp, {"forget": Draw(self.hp.batch_size), "retain": Draw(self.hp.batch_size)}
         if hp.inner_rows == "fresh" and self.looks_ahead():
             first = self.done // hp.inner_every * hp.inner_steps
             for k in range(hp.inner_steps):
-                found[f"inner{k}"] = Draw(hp.batch_size, split="forget", stream="inner", place=first + k)
-        return found
+                draws[f"inner{k}"] = Draw(hp.batch_size, split="forget", stream="inner", place=first + k)
+        return draws
 
     def looks_ahead(self) -> bool:
         """Whether the next outer step begins with inner ones."""

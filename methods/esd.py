@@ -109,8 +109,8 @@ class ESD(Descent):
         """(x_t, t): each row sampled under the concept up to a random step of the run, and the t of `timestep`."""
         hp, model = self.hp, self.model if self.hp.sample_from == "trained" else self.base
         u, n = model.uniform(seeds, 2), self.hp.sampler_steps
-        place = (u[:, 0] * n).long().clamp(max=n - 1)  # level: of the run's points from above; older_release: k
-        stop = place if hp.timestep == "level" else (n + 1 - place).clamp(max=n - 1)
+        point = (u[:, 0] * n).long().clamp(max=n - 1)  # level: of the run's points from above; older_release: k
+        stop = point if hp.timestep == "level" else (n + 1 - point).clamp(max=n - 1)
         cond = self.goal.forgotten(len(seeds), u.device)
         x_t, times, last = None, [], int(stop.max())
         for i, (t, x) in enumerate(model.trajectory(cond, seeds, n, hp.guidance)):
@@ -123,7 +123,7 @@ class ESD(Descent):
         level, length = torch.tensor(times, device=u.device)[stop], len(model.alphas)
         if hp.timestep == "level":
             return x_t, level
-        drawn = ((place + u[:, 1]) * length / n).long().clamp(max=length - 1)
+        drawn = ((point + u[:, 1]) * length / n).long().clamp(max=length - 1)
         return x_t, torch.maximum(level, drawn)
 
 

@@ -1,4 +1,4 @@
-"""What papers and released code state: the tables of `search_spaces/released/`, read and checked.
+"""Reads and checks the tables of `search_spaces/released/`: the values that papers and released code state.
 
 A table has `paper`, `code` (name of a repository -> its address and commit), `settings` and `presets`. A setting is one
 way in which the authors ran one method; it gives a value to every hyperparameter of the method, so that nothing is left to a
@@ -55,8 +55,8 @@ class Stated(_Part):
         """The value in the units of raysweep."""
         if self.times is None and self.plus is None:
             return self.value
-        found = self.value * (1 if self.times is None else self.times) + (self.plus or 0)
-        return int(found) if isinstance(self.value, int) and float(found).is_integer() else float(f"{found:.10g}")
+        value = self.value * (1 if self.times is None else self.times) + (self.plus or 0)
+        return int(value) if isinstance(self.value, int) and float(value).is_integer() else float(f"{value:.10g}")
 
     def __str__(self) -> str:
         units = "" if self.here == self.value else f"{shown(self.value)} there; "
@@ -64,7 +64,7 @@ class Stated(_Part):
 
 
 class Setting(_Part):
-    """How the authors ran one method on one task."""
+    """The values with which the authors ran one method on one task."""
 
     title: str = Field(min_length=1, description="whose setting it is, and for what")
     method: str = Field(description="the method of raysweep")
@@ -92,7 +92,7 @@ class Setting(_Part):
 
 
 class Table(_Part):
-    """What one paper and its code state."""
+    """The values that one paper and its code state."""
 
     paper: str
     code: dict[str, str] = Field(description="short name -> address and commit of what was read")
@@ -104,21 +104,21 @@ class Table(_Part):
 @lru_cache(maxsize=1)
 def tables() -> dict[str, Table]:
     """Name of a file -> its table. Raises ReleasedError."""
-    found = {}
+    read = {}
     for name, data in search_spaces.released().items():
         try:
-            found[name] = Table.model_validate(data)
+            read[name] = Table.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"])
+            key = ".".join(str(p) for p in first["loc"])
             message = first["msg"].removeprefix("Value error, ")
-            raise ReleasedError(f"search_spaces/released/{name}.yaml: {place}: {message}") from error
-    return found
+            raise ReleasedError(f"search_spaces/released/{name}.yaml: {key}: {message}") from error
+    return read
 
 
 def setting(name: str) -> Setting:
     """The setting `table/name`. Raises ReleasedError if there is none."""
-    known = {f"{table}/{key}": found for table, data in tables().items() for key, found in data.settings.items()}
+    known = {f"{table}/{key}": one for table, data in tables().items() for key, one in data.settings.items()}
     if name not in known:
         raise ReleasedError(f"{name!r} is not a released setting{suggest(str(name), sorted(known))}")
     return known[name]

@@ -1,4 +1,4 @@
-"""What a setting means: reductions and the clips that bind them, guidance, averages, rates, stages. In float64, on tiny networks."""
+"""Meaning of settings: reductions and the clips that bind them, guidance, averages, rates, stages. In float64, on tiny networks."""
 
 from __future__ import annotations
 

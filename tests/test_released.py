@@ -1,4 +1,4 @@
-"""What papers and released code state: whole, carried by every point that names them, and inherited from nowhere else."""
+"""Released values are whole, are carried by every point that names them, and come from nowhere else."""
 
 from __future__ import annotations
 
