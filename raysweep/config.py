@@ -295,6 +295,10 @@ class Sweep(_Model):
     @classmethod
     def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
         """The settings of the named task: raysweep's own, or another package's."""
+        if not isinstance(value, dict | TaskSettings):
+            raise ValueError(
+                "must be the name of a task (`raysweep ls tasks`), or a mapping with `name` and its settings"
+            )
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             return value
         try:

@@ -124,7 +124,7 @@ def validate(
         return Sweep.model_validate(data, context={"absent": absent, "stored": stored})
     except ValidationError as error:
         lines = _line_numbers(text)
-        task = data.get("task", {}).get("name", "")
+        task = data["task"]["name"] if isinstance(data.get("task"), dict) else ""
         raise ConfigError(
             "\n".join(_explain(e, where, lines, set_by_hand or [], task=task) for e in error.errors())
         ) from error

@@ -94,6 +94,8 @@ def test_how_pictures_are_shown_makes_no_other_run(tmp_path):
         ("2024-01-01: a\n", (), ["sweep.yaml: keys must be text or numbers"]),
         ("task: &a {x: *a}\n", (), ["sweep.yaml: keys must be text or numbers, and nothing may hold itself"]),
         ("task: {name: digits-clas}\n", (), ["task.name", "'digits-class'"]),
+        ("task:\n", (), ["sweep.yaml:1: task: must be the name of a task"]),
+        ("task: [digits-class]\n", (), ["sweep.yaml:1: task: must be the name of a task"]),
         ("task: {name: digits-class, forget: 12}\n", (), ["class 12 is not in the data", "0 to 9"]),
         ("task: {name: digits-class, forget: 8}\n", (), ["override"]),
         ("task: {copeis: 2}\n", (), ["task.copeis", "'copies'"]),
