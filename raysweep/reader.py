@@ -63,7 +63,15 @@ def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: s
     for item in overrides:
         _override(asked, item)
     scale = asked.get("scale", data.get("scale"))
+    if (about is None) != (tiny is None):
+        there, lacking = ("tiny", "about") if about is None else ("about", "tiny")
+        raise ConfigError(f"{where}: {there}: a preset has the parts about and tiny, and {lacking} is missing")
     if about is None or tiny is None:
+        if asked.get("preset", data.get("preset")) is not None and scale is None:
+            raise ConfigError(
+                f"{where}: preset: says of a resolved config which preset it was, and has a scale beside it; to run a preset give its "
+                "name: raysweep run NAME"
+            )
         if (
             data.get("preset") is not None
         ):  # a resolved config, as reports print it: its scale is in its settings already
