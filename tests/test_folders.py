@@ -319,3 +319,23 @@ def test_a_folder_that_is_not_the_pipeline_says_where_one_is(copy, tmp_path):
         families.load(folder / "unet")
     with pytest.raises(ValueError, match="from_single_file"):
         located(str(folder / UNET))
+
+
+@pytest.mark.parametrize("family", ["pixel", "edm"])
+def test_weights_that_lead_to_no_finite_answer_are_refused(copy, family):
+    folder = copy(family)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    edit(file, lambda t: {n: x.sign() * 3e38 if x.dim() > 1 else x for n, x in t.items()})
+    model = families.load(folder)
+    with pytest.raises(ValueError, match="not finite: are its weights damaged"):
+        check_pass(model, None, str(folder))
+
+
+@pytest.mark.parametrize("family", ["pixel", "edm"])
+def test_tensors_in_two_precisions_are_read_in_single(copy, family):
+    folder = copy(family)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    edit(file, lambda t: t | {first(t): t[first(t)].half()})
+    model = families.load(folder)
+    assert {p.dtype for p in model.net.parameters()} == {torch.float32}
+    check_pass(model, None, str(folder))

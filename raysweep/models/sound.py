@@ -20,6 +20,7 @@ SCHEDULE = "scheduler_config.json"
 # what a folder is expected to say
 STATED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 PREDICTIONS = ("epsilon", "v_prediction")
+SMALL = 50_000_000  # weights of a network that answers for one row in about a second on a CPU
 
 
 def check_unet(folder: Path, config: Any) -> None:
@@ -113,8 +114,9 @@ def _check_alphas(path: Path, sampler: DDIMScheduler) -> None:
 def check_pass(model: Any, cond: torch.Tensor | None, where: str) -> None:
     """Raises ValueError, naming `where`, unless the network of a diffusion model takes and gives what its configuration says.
 
-    One row goes through it on PyTorch's meta device: shapes alone, without arithmetic or memory. cond: the condition of a row
-    (1,) or (1, L), or None for the unconditional pass.
+    One row goes through it on PyTorch's meta device: shapes alone, without arithmetic or memory; and through networks of at most
+    `SMALL` weights themselves, whose answer must be finite. cond: the condition of a row (1,) or (1, L), or None for the
+    unconditional pass.
     """
     meta = torch.device("meta")
     with reading(Path(where)):
@@ -124,6 +126,12 @@ def check_pass(model: Any, cond: torch.Tensor | None, where: str) -> None:
         given = shadow.outline(x, None if cond is None else cond.to(meta))
         if given.shape != x.shape:
             raise ValueError(f"its network gives {tuple(given.shape[1:])} for {tuple(x.shape[1:])}")
+        if sum(p.numel() for p in model.net.parameters()) <= SMALL:
+            with torch.no_grad():
+                row = torch.zeros(1, *model.shape, device=model.device, dtype=model.dtype)
+                answer = model.predict(row, torch.zeros(1, dtype=torch.long, device=model.device), cond)
+            if not bool(answer.isfinite().all()):
+                raise ValueError("its network answers with numbers that are not finite: are its weights damaged?")
 
 
 def check_serves(model: Any, task: Any, where: str) -> None:

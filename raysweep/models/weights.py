@@ -59,6 +59,8 @@ def read(kind: Any, folder: Path, **how: Any) -> Any:
     other = {name: (tuple(a), tuple(b)) for name, a, b in found.get("mismatched_keys", ())}
     refuse_others(folder, kind.__name__, len(net.state_dict()), found["missing_keys"], found["unexpected_keys"], other)
     check_finite(folder, net)
+    if len({p.dtype for p in net.parameters() if p.is_floating_point()}) > 1:
+        net = net.float()  # some tensors were stored in half precision, and passes need one type
     if variant is not None:
         tell(f"{folder}: holds the variant {variant!r} of the weights alone, which is read")
     return net
