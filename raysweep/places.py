@@ -6,6 +6,7 @@ config is read, because workers have working directories of their own.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -23,11 +24,20 @@ class PlaceError(ValueError):
 
 
 def absolute(path: Path | str) -> Path:
-    """A path from the root, `~` replaced by the home it stands for; links stay as they are. Raises PlaceError without a home."""
+    """A path from the root, `~` replaced by the home it stands for; links stay as they are.
+
+    Raises PlaceError where there is no such home, or for what cannot be a path on this system.
+    """
     try:
-        return Path(path).expanduser().absolute()
+        found = Path(path).expanduser().absolute()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            found.lstat()
     except RuntimeError as error:
         raise PlaceError(f"{path}: there is no home folder for '~'; write the path out") from error
+    except (OSError, ValueError) as error:  # a name that is too long, or that holds a zero byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PlaceError(f"{str(path)[:60]!r}: cannot be a path ({reason})") from error
+    return found
 
 
 def location(text: str) -> str:

@@ -22,6 +22,7 @@ from raysweep.cli import main
 from raysweep.config import ConfigError
 from raysweep.context import Context
 from raysweep.fit import resolve_sweep
+from raysweep.models.folders import is_hub_id
 from raysweep.models.pixel import PixelDDPM
 from raysweep.places import PlaceError, absolute, check_writable, ray_folder
 from raysweep.reader import load, validate
@@ -215,3 +216,10 @@ def test_notes_about_folders_are_shown_once_and_plainly(capsys):
     assert shown[0] == "warning: m: read as half"
     assert "RuntimeWarning: something else" in shown[1]
     assert issubclass(ReadOtherwise, UserWarning)
+
+
+@pytest.mark.parametrize("name", ["é" * 300, "a" * 5000, "x/" * 3000, "a\0b", "b" * 300 + "/model"])
+def test_what_cannot_be_a_path_is_told(name):
+    assert not is_hub_id(name)
+    with pytest.raises(PlaceError, match="cannot be a path"):
+        absolute(name)

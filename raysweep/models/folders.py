@@ -14,7 +14,7 @@ from typing import Any
 
 INDEX = "model_index.json"
 OPEN_CLIP = "open_clip_config.json"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}")  # the hub's own limit of names
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # never pickles
 REASON = 400  # characters of a library's own message
 CHECKPOINTS = (".safetensors", ".ckpt")
@@ -23,7 +23,7 @@ VARIANTS = ["*.fp16.*", "*.bf16.*", "*non_ema*"]
 
 def is_hub_id(name: str) -> bool:
     """Whether a name that is no folder looks like an id on the Hugging Face hub."""
-    return not Path(name).exists() and HUB_ID.fullmatch(name) is not None
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def no_model(name: str) -> str:
