@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+
+from raysweep.models.folders import quiet_logs
 
 # The U-Net of Stable Diffusion 1.x and 2.x; the first is as published for 1.4.
 STABLE_DIFFUSION: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -79,7 +80,7 @@ def of(network: dict[str, Any]) -> Footprint:
 @functools.cache
 def _of(network: str) -> Footprint:
     ((kind, how),) = json.loads(network).items()
-    with _quiet():
+    with quiet_logs():
         if kind in ("unet", "song_unet"):
             return _of_unet(kind, how)
         if kind == "stable_diffusion":
@@ -221,13 +222,3 @@ def _fused_attention() -> Iterator[list[float]]:
         yield found
     finally:
         F.scaled_dot_product_attention = real
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip warns that a model without weights has none."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -21,6 +21,7 @@ from raysweep.reader import load
 from raysweep.registry import PluginError, UnknownName, names, resolve
 from raysweep.rundir import RunDir
 from raysweep.store import ROWS, SCORES, TRIALS, read_table, write_table
+from raysweep.tasks.base import StoredTask
 
 CONFIG = """
 name: odd
@@ -230,3 +231,8 @@ def test_the_numbers_of_checks_that_are_not_here_are_not_recomputed(tmp_path):
     (only,) = _recomputed(content, tmp_path, tiny_task())
     assert (only.what, only.holds) == ("audit: brightness", None)
     assert "'brightness' is not a known evaluator" in only.detail
+
+
+def test_a_stored_task_without_its_package_says_what_is_missing():
+    with pytest.raises(ValueError, match="'theirs' is a task of a package that is not installed"):
+        StoredTask(name="theirs", anything=3).build()

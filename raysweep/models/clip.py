@@ -6,12 +6,9 @@ hub have them: `open_clip.create_model_from_pretrained("local-dir:FOLDER")`. Con
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import math
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +18,7 @@ from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from raysweep.models import weights
-from raysweep.models.folders import OPEN_CLIP, read_json, reading
+from raysweep.models.folders import OPEN_CLIP, quiet_logs, read_json, reading
 from raysweep.models.handle import Handle
 
 
@@ -52,7 +49,7 @@ class Contrastive(Handle):
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
             (Path(folder) / OPEN_CLIP).write_text(json.dumps(config))
             torch.manual_seed(seed)
-            with _quiet():
+            with quiet_logs():
                 net = open_clip.create_model(f"local-dir:{folder}", load_weights=False, device="cpu")
             return cls(net, config, open_clip.get_tokenizer(f"local-dir:{folder}"))
 
@@ -68,7 +65,7 @@ class Contrastive(Handle):
         config, file = read_json(folder / OPEN_CLIP), folder / HF_SAFE_WEIGHTS_NAME
         shapes = weights.shapes_of([file])
         wrapped = weights.check_names(folder, shapes)
-        with reading(folder), _quiet():
+        with reading(folder), quiet_logs():
             net = open_clip.create_model(f"local-dir:{folder}", load_weights=False, device="cpu")
             tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
             own = {n: tuple(t.shape) for n, t in net.state_dict().items()}
@@ -137,13 +134,3 @@ class Contrastive(Handle):
     def tokens(self, captions: list[str]) -> torch.Tensor:
         """(n, L)."""
         return self.tokenizer(captions)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip warns that a model without weights has none."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

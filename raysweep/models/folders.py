@@ -146,3 +146,13 @@ def reading(place: Path) -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Mutes log messages in a block, such as open_clip's warning that a model that is only built has no weights."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

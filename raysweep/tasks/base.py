@@ -32,3 +32,7 @@ class StoredTask(TaskSettings):
     """The settings of a task whose package is not installed, as a run left them: enough to read the run."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
+
+    def build(self) -> Task:
+        """Raises ValueError: without its package the data of a task cannot be read."""
+        raise ValueError(f"{self.name!r} is a task of a package that is not installed here; install it")
