@@ -31,10 +31,16 @@ def cache_folder(configured: Path | None) -> Path:
 
 @cache
 def code_digest(*patterns: str) -> str:
-    """Hash of source files, given as glob patterns below the folder that holds the packages, and of torch's version."""
+    """Hash of source files, given as glob patterns below the folder that holds the packages, and of torch's version.
+
+    Raises FileNotFoundError for a pattern that matches nothing: a file that was moved would silently drop out of cache keys.
+    """
     sha = hashlib.sha256(version("torch").encode())
     for pattern in patterns:
-        for path in sorted(ROOT.glob(pattern)):
+        files = sorted(ROOT.glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"no source file matches {pattern} below {ROOT}")
+        for path in files:
             sha.update(path.name.encode() + path.read_bytes())
     return sha.hexdigest()[:16]
 

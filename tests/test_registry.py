@@ -15,7 +15,7 @@ import search_spaces
 from evaluators.base import Evaluator
 from evaluators.durability import Durability
 from methods.base import Method
-from raysweep.artifacts import training_code
+from raysweep.artifacts import code_digest, training_code
 from raysweep.fit import refusals
 from raysweep.presets import path_of
 from raysweep.reader import load
@@ -118,6 +118,24 @@ def test_a_method_for_other_models_is_refused_with_every_reason(class_task):
         "it forgets concept, and the task is of kind 'class'",
         "it needs the prompts set",
     ]
+
+
+def test_every_pattern_of_a_code_digest_matches_files():
+    """A file that is moved without its pattern would drop out of cache keys, and stale artifacts would be used."""
+    with pytest.raises(FileNotFoundError, match=r"raysweep/moved/\*\.py"):
+        code_digest("evaluators/*.py", "raysweep/moved/*.py")
+    calls = [
+        node
+        for path in (ROOT / "raysweep").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "code_digest"
+    ]
+    patterns = {
+        ast.literal_eval(argument) for call in calls for argument in call.args if isinstance(argument, ast.Constant)
+    }
+    assert "evaluators/*.py" in patterns
+    for pattern in patterns:
+        code_digest(pattern)
 
 
 def test_other_methods_do_not_make_artifacts_stale(monkeypatch, tmp_path):
