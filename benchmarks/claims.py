@@ -35,8 +35,8 @@ from scipy.stats import mannwhitneyu
 from evaluators.statistics import t_interval
 from methods.slug import SLUG, SLUGSettings, candidates
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config import Tier
-from raysweep.seeds import derive_seed
+from raysweep.config.schema import Tier
+from raysweep.storage.seeds import derive_seed
 
 SEEDS = range(3)
 RESULTS = Path(__file__).parent / "results" / "claims.json"

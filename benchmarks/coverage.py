@@ -25,7 +25,7 @@ from evaluators.statistics import (
     paired_gap,
     t_interval,
 )
-from raysweep import pareto
+from raysweep.results import pareto
 
 GROUPS = 20
 Case = Callable[[np.random.Generator], tuple[float, float, float]]

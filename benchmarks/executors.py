@@ -20,12 +20,12 @@ from pathlib import Path
 import ray
 from ray.train import ScalingConfig
 
+from raysweep.config.reader import load
+from raysweep.engine.cluster import ENVIRONMENT
 from raysweep.models.pixel import PixelDDPM
-from raysweep.pool import ENVIRONMENT
-from raysweep.reader import load
 from raysweep.rundir import versions
-from raysweep.store import write_folder
-from raysweep.train.groups import NAMESPACE, Broker, Executor, Isolated, Warm, start_group, stop_groups
+from raysweep.storage.files import write_folder
+from raysweep.train.executors import NAMESPACE, Broker, Executor, Isolated, Warm, start_group, stop_groups
 from raysweep.train.jobs import Job
 
 STEPS = 5

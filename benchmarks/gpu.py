@@ -32,10 +32,10 @@ from plain import LAM, MIX, PLAIN, RHO, SAMPLER_STEPS, Step, Unet
 from torch.utils.flop_counter import FlopCounterMode
 
 from methods.base import Goal, Method, Rows
-from raysweep import footprint
-from raysweep.models.draws import normal_rows, row_seeds
 from raysweep.models.embeddings import Embeddings
 from raysweep.models.latent import LatentText
+from raysweep.models.noise import normal_rows, row_seeds
+from raysweep.planning import footprint
 from raysweep.registry import resolve
 from raysweep.rundir import git_commit, versions
 

@@ -17,17 +17,17 @@ import torch
 
 from evaluators.base import Subject
 from methods.base import Diverged, Method
-from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.audit.auditor import load_judge
 from raysweep.audit.measure import Measurement, measure, subject_of
-from raysweep.config import Sweep, Tier
+from raysweep.audit.objectives import Anchors, Measured, Objectives, View, assess_views, objectives
+from raysweep.config.reader import load
+from raysweep.config.schema import Sweep, Tier
+from raysweep.engine.prepare import judge_files, prepares, retrain_jobs
 from raysweep.models.pixel import PixelDDPM
-from raysweep.objectives import Anchors, Measured, Objectives, View, assess_views, objectives
-from raysweep.prepare import judge_files, prepares, retrain_jobs
-from raysweep.reader import load
 from raysweep.registry import resolve
-from raysweep.seeds import derive_seed
-from raysweep.store import write_folder
+from raysweep.storage.cache import load_tensors, save_tensors
+from raysweep.storage.files import write_folder
+from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task
 from raysweep.train.loop import Resident
 from raysweep.train.loop import run as run_job

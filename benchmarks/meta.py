@@ -30,13 +30,13 @@ from unlearning import RESULTS, ground
 from evaluators import membership
 from evaluators.statistics import auc_interval, clopper_pearson
 from methods.retrain import Retrain, RetrainSettings
-from raysweep import verdict
+from raysweep.audit import verdict
+from raysweep.audit.informative import LEAST
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config import Tier
-from raysweep.informative import LEAST
+from raysweep.config.schema import Tier
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import ATTACKS, BY_WEIGHTS, names
-from raysweep.seeds import derive_seed
+from raysweep.storage.seeds import derive_seed
 
 WIDTHS = ((8, 16), (16, 32), (24, 48))
 STEPS = (250, 400, 600)

@@ -20,10 +20,10 @@ from ground import machine
 from plain import LAM, MIX, PLAIN, RHO, Step
 
 from methods.base import Method, Rows
-from raysweep.models.draws import row_seeds
+from raysweep.models.noise import row_seeds
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
-from raysweep.tasks.scans import SCHEDULER, UNET
+from raysweep.tasks.digits_data import SCHEDULER, UNET
 
 WIDE = UNET | {"block_out_channels": (128, 256), "norm_num_groups": 32, "attention_head_dim": 64}
 

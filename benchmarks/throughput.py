@@ -21,12 +21,12 @@ import torch
 from diffusers import DDIMPipeline
 from ground import Ground, machine
 
-from raysweep.artifacts import save_tensors
 from raysweep.audit.auditor import Auditor, AuditRequest
 from raysweep.audit.manager import AuditManager
-from raysweep.pool import ENVIRONMENT
-from raysweep.store import write_folder
-from raysweep.train.groups import NAMESPACE
+from raysweep.engine.cluster import ENVIRONMENT
+from raysweep.storage.cache import save_tensors
+from raysweep.storage.files import write_folder
+from raysweep.train.executors import NAMESPACE
 
 IMAGES, REPEATS, MODELS = 100, 5, 8
 

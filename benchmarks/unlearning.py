@@ -30,8 +30,8 @@ from ground import Ground, machine, save_lines
 from evaluators.statistics import t_interval
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import method_names, resolve
-from raysweep.seeds import derive_seed
-from raysweep.spaces import load as load_space
+from raysweep.search.spaces import load as load_space
+from raysweep.storage.seeds import derive_seed
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {"class": ("task=digits-class",), "points": ("task=digits-picture",)}

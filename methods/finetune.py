@@ -20,7 +20,7 @@ from pydantic import Field
 
 from methods import gradients
 from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Reduction, Scalars, Training
-from methods.recall import retain_loss
+from methods.losses import retain_loss
 
 
 class FinetuneSettings(Training):

@@ -40,7 +40,7 @@ from methods.base import (
     squared_errors,
     timesteps,
 )
-from methods.recall import contrastive, forget_loss, retain_loss
+from methods.losses import contrastive, forget_loss, retain_loss
 
 
 class GradDiffSettings(Training):

@@ -14,7 +14,7 @@ import torch
 
 from methods import gradients
 from methods.base import Data, Model, Rows
-from methods.recall import contrastive
+from methods.losses import contrastive
 
 EXCLUDED = {
     "clip": ("bias", "logit_scale", "position", "embedding"),

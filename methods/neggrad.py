@@ -15,7 +15,7 @@ from pydantic import Field
 
 from methods import gradients
 from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Reduction, Scalars, Training
-from methods.recall import forget_loss
+from methods.losses import forget_loss
 
 
 class NegGradSettings(Training):

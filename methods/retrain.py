@@ -19,7 +19,7 @@ from pydantic import Field
 
 from methods import gradients
 from methods.base import DIFFUSION, Batch, Descent, Draw, Reduction, Scalars, Training, without_labels
-from methods.recall import retain_loss
+from methods.losses import retain_loss
 
 
 class RetrainSettings(Training):

@@ -34,7 +34,7 @@ from pydantic import Field
 from methods import gradients
 from methods.base import CONTRASTIVE, DIFFUSION, Batch, Data, Draw, Goal, Hyperparameters, Method, Model, Scalars
 from methods.layers import depth, eligible, gradient_pass, group, tower
-from methods.recall import comparing, contrastive, forget_loss, recall, retain_loss
+from methods.losses import comparing, contrastive, forget_loss, recall, retain_loss
 
 RULES = ("deepest", "importance", "alignment")
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from raysweep.audit.auditor import AuditRequest, rows_path
-from raysweep.config import Sweep, Tier
-from raysweep.objectives import Anchors, Measured, View
+from raysweep.audit.objectives import Anchors, Measured, View
+from raysweep.config.schema import Sweep, Tier
 from raysweep.plugins import audit_code, method_code
 from raysweep.rundir import RunDir
-from raysweep.store import ROWS, digest_of, read_table, write_json
+from raysweep.storage.files import ROWS, digest_of, read_table, write_json
 from raysweep.train.jobs import Job
 
 

@@ -13,8 +13,8 @@ from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-from raysweep import artifacts
 from raysweep.registry import external, module_of, provider
+from raysweep.storage import cache as artifacts
 
 BYTECODE = (".pyc", ".pyo")
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raysweep.artifacts import ROOT, cache_folder
-from raysweep.config import ConfigError, Sweep
-from raysweep.places import PlaceError, check_writable
+from raysweep.config.reader import validate as validate_config
+from raysweep.config.schema import ConfigError, Sweep
 from raysweep.plugins import used
-from raysweep.reader import validate as validate_config
-from raysweep.store import CHECKPOINT, DAY_S, clear_temporaries, write_bytes, write_json
-from raysweep.texts import load_yaml
+from raysweep.storage.cache import ROOT, cache_folder
+from raysweep.storage.files import CHECKPOINT, DAY_S, clear_temporaries, write_bytes, write_json
+from raysweep.storage.places import PlaceError, check_writable
+from raysweep.storage.texts import load_yaml
 
 PACKAGES = (
     "raysweep", "torch", "ray", "optuna", "diffusers", "torch-fidelity", "numpy", "scipy", "pyarrow", "moocore",

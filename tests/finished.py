@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from tiny import tiny_task
 
-from raysweep import pareto
-from raysweep.reader import load
-from raysweep.results import Front, write_front
+from raysweep.audit.verdict import Verdict
+from raysweep.config.reader import load
+from raysweep.results import pareto
+from raysweep.results.front import Front, write_front
 from raysweep.rundir import RunDir
-from raysweep.store import ROWS, SCORES, TRIALS, write_json, write_table
-from raysweep.verdict import Verdict
+from raysweep.storage.files import ROWS, SCORES, TRIALS, write_json, write_table
 
 KEYS = {"reconstruction.correlation": "audit.audit.noises", "damage": "audit.audit.samples"}
 LIKE = Verdict("like the oracle", (), 0.05, 9)

@@ -9,18 +9,18 @@ import pytest
 from click.testing import CliRunner
 from tiny import tiny_task
 
-from raysweep.audited import keys_of, rows_of, scores_of
 from raysweep.cli import main
-from raysweep.config import ConfigError
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
 from raysweep.context import Context
-from raysweep.reader import load
+from raysweep.engine.run import probed_otherwise
 from raysweep.report.data import gather
-from raysweep.results import trial_table
-from raysweep.run import probed_otherwise
+from raysweep.results.audited import keys_of, rows_of, scores_of
+from raysweep.results.front import trial_table
 from raysweep.rundir import RunDir
-from raysweep.search import FINAL, ParetoSearch
-from raysweep.spaces import Parameter, Space
-from raysweep.store import FRONT, ROWS, SCORES, write_json, write_table
+from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.spaces import Parameter, Space
+from raysweep.storage.files import FRONT, ROWS, SCORES, write_json, write_table
 
 TRIAL, ANCHORS = "000-rgd", ("base", "oracle-0", "destroyed")
 OLD, NEW = 0.111, 0.222

@@ -9,12 +9,12 @@ import pytest
 from tiny import tiny_model, tiny_task
 
 from evaluators.judge import train_judge
-from raysweep.artifacts import save_tensors
 from raysweep.audit.auditor import Auditor, AuditRequest, rows_path
-from raysweep.config import Tier
+from raysweep.config.schema import Tier
 from raysweep.models import families
-from raysweep.recent import Recent
-from raysweep.store import ROWS, read_table
+from raysweep.storage.cache import save_tensors
+from raysweep.storage.files import ROWS, read_table
+from raysweep.storage.recent import Recent
 
 TIER = Tier(seed=1, judge="probe", checks=("loss", "fidelity"), groups=5, samples=20, loss_noises=6, loss_images=4,
             timesteps=3, membership_images=8, membership_noises=1, membership_t=(50,))  # fmt: skip

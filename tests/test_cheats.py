@@ -12,12 +12,12 @@ from test_durability import trained
 
 from evaluators.judge import train_judge
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config import Tier
-from raysweep.models.draws import row_seeds
-from raysweep.objectives import Anchors, Measured, assess_views, objectives
+from raysweep.audit.objectives import Anchors, Measured, assess_views, objectives
+from raysweep.audit.verdict import verdict
+from raysweep.config.schema import Tier
+from raysweep.models.noise import row_seeds
 from raysweep.registry import ATTACKS, resolve
-from raysweep.seeds import derive_seed
-from raysweep.verdict import verdict
+from raysweep.storage.seeds import derive_seed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SIZES = {"samples": 120, "class_samples": 100, "noises": 10, "loss_noises": 10, "timesteps": 4, "membership_images": 30,

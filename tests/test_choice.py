@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from finished import CONCEALED, DESTROYED, LIKE, REMEMBERS, front, row, run
 
 from raysweep.cli import main
-from raysweep.results import Front
-from raysweep.run import Result
+from raysweep.engine.run import Result
+from raysweep.results.front import Front
 
 GOOD, OTHER = row("000-rgd", 0.05, 0.2), row("001-siss", 0.02, 0.6)
 
@@ -104,7 +104,7 @@ def test_a_terminal_without_a_front_says_so(monkeypatch, tmp_path):
     from raysweep.rundir import RunDir
 
     result = Result(RunDir(tmp_path), front([]), [{"state": "COMPLETE"}], ["000-rgd: no answer within 600 s"])
-    monkeypatch.setattr("raysweep.run.run_sweep", lambda *_: result)
+    monkeypatch.setattr("raysweep.engine.run.run_sweep", lambda *_: result)
     told = CliRunner().invoke(main, ["run"])
     assert told.exit_code == 3
     assert "no front: no candidate was audited; 0 of 1 trials failed" in told.output
@@ -136,7 +136,7 @@ def call(*arguments: str):
 
 def test_every_output_of_a_run_says_the_same(remembering, monkeypatch):
     """front.json, report, status, show, export's warning and the model card; the terminal below."""
-    from raysweep.modelcard import page
+    from raysweep.export.modelcard import page
     from raysweep.rundir import RunDir
 
     written = json.loads((remembering / "front.json").read_text())
@@ -153,7 +153,7 @@ def test_every_output_of_a_run_says_the_same(remembering, monkeypatch):
     RunDir(remembering).update(state="interrupted")
     assert "answer of the attempt before:\nNo candidate is recommended" in call("status", str(remembering)).output
     trials = {"000-rgd": {"trial": "000-rgd", "probe": ""}}
-    monkeypatch.setattr("raysweep.results.trial_table", lambda *_: list(trials.values()))
+    monkeypatch.setattr("raysweep.results.front.trial_table", lambda *_: list(trials.values()))
     assert "best so far, but not recommended: it has not forgotten" in call("show", str(remembering), "000-rgd").output
     card = {"trial": "000-rgd", "method": "rgd", "seed": 0, "hyperparameters": {}, "base_digest": "b", "task_digest": "t", "outcome": {"digest": "d"}}  # fmt: skip
     text = page(RunDir(remembering), card)
@@ -167,7 +167,7 @@ def test_the_terminal_says_it_and_offers_no_export(remembering, monkeypatch):
     for verdict, recommended in ((REMEMBERS, False), (LIKE, True)):
         of = front([GOOD], {"000-rgd": verdict})
         result = Result(RunDir(remembering), of, [], [])
-        monkeypatch.setattr("raysweep.run.run_sweep", lambda *_, result=result: result)
+        monkeypatch.setattr("raysweep.engine.run.run_sweep", lambda *_, result=result: result)
         told = call("run")
         assert told.exit_code == 0
         assert ("raysweep export" in told.output) == recommended
@@ -176,7 +176,7 @@ def test_the_terminal_says_it_and_offers_no_export(remembering, monkeypatch):
 
 
 def test_the_comparison_shows_each_runs_answer(remembering, tmp_path):
-    from raysweep.compare import runs_table
+    from raysweep.report.compare import runs_table
     from raysweep.rundir import RunDir
 
     other = run(tmp_path / "other", front([OTHER], {"001-siss": LIKE}), "search.seed=5")

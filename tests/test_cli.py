@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from raysweep.cli import main
-from raysweep.reader import load
+from raysweep.config.reader import load
 
 SURFACE = {
     "audit": ["MODEL_DIR", "CONFIG", "OVERRIDES", "--base", "--oracle", "--json"],
@@ -190,13 +190,13 @@ def test_dry_run_starts_nothing_and_says_what_is_not_tested(tmp_path):
 def test_a_missing_check_is_said_and_exits_3(monkeypatch, tmp_path, incomplete, code):
     import numpy as np
 
-    from raysweep.results import Front
-    from raysweep.run import Result
+    from raysweep.engine.run import Result
+    from raysweep.results.front import Front
     from raysweep.rundir import RunDir
 
     front = Front([], [], np.zeros((0, 0)), 0.5, 0.4, 0.6, 0.5)
     result = Result(RunDir(tmp_path / "x"), front, [{"state": "FAIL"}], incomplete)
-    monkeypatch.setattr("raysweep.run.run_sweep", lambda *_: result)
+    monkeypatch.setattr("raysweep.engine.run.run_sweep", lambda *_: result)
     answer = call("run")
     assert answer.exit_code == code
     assert ("check missing: 012-rgd: membership" in answer.output) == bool(incomplete)

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from evaluators.contrast import zero_shot
 from methods.base import Rows
-from methods.recall import forget_loss, retain_loss
+from methods.losses import forget_loss, retain_loss
 from methods.retrain import Retrain
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config import Tier
+from raysweep.config.schema import Tier
 from raysweep.models import families
 from raysweep.registry import resolve
 
@@ -132,7 +132,7 @@ import sys, torch, torch.distributed as dist
 sys.path[:0] = [{root!r}, {tests!r}]
 from tiny import clip_model, clip_task
 from methods import gradients
-from methods.recall import retain_loss
+from methods.losses import retain_loss
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=2)
 task, model = clip_task(), clip_model()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from raysweep.config import ConfigError, Sweep
-from raysweep.reader import load, validate
+from raysweep.config.reader import load, validate
+from raysweep.config.schema import ConfigError, Sweep
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import clip_model, edm_model, latent_task, tiny_config, tiny_model, tiny_task
 
-from raysweep import delta
-from raysweep.config import ConfigError
+from raysweep.config.schema import ConfigError
+from raysweep.export import delta
 from raysweep.models import families
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM

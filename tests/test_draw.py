@@ -10,11 +10,11 @@ from PIL import Image
 from tiny import LATENT, tiny_model, tiny_task
 
 from raysweep.cli import main
-from raysweep.draw import Drawing, by_label, by_prompt, draw, folder_of, sort_in_two
+from raysweep.config.presets import path_of
+from raysweep.config.reader import load
 from raysweep.models.latent import LatentText
-from raysweep.presets import path_of
-from raysweep.reader import load
-from raysweep.store import write_folder
+from raysweep.storage.files import write_folder
+from raysweep.tasks.drawing import Drawing, by_label, by_prompt, draw, folder_of, sort_in_two
 from raysweep.tasks.sources import FolderSource, Tally
 
 

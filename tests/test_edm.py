@@ -14,7 +14,7 @@ from evaluators.judge import Judge
 from methods.base import squared_errors
 from methods.retrain import Retrain, RetrainSettings
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config import Tier
+from raysweep.config.schema import Tier
 from raysweep.models import families
 from raysweep.models.edm import EDM, LEVELS, TRAINING
 

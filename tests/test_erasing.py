@@ -17,7 +17,7 @@ from methods.selective_amnesia import SelectiveAmnesia, diagonal_fisher, ewc_pen
 from methods.siss import SISS
 from methods.siss_no_is import SISSNoIS
 from methods.sld import SLD, SafetyGuidance, SLDSettings, scale
-from raysweep.store import digest_state
+from raysweep.storage.files import digest_state
 
 D = torch.float64
 SMALL = {"replay_per_class": 6, "fisher_per_class": 3, "fisher_timesteps": 5, "sampler_steps": 3, "ema": 0.0}

@@ -12,10 +12,10 @@ from evaluators.fidelity import Fidelity
 from evaluators.judge import Judge, train_judge
 from evaluators.statistics import frechet, precision_recall
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config import Tier
-from raysweep.models.draws import row_seeds
+from raysweep.config.schema import Tier
+from raysweep.models.noise import row_seeds
 from raysweep.registry import BY_WEIGHTS, EVALUATORS, resolve
-from raysweep.seeds import derive_seed
+from raysweep.storage.seeds import derive_seed
 
 CHECKS = tuple(name for name in EVALUATORS if name not in BY_WEIGHTS)  # those by brought networks: test_external.py
 TIER = Tier(

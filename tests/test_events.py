@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from raysweep import run
-from raysweep.reader import load
+from raysweep.config.reader import load
+from raysweep.engine import run
 from raysweep.rundir import RunDir
-from raysweep.search import FINAL, ParetoSearch
-from raysweep.spaces import Parameter, Space
-from raysweep.store import checkpoint_path
+from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.spaces import Parameter, Space
+from raysweep.storage.files import checkpoint_path
 
 LR = Space("rgd", {}, (Parameter("lr", "log", (1e-5, 1e-3), {}),), ())
 

@@ -9,8 +9,8 @@ import pytest
 from small import recipe_of, start
 from tiny import ROOT
 
+from raysweep.config.reader import load
 from raysweep.models import families
-from raysweep.reader import load
 
 LITTLE = {
     "class": ("task.base_steps=60", "search.trials=17"),

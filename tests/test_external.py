@@ -30,8 +30,8 @@ from evaluators.memorisation import CopyDetection
 from evaluators.recognition import CLIPIQA, Alignment, Detection, NudeNet, OutsideClassifier, ZeroShot
 from evaluators.statistics import frechet
 from raysweep.audit.measure import measure, reduce, subject_of
-from raysweep.config import ConfigError, Tier
-from raysweep.reader import validate
+from raysweep.config.reader import validate
+from raysweep.config.schema import ConfigError, Tier
 from raysweep.registry import BY_WEIGHTS
 
 NAMES = ("circle", "square", "star", "line", "dot", "cross")

@@ -16,12 +16,12 @@ from small import install_faulty
 from tiny import LATENT, latent_task, tiny_model, tiny_task
 
 from evaluators.judge import train_judge
-from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.audit.auditor import Auditor, AuditRequest
 from raysweep.audit.manager import LOG, AuditManager
-from raysweep.config import Tier
+from raysweep.config.schema import Tier
 from raysweep.models.latent import LatentText
-from raysweep.train.groups import ATTEMPTS, NAMESPACE, Broker, Isolated, Warm, start_group, stop_groups
+from raysweep.storage.cache import load_tensors, save_tensors
+from raysweep.train.executors import ATTEMPTS, NAMESPACE, Broker, Isolated, Warm, start_group, stop_groups
 from raysweep.train.jobs import Job, finished
 
 pytestmark = pytest.mark.timeout(400)

@@ -16,10 +16,10 @@ from tiny import LATENT, clip_model, edm_model, tiny_config, tiny_model, tiny_ta
 
 from raysweep.miniature import models
 from raysweep.models import families
-from raysweep.models.draws import row_seeds
 from raysweep.models.edm import EDM
 from raysweep.models.folders import VARIANTS, located
 from raysweep.models.latent import LatentText
+from raysweep.models.noise import row_seeds
 from raysweep.models.pixel import PixelDDPM
 from raysweep.models.sound import check_pass
 from raysweep.models.weights import ReadOtherwise

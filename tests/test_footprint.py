@@ -12,8 +12,8 @@ from tiny import batch_for, tiny_task
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from raysweep import footprint
 from raysweep.models.pixel import PixelDDPM
+from raysweep.planning import footprint
 from raysweep.registry import resolve
 
 

@@ -17,11 +17,11 @@ import yaml
 from click.testing import CliRunner
 from mutation import answering, bounded, check, mutate_folder, mutated_bytes, mutated_tree, seeds, wrong_of
 
-from raysweep import presets
 from raysweep.cli import main
-from raysweep.config import Sweep
+from raysweep.config import presets
+from raysweep.config.reader import load
+from raysweep.config.schema import Sweep
 from raysweep.models import families
-from raysweep.reader import load
 
 pytestmark = pytest.mark.slow
 

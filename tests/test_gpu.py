@@ -19,9 +19,9 @@ from tiny import LATENT, latent_task, vlm_pairs
 from methods.base import CONTRASTIVE
 from raysweep.audit.measure import measure, subject_of
 from raysweep.models import families
-from raysweep.models.draws import row_seeds
 from raysweep.models.embeddings import Embeddings
 from raysweep.models.latent import LatentText
+from raysweep.models.noise import row_seeds
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
 from raysweep.tasks.task import encoded

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import ROOT
 
-from raysweep import footprint
+from raysweep.planning import footprint
 
 
 @pytest.fixture(scope="module")

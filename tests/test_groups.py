@@ -14,10 +14,10 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_task
 
-from raysweep import trial
+from raysweep.config.reader import load
+from raysweep.engine import trial
 from raysweep.models.pixel import PixelDDPM
-from raysweep.reader import load
-from raysweep.store import checkpoint_path
+from raysweep.storage.files import checkpoint_path
 from raysweep.train import groups, loop
 from raysweep.train.jobs import Job
 

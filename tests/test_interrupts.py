@@ -12,12 +12,12 @@ import pytest
 from small import SMALL, log, start
 from tiny import ROOT
 
-from raysweep.pool import own_handlers
+from raysweep.engine.cluster import own_handlers
 
 WAITS = """
 import signal, sys, time
 sys.path.insert(0, {root!r})
-from raysweep.pool import interrupt
+from raysweep.engine.cluster import interrupt
 signal.signal(signal.SIGTERM, interrupt)
 try:
     print("ready", flush=True)

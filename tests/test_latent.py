@@ -18,17 +18,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from evaluators.judge import Judge
 from methods.retrain import Retrain, RetrainSettings
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config import ConfigError, Sweep, Tier
-from raysweep.fit import resolve_sweep
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError, Sweep, Tier
+from raysweep.engine.audit_model import audit_model
+from raysweep.engine.checks import resolve_sweep
+from raysweep.engine.prepare import check_oracles
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import RECENT, Embeddings
 from raysweep.models.latent import ATTENTION, Frozen, LatentText
 from raysweep.models.words import tokenizer_of
-from raysweep.prepare import check_oracles
-from raysweep.reader import load
 from raysweep.registry import BY_WEIGHTS, EVALUATORS, resolve
-from raysweep.single import audit_model
 from raysweep.tasks.task import Split, encoded
 from raysweep.train.jobs import Job
 from raysweep.train.loop import Resident, run

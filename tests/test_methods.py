@@ -40,7 +40,7 @@ from methods.salun import SalUn, saliency_mask
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import METHODS, resolve
-from raysweep.store import digest_state
+from raysweep.storage.files import digest_state
 from raysweep.tasks.task import Task
 
 D = torch.float64

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from raysweep.objectives import Anchors, Measured, Unmeasured, assess_views, check_scale, objectives
-from raysweep.results import search_against_audit
+from raysweep.audit.objectives import Anchors, Measured, Unmeasured, assess_views, check_scale, objectives
+from raysweep.results.front import search_against_audit
 
 RNG = np.random.default_rng(0)
 VALIDITY = "classifier.validity"

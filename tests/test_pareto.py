@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators.statistics import jackknife_se
-from raysweep import pareto
+from raysweep.results import pareto
 
 
 @given(

@@ -16,17 +16,17 @@ from outside import sscd_file
 from PIL import Image
 from tiny import tiny_config, tiny_task
 
-from raysweep import places
-from raysweep.artifacts import cache_folder
 from raysweep.cli import main
-from raysweep.config import ConfigError
+from raysweep.config.reader import load, validate
+from raysweep.config.schema import ConfigError
 from raysweep.context import Context
-from raysweep.fit import resolve_sweep
+from raysweep.engine.checks import resolve_sweep
 from raysweep.models.folders import is_hub_id
 from raysweep.models.pixel import PixelDDPM
-from raysweep.places import PlaceError, absolute, check_writable, ray_folder
-from raysweep.reader import load, validate
 from raysweep.rundir import RunDir
+from raysweep.storage import places
+from raysweep.storage.cache import cache_folder
+from raysweep.storage.places import PlaceError, absolute, check_writable, ray_folder
 
 TIER = {"samples": 20, "class_samples": 10, "noises": 10, "loss_noises": 10, "groups": 5}
 
@@ -175,7 +175,7 @@ def test_oracles_are_looked_at_before_anything_starts(project):
 
 @pytest.mark.parametrize(("classes", "fits"), [(6, False), (7, True)])
 def test_an_embedding_for_no_class_is_needed_beside_the_tasks_classes(tmp_path, classes, fits):
-    from raysweep.prepare import check_model
+    from raysweep.engine.prepare import check_model
 
     config = tiny_config()
     config["unet"]["num_class_embeds"] = classes

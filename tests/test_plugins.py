@@ -13,14 +13,14 @@ from small import log, start
 from tiny import ROOT, tiny_task
 
 from raysweep import plugins
-from raysweep.card import _code, _recomputed
+from raysweep.audit.card import _code, _recomputed
 from raysweep.cli import main
-from raysweep.config import AuditConfig, ConfigError
-from raysweep.fit import resolve_sweep
-from raysweep.reader import load
+from raysweep.config.reader import load
+from raysweep.config.schema import AuditConfig, ConfigError
+from raysweep.engine.checks import resolve_sweep
 from raysweep.registry import PluginError, UnknownName, names, resolve
 from raysweep.rundir import RunDir
-from raysweep.store import ROWS, SCORES, TRIALS, read_table, write_table
+from raysweep.storage.files import ROWS, SCORES, TRIALS, read_table, write_table
 from raysweep.tasks.base import StoredTask
 
 CONFIG = """
@@ -119,7 +119,7 @@ def test_an_edited_package_changes_the_keys_of_what_it_makes(installed):
 def test_a_change_of_ours_reaches_the_methods_that_import_it(installed, monkeypatch):
     assert plugins._methods_behind(plugins.external("method")["nudge"][0]) == ["methods.neggrad"]
     before = plugins.method_code("nudge")
-    monkeypatch.setattr("raysweep.artifacts.training_code", lambda module: f"another {module}")
+    monkeypatch.setattr("raysweep.storage.cache.training_code", lambda module: f"another {module}")
     assert plugins.method_code("nudge") != before
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from evaluators.statistics import clopper_pearson
-from raysweep.config import ConfigError
-from raysweep.fit import resolve_sweep
-from raysweep.power import Requirement, detectable, requirements, undecidable
-from raysweep.reader import load
+from raysweep.audit.power import Requirement, detectable, requirements, undecidable
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
+from raysweep.engine.checks import resolve_sweep
 
 
 def sweep(**require: str):

@@ -9,14 +9,14 @@ import pytest
 from tiny import tiny_model, tiny_task
 
 import methods.slug
-from raysweep import spaces
-from raysweep.artifacts import load_tensors
-from raysweep.config import Tier
+from raysweep.config.schema import Tier
 from raysweep.context import Context, prepared_key
-from raysweep.prepare import _defaults, open_choices, prepares
+from raysweep.engine.prepare import _defaults, open_choices, prepares
 from raysweep.registry import METHODS, resolve
-from raysweep.spaces import Parameter, Point, Space, SpaceError
-from raysweep.store import digest_state
+from raysweep.search import spaces
+from raysweep.search.spaces import Parameter, Point, Space, SpaceError
+from raysweep.storage.cache import load_tensors
+from raysweep.storage.files import digest_state
 from raysweep.train.jobs import Job, finished
 from raysweep.train.loop import Resident, run
 

@@ -11,14 +11,15 @@ import yaml
 from click.testing import CliRunner
 from small import recipe_of, start
 
-from raysweep import forecast, presets
 from raysweep.cli import main
-from raysweep.config import ConfigError, Sweep
+from raysweep.config import presets
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError, Sweep
+from raysweep.engine.resources import Node
 from raysweep.models import families
-from raysweep.reader import load
-from raysweep.resources import Node
-from raysweep.spaces import load as load_space
-from raysweep.store import ROWS, read_table
+from raysweep.planning import forecast
+from raysweep.search.spaces import load as load_space
+from raysweep.storage.files import ROWS, read_table
 
 PAPERS = {"rgd": "2412.07808", "siss": "2503.01034", "sfd": "2409.11219", "slug": "2407.11867"}
 ALL = presets.names()

@@ -9,10 +9,10 @@ import yaml
 from click.testing import CliRunner
 
 import raysweep.miniature
-from raysweep import presets
 from raysweep.cli import main
-from raysweep.config import ConfigError, Sweep
-from raysweep.reader import load
+from raysweep.config import presets
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError, Sweep
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
 

@@ -15,15 +15,15 @@ import search_spaces
 from evaluators.base import Evaluator
 from evaluators.durability import Durability
 from methods.base import Method
-from raysweep.artifacts import code_digest, training_code
-from raysweep.fit import refusals
-from raysweep.presets import path_of
-from raysweep.reader import load
+from raysweep.config.presets import path_of
+from raysweep.config.reader import load
+from raysweep.engine.checks import refusals
 from raysweep.registry import ATTACKS, EVALUATORS, METHODS, TASKS, UnknownName, names, resolve
+from raysweep.storage.cache import code_digest, training_code
 
 
 def test_tables_match_the_files():
-    helpers = {"__init__", "base", "gradients", "layers", "recall"}
+    helpers = {"__init__", "base", "gradients", "layers", "losses"}
     assert set(METHODS) == {p.stem for p in (ROOT / "methods").glob("*.py")} - helpers
     assert set(METHODS) == set(search_spaces.names())
     helpers = {"__init__", "base", "statistics", "judge", "attacks", "external"}
@@ -47,7 +47,7 @@ def test_every_name_resolves_to_what_it_says(kind, table, base):
 PRIVATE = {
     "evaluators/fidelity.py": {"super()._both": "our own, of the parent class"},
     "methods/gradients.py": {"torch._foreach_lerp_": "test_sfd.py: the moving average against its formula"},
-    "raysweep/footprint.py": {
+    "raysweep/planning/footprint.py": {
         "_cdata": "test_footprint.py: what stays alive for the backward pass, counted by hand",
         "torch._subclasses.fake_tensor import FakeTensorMode": "test_footprint.py",
     },
@@ -58,7 +58,7 @@ PRIVATE = {
     "raysweep/models/vision_language.py": {
         "vlm._no_split_modules": "test_vlm.py: language models over several devices"
     },
-    "raysweep/train/groups.py": {"os._exit": "public in spite of its name"},
+    "raysweep/train/executors.py": {"os._exit": "public in spite of its name"},
 }
 
 
@@ -98,7 +98,7 @@ def test_other_packages_add_methods_by_entry_point(tmp_path):
         "    space = {'space': {'lr': {'log': [1e-4, 1e-3]}}, 'fixed': {'steps': 3}}\n"
     )
     code = (
-        "from raysweep.listing import listing; from raysweep import spaces\n"
+        "from raysweep.cli.listing import listing; from raysweep.search import spaces\n"
         "row = next(r for r in listing('methods', None) if r['name'] == 'extra'); assert row['external'], row\n"
         "assert spaces.load('extra').parameters[0].name == 'lr'"
     )
@@ -151,7 +151,7 @@ def test_other_methods_do_not_make_artifacts_stale(monkeypatch, tmp_path):
             spec.origin = str(rgd)
         return spec
 
-    monkeypatch.setattr("raysweep.artifacts.find_spec", changed)
+    monkeypatch.setattr("raysweep.storage.cache.find_spec", changed)
     training_code.cache_clear()
     after = {m: training_code(f"methods.{m}") for m in METHODS}
     training_code.cache_clear()
@@ -168,9 +168,7 @@ def test_methods_and_evaluators_work_without_the_engine():
 
 def test_helper_processes_of_a_run_stay_light():
     """Ray imports these in every trial and helper process; torch there would cost seconds and memory each."""
-    code = (
-        "import sys, raysweep.trial, raysweep.train.groups, raysweep.audit.manager\nassert 'torch' not in sys.modules"
-    )
+    code = "import sys, raysweep.engine.trial, raysweep.train.executors, raysweep.audit.manager\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
 
 
@@ -190,7 +188,7 @@ def test_the_config_of_a_run_is_read_without_the_libraries_of_training(tmp_path)
 def test_libraries_of_other_families_are_not_loaded():
     """A worker that trains a pixel model, and the driver of its sweep, would wait seconds for each of them."""
     code = (
-        "import sys, raysweep.run, raysweep.train.loop, raysweep.audit.auditor, raysweep.audit.measure\n"
+        "import sys, raysweep.engine.run, raysweep.train.loop, raysweep.audit.auditor, raysweep.audit.measure\n"
         "from raysweep.models import families; families.handle('pixel-ddpm')\n"
         "bad = {'open_clip', 'timm', 'transformers.models.llava'} & set(sys.modules); assert not bad, bad"
     )

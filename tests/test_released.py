@@ -13,16 +13,17 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 import search_spaces
-from raysweep import presets, released
 from raysweep.cli import main
-from raysweep.config import ConfigError
-from raysweep.listing import points_of, resolved
-from raysweep.reader import load
+from raysweep.cli.listing import points_of, resolved
+from raysweep.config import presets
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
 from raysweep.registry import resolve
-from raysweep.released import ReleasedError, Setting
-from raysweep.search import ParetoSearch
-from raysweep.spaces import SpaceError
-from raysweep.spaces import load as load_space
+from raysweep.search import released
+from raysweep.search.released import ReleasedError, Setting
+from raysweep.search.searcher import ParetoSearch
+from raysweep.search.spaces import SpaceError
+from raysweep.search.spaces import load as load_space
 from raysweep.tasks.images import ImagesTask, _sampling
 
 ALL = presets.names()

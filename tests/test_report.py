@@ -194,7 +194,7 @@ def test_a_run_counts_once_whatever_it_is_called(seeds, tmp_path):
 
 
 def test_equal_weights_under_other_results_are_the_same_candidates(seeds, tmp_path):
-    from raysweep.store import TRIALS, read_table, write_table
+    from raysweep.storage.files import TRIALS, read_table, write_table
 
     other = run(tmp_path / "other", front([row("000-rgd", 0.2, 0.2), row("001-siss", 0.3, 0.1)]), "search.seed=7")
     write_table(other.trials, read_table(seeds[0].trials, TRIALS).to_pylist(), TRIALS)
@@ -204,7 +204,7 @@ def test_equal_weights_under_other_results_are_the_same_candidates(seeds, tmp_pa
 
 
 def test_a_comparison_names_axes_seeds_and_commits(seeds, tmp_path):
-    from raysweep.compare import runs_table
+    from raysweep.report.compare import runs_table
     from raysweep.report.figures import attainment
 
     seeds[1].update(commit="f" * 40)
@@ -223,7 +223,7 @@ def test_a_comparison_names_axes_seeds_and_commits(seeds, tmp_path):
 
 
 def test_a_sweep_without_candidates_of_a_method_still_counts(seeds, tmp_path):
-    from raysweep.compare import runs_table
+    from raysweep.report.compare import runs_table
 
     none = run(tmp_path / "none", front([OTHER | {"residue": 0.3}]), "search.seed=4")
     bands = runs_table([*seeds, none])["bands"]

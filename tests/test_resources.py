@@ -9,9 +9,9 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from raysweep.config import ConfigError
-from raysweep.reader import load
-from raysweep.resources import Node, make_plan
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
+from raysweep.engine.resources import Node, make_plan
 
 
 def plan(nodes, *overrides):

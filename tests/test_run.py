@@ -19,7 +19,7 @@ from tiny import ROOT
 
 from raysweep.cli import main
 from raysweep.rundir import RunDir
-from raysweep.store import FRONT, ROWS, SCORES, TRIALS, digest_of, read_table, write_table
+from raysweep.storage.files import FRONT, ROWS, SCORES, TRIALS, digest_of, read_table, write_table
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -314,7 +314,7 @@ def test_cards_side_by_side(card, tmp_path, monkeypatch):
 
 def test_runs_side_by_side(run, card, tmp_path):
     """Two sweeps of other seeds attain what the worse of the two attains, and their difference has an interval."""
-    from raysweep.compare import runs_table
+    from raysweep.report.compare import runs_table
 
     again = RunDir(tmp_path / "again")
     again.path.mkdir()
@@ -384,7 +384,7 @@ def test_what_ran_out_of_time_goes_on_under_a_longer_limit(tmp_path, cache):
 def test_a_candidate_that_cannot_be_placed_is_named_and_the_others_stay(run, tmp_path):
     from raysweep.context import Context
     from raysweep.report.page import build
-    from raysweep.results import audited_front, trial_table, write_front
+    from raysweep.results.front import audited_front, trial_table, write_front
     from raysweep.tasks.task import Task
 
     folder = RunDir(Path(shutil.copytree(run.path, tmp_path / "small")))

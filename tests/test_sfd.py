@@ -15,7 +15,7 @@ from methods.base import Goal
 from methods.sfd import SFD, SFDSettings, generator_loss, nearest_timestep
 from methods.sfd_two_stage import SFDTwoStage, SFDTwoStageSettings
 from raysweep.models.pixel import PixelDDPM
-from raysweep.store import digest_state
+from raysweep.storage.files import digest_state
 
 D = torch.float64
 QUICK = {"batch_size": 6, "lr": 1e-3, "lr_fake": 1e-3, "steps": 3, "ema": 0.9}

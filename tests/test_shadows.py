@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluators.attacks import lira_online
-from raysweep.shadows import u_lira
+from raysweep.engine.shadows import u_lira
 
 
 def scores(gap: float, seed: int = 0, shadows: int = 16, images: int = 12):

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from tiny import tiny_task
 
-from raysweep import card, single
+from raysweep.audit import card
 from raysweep.audit.auditor import AuditRequest
-from raysweep.config import Tier
+from raysweep.audit.objectives import Objectives
+from raysweep.config.reader import load
+from raysweep.config.schema import Tier
 from raysweep.context import Context
-from raysweep.objectives import Objectives
-from raysweep.pool import RunFailed
-from raysweep.reader import load
+from raysweep.engine import audit_model as single
+from raysweep.engine.audit_model import audit_model, subject_name, write_card
+from raysweep.engine.cluster import RunFailed
 from raysweep.rundir import RunDir
-from raysweep.single import audit_model, subject_name, write_card
 
 TIER = Tier(seed=1, judge="audit")
 ANCHORS = {"base": ("/models/base", "b" * 16), "oracle-0": ("/models/o0", "0" * 16)}

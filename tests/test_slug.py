@@ -10,7 +10,7 @@ from tiny import PROMPTS, Pairs, TinyClip, TinyText, batch_for, text_task, tiny_
 
 from methods.base import Goal, Rows
 from methods.layers import depth, eligible, gradient_pass, group, tower
-from methods.recall import forget_loss, recall, retain_loss
+from methods.losses import forget_loss, recall, retain_loss
 from methods.slug import SLUG, Bracket, SLUGSettings, alignment, candidates, choose, edited, importance, pareto_layers
 
 D = torch.float64

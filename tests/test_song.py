@@ -16,8 +16,8 @@ from published import DDPMPP, NCSNPP, DhariwalUNet, VPPrecond, network, pickled,
 from tiny import tiny_config, tiny_task
 from torch.nn import functional as F
 
-from raysweep import modelcard
 from raysweep.cli import main
+from raysweep.export import modelcard
 from raysweep.models import families
 from raysweep.models.edm import EDM
 from raysweep.models.folders import located
@@ -25,7 +25,7 @@ from raysweep.models.snapshot import read
 from raysweep.models.song import SongUNet
 from raysweep.registry import names, resolve
 from raysweep.rundir import RunDir
-from raysweep.store import digest_state
+from raysweep.storage.files import digest_state
 
 SONG = {
     "sample_size": 4, "in_channels": 1, "out_channels": 1, "num_class_embeds": 6, "model_channels": 8, "channel_mult": (1, 2),

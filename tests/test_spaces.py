@@ -13,11 +13,11 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 import search_spaces
-from raysweep import spaces
 from raysweep.registry import method_names
-from raysweep.results import trial_table
-from raysweep.search import FINAL, ParetoSearch, open_study
-from raysweep.spaces import Parameter, Point, Space, SpaceError
+from raysweep.results.front import trial_table
+from raysweep.search import spaces
+from raysweep.search.searcher import FINAL, ParetoSearch, open_study
+from raysweep.search.spaces import Parameter, Point, Space, SpaceError
 
 CONDITIONAL = Space(
     "siss",

@@ -14,14 +14,14 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from raysweep import store
-from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.audit.manager import read_log
-from raysweep.config import ConfigError
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
 from raysweep.models.pixel import PixelDDPM
-from raysweep.reader import load
 from raysweep.rundir import RunDir
-from raysweep.store import (
+from raysweep.storage import files as store
+from raysweep.storage.cache import load_tensors, save_tensors
+from raysweep.storage.files import (
     ROWS,
     TEMPORARY,
     StoreError,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from methods.base import Draw
-from raysweep.models.draws import normal_rows, row_seeds, uniform_rows
-from raysweep.reader import load
+from raysweep.config.reader import load
+from raysweep.models.noise import normal_rows, row_seeds, uniform_rows
 from raysweep.tasks.task import Task, concat
 
 

@@ -7,11 +7,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysweep.config import ConfigError
-from raysweep.reader import load
-from raysweep.spaces import SpaceError
-from raysweep.spaces import load as load_space
-from raysweep.texts import TextError, decode, dump_yaml, load_yaml, read_text
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
+from raysweep.search.spaces import SpaceError
+from raysweep.search.spaces import load as load_space
+from raysweep.storage.texts import TextError, decode, dump_yaml, load_yaml, read_text
 
 FEW = settings(max_examples=50, deadline=None)  # a busy machine keeps no time
 

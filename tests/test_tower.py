@@ -15,16 +15,16 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextMode
 
 from methods.esd import ESD
 from methods.layers import gradient_pass
-from methods.recall import comparing, forget_loss, recall
+from methods.losses import comparing, forget_loss, recall
 from methods.retrain import Retrain, RetrainSettings
 from methods.slug import SLUG, SLUGSettings
-from raysweep.config import ConfigError
-from raysweep.fit import misfits, resolve_sweep
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
+from raysweep.engine.checks import misfits, resolve_sweep
 from raysweep.models import families
 from raysweep.models.latent import Frozen, LatentText
 from raysweep.models.tower import Clip, TextTower, text_tensors
-from raysweep.reader import load
-from raysweep.spaces import load as load_space
+from raysweep.search.spaces import load as load_space
 from raysweep.tasks.images import ImagesTask
 from raysweep.train.jobs import Job
 from raysweep.train.loop import Resident, run

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from finished import run as finished
 from small import SMALL, log, start
 
-import raysweep.run as engine
+import raysweep.engine.run as engine
+from raysweep.audit.objectives import KNOWS, Anchors, Indistinct, Measured, Unmeasured, View, assess_views
+from raysweep.audit.power import AFFORDABLE, DECIDED_BY, decided_by, remedies
 from raysweep.cli import main
-from raysweep.config import ConfigError
-from raysweep.objectives import KNOWS, Anchors, Indistinct, Measured, Unmeasured, View, assess_views
-from raysweep.pool import RunFailed
-from raysweep.power import AFFORDABLE, DECIDED_BY, decided_by, remedies
-from raysweep.reader import load
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
+from raysweep.engine.cluster import RunFailed
 from raysweep.registry import TASKS
 from raysweep.rundir import RunDir
 from raysweep.tasks.images import OBJECTIVES

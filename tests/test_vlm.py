@@ -15,7 +15,7 @@ from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcesso
 from evaluators.base import Subject
 from evaluators.questions import Questions
 from methods.slug import SLUG
-from raysweep import delta
+from raysweep.export import delta
 from raysweep.miniature import data, models
 from raysweep.miniature.pictures import pictures, tensors
 from raysweep.models import families

@@ -1,1 +1,1 @@
-"""The audit pool: manager, auditors, and what they measure."""
+"""Judges one model: audit actors, what they measure, objectives, verdict, audit card."""

@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from raysweep.config import Tier
-from raysweep.recent import Recent
-from raysweep.store import ROWS, SCHEMA_VERSION, SCORES, StoreError, digest_of, read_table, write_bytes, write_table
+from raysweep.config.schema import Tier
+from raysweep.storage.files import (
+    ROWS,
+    SCHEMA_VERSION,
+    SCORES,
+    StoreError,
+    digest_of,
+    read_table,
+    write_bytes,
+    write_table,
+)
+from raysweep.storage.recent import Recent
 
 if TYPE_CHECKING:
     from evaluators.base import Subject
@@ -105,8 +114,8 @@ class Auditor:
         """Trains a judge on a split of the task, saves it, and returns the hash of its weights."""
         _one_thread()
         from evaluators.judge import train_judge
-        from raysweep.artifacts import save_tensors
-        from raysweep.store import digest_state
+        from raysweep.storage.cache import save_tensors
+        from raysweep.storage.files import digest_state
 
         images = self._task(task).splits[split]
         state = train_judge(images.x, images.groups, seed).state_dict()
@@ -117,7 +126,7 @@ class Auditor:
         """Trains the autoencoder of a latent model on a task's retained images, saves it, and returns its folder."""
         _one_thread()
         from raysweep.models.autoencoder import train_autoencoder
-        from raysweep.store import write_folder
+        from raysweep.storage.files import write_folder
 
         vae = train_autoencoder(self._task(task).splits["retain"].x, config, seed)
         write_folder(Path(out), lambda folder: vae.save_pretrained(folder, safe_serialization=True))
@@ -161,7 +170,7 @@ class Auditor:
         """The model under audit with its peers: anchors keep what was computed for them, candidates do not stay."""
         from raysweep.audit.measure import subject_of
         from raysweep.models import families
-        from raysweep.seeds import derive_seed
+        from raysweep.storage.seeds import derive_seed
 
         task, judge, tier = self._task(request.task), self._judge(request.judge), self._of_tier(request)
         folders = {folder for _, folder, _ in request.anchors}
@@ -199,7 +208,7 @@ class Auditor:
 
     def _keep(self, request: AuditRequest, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         """An array that depends on task, judge, tier and code alone: from memory, else from the cache, else made and kept."""
-        from raysweep.artifacts import load_tensors, save_tensors
+        from raysweep.storage.cache import load_tensors, save_tensors
 
         name = digest_of(key, request.tier.weights_digest, request.task_digest, request.judge_digest, request.code)
         path = None if request.references is None else Path(request.references) / f"{name}.safetensors"
@@ -227,7 +236,7 @@ class Auditor:
 def load_judge(path: Path):
     """Reads a judge's weights."""
     from evaluators.judge import Judge
-    from raysweep.artifacts import load_tensors
+    from raysweep.storage.cache import load_tensors
 
     state = load_tensors(path)
     judge = Judge(state["body.0.weight"].shape[1], state["head.weight"].shape[0])

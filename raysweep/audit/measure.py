@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from evaluators.base import BATCHES, CONTRASTIVE, Evaluator, Inapplicable, Metric, Scores, Subject, without_group
-from raysweep.config import Tier
-from raysweep.models.draws import row_seeds
+from raysweep.config.schema import Tier
+from raysweep.models.noise import row_seeds
 from raysweep.registry import resolve
-from raysweep.seeds import derive_seed
+from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raysweep.artifacts import cache_folder, code_digest
 from raysweep.miniature import data, models
-from raysweep.store import digest_of, write_folder
+from raysweep.storage.cache import cache_folder, code_digest
+from raysweep.storage.files import digest_of, write_folder
 
 MAKERS: dict[str, Callable[..., None]] = {
     f.__name__: f
@@ -29,7 +29,7 @@ def made(spec: dict[str, Any], cache: Path | None) -> Path:
     Raises:
         MiniatureError: a maker that does not exist, or arguments that it cannot work with.
     """
-    code = code_digest("raysweep/miniature/*.py", "raysweep/tasks/scans.py", "raysweep/models/*.py")
+    code = code_digest("raysweep/miniature/*.py", "raysweep/tasks/digits_data.py", "raysweep/models/*.py")
     folder = cache_folder(cache) / "miniatures" / digest_of(spec, code)
     if not folder.is_dir():
 

@@ -25,10 +25,10 @@ from diffusers import DDIMScheduler
 
 from evaluators.base import ROWS
 from methods.sld import SafetyGuidance
-from raysweep.models.draws import normal_rows, uniform_rows
 from raysweep.models.folders import read_json
 from raysweep.models.handle import Handle
-from raysweep.store import digest_of
+from raysweep.models.noise import normal_rows, uniform_rows
+from raysweep.storage.files import digest_of
 
 SAMPLER = "raysweep_sampler.json"
 

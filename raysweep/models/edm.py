@@ -26,8 +26,8 @@ from diffusers import EDMEulerScheduler, UNet2DModel
 
 from raysweep.models import weights
 from raysweep.models.diffusion import load_sampler, save_sampler
-from raysweep.models.draws import normal_rows
 from raysweep.models.folders import INDEX, read_json
+from raysweep.models.noise import normal_rows
 from raysweep.models.song import SongUNet
 from raysweep.models.sound import SCHEDULE, check_unet
 from raysweep.models.unet import OneUNet, drawn

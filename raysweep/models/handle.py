@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from raysweep.store import digest_state
+from raysweep.storage.files import digest_state
 
 
 class Handle:

@@ -31,7 +31,7 @@ from raysweep.models.diffusion import Diffusion, load_sampler, save_sampler
 from raysweep.models.embeddings import Embeddings
 from raysweep.models.folders import INDEX, component_files, pipeline_class, read_json, reading
 from raysweep.models.sound import check_unet, ddim, schedule
-from raysweep.store import alike, digest_of, digest_state
+from raysweep.storage.files import alike, digest_of, digest_state
 
 PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
 

@@ -21,7 +21,7 @@ import torch
 
 from raysweep.models.edm import EDM
 from raysweep.models.song import FILTER, SongUNet
-from raysweep.unpickle import Restricted, Unsafe
+from raysweep.storage.unpickle import Restricted, Unsafe
 
 NETWORK = "ema"  # the moving average, which is all that a snapshot has
 SCALARS = {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")}

@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessor, CLIPModel
 from raysweep.models import weights
 from raysweep.models.folders import component_files, reading
 from raysweep.models.handle import Handle
-from raysweep.store import alike, digest_of, digest_state
+from raysweep.storage.files import alike, digest_of, digest_state
 
 PREFIX = "text_model."  # of the encoder's tensors in some classes of transformers and not in others
 

@@ -22,7 +22,7 @@ from raysweep.models import weights
 from raysweep.models.folders import component_files, reading
 from raysweep.models.handle import Handle
 from raysweep.models.unet import drawn
-from raysweep.store import digest_of, digest_state
+from raysweep.storage.files import digest_of, digest_state
 
 logging.disable_progress_bar()  # bars of files under those of a sweep tell nobody anything
 

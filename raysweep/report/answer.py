@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from raysweep.choice import MEANING
 from raysweep.registry import CONTRASTIVE
+from raysweep.results.choice import MEANING
 
 if TYPE_CHECKING:
     from raysweep.report.data import ReportData

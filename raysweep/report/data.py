@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from raysweep import presets
-from raysweep.audited import keys_of, rows_of, scores_of
-from raysweep.config import ConfigError, Sweep
-from raysweep.informative import caveat
+from raysweep.audit.informative import caveat
+from raysweep.config import presets
+from raysweep.config.schema import ConfigError, Sweep
 from raysweep.report.answer import answer, answer_rows, fresh, trials_told, unfinished, untested, value
 from raysweep.report.pictures import strips
-from raysweep.results import trial_table
+from raysweep.results.audited import keys_of, rows_of, scores_of
+from raysweep.results.front import trial_table
 from raysweep.rundir import RunDir
-from raysweep.store import FRONT, read_table
+from raysweep.storage.files import FRONT, read_table
 from raysweep.tasks.records import lines_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")  # colour-blind safe

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
 from raysweep.report.data import COLOURS, ReportData
-from raysweep.store import write_bytes
+from raysweep.storage.files import write_bytes
 
 GREY, GRID = "#7a828c", "rgba(128,128,128,0.25)"
 ANCHORS = {"base": "star", "oracle": "star-diamond", "destroyed": "x"}

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from raysweep.report import figures
 from raysweep.report.data import gather, page_context
 from raysweep.rundir import RunDir
-from raysweep.store import write_bytes
+from raysweep.storage.files import write_bytes
 
 
 def build(folder: RunDir) -> Path:

@@ -44,7 +44,7 @@ class PictureTask(_DigitsTask):
 
     def build(self) -> Task:
         """Reads the data and cuts the splits."""
-        from raysweep.tasks.scans import picture_task
+        from raysweep.tasks.digits_data import picture_task
 
         return picture_task(self)
 
@@ -83,7 +83,7 @@ class TextTask(_DigitsTask):
 
     def build(self) -> Task:
         """Reads the data, writes captions and cuts the splits."""
-        from raysweep.tasks.scans import text_task
+        from raysweep.tasks.digits_data import text_task
 
         return text_task(self)
 
@@ -98,7 +98,7 @@ class ClipTask(_DigitsTask):
 
     def build(self) -> Task:
         """Reads the data, writes captions and cuts the splits."""
-        from raysweep.tasks.scans import clip_task
+        from raysweep.tasks.digits_data import clip_task
 
         return clip_task(self)
 
@@ -122,6 +122,6 @@ class ClassTask(_DigitsTask):
 
     def build(self) -> Task:
         """Reads the data and cuts the splits."""
-        from raysweep.tasks.scans import class_task
+        from raysweep.tasks.digits_data import class_task
 
         return class_task(self)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raysweep.models.folders import is_hub_id, located, no_model
-from raysweep.places import location
 from raysweep.registry import CONTRASTIVE
 from raysweep.settings import ASIDE
+from raysweep.storage.places import location
 from raysweep.tasks.base import TaskSettings
 from raysweep.tasks.labels import Labels
 from raysweep.tasks.prompts import Prompts

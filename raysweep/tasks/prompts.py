@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
 
-from raysweep.places import Place
+from raysweep.storage.places import Place
+from raysweep.storage.texts import TextError
 from raysweep.tasks import textfiles
-from raysweep.tasks.kinds import by_key, tag
 from raysweep.tasks.records import Name, SourceError, Tally, Unreadable, listed, plain
-from raysweep.texts import TextError
+from raysweep.tasks.unions import by_key, tag
 
 PromptRow = tuple[str, str, str | None]
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, field_validator
 
-from raysweep import unpickle
-from raysweep.places import Location, Place, location
+from raysweep.storage import unpickle
+from raysweep.storage.places import Location, Place, location
+from raysweep.storage.texts import TextError, decode
 from raysweep.tasks import tables, tars, tree
 from raysweep.tasks.decoding import opened
-from raysweep.tasks.kinds import by_key, tag
 from raysweep.tasks.records import KNOWN, Name, Record, SourceError, Tally, Unreadable, check_met, plain
-from raysweep.texts import TextError, decode
+from raysweep.tasks.unions import by_key, tag
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from methods.base import SEEDS, Batch, Draw, Goal, Rows
-from raysweep.artifacts import load_tensors, save_tensors
-from raysweep.models.draws import row_seeds
-from raysweep.seeds import derive_seed
-from raysweep.store import StoreError
+from raysweep.models.noise import row_seeds
+from raysweep.storage.cache import load_tensors, save_tensors
+from raysweep.storage.files import StoreError
+from raysweep.storage.seeds import derive_seed
 
 _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",

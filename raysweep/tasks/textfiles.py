@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raysweep.storage.texts import read_text
 from raysweep.tasks.records import SourceError, Tally
-from raysweep.texts import read_text
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 

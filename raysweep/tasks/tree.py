@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raysweep.storage.texts import TextError, read_text
 from raysweep.tasks.decoding import SUFFIXES, UNREAD
 from raysweep.tasks.records import SourceError, Tally, Unreadable, plain
 from raysweep.tasks.textfiles import table
-from raysweep.texts import TextError, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 # What file managers, archives and network drives leave in folders, besides names that begin with a dot.

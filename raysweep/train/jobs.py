@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raysweep.store import digest_of
+from raysweep.storage.files import digest_of
 
 CARD = "raysweep.json"
 

@@ -22,14 +22,14 @@ import torch.distributed as dist
 
 from methods import gradients
 from methods.base import Diverged, Method
-from raysweep.artifacts import load_tensors, save_tensors
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import Embeddings
-from raysweep.recent import Recent
 from raysweep.registry import resolve
-from raysweep.seeds import derive_seed
-from raysweep.store import checkpoint_path, digest_state, write_file, write_folder, write_json
+from raysweep.storage.cache import load_tensors, save_tensors
+from raysweep.storage.files import checkpoint_path, digest_state, write_file, write_folder, write_json
+from raysweep.storage.recent import Recent
+from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task, encoded
 from raysweep.train.jobs import CARD, Job, Outcome, file_digest, finished
 

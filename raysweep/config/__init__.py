@@ -1,0 +1,1 @@
+"""Settings of a sweep: their schema, how files and overrides are read, presets."""

@@ -1,0 +1,1 @@
+"""Composes Ray, training, search and audit: runs sweeps, audits single models, trains shadows."""

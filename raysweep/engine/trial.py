@@ -1,0 +1,88 @@
+"""The function that Ray Tune runs for each trial: train a candidate, have it probed, report both objectives once."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.train import ScalingConfig
+
+from raysweep.audit.auditor import AuditRequest
+from raysweep.audit.objectives import Unmeasured, objectives
+from raysweep.config.schema import Sweep
+from raysweep.context import Context, load_measured
+from raysweep.engine.resources import Plan
+from raysweep.rundir import RunDir
+from raysweep.search.searcher import FINAL, OBJECTIVES
+from raysweep.train.executors import NAMESPACE, Executor, Isolated, Warm, actor_name
+
+
+def trial(config: dict[str, Any]) -> None:
+    """One trial. A method's failure is a reported result with a reason, never an exception."""
+    run = config["run"]
+    context, sweep = _of_run(run)
+    executor = make_executor(run, context.run_id, sweep, Plan(**config["plan"]))
+    outcome = executor.run(context.job(sweep, config))
+    if outcome.status != "ok":
+        _report(reason=outcome.reason, limit=outcome.limit, train_s=outcome.seconds)
+        return
+    folder = str(context.folder.candidates / config["trial"])
+    request = context.request("probe", sweep.audit.probe, config["trial"], config["method"], folder, outcome.digest)
+    answer = ask_audit(context.run_id, request)
+    costs = {"train_s": outcome.seconds, "audit_s": answer["seconds"], "step_s": outcome.step_seconds}
+    if answer["status"] != "ok":
+        _report(reason=f"probe: {answer['reason']}", limit=answer["limit"], **costs)
+        return
+    try:
+        anchors, views = context.load_anchors("probe")
+        place = objectives(load_measured(Path(run), request.key), anchors, views, context.quality, context.validity)
+    except Unmeasured as error:
+        _report(reason=f"probe: {error}", probe=request.key, **costs)
+        return
+    oracle = sum(o.values[context.validity] for o in anchors.oracles) / len(anchors.oracles)
+    plain = {k: v for k, v in place.plain().items() if k != "replicates"}
+    constraint = sweep.search.min_validity * oracle - place.validity
+    tune.report(
+        plain
+        | costs
+        | {"digest": outcome.digest, "probe": request.key, "constraint": constraint, "reason": "", FINAL: True}
+    )
+
+
+def make_executor(run: str, run_id: str, sweep: Sweep, plan: Plan) -> Executor:
+    """The executor that the sweep asks for."""
+    if sweep.train.executor == "warm":
+        return Warm(ray.get_actor(actor_name("broker", run, run_id), namespace=NAMESPACE))
+    return Isolated(scaling(plan), str(Path(run) / "tune" / "train"))
+
+
+def scaling(plan: Plan) -> ScalingConfig:
+    """What a worker group takes."""
+    resources = {"CPU": plan.worker_cpus} | ({"GPU": plan.worker_gpus} if plan.worker_gpus else {})
+    return ScalingConfig(
+        num_workers=plan.workers,
+        use_gpu=plan.worker_gpus > 0,
+        resources_per_worker=resources,
+        placement_strategy="PACK",
+        label_selector={"role": "train"} if plan.roles else None,
+    )
+
+
+def ask_audit(run_id: str, request: AuditRequest) -> dict[str, Any]:
+    """Waits for the manager's answer."""
+    manager = ray.get_actor(actor_name("audits", request.run, run_id), namespace=NAMESPACE)
+    return ray.get(manager.audit.remote(request))
+
+
+@cache
+def _of_run(run: str) -> tuple[Context, Sweep]:
+    return Context.load(run), RunDir(Path(run)).sweep()
+
+
+def _report(reason: str, limit: str = "", **known: Any) -> None:
+    """Reports a failure; limit: the setting that ended the trial, if one did."""
+    tune.report(dict.fromkeys(OBJECTIVES, math.nan) | known | {"reason": reason, "limit": limit, FINAL: True})

@@ -1,0 +1,1 @@
+"""What a sweep would do, cost and need, told without starting it."""

@@ -1,0 +1,1 @@
+"""From tables to an answer: the audited front, its uncertainty, the recommendation."""

@@ -1,0 +1,61 @@
+"""Which audits a run's answer stands on, and what they measured. No Ray.
+
+A run that is resumed after its code or its models have changed measures again what that concerns, under other keys, and what
+it measured before stays in its folder. A subject's name and a tier are therefore not enough to find a row by.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from raysweep.audit.auditor import rows_path, scores_path
+from raysweep.config.schema import ConfigError
+from raysweep.rundir import RunDir
+from raysweep.storage.files import ROWS, SCORES, read_table
+
+Keys = dict[str, dict[str, str]]  # tier -> subject -> key of its audit
+
+
+def keys_of(folder: RunDir, trials: Sequence[dict[str, Any]]) -> Keys:
+    """The audits behind the run's front or, without one, the anchors that were measured; and the probe of each of `trials`
+    (see store.TRIALS) with that of its anchors. Raises ConfigError for a front that does not say."""
+    keys: Keys = {}
+    for tier in ("probe", "audit"):
+        if folder.anchors(tier).is_file():
+            keys[tier] = json.loads(folder.anchors(tier).read_text())["keys"]
+    if folder.front_json.is_file():
+        front = json.loads(folder.front_json.read_text())
+        if "audits" not in front:
+            raise ConfigError(
+                f"{folder.front_json}: was written by an earlier raysweep, whose runs this one cannot go on with: run the sweep again under "
+                f"another name, for example name={folder.path.name}-2"
+            )
+        keys |= front["audits"]
+    keys.setdefault("probe", {}).update({t["trial"]: t["probe"] for t in trials if t["probe"]})
+    return keys
+
+
+def rows_of(folder: RunDir, keys: Keys, subjects: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows of `subjects` in all tiers (see store.ROWS), each audit's followed by its differences to base and oracles."""
+    rows = []
+    for key in _wanted(keys, subjects):
+        rows += read_table(rows_path(folder.path, key), ROWS).to_pylist()
+        paired = folder.rows / f"paired-{key}.parquet"
+        if paired.is_file():
+            rows += read_table(paired, ROWS).to_pylist()
+    return rows
+
+
+def scores_of(folder: RunDir, keys: Keys, subjects: Iterable[str]) -> list[dict[str, Any]]:
+    """The scores of `subjects` in all tiers (see store.SCORES)."""
+    return [
+        row for key in _wanted(keys, subjects) for row in read_table(scores_path(folder.path, key), SCORES).to_pylist()
+    ]
+
+
+def _wanted(keys: Keys, subjects: Iterable[str]) -> Iterator[str]:
+    among = set(subjects)
+    for tier in keys.values():
+        yield from (key for subject, key in tier.items() if subject in among)
