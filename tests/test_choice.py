@@ -149,9 +149,9 @@ def test_every_output_of_a_run_says_the_same(remembering, monkeypatch):
     assert "Try next" in screen
     assert "Recommended" not in html
     assert "No candidate is recommended" in call("status", str(remembering)).output
-    assert "of the attempt before" not in call("status", str(remembering)).output
+    assert "of the previous attempt" not in call("status", str(remembering)).output
     RunDir(remembering).update(state="interrupted")
-    assert "answer of the attempt before:\nNo candidate is recommended" in call("status", str(remembering)).output
+    assert "answer of the previous attempt:\nNo candidate is recommended" in call("status", str(remembering)).output
     trials = {"000-rgd": {"trial": "000-rgd", "probe": ""}}
     monkeypatch.setattr("raysweep.results.front.trial_table", lambda *_: list(trials.values()))
     assert "best so far, but not recommended: it has not forgotten" in call("show", str(remembering), "000-rgd").output

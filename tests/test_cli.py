@@ -20,17 +20,16 @@ SURFACE = {
     "doctor": ["--json"],
     "export": ["RUN", "TRIAL", "OUT", "--delta"],
     "init": ["NAME", "--task"],
-    "ls": ["WHAT", "NAME", "--json"],
+    "ls": ["KIND", "NAME", "--json"],
     "patch": ["DELTA_FILE", "MODEL_DIR", "OUT_DIR", "--revert"],
     "report": ["RUNS", "--compare", "--out"],
     "run": ["CONFIG", "OVERRIDES", "--dry-run"],
     "shadows": ["RUN", "TRIAL", "--models", "--json"],
-    "show": ["WHAT", "--json"],
+    "show": ["SUBJECTS", "--json"],
     "status": ["RUN", "--json"],
     "verify": ["CARD", "--task", "--json"],
     "validate": ["CONFIG", "OVERRIDES", "--json"],
 }
-
 
 ONE = ["validate", "task=digits-class", "search.trials=2"]
 
@@ -46,12 +45,12 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 
 def test_the_surface_is_frozen():
-    found = {}
+    surface = {}
     for name, command in main.commands.items():
-        found[name] = [p.opts[0] if p.param_type_name == "option" else p.name.upper() for p in command.params]
+        surface[name] = [p.opts[0] if p.param_type_name == "option" else p.name.upper() for p in command.params]
         assert command.help
         assert len(command.help.splitlines()) <= 15
-    assert found == SURFACE
+    assert surface == SURFACE
 
 
 def test_every_command_helps():
@@ -117,7 +116,7 @@ def test_mistakes_exit_2_with_one_message_and_leave_nothing(arguments, parts, tm
     assert os.listdir(tmp_path) == []
 
 
-def test_validate_says_what_it_read():
+def test_validate_prints_the_config_it_read():
     result = call("validate", "name=abc")
     assert result.exit_code == 0, result.output
     assert result.output.startswith("ok: abc")
@@ -161,23 +160,22 @@ def test_init_writes_a_config_that_validates_and_explains(tmp_path):
     assert call("init", "digits-class").exit_code == 2
 
 
-def test_lists():
-    for what in ("methods", "evaluators", "spaces", "tasks", "runs"):
-        rows = json.loads(call("ls", what, "--json").output)
-        assert (len(rows) > 1) == (what != "runs")
+def test_every_kind_is_listed():
+    for kind in ("methods", "evaluators", "spaces", "tasks", "runs"):
+        rows = json.loads(call("ls", kind, "--json").output)
+        assert (len(rows) > 1) == (kind != "runs")
     assert "arXiv:2412.07808" in call("ls", "methods").output
 
 
-def test_doctor_reports_on_everything():
+def test_doctor_reports_every_check():
     result = call("doctor", "--json")
-    found = {f["name"]: f["level"] for f in json.loads(result.output)}
-    assert {"python", "packages", "torch", "memory", "disk", "/dev/shm", "port 8265", "install", "ray token"} <= set(
-        found
-    )
-    assert result.exit_code == (1 if "fail" in found.values() else 0)
+    levels = {finding["name"]: finding["level"] for finding in json.loads(result.output)}
+    checked = {"python", "packages", "torch", "memory", "disk", "/dev/shm", "port 8265", "install", "ray token"}
+    assert checked <= set(levels)
+    assert result.exit_code == (1 if "fail" in levels.values() else 0)
 
 
-def test_dry_run_starts_nothing_and_says_what_is_not_tested(tmp_path):
+def test_dry_run_starts_nothing_and_names_what_is_not_tested(tmp_path):
     small = ("samples=60", "noises=20", "membership_images=20", "recall_images=4")
     result = call("run", "--dry-run", "search.trials=6", *(f"audit.audit.{setting}" for setting in small))
     assert result.exit_code == 0, result.output
@@ -187,7 +185,7 @@ def test_dry_run_starts_nothing_and_says_what_is_not_tested(tmp_path):
 
 
 @pytest.mark.parametrize(("incomplete", "code"), [([], 0), (["012-rgd: membership"], 3)])
-def test_a_missing_check_is_said_and_exits_3(monkeypatch, tmp_path, incomplete, code):
+def test_a_missing_check_is_printed_and_exits_3(monkeypatch, tmp_path, incomplete, code):
     import numpy as np
 
     from raysweep.engine.run import Result
@@ -202,10 +200,23 @@ def test_a_missing_check_is_said_and_exits_3(monkeypatch, tmp_path, incomplete, 
     assert ("check missing: 012-rgd: membership" in answer.output) == bool(incomplete)
 
 
-def test_a_cluster_that_does_not_answer_is_told_at_once(monkeypatch):
-    with socket.socket() as taken:  # bound, so nobody else listens there
-        taken.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+def test_a_failed_audit_gives_its_reason_where_only_json_is_printed(monkeypatch):
+    from raysweep.engine.cluster import RunFailed
+
+    def fail(*_):
+        raise RunFailed("no oracle could be trained")
+
+    monkeypatch.setattr("raysweep.engine.audit_model.audit_model", fail)
+    result = call("audit", "model", "--json")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "error: no oracle could be trained\n"
+
+
+def test_a_cluster_that_does_not_answer_is_reported_at_once(monkeypatch):
+    with socket.socket() as silent:  # bound, so nothing else can listen on its port
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
         result = call("run", "--dry-run")
     assert result.exit_code == 2
@@ -213,20 +224,20 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(monkeypatch):
 
 
 def test_a_ray_that_does_not_start_fails_the_run_in_one_sentence(tmp_path, monkeypatch):
-    def late(**_):
+    def time_out(**_):
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray.init", late)
+    monkeypatch.setattr("ray.init", time_out)
     result = call("run")
     assert result.exit_code == 1
     assert "Ray did not start on this machine, which may be too busy: The current node timed out" in result.output
     assert json.loads((tmp_path / "runs" / "digits-picture" / "manifest.json").read_text())["state"] == "failed"
 
-    def closed(**_):
+    def refuse(**_):
         raise PermissionError(13, "Permission denied", "/closed/ray")
 
-    monkeypatch.setattr("ray.init", closed)
+    monkeypatch.setattr("ray.init", refuse)
     output = call("run").output
     assert "Ray did not start on this machine (temporary files in " in output
     assert "Permission denied: '/closed/ray'" in output

@@ -58,7 +58,7 @@ def interrupted(folder, awaited: str, *arguments: str) -> str:
     finally:
         process.kill()
     said = log(folder)
-    assert said.endswith("interrupted: the state is saved, the same command goes on from here\n")
+    assert said.endswith("Interrupted. Run the same command again to resume.\n")
     assert "raylet" not in said
     assert "process will exit" not in said
     assert json.loads((folder / "runs" / "small" / "manifest.json").read_text())["state"] == "interrupted"

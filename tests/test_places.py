@@ -203,15 +203,16 @@ def test_a_run_that_was_moved_finds_itself(tmp_path):
 
 
 def test_notes_about_folders_are_shown_once_and_plainly(capsys):
-    from raysweep.cli import _show_warning
+    from raysweep.cli.common import quiet_libraries
     from raysweep.models.weights import ReadOtherwise, tell
 
-    with warnings.catch_warnings():
+    before = warnings.showwarning
+    with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("always")
-        warnings.showwarning = _show_warning
         tell("m: read as half")
         tell("m: read as half")
         warnings.warn("something else", RuntimeWarning, stacklevel=1)
+    assert warnings.showwarning is before
     shown = capsys.readouterr().err.splitlines()
     assert shown[0] == "warning: m: read as half"
     assert "RuntimeWarning: something else" in shown[1]

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import search_spaces
 from raysweep.cli import main
-from raysweep.cli.listing import points_of, resolved
+from raysweep.cli.listing import first_points, origins
 from raysweep.config import presets
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
@@ -104,7 +104,7 @@ def test_a_preset_says_where_every_value_of_its_points_is_from(name):
         assert "released" in sweep.spaces[space.method]
         assert space.points, f"{space.method} tries nothing first"
         for point in space.points:
-            told = resolved(space, point)
+            told = origins(space, point)
             if point.stated:
                 assert {k for k, v in told.items() if v["searched"] or v["from"].startswith("default of")} == set()
                 differs = {k for k, s in point.stated.items() if told[k]["value"] not in (s.here, tuple(s.here) if isinstance(s.here, list) else s.here)}  # fmt: skip
@@ -177,7 +177,7 @@ def test_embedded_points_claim_only_what_they_carry():
     for name in search_spaces.names():
         space = load_space(name)
         for point in space.points:
-            told = resolved(space, point)
+            told = origins(space, point)
             assert not [k for k, v in told.items() if v["searched"]], f"{name}: {point.source}: values are drawn"
             assert point.stated or not CLAIM.search(point.source), f"{name}: {point.source}"
             if point.stated:
@@ -220,7 +220,7 @@ def test_no_method_of_a_preset_inherits_the_embedded_space():
 
 def test_points_are_listed_resolved_beside_their_sources():
     listed = json.loads(CliRunner().invoke(main, ["ls", "spaces", "sfd-cifar10", "--json"]).stdout)
-    assert listed == json.loads(json.dumps(points_of("sfd-cifar10")))
+    assert listed == json.loads(json.dumps(first_points("sfd-cifar10")))
     point = next(p for p in listed if p["name"] == "salun")
     assert set(point["values"]) == set(resolve("method", "salun").Hyperparameters.model_fields)
     assert point["values"]["alpha"]["value"] == pytest.approx(3.072)

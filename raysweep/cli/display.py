@@ -1,4 +1,4 @@
-"""What a person sees of a run: live progress bars on a terminal, one line per event elsewhere."""
+"""Shows a run while it works: progress bars on a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ MODES = ("auto", "rich", "plain", "none")
 
 
 class Display:
-    """Shows events (`say`) and progress (`tick`); use as a context manager. Mode by RAYSWEEP_DISPLAY, default auto."""
+    """Shows events (`say`) and progress (`tick`) inside a `with` block.
+
+    mode: rich (bars), plain (lines) or none; auto chooses rich on a terminal, else plain. Default: RAYSWEEP_DISPLAY, else auto.
+    """
 
     def __init__(self, mode: str | None = None):
         mode = mode or os.environ.get("RAYSWEEP_DISPLAY", "auto")
@@ -35,9 +38,13 @@ class Display:
         self.mode = ("rich" if sys.stdout.isatty() else "plain") if mode == "auto" else mode
         self.console = Console(highlight=False, soft_wrap=True)
         self.progress = Progress(
-            TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=self.console, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description:<18}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+        )
         self.bars: dict[str, TaskID] = {}
         self.quarters: dict[str, int] = {}
 
@@ -51,7 +58,7 @@ class Display:
             self.progress.stop()
 
     def say(self, kind: str, text: str) -> None:
-        """One event."""
+        """Shows one event with the time of day. kind: its topic in one word, which decides the colour."""
         clock = time.strftime("%H:%M:%S")
         if self.mode == "rich":
             colour = COLOURS.get(kind, "dim")
@@ -59,14 +66,14 @@ class Display:
         elif self.mode == "plain":
             print(f"{clock} {kind:<8} {text}", flush=True)
 
-    def tick(self, what: str, done: int, total: int) -> None:
-        """Progress of something that takes long; elsewhere than on a terminal, a line per quarter."""
+    def tick(self, topic: str, done: int, total: int) -> None:
+        """Shows how far something is: a bar on a terminal, elsewhere a line per quarter, but none for trials, which are events."""
         if self.mode == "rich":
-            if what not in self.bars:
-                self.bars[what] = self.progress.add_task(what, total=total)
-            self.progress.update(self.bars[what], completed=done, total=total, visible=done < total)
+            if topic not in self.bars:
+                self.bars[topic] = self.progress.add_task(topic, total=total)
+            self.progress.update(self.bars[topic], completed=done, total=total, visible=done < total)
         elif self.mode == "plain":
             quarter = 4 * done // max(1, total)
-            if quarter != self.quarters.get(what, 0) and what != "trials":
-                self.quarters[what] = quarter
-                print(f"{time.strftime('%H:%M:%S')} progress {what} {done}/{total}", flush=True)
+            if quarter != self.quarters.get(topic, 0) and topic != "trials":
+                self.quarters[topic] = quarter
+                print(f"{time.strftime('%H:%M:%S')} progress {topic} {done}/{total}", flush=True)

@@ -1,4 +1,4 @@
-"""Checks of the machine: is what raysweep needs there, and does it work?"""
+"""Checks of the machine for `raysweep doctor`: versions, memory, disk, ports, installation, access to Ray."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from raysweep.storage.cache import ROOT, cache_folder
 from raysweep.storage.places import PlaceError, ray_folder
 
 GIGABYTE = 1024**3
-MEMORY_GB = 6
-DISK_GB = 2
+MEMORY_GB = 6  # peak of the embedded sweep
+DISK_GB = 2  # cache and run of the embedded sweep
+SHM_GB = 0.5
 PORTS = {6379: "Ray head", 8265: "Ray dashboard and jobs"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. level: ok, warn or fail."""
+    """The result of one check. level: ok, warn or fail."""
 
     name: str
     level: str
@@ -33,7 +34,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All checks, in order."""
+    """Runs all checks, in the order in which they are shown."""
     return [
         _python(),
         *_packages(),
@@ -54,7 +55,8 @@ def _python() -> Finding:
 
 
 def _packages() -> list[Finding]:
-    missing = [name for name, found in versions().items() if found == "missing"]
+    installed = versions()
+    missing = [name for name, version in installed.items() if version == "missing"]
     if missing:
         return [Finding("packages", "fail", f"not installed: {', '.join(missing)}; run pip install -e .")]
     broken = []
@@ -65,7 +67,7 @@ def _packages() -> list[Finding]:
             broken.append(f"{module} ({error})")
     if broken:
         return [Finding("packages", "fail", f"do not import: {'; '.join(broken)}")]
-    return [Finding("packages", "ok", ", ".join(f"{n} {versions()[n]}" for n in PACKAGES[1:]))]
+    return [Finding("packages", "ok", ", ".join(f"{name} {installed[name]}" for name in PACKAGES[1:]))]
 
 
 def _torch() -> Finding:
@@ -104,12 +106,12 @@ def _shm() -> Finding:
     if not path.is_dir():
         return Finding("/dev/shm", "ok", "not present; Ray uses temporary files")
     free = shutil.disk_usage(path).free / GIGABYTE
-    text = f"{free:.1f} GB free" + ("" if free >= 0.5 else "; in Docker start with --shm-size=1g or more")
-    return Finding("/dev/shm", "ok" if free >= 0.5 else "warn", text)
+    text = f"{free:.1f} GB free" + ("" if free >= SHM_GB else "; in Docker start with --shm-size=1g or more")
+    return Finding("/dev/shm", "ok" if free >= SHM_GB else "warn", text)
 
 
 def _temporary() -> Finding:
-    """Where a local Ray keeps its sockets and logs."""
+    """The folder in which a local Ray keeps its sockets and logs."""
     try:
         return Finding("temporary", "ok", f"{ray_folder()} is short enough for Ray's sockets and can be written")
     except PlaceError as error:
@@ -119,36 +121,33 @@ def _temporary() -> Finding:
 def _ports() -> list[Finding]:
     findings = []
     for port, use in PORTS.items():
-        with socket.socket() as s:
-            taken = s.connect_ex(("127.0.0.1", port)) == 0
+        with socket.socket() as connection:
+            taken = connection.connect_ex(("127.0.0.1", port)) == 0
         text = f"in use: is another {use} running?" if taken else f"free ({use})"
         findings.append(Finding(f"port {port}", "warn" if taken else "ok", text))
     return findings
 
 
 def _install() -> Finding:
-    """A wheel installed earlier would be what workers import instead of the checkout."""
+    """Whether one copy of raysweep is used: workers would import an old wheel instead of the checkout."""
     import methods
 
-    used = Path(str(methods.__file__)).resolve().parent.parent
-    if used != ROOT:
+    imported = Path(str(methods.__file__)).resolve().parent.parent
+    if imported != ROOT:
         return Finding(
-            "install", "fail", f"methods comes from {used}, raysweep from {ROOT}: reinstall with pip install -e ."
+            "install", "fail", f"methods comes from {imported}, raysweep from {ROOT}: reinstall with pip install -e ."
         )
     try:
         location = Path(str(distribution("raysweep").locate_file(""))).resolve()
     except PackageNotFoundError:
         return Finding("install", "ok", f"not installed; used from {ROOT}")
-    stale = (location / "raysweep").is_dir() and location != ROOT
-    if stale:
-        return Finding(
-            "install", "fail", f"a stale copy lies in {location}: pip uninstall raysweep, then pip install -e ."
-        )
+    if (location / "raysweep").is_dir() and location != ROOT:
+        return Finding("install", "fail", f"old copy in {location}: pip uninstall raysweep, then pip install -e .")
     return Finding("install", "ok", f"used from {ROOT}")
 
 
 def _token() -> Finding:
-    """Ray's jobs API runs any code it is sent, so it must not be open."""
+    """Whether Ray asks for a token: its jobs API runs any code that it is sent."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return Finding("ray token", "warn", "RAY_AUTH_MODE=disabled: anyone who reaches the jobs API can run code")
     return Finding("ray token", "ok", "token authentication is not switched off")

@@ -1,4 +1,4 @@
-"""What `raysweep ls` lists, and the commented config that `raysweep init` writes."""
+"""The rows of `raysweep ls`, and the commented config of `raysweep init`."""
 
 from __future__ import annotations
 
@@ -21,24 +21,34 @@ from raysweep.search.spaces import Parameter, Point, Space, SpaceError, load
 from raysweep.storage.places import absolute
 
 
-def listing(what: str, storage: Path) -> list[dict[str, Any]]:
-    """Rows of plain data, the name first."""
-    if what == "methods":
+def listing(kind: str, storage: Path) -> list[dict[str, Any]]:
+    """One row of plain data per item of a kind (methods, evaluators, tasks, spaces, presets, runs), the name first.
+
+    storage: the folder of the runs.
+    """
+    if kind == "methods":
         return [_row(_method, name) for name in names("method")]
-    if what == "evaluators":
+    if kind == "evaluators":
         return [_row(_evaluator, name) for name in names("evaluator")]
-    if what == "tasks":
+    if kind == "tasks":
         return [_row(_task, name) for name in names("task")]
-    if what == "spaces":
+    if kind == "spaces":
         return [_row(_space, name) for name in _searchable()]
-    if what == "presets":
+    if kind == "presets":
         return [_preset(name) for name in presets.names()]
-    return [{"name": r.path.name, "state": r.read_manifest()["state"], "path": str(r.path)} for r in list_runs(storage)]
+    return [
+        {"name": run.path.name, "state": run.read_manifest()["state"], "path": str(run.path)}
+        for run in list_runs(storage)
+    ]
 
 
-def points_of(name: str) -> list[dict[str, Any]]:
-    """Every point that a preset, a config (by its path) or a method tries first, with the value of each hyperparameter and
-    where that comes from. Raises ConfigError for another name, SpaceError for a space that is wrong."""
+def first_points(name: str) -> list[dict[str, Any]]:
+    """Every point that a preset, a config (by its path) or a method tries first, each hyperparameter with value and source.
+
+    Raises:
+        ConfigError: the name is none of these.
+        SpaceError: a search space is wrong.
+    """
     path = presets.path_of(name) if name in presets.names() else Path(name)
     if path.is_file():
         sweep = load_config(path, (), absent=True)
@@ -50,24 +60,24 @@ def points_of(name: str) -> list[dict[str, Any]]:
         valid = ", ".join([*presets.names(), *_searchable()])
         raise ConfigError(f"{name!r}: not a preset, a config or a method; valid: {valid}")
     return [
-        {"name": space.method, "source": point.source, "values": resolved(space, point)}
+        {"name": space.method, "source": point.source, "values": origins(space, point)}
         for space in spaces
         for point in space.points
     ]
 
 
-def resolved(space: Space, point: Point) -> dict[str, dict[str, Any]]:
-    """Hyperparameter -> its value at a point of a space, and where that comes from; a value that is searched is null."""
+def origins(space: Space, point: Point) -> dict[str, dict[str, Any]]:
+    """Hyperparameter -> its value at a point of a space and the value's source; the value is None if it is searched."""
     method = resolve("method", space.method)
     ranges = {p.name: p for p in space.parameters}
     start = {p.name: p.values[0] for p in space.parameters if not p.when and not p.open}
     values = method.Hyperparameters(**(space.fixed | start | point.values)).model_dump()
-    found = {}
+    rows = {}
     for name, value in values.items():
         searched = name not in point.values and name in ranges and ranges[name].exists(space.fixed | point.values)
         origin = _searched(ranges[name]) if searched else _origin(space, point, name, value)
-        found[name] = {"value": None if searched else value, "searched": searched, "from": origin}
-    return found
+        rows[name] = {"value": None if searched else value, "searched": searched, "from": origin}
+    return rows
 
 
 def _searched(parameter: Parameter) -> str:
@@ -88,12 +98,12 @@ def _origin(space: Space, point: Point, name: str, value: Any) -> str:
 
 
 def _searchable() -> list[str]:
-    """The methods that have a space: raysweep's own, and other packages'."""
+    """Methods that have a search space, built in or from another package."""
     return sorted({*search_spaces.names(), *external("method")})
 
 
 def _row(describe: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
-    """The row of a name, or why what another package offers under it cannot be used."""
+    """The row of a name, or the reason why another package's extension of that name cannot be used."""
     try:
         return describe(name)
     except (PluginError, SpaceError) as error:
@@ -133,8 +143,8 @@ def _evaluator(name: str) -> dict[str, Any]:
 
 def _preset(name: str) -> dict[str, Any]:
     about = presets.about(name)
-    bring = "; ".join(f"{b.key}: {b.what}" for b in about.bring)
-    return {"name": name, "title": about.title, "paper": about.paper, "bring": f"bring {bring}"}
+    inputs = "; ".join(f"{item.key}: {item.what}" for item in about.bring)
+    return {"name": name, "title": about.title, "paper": about.paper, "bring": f"bring {inputs}"}
 
 
 def _space(name: str) -> dict[str, Any]:
@@ -144,7 +154,7 @@ def _space(name: str) -> dict[str, Any]:
 
 
 def commented_config(name: str, task: str) -> str:
-    """YAML of every setting at its default, with its meaning behind it."""
+    """YAML of every setting at its default, each with its meaning as a comment."""
     sweep = validate({"name": name, "task": {"name": task}}, "init")
     lines = ["# A raysweep config: every setting at its default. Delete what you do not change.", ""]
     _write(lines, sweep, 0)
@@ -156,14 +166,12 @@ def _write(lines: list[str], model: BaseModel, depth: int) -> None:
     for key, field in type(model).model_fields.items():
         value = getattr(model, key)
         if isinstance(field.default, Path) and value == absolute(field.default):
-            value = field.default  # as it is written, not as it is read here
+            value = field.default  # relative, as a user writes it
         about = f"  # {field.description}" if field.description else ""
         if isinstance(value, BaseModel):
             lines.append(f"{pad}{key}:{about}")
             _write(lines, value, depth + 1)
         else:
-            plain = (
-                value if not isinstance(value, Path | tuple) else str(value) if isinstance(value, Path) else list(value)
-            )
+            plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
             text = yaml.safe_dump(plain, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
             lines.append(f"{pad}{key}: {text}{about}")
