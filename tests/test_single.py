@@ -11,8 +11,8 @@ import pytest
 from tiny import tiny_task
 
 from raysweep.audit import card
-from raysweep.audit.auditor import AuditRequest
 from raysweep.audit.objectives import Objectives
+from raysweep.audit.request import AuditRequest
 from raysweep.config.reader import load
 from raysweep.config.schema import Tier
 from raysweep.context import Context

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from raysweep.config.schema import Tier
+from raysweep.audit.request import AuditRequest, rows_path, scores_path
 from raysweep.storage.files import (
     ROWS,
-    SCHEMA_VERSION,
     SCORES,
     StoreError,
     digest_of,
@@ -27,39 +26,6 @@ from raysweep.storage.recent import Recent
 
 if TYPE_CHECKING:
     from evaluators.base import Subject
-
-
-@dataclass(frozen=True)
-class AuditRequest:
-    """One model to be measured in one tier. model: its folder, or None for a freshly initialised (destroyed) one.
-
-    cache: folder where the audits of anchors outlive the run. references: folder of features of real images, which all
-    models under one judge are compared with. anchors: (name, folder, digest) of the base and the oracles, which checks
-    compare the model with.
-    """
-
-    subject: str
-    method: str
-    model: str | None
-    digest: str
-    tier_name: str
-    tier: Tier
-    judge: str
-    judge_digest: str
-    task: str
-    task_digest: str
-    run: str
-    code: str = ""
-    anchors: tuple[tuple[str, str, str], ...] = ()
-    cache: str | None = None
-    references: str | None = None
-
-    @property
-    def key(self) -> str:
-        """Names the audit: equal keys are the same work."""
-        parts = (self.subject, self.digest, self.tier_name, self.tier.digest, self.judge_digest, self.task_digest)
-        peers = [(name, digest) for name, _, digest in self.anchors]
-        return f"{self.subject}-{self.tier_name}-{digest_of(*parts, self.code, SCHEMA_VERSION, peers)}"
 
 
 class Peers(Mapping[str, Any]):
@@ -242,16 +208,6 @@ def load_judge(path: Path):
     judge = Judge(state["body.0.weight"].shape[1], state["head.weight"].shape[0])
     judge.load_state_dict(state)
     return judge.eval()
-
-
-def rows_path(run: Path, key: str) -> Path:
-    """Where an audit's rows are."""
-    return run / "rows" / f"{key}.parquet"
-
-
-def scores_path(run: Path, key: str) -> Path:
-    """Where an audit's scores are."""
-    return run / "scores" / f"{key}.parquet"
 
 
 def _copy_parts(cache: Path, request: AuditRequest) -> None:

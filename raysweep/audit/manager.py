@@ -19,7 +19,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.metrics import Gauge
 
-from raysweep.audit.auditor import AuditRequest
+from raysweep.audit.request import AuditRequest
 from raysweep.settings import TIMEOUT
 
 LOG = "audits.jsonl"

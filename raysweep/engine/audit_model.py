@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.audit import card
-from raysweep.audit.auditor import AuditRequest, rows_path, scores_path
 from raysweep.audit.informative import caveat
 from raysweep.audit.objectives import Objectives, Unmeasured, objectives
+from raysweep.audit.request import AuditRequest, rows_path, scores_path
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.engine.checks import resolve_sweep

@@ -13,9 +13,9 @@ from typing import Any
 import ray
 
 from methods.base import Method
-from raysweep.audit.auditor import AuditRequest
 from raysweep.audit.objectives import Anchors, Indistinct, Unmeasured, assess_views, check_scale
 from raysweep.audit.power import remedies
+from raysweep.audit.request import AuditRequest
 from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.context import Context, load_measured, prepared_key
 from raysweep.engine.cluster import Pool, RunFailed

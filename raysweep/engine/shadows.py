@@ -21,8 +21,8 @@ import ray
 
 from evaluators.attacks import lira_online
 from evaluators.statistics import auc_interval, clopper_pearson, t_interval
-from raysweep.audit.auditor import scores_path
 from raysweep.audit.card import load_scores
+from raysweep.audit.request import scores_path
 from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.context import Context
 from raysweep.engine.cluster import Pool, RunFailed, connected, has_trial_slots, pool

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from raysweep.audit.auditor import rows_path, scores_path
+from raysweep.audit.request import rows_path, scores_path
 from raysweep.config.schema import ConfigError
 from raysweep.rundir import RunDir
 from raysweep.storage.files import ROWS, SCORES, read_table

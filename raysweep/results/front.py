@@ -12,9 +12,9 @@ import numpy as np
 import optuna
 
 from evaluators.statistics import jackknife_interval, jackknife_se, t_interval
-from raysweep.audit.auditor import rows_path
 from raysweep.audit.objectives import Measured, Objectives, Unmeasured, objectives
 from raysweep.audit.power import Requirement, decided_by
+from raysweep.audit.request import rows_path
 from raysweep.audit.verdict import Verdict, verdict
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
