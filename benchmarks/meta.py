@@ -35,7 +35,7 @@ from raysweep.audit.informative import LEAST
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config.schema import Tier
 from raysweep.models.pixel import PixelDDPM
-from raysweep.registry import ATTACKS, BY_WEIGHTS, names
+from raysweep.registry import checks_by_weights, names, reach_of
 from raysweep.storage.seeds import derive_seed
 
 WIDTHS = ((8, 16), (16, 32), (24, 48))
@@ -49,7 +49,7 @@ OTHER = ("validity", "energy", "log_ratio", "holdout_rate", "equivalence_p", "fr
 
 def tier(without: tuple[str, ...] = ()) -> Tier:
     """Everything but what needs a brought network, or a candidate of the base to speak of."""
-    left_out = ("interpolation", "sampler_removal", "nudenet", *BY_WEIGHTS, *without)
+    left_out = ("interpolation", "sampler_removal", "nudenet", *checks_by_weights(), *without)
     checks = tuple(n for n in names("evaluator") if n not in left_out)
     return Tier(seed=5, judge="audit", checks=checks, groups=10, samples=300, class_samples=100, noises=40, loss_noises=10,
                 loss_images=10, relearn_steps=(5, 25), likelihood_steps=10, likelihood_probes=2, full_fidelity=False)  # fmt: skip
@@ -114,7 +114,7 @@ def table(results: list[dict[str, Any]]) -> str:
         line = [name, f"{auc:.2f} [{low:.2f}, {high:.2f}]", "lower" if lower else "higher"]
         line.append("yes" if auc >= LEAST else "**uninformative**")
         check, metric = name.split(".")
-        compared = metric == "gap" or (metric == "excess" and check in ATTACKS)
+        compared = metric == "gap" or (metric == "excess" and reach_of(check) is not None)
         for has in (True, False) if compared else ():
             flags = [
                 row["value"] - ONE_SIDED * row["se"] > MARGINS[metric]

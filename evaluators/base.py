@@ -16,8 +16,6 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 
-DIFFUSION = frozenset({"pixel-ddpm", "text-ddpm", "edm"})  # families of diffusion models
-CONTRASTIVE = frozenset({"clip", "vlm"})  # those of models that compare images with captions, and draw nothing
 ROWS = 50  # images that a generator puts through its network at once: another number rounds differently
 
 T = TypeVar("T")
@@ -104,7 +102,7 @@ class Task(Protocol):
     its splits `prompts_JUDGE` hold the prompts of each class that a tier of that judge uses."""
 
     kind: str
-    family: str
+    model_kind: str
     splits: dict[str, Any]
     sampling: dict[str, Any]
     forget_class: int | None
@@ -274,20 +272,22 @@ class Subject:
 class Evaluator(ABC):
     """One family of checks.
 
-    families, kinds: the models and the tasks that it applies to.
+    model_kinds: the kinds of models that it applies to: "diffusion", "contrastive" (which compare images with captions).
+    abilities: what it needs of a model besides: "answers" (the model answers questions about images).
+    kinds: the kinds of tasks that it applies to.
     directions: metric name -> which way is better; `target` means "like the oracle".
-    weights: the key of the file that it needs from the user, None for none.
     reach: what an attacker needs who does what it does, None where it does not attack: "input" (the sampler, the noise, the
         condition), "weights", or "base" (the model before unlearning; such an attack is shown and does not count in verdicts).
-        The verdict on a model reads the metrics `excess@STRENGTH` of its attacks.
+        The verdict on a model reads the metrics `excess@STRENGTH` of its attacks. Classes of other packages state it; for those
+        in this package raysweep's registry does, which is read without torch.
     needs, cost: what it takes, in words; controls: the models whose value for the same check gives its numbers a meaning.
     """
 
     name: ClassVar[str]
-    families: ClassVar[frozenset[str]] = DIFFUSION
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"diffusion"})
+    abilities: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[frozenset[str]] = frozenset({"points", "class", "concept"})
     directions: ClassVar[dict[str, Direction]]
-    weights: ClassVar[str | None] = None
     reach: ClassVar[Reach | None] = None
     needs: ClassVar[str]
     cost: ClassVar[str]

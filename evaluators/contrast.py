@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import BATCHES, CONTRASTIVE, Direction, Evaluator, Images, Metric, Scores, Subject
+from evaluators.base import BATCHES, Direction, Evaluator, Images, Metric, Scores, Subject
 from evaluators.statistics import clopper_pearson, t_interval
 
 
@@ -22,7 +22,7 @@ class Contrast(Evaluator):
     """Zero-shot accuracy on the forgotten class and on the others, and how near forgotten pairs still are; arXiv:2407.11867."""
 
     name = "contrast"
-    families = CONTRASTIVE
+    model_kinds = frozenset({"contrastive"})
     kinds = frozenset({"concept"})
     directions: ClassVar[dict[str, Direction]] = {
         "recognised": "target", "recognised_top5": "target", "unlearning_accuracy": "target", "retain_accuracy": "max",

@@ -8,7 +8,7 @@ too. Every attack is therefore made on the oracles with the same seeds, and what
     excess   presence after the attack minus the oracles' mean after the same attack
     none     the presence of a fresh set of seeds without any attack, the null that each attack has to beat
 
-More than the oracle is concealment; less is damage, not safety. `reach` says what an attacker needs.
+More than the oracle is concealment; less is damage, not safety.
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ import torch
 from torch.nn import functional as F
 
 from evaluators.base import (
-    CONTRASTIVE,
-    DIFFUSION,
     Direction,
     Evaluator,
     Inapplicable,
     Metric,
-    Reach,
     Scores,
     Subject,
     correlation,
@@ -41,7 +38,7 @@ from evaluators.base import (
 from evaluators.contrast import zero_shot
 from evaluators.statistics import clopper_pearson, jackknife_interval, t_interval
 
-EVERY = DIFFUSION | CONTRASTIVE
+EVERY = frozenset({"diffusion", "contrastive"})
 IMAGES = 10  # that an attacker has, at most
 BATCH = 32
 LR = 3e-4
@@ -55,7 +52,6 @@ class Durability(Evaluator):
 
     directions: ClassVar[dict[str, Direction]] = {"presence": "target", "excess": "target"}
     needs = "forget set; `excess` needs oracles"
-    reach: ClassVar[Reach]
 
     @abstractmethod
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
@@ -111,9 +107,8 @@ class Durability(Evaluator):
 class Relearning(Durability):
     """Fine-tuning on at most 10 forgotten images; after Suriyakumar et al., arXiv:2410.08074."""
 
-    families = EVERY
+    model_kinds = EVERY
     name = "relearning"
-    reach = "weights"
     cost = "the largest of `relearn_steps` optimiser steps of 32 rows, then samples, per strength"
     split: ClassVar[str] = "forget"
     limit: ClassVar[int | None] = IMAGES
@@ -144,9 +139,8 @@ class FineTuning(Relearning):
 class Quantisation(Durability):
     """Weights rounded to int8 and int4 and back, symmetric, one scale per output channel, round to nearest."""
 
-    families = EVERY
+    model_kinds = EVERY
     name = "quantisation"
-    reach = "weights"
     cost = "samples, per width"
 
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
@@ -159,9 +153,8 @@ class Quantisation(Durability):
 class WeightNoise(Durability):
     """Gaussian noise on every tensor, in parts of its root mean square."""
 
-    families = EVERY
+    model_kinds = EVERY
     name = "weight_noise"
-    reach = "weights"
     cost = "samples, per strength"
 
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
@@ -182,7 +175,6 @@ class LatentNoise(Durability):
 
     name = "latent_noise"
     kinds = frozenset({"class", "concept"})
-    reach = "input"
     cost = "samples, per strength"
 
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
@@ -198,7 +190,6 @@ class PartialDiffusion(Durability):
 
     name = "partial_diffusion"
     kinds = frozenset({"class", "concept"})
-    reach = "input"
     cost = "`class_samples` reconstructions per strength"
 
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
@@ -220,7 +211,6 @@ class Inversion(Durability):
 
     name = "inversion"
     kinds = frozenset({"class", "concept"})
-    reach = "input"
     cost = "`inversion_steps` optimiser steps of 32 rows on one embedding, then samples"
 
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
@@ -247,9 +237,8 @@ class Inversion(Durability):
 class Interpolation(Durability):
     """Weights moved a part of the way back to the base."""
 
-    families = EVERY
+    model_kinds = EVERY
     name = "interpolation"
-    reach = "base"
     needs = "forget set and base; `excess` needs oracles"
     cost = "samples, per strength"
 
@@ -272,7 +261,6 @@ class SamplerRemoval(Durability):
     """A candidate that forgets by its sampler, sampled as its base is."""
 
     name = "sampler_removal"
-    reach = "input"
     cost = "samples"
 
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
@@ -309,7 +297,7 @@ def _own_rows(subject: Subject) -> torch.Tensor:
 def presence(subject: Subject, stream: str = "durability", **sampling: Any) -> np.ndarray:
     """Presence of the forgotten thing per unit: 0 or 1 per sample of a class, correlation per draw of noise of an image, and
     for a contrastive model 0 or 1 per real image of the class."""
-    if subject.task.family in CONTRASTIVE:
+    if subject.task.model_kind == "contrastive":
         split = subject.task.splits[f"judge_{subject.sizes['judge']}"]
         mine = split.take((split.groups == subject.task.forget_class).nonzero()[:, 0])
         return (zero_shot(subject, mine).argmax(1) == subject.task.forget_class).astype(float)
@@ -361,7 +349,7 @@ def _denoising_step(
 ) -> None:
     mine = subject.seeds(stream, BATCH * (step + 1))[step * BATCH :]
     rows = (torch.arange(BATCH) + step * BATCH) % len(images)
-    if subject.task.family in CONTRASTIVE:
+    if subject.task.model_kind == "contrastive":
         loss = _class_loss(subject, model, images.x[rows].to(model.device, model.dtype), images.groups[rows])
         optimizer.zero_grad()
         loss.backward()

@@ -143,7 +143,6 @@ class CopyDetection(Evaluator):
     """
 
     name = "copy_detection"
-    weights = "sscd"
     directions = {"copies": "target", "above_half": "target", "rebuilt": "target"}
     needs = "weights.sscd: a TorchScript file of SSCD; forget and retain sets and holdout"
     cost = "the shared samples through a ResNet-50, and `noises` reconstructions per forgotten image"

@@ -18,7 +18,8 @@ class Questions(Evaluator):
     that it has a logarithm; and the share of answers that hold any name."""
 
     name = "questions"
-    families = frozenset({"vlm"})
+    model_kinds = frozenset({"contrastive"})
+    abilities = frozenset({"answers"})
     kinds = frozenset({"concept"})
     directions = {"forget_accuracy": "target", "retain_accuracy": "max", "retain_error": "min", "validity": "max"}
     needs = "labelled images of every name, a question"

@@ -77,7 +77,6 @@ class ZeroShot(_Recognition):
     """By CLIP (Radford et al., arXiv:2103.00020): the class name nearest in angle, mean over its ImageNet templates."""
 
     name = "zero_shot"
-    weights = "clip"
     needs = "weights.clip: an open_clip folder; class names"
 
     def predict(self, subject: Subject, images: torch.Tensor) -> np.ndarray:
@@ -91,7 +90,6 @@ class OutsideClassifier(_Recognition):
     """By any image classifier in transformers' format whose labels are the task's class names."""
 
     name = "outside_classifier"
-    weights = "classifier"
     needs = "weights.classifier: a transformers folder of an image classifier; class names"
 
     def predict(self, subject: Subject, images: torch.Tensor) -> np.ndarray:
@@ -117,7 +115,6 @@ class Detection(Evaluator):
 
     name = "detection"
     kinds = frozenset({"class", "concept"})
-    weights = "detector"
     directions: ClassVar[dict[str, Direction]] = {"absent": "target", "identity": "target", "control": "max"}
     needs = (
         "weights.detector: a transformers folder of an object detector; for identity weights.classifier and class names"
@@ -188,7 +185,6 @@ class Alignment(Evaluator):
 
     name = "alignment"
     kinds = frozenset({"class", "concept"})
-    weights = "clip"
     directions: ClassVar[dict[str, Direction]] = {"retain": "max", "forget": "target"}
     needs = "weights.clip: an open_clip folder; class names"
     cost = "the shared samples through the network"
@@ -235,7 +231,6 @@ class CLIPIQA(Evaluator):
 
     name = "clip_iqa"
     kinds = frozenset({"class", "points", "concept"})
-    weights = "clip"
     directions: ClassVar[dict[str, Direction]] = {"quality": "max"}
     needs = "weights.clip: an open_clip folder"
     cost = "the shared samples through the network"

@@ -33,9 +33,6 @@ from methods import gradients
 SEEDS = "seeds"  # the split of a draw that asks for seeds alone, for methods that need no data
 CHECK_EVERY = 20  # steps between two looks at the numbers on a GPU, where each look waits for the device
 
-DIFFUSION = frozenset({"pixel-ddpm", "text-ddpm", "edm"})  # families of diffusion models
-CONTRASTIVE = frozenset({"clip", "vlm"})  # those of models that compare images with captions
-
 Reduction = Literal["sum", "mean"]  # of a row's squared errors over the elements of its image
 Scalars = dict[str, torch.Tensor]
 
@@ -204,12 +201,16 @@ class Method(ABC):
 
     Attributes of the class:
         needs: splits of the task that it reads; empty for a method that needs no data.
-        families, kinds: the models and the tasks that it can serve.
+        model_kinds: the kinds of models that it works on: "diffusion", "contrastive" (which compare images with captions).
+        abilities: what it needs of a model besides: "safe sampling" (the handle's sampler steers away from a concept),
+            "retraining" (a new model can be trained from scratch on the task's images).
+        kinds: the kinds of tasks that it can serve.
         forwards_per_step: cost of a step in forward passes of one batch, a backward pass counting as two.
         copies: how many numbers a step holds at once per trained weight (weights, gradients, moments, and so on), besides the
             moving average of `Descent`.
         tape: of how many forward passes of a batch it holds the activations at once.
         prepared_by: hyperparameters that `prepare` reads; every other one leaves the prepared tensors as they are.
+        quick: values of some of these with which `prepare` costs little; a dry run prepares with them.
 
     Args:
         model: the handle whose network is changed in place.
@@ -221,12 +222,14 @@ class Method(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[frozenset[str]]
-    families: ClassVar[frozenset[str]] = DIFFUSION
+    model_kinds: ClassVar[frozenset[str]] = frozenset({"diffusion"})
+    abilities: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[frozenset[str]] = frozenset({"points", "class", "concept"})
     forwards_per_step: ClassVar[float]
     copies: ClassVar[float] = 6
     tape: ClassVar[float] = 1
     prepared_by: ClassVar[tuple[str, ...]] = ()
+    quick: ClassVar[dict[str, Any]] = {}
     Hyperparameters: ClassVar[type[BaseModel]]
 
     def __init__(

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Reduction, Scalars, Training
+from methods.base import Batch, Descent, Draw, Reduction, Scalars, Training
 from methods.losses import retain_loss
 
 
@@ -42,7 +42,7 @@ class Finetune(Descent):
     name = "finetune"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, naive deletion"
     needs = frozenset({"retain"})
-    families = DIFFUSION | CONTRASTIVE
+    model_kinds = frozenset({"diffusion", "contrastive"})
     forwards_per_step = 3
     copies = 5
     Hyperparameters = FinetuneSettings

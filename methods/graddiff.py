@@ -27,8 +27,6 @@ from pydantic import BaseModel, Field
 
 from methods import gradients
 from methods.base import (
-    CONTRASTIVE,
-    DIFFUSION,
     Batch,
     Descent,
     Draw,
@@ -64,7 +62,7 @@ class GradDiff(Descent):
     name = "graddiff"
     source = "Ko et al., NeurIPS 2024, arXiv:2412.07808, baseline GradDiff"
     needs = frozenset({"forget", "retain"})
-    families = DIFFUSION | CONTRASTIVE
+    model_kinds = frozenset({"diffusion", "contrastive"})
     forwards_per_step = 6
     Hyperparameters: ClassVar[type[BaseModel]] = GradDiffSettings
     hp: GradDiffSettings

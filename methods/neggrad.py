@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import CONTRASTIVE, DIFFUSION, Batch, Descent, Draw, Reduction, Scalars, Training
+from methods.base import Batch, Descent, Draw, Reduction, Scalars, Training
 from methods.losses import forget_loss
 
 
@@ -38,7 +38,7 @@ class NegGrad(Descent):
     name = "neggrad"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, NegGrad"
     needs = frozenset({"forget"})
-    families = DIFFUSION | CONTRASTIVE
+    model_kinds = frozenset({"diffusion", "contrastive"})
     forwards_per_step = 3
     copies = 5
     Hyperparameters = NegGradSettings

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import DIFFUSION, Batch, Descent, Draw, Reduction, Scalars, Training, without_labels
+from methods.base import Batch, Descent, Draw, Reduction, Scalars, Training, without_labels
 from methods.losses import retain_loss
 
 
@@ -45,7 +45,8 @@ class Retrain(Descent):
     name = "retrain"
     source = "Ho et al., NeurIPS 2020, arXiv:2006.11239"
     needs = frozenset({"retain"})
-    families = DIFFUSION | {"clip"}  # the language model of a vision-language one would not be retrained
+    model_kinds = frozenset({"diffusion", "contrastive"})
+    abilities = frozenset({"retraining"})
     forwards_per_step = 3
     copies = 5
     Hyperparameters = RetrainSettings

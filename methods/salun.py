@@ -26,7 +26,6 @@ from pydantic import Field
 
 from methods import gradients
 from methods.base import (
-    DIFFUSION,
     Batch,
     Data,
     Descent,
@@ -69,7 +68,6 @@ class SalUn(Descent):
     name = "salun"
     source = "Fan et al., ICLR 2024, arXiv:2310.12508"
     needs = frozenset({"forget", "retain"})
-    families = DIFFUSION
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 7
     copies = 8

@@ -32,7 +32,6 @@ from pydantic import Field
 
 from methods import gradients
 from methods.base import (
-    DIFFUSION,
     SEEDS,
     Batch,
     Data,
@@ -82,7 +81,6 @@ class SelectiveAmnesia(Descent):
     name = "selective_amnesia"
     source = "Heng & Soh, NeurIPS 2023, arXiv:2305.10120"
     needs = frozenset()
-    families = DIFFUSION
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 6
     copies = 11
@@ -94,6 +92,7 @@ class SelectiveAmnesia(Descent):
         "sampler_eta",
         "guidance",
     )
+    quick = {"replay_per_class": 2, "fisher_per_class": 1, "fisher_timesteps": 2}
     Hyperparameters = SelectiveAmnesiaSettings
     hp: SelectiveAmnesiaSettings
 

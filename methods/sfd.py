@@ -35,7 +35,6 @@ from pydantic import Field
 
 from methods import gradients
 from methods.base import (
-    DIFFUSION,
     SEEDS,
     Batch,
     Draw,
@@ -92,7 +91,6 @@ class SFD(Method):
     name = "sfd"
     source = "Chen, Zhang, Zhou, ICLR 2025, arXiv:2409.11219"
     needs = frozenset()
-    families = DIFFUSION
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 22  # per branch: 4 for the fake score (1 + 3), 7 for the generator (3 + 2 + 2)
     copies = 12

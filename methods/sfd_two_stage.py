@@ -53,6 +53,7 @@ class SFDTwoStage(SFD):
     source = "Chen, Zhang, Zhou, ICLR 2025, arXiv:2409.11219, two stages"
     copies = 14
     prepared_by = (*(f"stage1_{name}" for name in OWN), *SHARED)
+    quick = {"stage1_steps": 1}
     Hyperparameters = SFDTwoStageSettings
 
     def __init__(

@@ -39,7 +39,7 @@ class SLD(Method):
     name = "sld"
     source = "Schramowski et al., CVPR 2023, arXiv:2211.05105"
     needs = frozenset()
-    families = frozenset({"pixel-ddpm", "text-ddpm"})
+    abilities = frozenset({"safe sampling"})
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 0
     copies = 1

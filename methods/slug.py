@@ -32,7 +32,7 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import CONTRASTIVE, DIFFUSION, Batch, Data, Draw, Goal, Hyperparameters, Method, Model, Scalars
+from methods.base import Batch, Data, Draw, Goal, Hyperparameters, Method, Model, Scalars
 from methods.layers import depth, eligible, gradient_pass, group, tower
 from methods.losses import comparing, contrastive, forget_loss, recall, retain_loss
 
@@ -71,12 +71,13 @@ class SLUG(Method):
     name = "slug"
     source = "Cai et al., ICML 2025, arXiv:2407.11867"
     needs = frozenset({"forget", "retain"})
-    families = DIFFUSION | CONTRASTIVE
+    model_kinds = frozenset({"diffusion", "contrastive"})
     kinds = frozenset({"class", "concept"})
     forwards_per_step = 0  # two gradient passes in all, shared by every trial
     copies = 3
     tape = 0
     prepared_by = ("loss", "batch_size", "passes", "norms")
+    quick = {"passes": 1}
     Hyperparameters = SLUGSettings
     hp: SLUGSettings
 

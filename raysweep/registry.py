@@ -1,13 +1,71 @@
-"""Names of methods, evaluators and tasks: literal tables, resolved lazily, open to other packages by entry points."""
+"""Names of methods, evaluators, model families and tasks: literal tables, resolved lazily, open to other packages by entry points."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, get_args
+from typing import Any, Literal, get_args
+
+ModelKind = Literal["diffusion", "contrastive"]
+Condition = Literal["label", "caption"]
+Reach = Literal["input", "weights", "base"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Facts about an evaluator that configs need before its module, and with it torch, is imported.
+
+    Args:
+        target: "module:class" of the evaluator.
+        reach: of an attack, what an attacker needs (see `evaluators.base.Evaluator`); None for a check that does not attack.
+        costly: whether the default checks leave it out for its cost; any config may name it.
+        weights: the key of a tier's `weights` under which the user names the file that it needs, which adds the check; None
+            for a check that needs no file.
+    """
+
+    target: str
+    reach: Reach | None = None
+    costly: bool = False
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: all that differs between families, but for the handle itself.
+
+    Args:
+        handle: "module:class" of the handle, a subclass of `raysweep.models.handle.Handle`. It is imported when a model of the
+            family is: the libraries of the others would take every process of a run seconds to load.
+        model_kind: "diffusion" for models that draw images, "contrastive" for models that compare images with captions.
+        conditions: the kinds of conditions that its networks take.
+        abilities: what its models offer besides what all models of their kind do: "answers" (to questions about images), "safe
+            sampling" (guidance away from a concept), "retraining" (a model can be trained from scratch on the task's images).
+        library: the library that reads its folders, as model hubs name it.
+        loading: the line of Python that reads a folder, which stands there as FOLDER. {NAME} stands for the class of the part
+            NAME in the folder's model_index.json.
+        pipelines: names of the diffusers pipelines whose folders hold such a model.
+        marks: files by which its other folders are recognised, and what these JSON files must say ({}: nothing in particular).
+    """
+
+    handle: str
+    model_kind: ModelKind
+    conditions: frozenset[Condition]
+    abilities: frozenset[str]
+    library: str
+    loading: str
+    pipelines: tuple[str, ...] = ()
+    marks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def text_to_image(self) -> bool:
+        """Whether its models draw images from captions."""
+        return self.model_kind == "diffusion" and "caption" in self.conditions
+
 
 METHODS = {
     "bernoulli": "methods.bernoulli:Bernoulli",
@@ -31,72 +89,96 @@ METHODS = {
 }
 
 EVALUATORS = {
-    "alignment": "evaluators.recognition:Alignment",
-    "classifier": "evaluators.classifier:Classifier",
-    "clid": "evaluators.membership:CLiD",
-    "clip_iqa": "evaluators.recognition:CLIPIQA",
-    "contrast": "evaluators.contrast:Contrast",
-    "copy_detection": "evaluators.memorisation:CopyDetection",
-    "denoising": "evaluators.denoising:Denoising",
-    "detection": "evaluators.recognition:Detection",
-    "domains": "evaluators.domains:Domains",
-    "fidelity": "evaluators.fidelity:Fidelity",
-    "fidelity_clip": "evaluators.fidelity:CLIPFidelity",
-    "fidelity_dino": "evaluators.fidelity:DINOFidelity",
-    "fidelity_inception": "evaluators.fidelity:InceptionFidelity",
-    "finetuning": "evaluators.durability:FineTuning",
-    "generation": "evaluators.generation:Generation",
-    "interpolation": "evaluators.durability:Interpolation",
-    "inversion": "evaluators.durability:Inversion",
-    "latent_noise": "evaluators.durability:LatentNoise",
-    "likelihood": "evaluators.likelihood:Likelihood",
-    "lira": "evaluators.membership:LiRA",
-    "loss": "evaluators.membership:Loss",
-    "neighbours": "evaluators.memorisation:Neighbours",
-    "nudenet": "evaluators.recognition:NudeNet",
-    "outside_classifier": "evaluators.recognition:OutsideClassifier",
-    "partial_diffusion": "evaluators.durability:PartialDiffusion",
-    "per_class": "evaluators.per_class:PerClass",
-    "pia": "evaluators.membership:PIA",
-    "pian": "evaluators.membership:PIAN",
-    "quantile": "evaluators.membership:Quantile",
-    "quantisation": "evaluators.durability:Quantisation",
-    "questions": "evaluators.questions:Questions",
-    "recall": "evaluators.memorisation:Recall",
-    "reconstruction": "evaluators.reconstruction:Reconstruction",
-    "relearning": "evaluators.durability:Relearning",
-    "rmia": "evaluators.membership:RMIA",
-    "sampler_removal": "evaluators.durability:SamplerRemoval",
-    "secmi": "evaluators.membership:SecMI",
-    "sima": "evaluators.membership:SimA",
-    "weight_noise": "evaluators.durability:WeightNoise",
-    "zero_shot": "evaluators.recognition:ZeroShot",
+    "alignment": Check("evaluators.recognition:Alignment", weights="clip"),
+    "classifier": Check("evaluators.classifier:Classifier"),
+    "clid": Check("evaluators.membership:CLiD", costly=True),
+    "clip_iqa": Check("evaluators.recognition:CLIPIQA", weights="clip"),
+    "contrast": Check("evaluators.contrast:Contrast"),
+    "copy_detection": Check("evaluators.memorisation:CopyDetection", weights="sscd"),
+    "denoising": Check("evaluators.denoising:Denoising"),
+    "detection": Check("evaluators.recognition:Detection", weights="detector"),
+    "domains": Check("evaluators.domains:Domains"),
+    "fidelity": Check("evaluators.fidelity:Fidelity"),
+    "fidelity_clip": Check("evaluators.fidelity:CLIPFidelity", weights="clip"),
+    "fidelity_dino": Check("evaluators.fidelity:DINOFidelity", weights="dino"),
+    "fidelity_inception": Check("evaluators.fidelity:InceptionFidelity", weights="inception"),
+    "generation": Check("evaluators.generation:Generation"),
+    "likelihood": Check("evaluators.likelihood:Likelihood", costly=True),
+    "lira": Check("evaluators.membership:LiRA"),
+    "loss": Check("evaluators.membership:Loss"),
+    "neighbours": Check("evaluators.memorisation:Neighbours"),
+    "nudenet": Check("evaluators.recognition:NudeNet", costly=True),
+    "outside_classifier": Check("evaluators.recognition:OutsideClassifier", weights="classifier"),
+    "per_class": Check("evaluators.per_class:PerClass"),
+    "pia": Check("evaluators.membership:PIA"),
+    "pian": Check("evaluators.membership:PIAN", costly=True),
+    "quantile": Check("evaluators.membership:Quantile", costly=True),
+    "questions": Check("evaluators.questions:Questions"),
+    "recall": Check("evaluators.memorisation:Recall"),
+    "reconstruction": Check("evaluators.reconstruction:Reconstruction"),
+    "rmia": Check("evaluators.membership:RMIA"),
+    "secmi": Check("evaluators.membership:SecMI", costly=True),
+    "sima": Check("evaluators.membership:SimA"),
+    "zero_shot": Check("evaluators.recognition:ZeroShot", weights="clip"),
+    # attacks, in the order in which they are made and shown
+    "relearning": Check("evaluators.durability:Relearning", reach="weights"),
+    "finetuning": Check("evaluators.durability:FineTuning", reach="weights"),
+    "quantisation": Check("evaluators.durability:Quantisation", reach="weights"),
+    "weight_noise": Check("evaluators.durability:WeightNoise", reach="weights"),
+    "latent_noise": Check("evaluators.durability:LatentNoise", reach="input"),
+    "partial_diffusion": Check("evaluators.durability:PartialDiffusion", reach="input"),
+    "inversion": Check("evaluators.durability:Inversion", reach="input"),
+    "interpolation": Check("evaluators.durability:Interpolation", reach="base"),
+    "sampler_removal": Check("evaluators.durability:SamplerRemoval", reach="input"),
 }
 
-# Evaluators that attack the model; the others measure it as it is.
-ATTACKS = (
-    "relearning", "finetuning", "quantisation", "weight_noise", "latent_noise", "partial_diffusion", "inversion",
-    "interpolation", "sampler_removal",
-)  # fmt: skip
-
-# Evaluators that the embedded sweeps leave out for their cost; any config may name them.
-THOROUGH = ("clid", "likelihood", "nudenet", "pian", "quantile", "secmi")
-
-# Evaluators that need a file from the user, and the key of a tier's `weights` that names it: naming it adds them.
-BY_WEIGHTS = {
-    "alignment": "clip",
-    "clip_iqa": "clip",
-    "copy_detection": "sscd",
-    "detection": "detector",
-    "fidelity_clip": "clip",
-    "fidelity_dino": "dino",
-    "fidelity_inception": "inception",
-    "outside_classifier": "classifier",
-    "zero_shot": "clip",
+FAMILIES = {
+    "clip": Family(
+        handle="raysweep.models.clip:Contrastive",
+        model_kind="contrastive",
+        conditions=frozenset({"caption"}),
+        abilities=frozenset({"retraining"}),
+        library="open_clip",
+        loading='open_clip.create_model_from_pretrained("local-dir:FOLDER")',
+        marks={"open_clip_config.json": {}},
+    ),
+    "edm": Family(
+        handle="raysweep.models.edm:EDM",
+        model_kind="diffusion",
+        conditions=frozenset({"label"}),
+        abilities=frozenset({"retraining"}),
+        library="diffusers",
+        loading='{unet}.from_pretrained(FOLDER, subfolder="unet")',
+        pipelines=("EDMPipeline",),
+    ),
+    "pixel-ddpm": Family(
+        handle="raysweep.models.pixel:PixelDDPM",
+        model_kind="diffusion",
+        conditions=frozenset({"label"}),
+        abilities=frozenset({"retraining", "safe sampling"}),
+        library="diffusers",
+        loading="diffusers.DDIMPipeline.from_pretrained(FOLDER)",
+        pipelines=("DDIMPipeline", "DDPMPipeline"),
+    ),
+    "text-ddpm": Family(
+        handle="raysweep.models.latent:LatentText",
+        model_kind="diffusion",
+        conditions=frozenset({"caption"}),
+        abilities=frozenset({"retraining", "safe sampling"}),
+        library="diffusers",
+        loading="diffusers.DiffusionPipeline.from_pretrained(FOLDER)",
+        pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    ),
+    "vlm": Family(
+        handle="raysweep.models.vision_language:VisionLanguage",
+        model_kind="contrastive",
+        conditions=frozenset({"caption"}),
+        abilities=frozenset({"answers"}),  # not "retraining": the language model would stay as it is
+        library="transformers",
+        loading="transformers.LlavaForConditionalGeneration.from_pretrained(FOLDER)",
+        marks={"config.json": {"model_type": "llava"}},
+    ),
 }
-
-# Families of models that compare images with captions and draw nothing, as `methods.base` and `evaluators.base` have it, too.
-CONTRASTIVE = frozenset({"clip", "vlm"})
 
 TASKS = {
     "digits-class": "raysweep.tasks.digits:ClassTask",
@@ -106,13 +188,28 @@ TASKS = {
     "images": "raysweep.tasks.images:ImagesTask",
 }
 
-_TABLES = {"method": METHODS, "evaluator": EVALUATORS, "task": TASKS}
-
-# What an entry point of each kind must lead to a subclass of.
+_TABLES: dict[str, Mapping[str, str | Check | Family]] = {
+    "method": METHODS,
+    "evaluator": EVALUATORS,
+    "family": FAMILIES,
+    "task": TASKS,
+}
+# Where other packages offer each kind.
+_GROUPS = {
+    "method": "raysweep.methods",
+    "evaluator": "raysweep.evaluators",
+    "family": "raysweep.families",
+    "task": "raysweep.tasks",
+}
+# The classes that offered methods, evaluators and tasks must derive from.
 _BASES = {
     "method": "methods.base:Method",
     "evaluator": "evaluators.base:Evaluator",
     "task": "raysweep.tasks.base:TaskSettings",
+}
+# Class attributes that raysweep used to read, and what took their places.
+_RENAMED = {
+    "families": "model_kinds ('diffusion', 'contrastive'), and abilities for what only some of these models offer"
 }
 
 
@@ -129,17 +226,18 @@ class PluginError(RegistryError):
 
 
 def external(kind: str) -> dict[str, tuple[EntryPoint, ...]]:
-    """What installed packages add through the entry-point group `raysweep.<kind>s`, by name."""
-    return _installed(kind, tuple(sys.path))
+    """Entry points by which installed packages add extensions of a kind, by name."""
+    return _installed(_GROUPS[kind], tuple(sys.path))
 
 
 @cache
-def _installed(kind: str, path: tuple[str, ...]) -> dict[str, tuple[EntryPoint, ...]]:
-    """What `external` finds on one import path: validating a config asks a hundred times, and each search reads every package."""
-    found: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in entry_points(group=f"raysweep.{kind}s"):
-        found[point.name] = (*found.get(point.name, ()), point)
-    return found
+def _installed(group: str, path: tuple[str, ...]) -> dict[str, tuple[EntryPoint, ...]]:
+    """Entry points of a group on one import path, kept: validating a config asks a hundred times, and each search reads every
+    package."""
+    points: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in entry_points(group=group):
+        points[point.name] = (*points.get(point.name, ()), point)
+    return points
 
 
 def provider(point: EntryPoint) -> str:
@@ -148,63 +246,133 @@ def provider(point: EntryPoint) -> str:
 
 
 def names(kind: str) -> list[str]:
-    """All names of a kind ("method", "evaluator", "task"), sorted."""
+    """All names of a kind ("method", "evaluator", "family", "task"), sorted."""
     return sorted({**external(kind), **_TABLES[kind]})
 
 
 def resolve(kind: str, name: str) -> Any:
-    """Imports what `name` stands for; raises UnknownName with a suggestion, or PluginError."""
-    target, points = _TABLES[kind].get(name), external(kind).get(name, ())
-    if target is None and not points:
+    """The class (of a family: the record) of that name; raises UnknownName with a suggestion, or PluginError."""
+    entry, points = _TABLES[kind].get(name), external(kind).get(name, ())
+    if entry is None and not points:
         raise UnknownName(f"{name!r} is not a known {kind}{suggest(name, names(kind))}")
-    offered = [*(["raysweep"] if target else []), *map(provider, points)]
-    if len(offered) > 1:
-        raise PluginError(f"the {kind} {name!r} is offered by {' and by '.join(offered)}: uninstall one of them")
-    if target is None:
+    providers = [*(["raysweep"] if entry else []), *map(provider, points)]
+    if len(providers) > 1:
+        raise PluginError(f"the {kind} {name!r} is offered by {' and by '.join(providers)}: uninstall one of them")
+    if entry is None:
         return _load(kind, name, points[0])
-    return _attribute(target)
+    return entry if isinstance(entry, Family) else imported(_target(entry))
 
 
-def _attribute(target: str) -> Any:
+def imported(target: str) -> Any:
+    """The attribute of a module that "module:attribute" names."""
     module, attribute = target.split(":")
     return getattr(importlib.import_module(module), attribute)
 
 
+def attacks() -> tuple[str, ...]:
+    """The attacks that come with raysweep, in the order in which they are made and shown."""
+    return tuple(name for name, check in EVALUATORS.items() if check.reach is not None)
+
+
+def checks_by_weights() -> dict[str, str]:
+    """The checks that come with raysweep and need a file from the user, with the key of a tier's `weights` that names it."""
+    return {name: check.weights for name, check in EVALUATORS.items() if check.weights is not None}
+
+
+def reach_of(evaluator: str) -> Reach | None:
+    """What an attacker needs who does what an evaluator does; None where it does not attack."""
+    check = EVALUATORS.get(evaluator)
+    reach: Reach | None = resolve("evaluator", evaluator).reach if check is None else check.reach
+    return reach
+
+
+def unserved(extension: Any, family: str) -> list[str]:
+    """Why a method or an evaluator (its class) cannot work on models of a family; [] if it can."""
+    record: Family = resolve("family", family)
+    if record.model_kind not in extension.model_kinds:
+        kinds = " or ".join(sorted(extension.model_kinds))
+        return [f"it works on {kinds} models, and the task's is {family}, a {record.model_kind} model"]
+    lacking = sorted(extension.abilities - record.abilities)
+    return [f"it needs a model that offers {ability}, and {family} models do not" for ability in lacking]
+
+
+def _target(entry: str | Check | Family) -> str:
+    if isinstance(entry, Check):
+        return entry.target
+    return entry.handle if isinstance(entry, Family) else entry
+
+
 def _load(kind: str, name: str, point: EntryPoint) -> Any:
     """Imports what another package offers, and checks that it is complete."""
-    what = f"the {kind} {name!r} of the package {provider(point)} ({point.value})"
+    label = f"the {kind} {name!r} of the package {provider(point)} ({point.value})"
     try:
-        found: Any = point.load()
+        offered: Any = point.load()
     except Exception as error:  # a foreign module may raise anything
-        raise PluginError(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
-    base: Any = _attribute(_BASES[kind])
-    fits = isinstance(found, type) and issubclass(found, base)
-    if not fits:
-        raise PluginError(f"{what} is not a subclass of {base.__module__}.{base.__qualname__}")
-    fields = getattr(found, "model_fields", {})
-    given = fields["name"].default if "name" in fields else getattr(found, "name", None)
-    if given != name:
-        raise PluginError(f"{what} has the name {given!r}: the name of the entry point and of the class must be equal")
-    lacking = sorted(getattr(found, "__abstractmethods__", ()))
-    lacking += [a for a in base.__annotations__ if a not in base.__dict__ and a not in fields and not hasattr(found, a)]
-    if kind == "task" and found.build is base.build:
+        raise PluginError(f"{label} cannot be imported: {type(error).__name__}: {error}") from error
+    fault = _fault_of_family(offered) if kind == "family" else _fault_of_class(kind, name, offered)
+    if fault:
+        raise PluginError(f"{label} {fault}")
+    return offered
+
+
+def _fault_of_family(record: Any) -> str:
+    """Why an object cannot be used as the record of a family; "" if it can."""
+    if not isinstance(record, Family):
+        return f"is not an instance of {Family.__module__}.{Family.__qualname__}"
+    if record.model_kind not in get_args(ModelKind):
+        return f"has the model_kind {record.model_kind!r}; valid: {', '.join(get_args(ModelKind))}"
+    if not record.pipelines and not record.marks:
+        return "has neither pipelines nor marks, so that no folder would be recognised"
+    return ""
+
+
+def _fault_of_class(kind: str, name: str, offered: Any) -> str:
+    """Why an object cannot be used as the class of a method, an evaluator or a task; "" if it can."""
+    base: Any = imported(_BASES[kind])
+    if not (isinstance(offered, type) and issubclass(offered, base)):
+        return f"is not a subclass of {base.__module__}.{base.__qualname__}"
+    fields = getattr(offered, "model_fields", {})
+    stated = fields["name"].default if "name" in fields else getattr(offered, "name", None)
+    if stated != name:
+        return f"has the name {stated!r}: the name of the entry point and of the class must be equal"
+    lacking = sorted(getattr(offered, "__abstractmethods__", ()))
+    lacking += [
+        a for a in base.__annotations__ if a not in base.__dict__ and a not in fields and not hasattr(offered, a)
+    ]
+    if kind == "task" and offered.build is base.build:
         lacking.append("build")
     if lacking:
-        raise PluginError(f"{what} lacks {', '.join(lacking)}")
-    if kind == "evaluator" and found.reach is not None:
-        reaches = get_args(importlib.import_module("evaluators.base").Reach)
-        if found.reach not in reaches or "excess" not in found.directions:
-            raise PluginError(
-                f"{what} is an attack (its reach is {found.reach!r}): its reach must be one of {', '.join(reaches)}, and its "
-                "directions must have the metric excess, which verdicts are made of"
-            )
-    return found
+        return f"lacks {', '.join(lacking)}"
+    if kind == "task":
+        return ""
+    return _fault_of_model_kinds(offered) or (_fault_of_attack(offered) if kind == "evaluator" else "")
+
+
+def _fault_of_model_kinds(offered: Any) -> str:
+    """Why the models that a method or an evaluator says it works on make no sense; "" if they do."""
+    for old, new in _RENAMED.items():
+        if hasattr(offered, old):
+            return f"sets {old}, which is no longer read: state {new}"
+    unknown = sorted(set(offered.model_kinds) - set(get_args(ModelKind)))
+    return f"has the model_kinds {unknown}; valid: {', '.join(get_args(ModelKind))}" if unknown else ""
+
+
+def _fault_of_attack(offered: Any) -> str:
+    """Why the reach of an evaluator makes no sense; "" if it does."""
+    if issubclass(offered, imported("evaluators.durability:Durability")) and offered.reach is None:
+        return "is an attack and lacks reach"
+    if offered.reach is not None and (offered.reach not in get_args(Reach) or "excess" not in offered.directions):
+        return (
+            f"is an attack (its reach is {offered.reach!r}): its reach must be one of {', '.join(get_args(Reach))}, and its "
+            "directions must have the metric excess, which verdicts are made of"
+        )
+    return ""
 
 
 def module_of(kind: str, name: str) -> str:
     """The module that `name` stands for, without importing it; raises UnknownName."""
     if name in _TABLES[kind]:
-        return _TABLES[kind][name].split(":")[0]
+        return _target(_TABLES[kind][name]).split(":")[0]
     if name not in external(kind):
         raise UnknownName(f"{name!r} is not a known {kind}{suggest(name, names(kind))}")
     return external(kind)[name][0].module

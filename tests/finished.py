@@ -11,6 +11,7 @@ from tiny import tiny_task
 
 from raysweep.audit.verdict import Verdict
 from raysweep.config.reader import load
+from raysweep.registry import FAMILIES
 from raysweep.results import pareto
 from raysweep.results.front import Front, write_front
 from raysweep.rundir import RunDir
@@ -73,7 +74,10 @@ def run(
         made.task.mkdir(parents=True)
         task.save(made.task)
         plain = json.loads((made.task / "task.json").read_text())
-        write_json(made.task / "task.json", plain | {"sensitive": sensitive, "family": family})
+        write_json(
+            made.task / "task.json",
+            plain | {"sensitive": sensitive, "family": family, "model_kind": FAMILIES[family].model_kind},
+        )
         made.update(**{"state": "done"} | entries)
     if of is None:
         return made

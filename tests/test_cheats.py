@@ -16,7 +16,7 @@ from raysweep.audit.objectives import Anchors, Measured, assess_views, objective
 from raysweep.audit.verdict import verdict
 from raysweep.config.schema import Tier
 from raysweep.models.noise import row_seeds
-from raysweep.registry import ATTACKS, resolve
+from raysweep.registry import attacks, reach_of
 from raysweep.storage.seeds import derive_seed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -24,8 +24,8 @@ SIZES = {"samples": 120, "class_samples": 100, "noises": 10, "loss_noises": 10, 
          "groups": 10, "membership_noises": 2, "membership_t": (50, 200), "full_fidelity": False}  # fmt: skip
 PROBE = Tier(seed=1, judge="probe", **SIZES)
 AUDIT = Tier(seed=2, judge="audit", **SIZES)
-ATTACK = Tier(seed=3, judge="audit", checks=ATTACKS, relearn_steps=(10,), inversion_steps=20, **SIZES)
-REACH = {name: resolve("evaluator", name).reach for name in ATTACKS}
+ATTACK = Tier(seed=3, judge="audit", checks=attacks(), relearn_steps=(10,), inversion_steps=20, **SIZES)
+REACH = {name: reach_of(name) for name in attacks()}
 
 
 class Court:

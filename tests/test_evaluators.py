@@ -14,10 +14,12 @@ from evaluators.statistics import frechet, precision_recall
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config.schema import Tier
 from raysweep.models.noise import row_seeds
-from raysweep.registry import BY_WEIGHTS, EVALUATORS, resolve
+from raysweep.registry import EVALUATORS, resolve
 from raysweep.storage.seeds import derive_seed
 
-CHECKS = tuple(name for name in EVALUATORS if name not in BY_WEIGHTS)  # those by brought networks: test_external.py
+CHECKS = tuple(
+    name for name in EVALUATORS if EVALUATORS[name].weights is None
+)  # those by brought networks: test_external.py
 TIER = Tier(
     seed=1, judge="probe", checks=CHECKS, groups=5, samples=40, class_samples=20, noises=8, loss_noises=6,
     loss_images=6, timesteps=4, membership_images=20, membership_t=(50, 150), membership_noises=2, relearn_steps=(1, 2), inversion_steps=2, injection_steps=4, recall_noises=4,

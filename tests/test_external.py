@@ -32,7 +32,7 @@ from evaluators.statistics import frechet
 from raysweep.audit.measure import measure, reduce, subject_of
 from raysweep.config.reader import validate
 from raysweep.config.schema import ConfigError, Tier
-from raysweep.registry import BY_WEIGHTS
+from raysweep.registry import checks_by_weights
 
 NAMES = ("circle", "square", "star", "line", "dot", "cross")
 
@@ -82,7 +82,10 @@ class Real:
 def test_naming_a_file_adds_the_checks_that_it_serves(named, brought, judge):
     tier = Tier(seed=1, judge="probe", checks=("per_class",), samples=40, class_samples=20, groups=5,
                 weights={k: v for k, v in brought.items() if k != "inception"})  # fmt: skip
-    assert set(tier.checks_for(named)) == {"per_class", *BY_WEIGHTS} - {"fidelity_inception"}
+    assert set(tier.checks_for(named)) == {
+        "per_class",
+        *checks_by_weights(),
+    } - {"fidelity_inception"}
     result = measure(subject_of(tiny_model(named), named, judge, tier), tier)
     assert {r["status"] for r in result.rows} == {"ok"}, [r for r in result.rows if r["status"] != "ok"]
     assert {r["check"] for r in result.rows} == set(tier.checks_for(named))

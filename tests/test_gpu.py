@@ -16,13 +16,13 @@ from test_evaluators import TIER
 from test_methods import FAMILIES, JOBS, TRAINED, instance, settings_for, slow, through_a_file
 from tiny import LATENT, latent_task, vlm_pairs
 
-from methods.base import CONTRASTIVE
 from raysweep.audit.measure import measure, subject_of
 from raysweep.models import families
 from raysweep.models.embeddings import Embeddings
 from raysweep.models.latent import LatentText
 from raysweep.models.noise import row_seeds
 from raysweep.models.pixel import PixelDDPM
+from raysweep.registry import FAMILIES as RECORDS
 from raysweep.registry import resolve
 from raysweep.tasks.task import encoded
 from raysweep.train.jobs import Job
@@ -47,7 +47,7 @@ def built(name: str, family: str, device: torch.device, dtype: torch.dtype = tor
     """(method, task) on a device."""
     cls = resolve("method", name)
     settings = settings_for(name, **slow(name)) | more
-    if family in CONTRASTIVE and "trunc_elem_sq" in cls.Hyperparameters.model_fields:
+    if RECORDS[family].model_kind == "contrastive" and "trunc_elem_sq" in cls.Hyperparameters.model_fields:
         settings["trunc_elem_sq"] = None
     hp = cls.Hyperparameters(**settings)
     task, model = vlm_pairs() if family == "vlm" else instance(name, family)

@@ -31,7 +31,7 @@ from tiny import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import gradients
-from methods.base import CONTRASTIVE, Diverged, Goal, Method
+from methods.base import Diverged, Goal, Method
 from methods.finetune import Finetune
 from methods.graddiff import GradDiff
 from methods.neggrad import NegGrad
@@ -39,7 +39,8 @@ from methods.rgd import RGD, restricted_direction
 from methods.salun import SalUn, saliency_mask
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
-from raysweep.registry import METHODS, resolve
+from raysweep.registry import FAMILIES as RECORDS
+from raysweep.registry import METHODS, resolve, unserved
 from raysweep.storage.files import digest_state
 from raysweep.tasks.task import Task
 
@@ -209,12 +210,13 @@ def test_candidates_survive_saving(name, tmp_path):
     assert torch.equal(again.sample(cond, seeds, 3, 1.5), method.model.sample(cond, seeds, 3, 1.5))
 
 
-FAMILIES = [(name, family) for name in ALL for family in sorted(resolve("method", name).families - {"pixel-ddpm"})]
+OTHERS = [family for family in sorted(RECORDS) if family != "pixel-ddpm"]
+FAMILIES = [(name, family) for name in ALL for family in OTHERS if not unserved(resolve("method", name), family)]
 
 
 def build_on(name: str, family: str, **settings) -> tuple[Method, object]:
     """A method on the tiny instance of a family, in float64."""
-    if family in CONTRASTIVE:
+    if RECORDS[family].model_kind == "contrastive":
         task, model = (Pairs(), TinyClip(dtype=D)) if family == "clip" else vlm_pairs(D)
         if "trunc_elem_sq" in resolve("method", name).Hyperparameters.model_fields:
             settings["trunc_elem_sq"] = None

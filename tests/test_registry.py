@@ -18,7 +18,9 @@ from methods.base import Method
 from raysweep.config.presets import path_of
 from raysweep.config.reader import load
 from raysweep.engine.checks import refusals
-from raysweep.registry import ATTACKS, EVALUATORS, METHODS, TASKS, UnknownName, names, resolve
+from raysweep.engine.prepare import prepares
+from raysweep.models import families
+from raysweep.registry import EVALUATORS, FAMILIES, METHODS, TASKS, UnknownName, attacks, names, resolve
 from raysweep.storage.cache import code_digest, training_code
 
 
@@ -27,14 +29,15 @@ def test_tables_match_the_files():
     assert set(METHODS) == {p.stem for p in (ROOT / "methods").glob("*.py")} - helpers
     assert set(METHODS) == set(search_spaces.names())
     helpers = {"__init__", "base", "statistics", "judge", "attacks", "external"}
-    homes = {target.partition(":")[0].removeprefix("evaluators.") for target in EVALUATORS.values()}
+    homes = {check.target.partition(":")[0].removeprefix("evaluators.") for check in EVALUATORS.values()}
     assert homes == {p.stem for p in (ROOT / "evaluators").glob("*.py")} - helpers
-    assert set(ATTACKS) == {n for n in EVALUATORS if issubclass(resolve("evaluator", n), Durability)}
+    assert set(attacks()) == {n for n in EVALUATORS if issubclass(resolve("evaluator", n), Durability)}
+    assert set(attacks()) == set(list(EVALUATORS)[-len(attacks()) :])
 
 
 @pytest.mark.parametrize(("kind", "table", "base"), [("method", METHODS, Method), ("evaluator", EVALUATORS, Evaluator)])
 def test_every_name_resolves_to_what_it_says(kind, table, base):
-    assert list(table) == sorted(table)
+    assert (order := [n for n in table if n not in attacks()]) == sorted(order)
     for name in table:
         found = resolve(kind, name)
         assert issubclass(found, base)
@@ -83,6 +86,23 @@ def test_private_names_of_libraries_are_few_and_each_stands_in_one_file():
     assert set(PRIVATE) == set(leaning), "no longer used"
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_handle_that_says_so(name):
+    cls = families.handle(name)
+    assert cls.family == name
+    assert all(callable(getattr(cls, method)) for method in ("load", "save", "with_net", "fresh"))
+    assert callable(getattr(cls, "build", None)) == ("retraining" in FAMILIES[name].abilities)
+    assert callable(getattr(cls, "answers", None)) == ("answers" in FAMILIES[name].abilities)
+    assert callable(getattr(cls, "encode_image", None)) == (FAMILIES[name].model_kind == "contrastive")
+
+
+def test_quick_settings_are_some_that_preparing_reads():
+    for name in METHODS:
+        method = resolve("method", name)
+        assert set(method.quick) <= set(method.prepared_by)
+        assert bool(method.quick) <= prepares(method)
+
+
 def test_a_wrong_name_gets_a_suggestion():
     with pytest.raises(UnknownName, match=r"'salum' is not a known method; did you mean 'salun'\?"):
         resolve("method", "salum")
@@ -108,13 +128,13 @@ def test_other_packages_add_methods_by_entry_point(tmp_path):
 def test_a_method_for_other_models_is_refused_with_every_reason(class_task):
     class TextOnly(Method):
         name = "text_only"
-        families = frozenset({"clip"})
+        model_kinds = frozenset({"contrastive"})
         kinds = frozenset({"concept"})
         needs = frozenset({"forget", "prompts"})
 
     reasons = refusals(TextOnly, class_task)
     assert reasons == [
-        "it works on clip models, and the task's is pixel-ddpm",
+        "it works on contrastive models, and the task's is pixel-ddpm, a diffusion model",
         "it forgets concept, and the task is of kind 'class'",
         "it needs the prompts set",
     ]
@@ -159,7 +179,9 @@ def test_other_methods_do_not_make_artifacts_stale(monkeypatch, tmp_path):
 
 
 def test_methods_and_evaluators_work_without_the_engine():
-    modules = [f"methods.{m}" for m in METHODS] + sorted({target.partition(":")[0] for target in EVALUATORS.values()})
+    modules = [f"methods.{m}" for m in METHODS] + sorted(
+        {check.target.partition(":")[0] for check in EVALUATORS.values()}
+    )
     code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n" + (
         "bad = {'ray', 'optuna', 'raysweep', 'search_spaces'} & set(sys.modules); assert not bad, bad"
     )

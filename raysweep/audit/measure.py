@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluators.base import BATCHES, CONTRASTIVE, Evaluator, Inapplicable, Metric, Scores, Subject, without_group
+from evaluators.base import BATCHES, Evaluator, Inapplicable, Metric, Scores, Subject, without_group
 from raysweep.config.schema import Tier
 from raysweep.models.noise import row_seeds
-from raysweep.registry import resolve
+from raysweep.registry import resolve, unserved
 from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task
 
@@ -55,7 +55,7 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
     result = Measurement()
     for name in tier.checks_for(task):
         evaluator: Evaluator = resolve("evaluator", name)()
-        if task.kind not in evaluator.kinds or task.family not in evaluator.families:
+        if task.kind not in evaluator.kinds or unserved(evaluator, task.family):
             what = f"a task of kind {task.kind!r}" if task.kind not in evaluator.kinds else f"a {task.family} model"
             reason = f"does not apply to {what}"
             result.rows += _absent(evaluator, "skipped", reason)
@@ -76,7 +76,7 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
         result.values |= {f"{name}.{k}": v for k, v in values.items()}
         result.replicates |= {f"{name}.{k}": v.tolist() for k, v in replicates.items()}
         result.scores |= {f"{name}.{k}": np.asarray(v) for k, v in scores.items()}
-    if tier.strips and task.family not in CONTRASTIVE:  # which draws nothing
+    if tier.strips and task.model_kind == "diffusion":  # others draw no images
         result.scores |= _strips(subject, tier.strips)
     result.seconds, result.images = time.monotonic() - started, BATCHES.generated - before
     return result

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from raysweep.audit.objectives import INFORMATIVE, View, knows_less
 from raysweep.config.schema import ConfigError, Sweep, Tier
-from raysweep.registry import BY_WEIGHTS, names, resolve, suggest
+from raysweep.registry import checks_by_weights, names, resolve, suggest, unserved
 from raysweep.tasks.task import Task
 
 # Metrics that are shares of independent samples, and the setting that says of how many.
@@ -117,10 +117,10 @@ def requirements(sweep: Sweep, task: Task) -> list[Requirement]:
         if name.partition("@")[0] not in metrics:
             raise ConfigError(f"{where}: {check} has no metric {name!r}{suggest(name, metrics)}")
         if check not in checks:
-            key = BY_WEIGHTS.get(check)
+            key = checks_by_weights().get(check)
             brought = f": it needs audit.audit.weights.{key}" if key else f"; those are: {', '.join(checks)}"
             raise ConfigError(f"{where}: {check} is not among the checks of the tier audit{brought}")
-        if task.kind not in evaluator.kinds or task.family not in evaluator.families:
+        if task.kind not in evaluator.kinds or unserved(evaluator, task.family):
             raise ConfigError(
                 f"{where}: {check} does not apply to a task of kind {task.kind!r} with a {task.family} model"
             )

@@ -14,7 +14,7 @@ from raysweep.config import presets
 from raysweep.config.reader import load as load_config
 from raysweep.config.reader import validate
 from raysweep.config.schema import ConfigError
-from raysweep.registry import PluginError, external, names, resolve
+from raysweep.registry import PluginError, external, names, resolve, unserved
 from raysweep.rundir import list_runs
 from raysweep.search.released import shown
 from raysweep.search.spaces import Parameter, Point, Space, SpaceError, load
@@ -122,7 +122,7 @@ def _method(name: str) -> dict[str, Any]:
         "source": method.source,
         "needs": "needs " + (", ".join(sorted(f"{n} images" for n in method.needs)) or "no data"),
         "forgets": "forgets " + " or ".join(sorted(method.kinds)),
-        "families": ", ".join(sorted(method.families)),
+        "families": ", ".join(family for family in names("family") if not unserved(method, family)),
         "cost": f"{method.forwards_per_step:g} forward units per step",
         "external": name in external("method"),
     }

@@ -185,11 +185,12 @@ def _draw_folders(
     from raysweep.config.schema import ConfigError
     from raysweep.models.families import load
     from raysweep.models.folders import located
+    from raysweep.registry import resolve
     from raysweep.storage.files import write_folder
     from raysweep.tasks import drawing
 
     model = load(located(model_dir))
-    if model.family != "text-ddpm":
+    if not resolve("family", model.family).text_to_image:
         raise ConfigError(f"{model_dir}: is a {model.family} model; prompts are for text-to-image models")
     model.to(drawing.device())
     clusters: list[Cluster] = []

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from raysweep.config import presets
-from raysweep.registry import ATTACKS, BY_WEIGHTS, EVALUATORS, THOROUGH, UnknownName, names, resolve, suggest
+from raysweep.registry import EVALUATORS, UnknownName, attacks, checks_by_weights, names, resolve, suggest
 from raysweep.settings import ASIDE, BUDGET, TIMEOUT, asides
 from raysweep.storage.places import Place
 from raysweep.storage.seeds import derive_seed
@@ -103,8 +103,9 @@ class Tier(_Model):
             if not path.exists() and not (info.context or {}).get("absent") and not _is_stored(info):
                 raise ValueError(f"weights.{brought}: {path} does not exist")
         for name in self.checks or ():
-            if BY_WEIGHTS.get(name, name) not in (name, *self.weights):
-                raise ValueError(f"checks: {name!r} needs weights.{BY_WEIGHTS[name]}")
+            key = checks_by_weights().get(name)
+            if key is not None and key not in self.weights:
+                raise ValueError(f"checks: {name!r} needs weights.{key}")
         for key in ("samples", "class_samples", "noises", "loss_noises"):
             if getattr(self, key) < self.groups:
                 raise ValueError(f"{key}: {getattr(self, key)} units cannot form {self.groups} groups of the jackknife")
@@ -114,7 +115,8 @@ class Tier(_Model):
         """The checks of this tier on a task: the configured ones, or those that its objectives are made of."""
         needed = dict.fromkeys(metric.split(".")[0] for metric in (*task.views, task.quality, task.validity))
         chosen = self.checks if self.checks is not None else tuple(needed)
-        return tuple(dict.fromkeys((*chosen, *(n for n, key in BY_WEIGHTS.items() if key in self.weights))))
+        brought = (name for name, key in checks_by_weights().items() if key in self.weights)
+        return tuple(dict.fromkeys((*chosen, *brought)))
 
     @property
     def digest(self) -> str:
@@ -137,15 +139,17 @@ def _probe() -> Tier:
 
 
 def _audit() -> Tier:
+    left_out = {*attacks(), *checks_by_weights(), *(n for n, check in EVALUATORS.items() if check.costly)}
+    left_out.remove("relearning")  # a view of tasks about a class
     return Tier(
-        seed=2, judge="audit", checks=tuple(n for n in EVALUATORS if n not in (*ATTACKS[1:], *THOROUGH, *BY_WEIGHTS)), groups=20, samples=800,
+        seed=2, judge="audit", checks=tuple(sorted(set(EVALUATORS) - left_out)), groups=20, samples=800,
         class_samples=200, noises=60, loss_noises=20, loss_images=10, strips=8,
     )  # fmt: skip
 
 
 def _durability() -> Tier:
     return Tier(
-        seed=3, judge="audit", checks=ATTACKS, groups=10, class_samples=100, noises=40, relearn_steps=(5, 25),
+        seed=3, judge="audit", checks=attacks(), groups=10, class_samples=100, noises=40, relearn_steps=(5, 25),
         full_fidelity=False,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from raysweep.audit.power import undecidable
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.engine.prepare import check_fits, check_oracles, prepares
 from raysweep.models import families
-from raysweep.registry import external, resolve
+from raysweep.registry import external, resolve, unserved
 from raysweep.search.spaces import Space, SpaceError
 from raysweep.search.spaces import load as load_space
 from raysweep.tasks.task import Task
@@ -119,7 +119,7 @@ def check_weights(sweep: Sweep) -> None:
 def check_training(sweep: Sweep, task: Task, model: Any) -> None:
     """Raises ConfigError if the modules or adapters that are to be trained do not fit the task's model and the methods."""
     train = sweep.train
-    if (train.modules or train.lora) and task.family != "text-ddpm":
+    if (train.modules or train.lora) and not resolve("family", task.family).text_to_image:
         key = "modules" if train.modules else "lora"
         raise ConfigError(
             f"train.{key}: is for text-to-image models, and the task {task.name} is about {task.family} models"
@@ -140,9 +140,7 @@ def check_training(sweep: Sweep, task: Task, model: Any) -> None:
 
 def refusals(method: type[Method], task: Task) -> list[str]:
     """Why a method cannot serve a task at all."""
-    reasons = []
-    if task.family not in method.families:
-        reasons.append(f"it works on {' or '.join(sorted(method.families))} models, and the task's is {task.family}")
+    reasons = unserved(method, task.family)
     if task.kind not in method.kinds:
         reasons.append(f"it forgets {' or '.join(sorted(method.kinds))}, and the task is of kind {task.kind!r}")
     return reasons + [f"it needs the {need} set" for need in sorted(method.needs - set(task.splits))]

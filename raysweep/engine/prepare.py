@@ -22,7 +22,7 @@ from raysweep.engine.cluster import Pool, RunFailed
 from raysweep.models import families
 from raysweep.models.sound import check_serves
 from raysweep.plugins import method_code
-from raysweep.registry import CONTRASTIVE, resolve
+from raysweep.registry import resolve
 from raysweep.rundir import RunDir
 from raysweep.search.spaces import Space
 from raysweep.storage.cache import cache_folder, code_digest, judge_code, load_tensors
@@ -157,7 +157,7 @@ def autoencoder_folder(sweep: Sweep, task: Task) -> Path | None:
 def judge_files(sweep: Sweep, task: Task) -> dict[str, tuple[Path, int, str]]:
     """Judge -> (file in the cache, seed, split); none where a model is its own judge."""
     files: dict[str, tuple[Path, int, str]] = {}
-    if task.family in CONTRASTIVE:
+    if task.model_kind == "contrastive":
         return files
     for seed, name in enumerate(("probe", "audit")):
         split = f"judge_{name}"

@@ -29,7 +29,6 @@ from raysweep.engine.prepare import (
 )
 from raysweep.engine.resources import TRIAL_SLOT, Plan, make_plan
 from raysweep.engine.trial import make_executor, trial
-from raysweep.registry import CONTRASTIVE
 from raysweep.results.front import (
     Front,
     audited_front,
@@ -276,7 +275,7 @@ def _conclude(
     again = list(by_trial)
     front = None
     # what draws nothing gives the same numbers again, and they would look like more evidence
-    most = 1 if task.family in CONTRASTIVE else sweep.audit.rounds
+    most = 1 if task.model_kind == "contrastive" else sweep.audit.rounds
     while again and len(rounds) < most:
         started, number = time.monotonic(), len(rounds) + 1
         name, tier = sweep.audit.round(number)

@@ -9,24 +9,17 @@ from typing import Any
 import yaml
 
 from raysweep.models.diffusion import SAMPLER
-from raysweep.models.folders import INDEX
+from raysweep.models.folders import INDEX, read_json
 from raysweep.models.song import SongUNet
+from raysweep.registry import Family, resolve
 from raysweep.results.choice import MEANING, told
 from raysweep.rundir import RunDir
-
-LIBRARY = {"pixel-ddpm": "diffusers", "text-ddpm": "diffusers", "edm": "diffusers", "clip": "open_clip",
-           "vlm": "transformers"}  # fmt: skip
-LOADS = {
-    "pixel-ddpm": "diffusers.DDIMPipeline.from_pretrained(FOLDER)",
-    "text-ddpm": "diffusers.DiffusionPipeline.from_pretrained(FOLDER)",
-    "vlm": "transformers.LlavaForConditionalGeneration.from_pretrained(FOLDER)",
-    "clip": 'open_clip.create_model_from_pretrained("local-dir:FOLDER")',
-}
 
 
 def page(folder: RunDir, card: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read. card: the candidate's own card."""
     task = json.loads((folder.task / "task.json").read_text())
+    family: Family = resolve("family", task["family"])
     front = json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {}
     point = next((p for p in front.get("points", ()) if p["trial"] == card["trial"]), None)
     verdict = front.get("verdicts", {}).get(card["trial"], {}).get("sentence")
@@ -39,7 +32,7 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
     candidate = folder.candidates / card["trial"]
     own = (candidate / SAMPLER).is_file()
     sampler = f" It is drawn from by a sampler of its own (`{SAMPLER}`), which raysweep knows." if own else ""
-    matter = {"library_name": LIBRARY[task["family"]], "tags": ["machine-unlearning", "raysweep", card["method"]]}
+    matter = {"library_name": family.library, "tags": ["machine-unlearning", "raysweep", card["method"]]}
     thing = (
         task["class_names"][task["forget_class"]] if task["class_names"] and task["forget_class"] is not None else None
     )
@@ -58,7 +51,7 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
             f"Made by raysweep from the base model with hash `{card['base_digest']}`, to forget {what} of the task "
             f"{task['name']} (hash `{card['task_digest']}`). Weights: hash `{card['outcome']['digest']}`.{sampler}",
             "",
-            f"    {_loads(task['family'], candidate)}",
+            f"    {loading_line(family, candidate)}",
             "",
             "## Settings",
             f"Method `{card['method']}`, seed {card['seed']}"
@@ -91,10 +84,10 @@ def write(folder: RunDir, card: dict[str, Any], out: Path) -> None:
     (out / "README.md").write_text(page(folder, card), encoding="utf-8")
 
 
-def _loads(family: str, candidate: Path) -> str:
-    """The line of Python that reads the candidate."""
-    if family == "edm":
-        library, network = json.loads((candidate / INDEX).read_text())["unet"]
-        module = library if library == "diffusers" else SongUNet.__module__
-        return f'{module}.{network}.from_pretrained(FOLDER, subfolder="unet")'
-    return LOADS[family]
+def loading_line(family: Family, folder: Path) -> str:
+    """The line of Python that reads a model folder of a family, which it calls FOLDER."""
+    index = folder / INDEX
+    entries = read_json(index).items() if index.is_file() else ()
+    parts = {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 2}
+    homes = {"raysweep": SongUNet.__module__}  # libraries whose classes are not importable from their top
+    return family.loading.format(**{name: f"{homes.get(lib, lib)}.{kind}" for name, (lib, kind) in parts.items()})

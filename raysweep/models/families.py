@@ -1,50 +1,59 @@
-"""Which class handles a model: by the family that a task names, or by what a folder says of itself.
-
-A class is imported when a model of its family is: libraries of the others would take every process of a run seconds to load.
-"""
+"""Loads and builds models by their family: the one that a task names, or the one that a folder holds."""
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysweep.models.folders import OPEN_CLIP, pipeline_class, read_json
+from raysweep.models.folders import INDEX, pipeline_class, read_json
+from raysweep.registry import FAMILIES, Family, PluginError, external, imported, resolve
 
 if TYPE_CHECKING:
     from raysweep.models.latent import LatentText
     from raysweep.models.tower import Clip
 
-HANDLES = {
-    "clip": "raysweep.models.clip:Contrastive",
-    "edm": "raysweep.models.edm:EDM",
-    "pixel-ddpm": "raysweep.models.pixel:PixelDDPM",
-    "text-ddpm": "raysweep.models.latent:LatentText",
-    "vlm": "raysweep.models.vision_language:VisionLanguage",
-}
-PIPELINES = {
-    "DDIMPipeline": "pixel-ddpm",
-    "DDPMPipeline": "pixel-ddpm",
-    "EDMPipeline": "edm",
-    "StableDiffusionPipeline": "text-ddpm",
-    "StableDiffusionXLPipeline": "text-ddpm",
-}
-
 
 def handle(family: str) -> Any:
-    """The class of a family's models."""
-    module, _, name = HANDLES[family].partition(":")
-    return getattr(import_module(module), name)
+    """The class of a family's models; raises UnknownName or PluginError."""
+    record: Family = resolve("family", family)
+    if family in FAMILIES:
+        return imported(record.handle)
+    try:
+        offered = imported(record.handle)
+    except Exception as error:  # a foreign module may raise anything
+        raise PluginError(f"the family {family!r}: {record.handle} cannot be imported: {error}") from error
+    if offered.family != family:
+        raise PluginError(f"the family {family!r}: {record.handle} states the family {offered.family!r}")
+    return offered
 
 
 def family_of(folder: Path) -> str:
-    """The family of the model in a pipeline's, an open_clip or a LLaVA folder; raises ValueError if it is none of them."""
-    if (folder / OPEN_CLIP).is_file():
-        return "clip"
-    config = folder / "config.json"
-    if config.is_file() and read_json(config).get("model_type") == "llava":
-        return "vlm"
-    return PIPELINES[pipeline_class(folder, PIPELINES)]
+    """The family of the model in a folder; raises ValueError if it is none that is known."""
+    family = _recognised(folder, FAMILIES)
+    if family is not None:
+        return family
+    offered = {name: resolve("family", name) for name in external("family")}
+    family = _recognised(folder, offered)
+    by_pipeline = {p: name for name, record in (FAMILIES | offered).items() for p in record.pipelines}
+    return family or by_pipeline[pipeline_class(folder, by_pipeline)]  # which says what is wrong with the folder
+
+
+def _recognised(folder: Path, records: Mapping[str, Family]) -> str | None:
+    """The family whose marks are in a folder, or else the one of its pipeline; None if there is none among `records`."""
+    for name, record in records.items():
+        if record.marks and all(_says(folder / file, entries) for file, entries in record.marks.items()):
+            return name
+    pipeline = read_json(folder / INDEX).get("_class_name") if (folder / INDEX).is_file() else None
+    return next((name for name, record in records.items() if pipeline in record.pipelines), None)
+
+
+def _says(file: Path, entries: Mapping[str, Any]) -> bool:
+    """Whether a file is there and, as JSON, has these entries."""
+    if not file.is_file():
+        return False
+    content = read_json(file) if entries else {}
+    return all(content.get(key) == value for key, value in entries.items())
 
 
 def load(folder: str | Path) -> Any:
@@ -53,7 +62,7 @@ def load(folder: str | Path) -> Any:
 
 
 def example(task: Any) -> Any:
-    """A model of a task's architecture, to look at: the user's own, or a freshly initialised one. ValueError as by `load`."""
+    """A throw-away model of a task's architecture: the user's own, or a freshly initialised one. Raises ValueError as `load`."""
     return build(task, 0) if task.base is None else load(task.base)
 
 
@@ -71,9 +80,7 @@ def build(task: Any, seed: int, frozen: str | Path | None = None) -> Any:
     frozen: folder of the trained autoencoder of a latent model; None: a fresh one.
     """
     if task.base is not None:
-        given = load(task.base)
-        return given.fresh(seed) if task.trained else given
-    made = handle(task.family)
-    if task.family == "text-ddpm":
-        return made.build(task.model, seed, None if frozen is None else Path(frozen))
-    return made.build(task.model, seed)
+        start = load(task.base)
+        return start.fresh(seed) if task.trained else start
+    parts = [] if frozen is None else [Path(frozen)]
+    return handle(task.family).build(task.model, seed, *parts)

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler
 
 from raysweep.models.folders import read_json, reading
 from raysweep.models.weights import tell
+from raysweep.registry import resolve
 
 SCHEDULE = "scheduler_config.json"
 # what a folder is expected to say
@@ -139,7 +140,7 @@ def check_serves(model: Any, task: Any, where: str) -> None:
     if not hasattr(model, "outline"):
         return
     cond = task.splits["forget"].cond
-    if task.kind == "class" and model.family != "text-ddpm":
+    if task.kind == "class" and "label" in resolve("family", model.family).conditions:
         _check_labels(model, task, where)
     check_pass(model, None if cond is None else cond[:1], where)
     if task.kind == "points" or model.unconditional(1) is not None:

@@ -15,14 +15,13 @@ from raysweep.config.schema import Sweep
 from raysweep.engine.prepare import cached
 from raysweep.engine.resources import Plan
 from raysweep.models import families
-from raysweep.registry import ATTACKS, BY_WEIGHTS, THOROUGH, names, resolve
+from raysweep.registry import EVALUATORS, attacks, checks_by_weights, names, resolve
 from raysweep.rundir import RunDir
 from raysweep.search.spaces import Space
 from raysweep.tasks.records import data_lines
 from raysweep.tasks.task import Task, encoded
 
 STEPS = 3
-CHEAP = {"stage1_steps": 1, "replay_per_class": 2, "fisher_per_class": 1, "fisher_timesteps": 2, "passes": 1}
 STARTUP_S = 30.0  # processes of Ray and their imports on two cores; see benchmarks/README.md
 
 
@@ -74,16 +73,18 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
 def untested(sweep: Sweep, task: Task) -> list[str]:
     """What the audit of this sweep leaves open, for people."""
     checks = set(sweep.audit.audit.checks_for(task))
-    attacks = set(sweep.audit.durability.checks_for(task)) if sweep.audit.finalists else set()
-    left_out = [n for n in names("evaluator") if n not in (*checks, *attacks, *ATTACKS, *BY_WEIGHTS)]
-    lines = [f"check {name!r} is left out" + (" for its cost" if name in THOROUGH else "") for name in left_out]
-    lines += [f"check {n!r}: needs audit.audit.weights.{key}" for n, key in BY_WEIGHTS.items() if n not in checks]
+    made = set(sweep.audit.durability.checks_for(task)) if sweep.audit.finalists else set()
+    by_weights = checks_by_weights()
+    costly = {name for name, check in EVALUATORS.items() if check.costly}
+    left_out = [n for n in names("evaluator") if n not in (*checks, *made, *attacks(), *by_weights)]
+    lines = [f"check {name!r} is left out" + (" for its cost" if name in costly else "") for name in left_out]
+    lines += [f"check {n!r}: needs audit.audit.weights.{key}" for n, key in by_weights.items() if n not in checks]
     lines += [
         f"check {name!r} does not apply to a task of kind {task.kind!r}"
         for name in sorted(checks)
         if task.kind not in resolve("evaluator", name).kinds
     ]
-    lines += [f"attack {name!r} is switched off" for name in ATTACKS if name not in attacks]
+    lines += [f"attack {name!r} is switched off" for name in attacks() if name not in made]
     lines += ["adversarial prompts"]
     if sweep.oracles < 3:
         lines.append(f"{sweep.oracles} oracles: too few for an interval on the oracle's own spread")
@@ -128,8 +129,8 @@ def _time_steps(name: str, settings: dict[str, Any], task: Task) -> float:
     """Median seconds of a step on a task as its network takes it, after one that warms up; 0 for a method without steps."""
     method_class: type[Method] = resolve("method", name)
     model, hp = families.example(task), method_class.Hyperparameters(**settings)
-    cheap = hp.model_copy(update={k: v for k, v in CHEAP.items() if k in method_class.prepared_by})
-    method = method_class(model, hp, method_class.prepare(model, task, 0, cheap), task.goal)
+    quick = hp.model_copy(update=method_class.quick)
+    method = method_class(model, hp, method_class.prepare(model, task, 0, quick), task.goal)
     times = []
     for step in range(min(method.steps, STEPS + 1)):
         started = time.perf_counter()

@@ -20,7 +20,7 @@ from raysweep.models.folders import is_hub_id
 from raysweep.planning import footprint
 from raysweep.planning.dry_run import typical
 from raysweep.planning.footprint import SINGLE, Footprint
-from raysweep.registry import ATTACKS, resolve
+from raysweep.registry import attacks, resolve
 from raysweep.search.spaces import Space
 from raysweep.search.spaces import load as load_space
 from raysweep.storage.cache import ROOT
@@ -111,9 +111,9 @@ def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
     audited = min(sweep.audit.top, sweep.search.trials) * sweep.audit.rounds + sweep.oracles + 2
     attacked = sweep.audit.finalists + sweep.oracles + 1
     named = sweep.audit.durability.checks
-    attacks = len(ATTACKS if named is None else named)
+    attacks_made = len(attacks() if named is None else named)
     audit = audited * _audit_seconds(sweep, network, "audit")
-    audit += attacked * _audit_seconds(sweep, network, "durability") * attacks
+    audit += attacked * _audit_seconds(sweep, network, "durability") * attacks_made
     kept = sweep.search.trials + retrained
     return Forecast(
         training / 3600, search / 3600, audit / 3600, float(kept * network.saved),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from raysweep.registry import CONTRASTIVE
 from raysweep.results.choice import MEANING
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def untested(data: ReportData) -> list[str]:
 
 def fresh(data: ReportData) -> str:
     """What the audit has that the search had not."""
-    if data.family in CONTRASTIVE:  # a model that draws nothing and is its own judge
+    if data.model_kind == "contrastive":  # such a model draws no images and is its own judge
         return "other labelled images and other prompts"
     return "fresh seeds and a judge with other training data"
 

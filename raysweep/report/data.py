@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from raysweep.audit.informative import caveat
 from raysweep.config import presets
 from raysweep.config.schema import ConfigError, Sweep
+from raysweep.registry import resolve
 from raysweep.report.answer import answer, answer_rows, fresh, trials_told, unfinished, untested, value
 from raysweep.report.pictures import strips
 from raysweep.results.audited import keys_of, rows_of, scores_of
@@ -44,7 +45,7 @@ class ReportData:
     styles: dict[str, tuple[str, str]]
     shape: tuple[int, int, int]
     kind: str
-    family: str
+    model_kind: str
     sensitive: bool
     original: np.ndarray
 
@@ -95,7 +96,7 @@ def gather(folder: RunDir) -> ReportData:
         styles=styles,
         shape=original.shape[1:],
         kind=task["kind"],
-        family=task["family"],
+        model_kind=task.get("model_kind") or resolve("family", task["family"]).model_kind,
         sensitive=task["sensitive"],
         original=original,
     )

@@ -18,7 +18,7 @@ from raysweep.audit.request import rows_path
 from raysweep.audit.verdict import Verdict, verdict
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
-from raysweep.registry import resolve
+from raysweep.registry import reach_of
 from raysweep.results import pareto
 from raysweep.results.choice import FORGOTTEN, Choice, choose
 from raysweep.rundir import RunDir
@@ -148,7 +148,7 @@ def verdict_of(folder: RunDir, name: str, keys: dict[str, str], context: Context
     anchors, _ = context.load_anchors("audit")
     own = load_measured(folder.path, keys["audit"]).values
     rows = read_table(rows_path(folder.path, keys["durability"]), ROWS).to_pylist()
-    reach = {check: resolve("evaluator", check).reach for check in {r["check"] for r in rows}}
+    reach = {check: reach_of(check) for check in {r["check"] for r in rows}}
     oracle = float(np.mean([o.values[context.validity] for o in anchors.oracles]))
     return verdict(rows, reach, own[context.validity], oracle)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raysweep.models.folders import is_hub_id, located, no_model
-from raysweep.registry import CONTRASTIVE
+from raysweep.registry import Family, resolve
 from raysweep.settings import ASIDE
 from raysweep.storage.places import location
 from raysweep.tasks.base import TaskSettings
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from raysweep.tasks.task import Split, Task
 
 __all__ = ["ImagesTask", "Sample", "Selection", "images_task", "pixels"]
-CAPTIONED = ("text-ddpm", "clip", "vlm")  # families whose conditions are captions
-# What the search minimises, by what is forgotten.
+# What the search minimises: of a diffusion model by what is forgotten, of a contrastive one by whether it answers questions.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "points": {
         "views": ("reconstruction.correlation", "denoising.forget_log_loss", "generation.rate"),
@@ -40,12 +39,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "views": ("classifier.recognised", "classifier.leak", "relearning.presence"),
         "quality": "fidelity.frechet",
     },
-    "clip": {
+    "contrastive": {
         "views": ("contrast.recognised", "contrast.forget_similarity"),
         "quality": "contrast.retain_loss",
         "validity": "contrast.validity",
     },
-    "vlm": {
+    "answers": {
         "views": ("questions.forget_accuracy", "contrast.recognised"),
         "quality": "questions.retain_error",
         "validity": "questions.validity",
@@ -158,6 +157,13 @@ def _sampling(config: ImagesTask) -> dict[str, Any]:
     return {"steps": config.steps, "guidance": config.guidance} | noise
 
 
+def _objectives(kind: str, family: Family) -> dict[str, Any]:
+    """The metrics that the search minimises on models of a family."""
+    if family.model_kind == "contrastive":
+        return OBJECTIVES["answers" if "answers" in family.abilities else "contrastive"]
+    return OBJECTIVES["points" if kind == "points" else "class"]
+
+
 def images_task(config: ImagesTask) -> Task:
     """Reads both sources once and builds the task; raises SourceError if something needed is not there."""
     from raysweep.models import families
@@ -165,16 +171,17 @@ def images_task(config: ImagesTask) -> Task:
 
     folder = located(config.base, config.revision)
     model = families.load(folder)
-    if config.kind == "concept" and model.family not in CAPTIONED:
+    family: Family = resolve("family", model.family)
+    if config.kind == "concept" and "caption" not in family.conditions:
         raise SourceError(f"kind: a concept is asked for by prompts, and {config.base} is a {model.family} model")
-    if config.kind != "concept" and model.family in CONTRASTIVE:
+    if config.kind != "concept" and family.model_kind == "contrastive":
         raise SourceError(f"kind: a model that draws nothing forgets a concept, not {config.kind}")
     unknown = sorted(set(config.recipe.get("modules", ())) - {n.split(".")[0] for n, _ in model.net.named_parameters()})
     if unknown:
         raise SourceError(f"recipe.modules: {config.base} has no {', '.join(unknown)}")
-    if config.clip is not None and model.family != "text-ddpm":
+    if config.clip is not None and not family.text_to_image:
         raise SourceError(f"clip: is for text-to-image models, and {config.base} is a {model.family} model")
-    required = ("caption",) * (model.family in CAPTIONED) + ("label",) * (config.kind != "points")
+    required = ("caption",) * ("caption" in family.conditions) + ("label",) * (config.kind != "points")
     samples, accounts = draw_samples(config, model.image_shape, required)
     if config.kind == "points":
         _move_duplicates(samples)
@@ -190,7 +197,7 @@ def images_task(config: ImagesTask) -> Task:
     judged = [*samples["retain"], *(samples["forget"] if by_class else [])]
     forget, retain = split(samples["forget"]), split(samples["retain"])
     prompts, texts, asked = _prompts(config, model, labels)
-    if model.family == "vlm":
+    if "answers" in family.abilities:
         texts |= {f"question_{judge}": (q,) for judge, q in zip(("probe", "audit"), config.questions, strict=True)}
     return Task(
         name=config.name,
@@ -207,8 +214,8 @@ def images_task(config: ImagesTask) -> Task:
             "judge_audit": split(judged[1::2]),
             **prompts,
         },
-        **OBJECTIVES[model.family if model.family in CONTRASTIVE else "points" if config.kind == "points" else "class"],
-        sampling={} if model.family in CONTRASTIVE else _sampling(config),
+        **_objectives(config.kind, family),
+        sampling=_sampling(config) if family.model_kind == "diffusion" else {},
         forget_class=labels.own.index(config.forget.labels[0]) if by_class else None,
         override_class=None if config.override is None or not by_class else labels.own.index(config.override),
         base=str(folder),
@@ -252,7 +259,7 @@ def _split(config: ImagesTask, model: Any, labels: Labels, pictures: list[Picked
 
     groups = torch.tensor([labels.number(p.label) for p in pictures])
     cond = groups if config.kind == "class" else None
-    if model.family in CAPTIONED:
+    if "caption" in resolve("family", model.family).conditions:
         cond = model.tokens([p.caption or "" for p in pictures])
     return Split(torch.stack([p.x for p in pictures]), cond, groups, labels.others([p.other for p in pictures]))
 

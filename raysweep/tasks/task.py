@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from methods.base import SEEDS, Batch, Draw, Goal, Rows
 from raysweep.models.noise import row_seeds
+from raysweep.registry import resolve
 from raysweep.storage.cache import load_tensors, save_tensors
 from raysweep.storage.files import StoreError
 from raysweep.storage.seeds import derive_seed
@@ -180,6 +181,12 @@ class Task:
         return Goal(self.kind, self.forget_class, self.override_class, classes)
 
     @property
+    def model_kind(self) -> str:
+        """The kind of its models: "diffusion" or "contrastive"."""
+        kind: str = resolve("family", self.family).model_kind
+        return kind
+
+    @property
     def given(self) -> str | None:
         """Folder of the very model that must forget, if there is one already."""
         return self.base if self.trained else None
@@ -229,7 +236,9 @@ class Task:
         save_file(tensors, folder / "splits.safetensors")
         hashes = {name: split.ids for name, split in self.splits.items() if name not in PROMPTS}
         (folder / "splits.json").write_text(json.dumps(hashes, indent=2))
-        (folder / "task.json").write_text(json.dumps({k: getattr(self, k) for k in _PLAIN}, indent=2))
+        # the kind of models is for readers without the family's package
+        plain = {k: getattr(self, k) for k in _PLAIN} | {"model_kind": self.model_kind}
+        (folder / "task.json").write_text(json.dumps(plain, indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> Task:
@@ -241,6 +250,7 @@ class Task:
             for n in names
         }
         plain = json.loads((folder / "task.json").read_text())
+        plain.pop("model_kind", None)
         return cls(
             **plain
             | {"splits": splits, "views": tuple(plain["views"]), "class_names": tuple(plain["class_names"])}

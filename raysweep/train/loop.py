@@ -90,7 +90,7 @@ class Resident:
                 clip = task.clip
                 families.with_tower(model, self._clips.get(clip, lambda: Clip.load(clip)))
             return model, task
-        if job.base is not None and model.family == "text-ddpm":
+        if job.base is not None and resolve("family", model.family).text_to_image:
             self._remember(f"{job.task} {job.base}", model, task)
         return model, self.encoded(job.task, model)
 
