@@ -14,6 +14,8 @@ from raysweep.config.reader import load
 from raysweep.registry import FAMILIES
 from raysweep.results import pareto
 from raysweep.results.front import Front, write_front
+from raysweep.results.front_row import FrontRow
+from raysweep.results.trials import Trial
 from raysweep.rundir import RunDir
 from raysweep.storage.files import ROWS, SCORES, TRIALS, write_json, write_table
 
@@ -24,27 +26,34 @@ CONCEALED = Verdict("concealed", ("relearning 5 steps (+0.30)",), None, 9)
 DESTROYED = Verdict("destroyed", ("10% of its samples are valid, 90% of the oracles'",), None, 9)
 
 
-def row(trial: str, residue: float, damage: float, se: float = 0.01, **more: Any) -> dict[str, Any]:
+def row(trial: str, residue: float, damage: float, se: float = 0.01, **more: Any) -> FrontRow:
     """A candidate's or an anchor's row of the front."""
     kind = "anchor" if trial.startswith(("base", "oracle", "destroyed")) else "candidate"
     method = trial.partition("-")[2] if kind == "candidate" else ""
     common = {"trial": trial, "method": method, "kind": kind, "residue": residue, "damage": damage}
     common |= {"residue_se": se, "damage_se": se, "over_forgetting": 0.0}
-    common |= {"views": json.dumps({"reconstruction.correlation": residue})}
+    common |= {"views": {"reconstruction.correlation": residue}}
     if kind == "candidate":
         common |= {"probe_residue": residue, "probe_damage": damage, "on_front": True, "on_method_front": True}
-        common |= {"p_dominated": 0.0, "audits": 1, "hyperparameters": '{"steps": 8}'}
-    return common | more
+        common |= {"p_dominated": 0.0, "audits": 1, "hyperparameters": {"steps": 8}}
+    return FrontRow(**common | more)
+
+
+def trial(name: str, state: str = "COMPLETE", **more: Any) -> Trial:
+    """A trial NUMBER-METHOD of the sweep."""
+    number, _, method = name.partition("-")
+    common = {"trial": name, "number": int(number), "method": method, "source": "", "state": state, "seed": 0}
+    return Trial(**common | {"hyperparameters": {"steps": 8}} | more)
 
 
 ANCHORS = [row("base", 1.0, 0.0), row("oracle-0", 0.0, 0.0), row("oracle-1", 0.02, 0.0), row("destroyed", 0.4, 1.0)]
 
 
-def front(candidates: list[dict[str, Any]], verdicts: dict[str, Verdict] | None = None, **more: Any) -> Front:
+def front(candidates: list[FrontRow], verdicts: dict[str, Verdict] | None = None, **more: Any) -> Front:
     """A front of such rows, with draws as wide as their standard errors."""
-    names = [r["trial"] for r in candidates]
-    points = np.array([[r["residue"], r["damage"]] for r in candidates]).reshape(-1, 2)
-    errors = np.array([[r["residue_se"], r["damage_se"]] for r in candidates]).reshape(-1, 2)
+    names = [r.trial for r in candidates]
+    points = np.array([[r.residue, r.damage] for r in candidates]).reshape(-1, 2)
+    errors = np.array([[r.residue_se, r.damage_se] for r in candidates]).reshape(-1, 2)
     draws = points + errors * np.random.default_rng(0).normal(size=(500, *points.shape))
     picks = {}
     if names:
@@ -85,13 +94,8 @@ def run(
     of.audits = {"audit": keys}
     write_front(made, of, sweep)
     write_json(made.anchors("audit"), {"keys": keys, "views": []})
-    trials = [
-        dict.fromkeys(TRIALS.names)
-        | {"trial": r["trial"], "method": r["method"], "state": "COMPLETE", "digest": f"weights of {folder.name}"}
-        for r in of.rows
-        if r["kind"] == "candidate"
-    ]
-    write_table(made.trials, trials, TRIALS)
+    trials = [trial(r.trial, method=r.method, digest=f"weights of {folder.name}") for r in of.candidate_rows]
+    write_table(made.trials, [t.plain() for t in trials], TRIALS)
     size = task.splits["forget"].x[0].numel()
     pictures = np.random.default_rng(1).uniform(-1, 1, (4, size))
     for subject, key in keys.items():

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
+from finished import trial
 from tiny import tiny_task
 
 from raysweep.cli import main
@@ -16,7 +17,7 @@ from raysweep.context import Context
 from raysweep.engine.run import probed_otherwise
 from raysweep.report.data import gather
 from raysweep.results.audited import keys_of, rows_of, scores_of
-from raysweep.results.front import trial_table
+from raysweep.results.trials import trial_table
 from raysweep.rundir import RunDir
 from raysweep.search.searcher import FINAL, ParetoSearch
 from raysweep.search.spaces import Parameter, Space
@@ -104,7 +105,7 @@ def test_a_run_without_a_front_shows_its_anchors_and_probes(home, tmp_path):
     early = RunDir(tmp_path / "early")
     for tier in ("probe", "audit"):
         write_json(early.anchors(tier), json.loads(home.anchors(tier).read_text()))
-    keys = keys_of(early, [{"trial": TRIAL, "probe": "p"}, {"trial": "001-rgd", "probe": ""}])
+    keys = keys_of(early, [trial(TRIAL, probe="p"), trial("001-rgd")])
     assert set(keys["audit"]) == set(ANCHORS)
     assert set(keys["probe"]) == {*ANCHORS, TRIAL}
     assert keys_of(RunDir(tmp_path / "none"), []) == {"probe": {}}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from finished import CONCEALED, DESTROYED, LIKE, REMEMBERS, front, row, run
+from finished import CONCEALED, DESTROYED, LIKE, REMEMBERS, front, row, run, trial
 
 from raysweep.cli import main
 from raysweep.engine.run import Result
@@ -17,7 +17,7 @@ GOOD, OTHER = row("000-rgd", 0.05, 0.2), row("001-siss", 0.02, 0.6)
 
 
 def answer(of: Front) -> list[str]:
-    return of.choice.answer([r for r in of.rows if r["kind"] == "candidate"], of.verdicts)
+    return of.choice.answer(of.candidate_rows, of.verdicts)
 
 
 def test_the_smallest_larger_objective_is_recommended_where_nothing_speaks_against_it():
@@ -103,7 +103,7 @@ def test_attacks_that_failed_are_not_told_as_not_made():
 def test_a_terminal_without_a_front_says_so(monkeypatch, tmp_path):
     from raysweep.rundir import RunDir
 
-    result = Result(RunDir(tmp_path), front([]), [{"state": "COMPLETE"}], ["000-rgd: no answer within 600 s"])
+    result = Result(RunDir(tmp_path), front([]), [trial("000-rgd")], ["000-rgd: no answer within 600 s"])
     monkeypatch.setattr("raysweep.engine.run.run_sweep", lambda *_: result)
     told = CliRunner().invoke(main, ["run"])
     assert told.exit_code == 3
@@ -152,8 +152,7 @@ def test_every_output_of_a_run_says_the_same(remembering, monkeypatch):
     assert "of the previous attempt" not in call("status", str(remembering)).output
     RunDir(remembering).update(state="interrupted")
     assert "answer of the previous attempt:\nNo candidate is recommended" in call("status", str(remembering)).output
-    trials = {"000-rgd": {"trial": "000-rgd", "probe": ""}}
-    monkeypatch.setattr("raysweep.results.front.trial_table", lambda *_: list(trials.values()))
+    monkeypatch.setattr("raysweep.results.trials.trial_table", lambda *_: [trial("000-rgd")])
     assert "best so far, but not recommended: it has not forgotten" in call("show", str(remembering), "000-rgd").output
     card = {"trial": "000-rgd", "method": "rgd", "seed": 0, "hyperparameters": {}, "base_digest": "b", "task_digest": "t", "outcome": {"digest": "d"}}  # fmt: skip
     text = page(RunDir(remembering), card)

@@ -187,13 +187,14 @@ def test_dry_run_starts_nothing_and_names_what_is_not_tested(tmp_path):
 @pytest.mark.parametrize(("incomplete", "code"), [([], 0), (["012-rgd: membership"], 3)])
 def test_a_missing_check_is_printed_and_exits_3(monkeypatch, tmp_path, incomplete, code):
     import numpy as np
+    from finished import trial
 
     from raysweep.engine.run import Result
     from raysweep.results.front import Front
     from raysweep.rundir import RunDir
 
     front = Front([], [], np.zeros((0, 0)), 0.5, 0.4, 0.6, 0.5)
-    result = Result(RunDir(tmp_path / "x"), front, [{"state": "FAIL"}], incomplete)
+    result = Result(RunDir(tmp_path / "x"), front, [trial("000-rgd", "FAIL")], incomplete)
     monkeypatch.setattr("raysweep.engine.run.run_sweep", lambda *_: result)
     answer = call("run")
     assert answer.exit_code == code

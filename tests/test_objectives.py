@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from finished import row
 
 from raysweep.audit.objectives import Anchors, Measured, Unmeasured, assess_views, check_scale, objectives
 from raysweep.results.front import search_against_audit
@@ -85,10 +86,10 @@ def test_standard_errors_come_from_the_groups():
 
 def test_the_searchs_optimism_is_a_number():
     rows = [
-        {"kind": "candidate", "residue": a, "damage": d, "probe_residue": p, "probe_damage": d}
+        row("000-rgd", a, d, probe_residue=p, probe_damage=d)
         for p, a, d in ((0.1, 0.2, 0.3), (0.3, 0.4, 0.2), (0.5, 0.6, 0.1))
     ]
-    found = search_against_audit([*rows, {"kind": "anchor"}])
+    found = search_against_audit([*rows, row("base", 1.0, 0.0)])
     assert found["residue"]["gap"] == pytest.approx(0.1)
     assert found["residue"]["rank_correlation"] == pytest.approx(1.0)
     assert found["damage"]["gap"] == pytest.approx(0.0)

@@ -225,7 +225,7 @@ def test_a_comparison_names_axes_seeds_and_commits(seeds, tmp_path):
 def test_a_sweep_without_candidates_of_a_method_still_counts(seeds, tmp_path):
     from raysweep.report.compare import runs_table
 
-    none = run(tmp_path / "none", front([OTHER | {"residue": 0.3}]), "search.seed=4")
+    none = run(tmp_path / "none", front([dataclasses.replace(OTHER, residue=0.3)]), "search.seed=4")
     bands = runs_table([*seeds, none])["bands"]
     assert bands["rgd"][0.5][:, 0].max() == pytest.approx(0.15)  # two of three sweeps attain it
     assert len(bands["rgd"][0.75]) == 0  # not three

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -170,8 +171,7 @@ def test_the_report_can_be_rebuilt_and_escapes(run):
     from raysweep.report.data import gather, page_context
 
     data = gather(run)
-    data.trials[0]["trial"] = "<script>alert(1)</script>"
-    data.trials[0]["state"] = "FAIL"
+    data.trials[0] = replace(data.trials[0], trial="<script>alert(1)</script>", state="FAIL")
     context = page_context(data)
     from jinja2 import Environment, PackageLoader
 
@@ -384,7 +384,8 @@ def test_what_ran_out_of_time_goes_on_under_a_longer_limit(tmp_path, cache):
 def test_a_candidate_that_cannot_be_placed_is_named_and_the_others_stay(run, tmp_path):
     from raysweep.context import Context
     from raysweep.report.page import build
-    from raysweep.results.front import audited_front, trial_table, write_front
+    from raysweep.results.front import audited_front, write_front
+    from raysweep.results.trials import trial_table
     from raysweep.tasks.task import Task
 
     folder = RunDir(Path(shutil.copytree(run.path, tmp_path / "small")))

@@ -14,7 +14,7 @@ from ray.tune.search import Searcher
 
 import search_spaces
 from raysweep.registry import method_names
-from raysweep.results.front import trial_table
+from raysweep.results.trials import trial_table
 from raysweep.search import spaces
 from raysweep.search.searcher import FINAL, ParetoSearch, open_study
 from raysweep.search.spaces import Parameter, Point, Space, SpaceError
@@ -213,7 +213,7 @@ def test_what_a_limit_ended_is_tried_again_under_a_wider_one_and_nothing_else_is
     states = [t.state for t in killed.study.trials]
     assert states == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE, TrialState.COMPLETE]
     rows = trial_table(SimpleNamespace(journal=tmp_path / "study.journal"), "s")
-    assert [r["state"] for r in rows] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [r.state for r in rows] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
 def test_broken_off_while_suggesting_keeps_the_shares(tmp_path):

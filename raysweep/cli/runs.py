@@ -74,10 +74,10 @@ def _say_answer(result: Result, say: Callable[[str, str], None]) -> None:
     """Says what came out of a sweep: its front, missing checks, the answer, and where the report is."""
     front = result.front
     assert front is not None  # of a sweep that ended
-    failed = sum(t["state"] == "FAIL" for t in result.trials)
+    failed = sum(t.has_failed for t in result.trials)
     failures = f"{failed} of {len(result.trials)} trials failed"
     if front.candidates:
-        members = [r for r in front.rows if r["kind"] == "candidate" and r["on_front"]]
+        members = [r for r in front.candidate_rows if r.on_front]
         interval = f"95 % interval {front.hypervolume_lo:.3f} to {front.hypervolume_hi:.3f}"
         say(
             "front",
@@ -89,7 +89,7 @@ def _say_answer(result: Result, say: Callable[[str, str], None]) -> None:
     for check in result.incomplete:
         say("failed", f"check missing: {check}")
     choice = front.choice
-    for line in choice.answer([r for r in front.rows if r["kind"] == "candidate"], front.verdicts):
+    for line in choice.answer(front.candidate_rows, front.verdicts):
         say("answer", line)
     if choice.recommended is not None:
         command = shlex.join(["raysweep", "export", short_path(result.folder.path), choice.recommended, "OUT_DIR"])
@@ -199,17 +199,17 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
 def status(run: str, as_json: bool) -> int:
     """Show how far a run is, and what failed."""
     from raysweep.audit.manager import LOG, read_log
-    from raysweep.results.front import trial_table
+    from raysweep.results.trials import trial_table
 
     folder = open_run(run)
     manifest, trials = folder.read_manifest(), trial_table(folder, folder.run_id)
     data = {
         "run": str(folder.path),
         "state": manifest["state"],
-        "trials": dict(Counter(t["state"] for t in trials)),
+        "trials": dict(Counter(t.state for t in trials)),
         "of": folder.sweep().search.trials,
         "audits": len(read_log(folder.path / LOG)),
-        "failures": [{"trial": t["trial"], "reason": t["reason"]} for t in trials if t["state"] == "FAIL"],
+        "failures": [{"trial": t.trial, "reason": t.reason} for t in trials if t.has_failed],
         "incomplete": manifest.get("incomplete", []),
         "reason": manifest.get("reason", ""),
         "exit_code": CODES.get(manifest["state"]),
@@ -278,7 +278,7 @@ def show(subjects: tuple[str, ...], as_json: bool) -> int:
     from raysweep.registry import suggest
     from raysweep.report.compare import is_card
     from raysweep.results.audited import keys_of, rows_of
-    from raysweep.results.front import trial_table
+    from raysweep.results.trials import trial_table
 
     if is_card(Path(subjects[0])):
         return _show_cards([Path(name) for name in subjects], as_json)
@@ -286,15 +286,15 @@ def show(subjects: tuple[str, ...], as_json: bool) -> int:
         raise ConfigError("show: give a run and one of its trials, or audit cards")
     run, trial = subjects
     folder = open_run(run)
-    trials = {t["trial"]: t for t in trial_table(folder, folder.run_id)}
+    trials = {t.trial: t for t in trial_table(folder, folder.run_id)}
     if trial not in trials:
         raise ConfigError(f"{run}: no trial {trial!r}{suggest(trial, sorted(trials))}")
     rows = rows_of(folder, keys_of(folder, list(trials.values())), [trial])
     standing = read_front(folder).get("standing", {}).get(trial, "not audited")
     if as_json:
-        print_json({"trial": trials[trial], "standing": standing, "rows": rows})
+        print_json({"trial": trials[trial].plain(), "standing": standing, "rows": rows})
         return OK
-    for key, value in trials[trial].items():
+    for key, value in trials[trial].plain().items():
         click.echo(f"{key:<16} {value}")
     click.echo(f"{'standing':<16} {standing}")
     for tier in sorted({r["tier"] for r in rows}, key=lambda t: (t != "probe", t)):

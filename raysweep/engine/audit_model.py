@@ -29,7 +29,8 @@ from raysweep.engine.resources import make_plan
 from raysweep.engine.trial import make_executor
 from raysweep.models import families
 from raysweep.plugins import audit_code
-from raysweep.results.front import verdict_of, write_paired
+from raysweep.results.front import verdict_of
+from raysweep.results.paired import write_paired
 from raysweep.rundir import RunDir, git_commit, versions
 from raysweep.tasks.records import data_lines
 from raysweep.tasks.task import Task

@@ -33,12 +33,10 @@ from raysweep.results.front import (
     Front,
     audited_front,
     judged_by_attacks,
-    pick_for_audit,
-    trial_table,
     write_front,
-    write_paired,
-    write_trials,
 )
+from raysweep.results.paired import write_paired
+from raysweep.results.trials import Trial, pick_for_audit, trial_table, write_trials
 from raysweep.rundir import RunDir, git_commit
 from raysweep.search.searcher import ParetoSearch
 from raysweep.search.spaces import Space
@@ -57,7 +55,7 @@ class Result:
 
     folder: RunDir
     front: Front | None
-    trials: list[dict[str, Any]]
+    trials: list[Trial]
     incomplete: list[str]
 
 
@@ -74,7 +72,7 @@ def run_sweep(sweep: Sweep, say: Say, tick: Tick) -> Result:
     with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}, sweep.audit.checks_for(task)):
         run_id = folder.run_id
         before = trial_table(folder, run_id)
-        ended = sum(t["state"] != "RUNNING" for t in before)
+        ended = sum(t.has_ended for t in before)
         say("run", f"{folder.path}" + (f"  (resuming: {ended} of {sweep.search.trials} trials done)" if before else ""))
         for text in sweep.warnings:
             say("warning", text)
@@ -138,11 +136,11 @@ def _with_ray(
             return _conclude(sweep, task, folder, context, actors, trials, incomplete, say, tick)
 
 
-def probed_otherwise(trials: list[dict[str, Any]], context: Context, sweep: Sweep) -> str:
+def probed_otherwise(trials: list[Trial], context: Context, sweep: Sweep) -> str:
     """Says how many of the trials that are done were probed by other code, models or judges than those to come; "" for none."""
-    done = [t for t in trials if t["state"] == "COMPLETE"]
-    other = [t["trial"] for t in done if t["probe"] != context.request(
-        "probe", sweep.audit.probe, t["trial"], t["method"], None, t["digest"]).key]  # fmt: skip
+    done = [t for t in trials if t.is_complete]
+    other = [t.trial for t in done if t.probe != context.request(
+        "probe", sweep.audit.probe, t.trial, t.method, None, t.digest).key]  # fmt: skip
     if not other:
         return ""
     return (
@@ -206,7 +204,7 @@ class _Events(tune.Callback):
 
     def __init__(self, folder: RunDir, run_id: str, sweep: Sweep, say: Say, tick: Tick):
         self.folder, self.run_id, self.sweep, self.say, self.tick = folder, run_id, sweep, say, tick
-        states = [t["state"] for t in trial_table(folder, run_id)]  # of a run that goes on
+        states = [t.state for t in trial_table(folder, run_id)]  # of a run that goes on
         self.done, self.failed = sum(s != "RUNNING" for s in states), states.count("FAIL")
         self.gauges = {
             "trials": Gauge("raysweep_trials", "ended trials", ("run", "state")),
@@ -255,7 +253,7 @@ def _conclude(
     folder: RunDir,
     context: Context,
     actors: Pool,
-    trials: list[dict],
+    trials: list[Trial],
     incomplete: list[str],
     say: Say,
     tick: Tick,
@@ -263,13 +261,13 @@ def _conclude(
     """Audits the chosen candidates on fresh seeds, then writes front and report. incomplete: what is missing so far."""
     from raysweep.report.page import build
 
-    failed = [t for t in trials if t["state"] == "FAIL"]
+    failed = [t for t in trials if t.has_failed]
     picked = pick_for_audit(trials, sweep.audit.top)
     if not picked:
-        reasons = sorted({t["reason"] for t in failed})[:3]
+        reasons = sorted({t.reason for t in failed})[:3]
         raise RunFailed(f"no candidate: all {len(trials)} trials failed ({'; '.join(reasons)})")
     actors.audit_only()
-    by_trial = {t["trial"]: t for t in picked}
+    by_trial = {t.trial: t for t in picked}
     rounds: list[dict[str, str]] = []
     audits: dict[str, dict[str, str]] = {}
     again = list(by_trial)
@@ -283,7 +281,7 @@ def _conclude(
         anchors = "" if number == 1 else f", base, {len(context.oracles)} oracles and a destroyed model"
         say("audit", f"{len(again)} {what}{anchors} on fresh seeds")
         requests = {
-            n: context.request(name, tier, n, by_trial[n]["method"], str(folder.candidates / n), by_trial[n]["digest"])
+            n: context.request(name, tier, n, by_trial[n].method, str(folder.candidates / n), by_trial[n].digest)
             for n in again
         }
         pending = {actors.manager.audit.remote(r): n for n, r in requests.items()}
@@ -310,8 +308,8 @@ def _conclude(
         tier_attacks = sweep.audit.durability
         attacks = context.control_requests("durability", tier_attacks) | {
             name: context.request(
-                "durability", tier_attacks, name, by_trial[name]["method"], str(folder.candidates / name),
-                by_trial[name]["digest"],
+                "durability", tier_attacks, name, by_trial[name].method, str(folder.candidates / name),
+                by_trial[name].digest,
             )
             for name in finalists
         }  # fmt: skip
@@ -331,7 +329,7 @@ def _conclude(
                 say("verdict", f"{name}  {front.verdicts[name].sentence()}")
     front.audits = audits
     write_front(folder, front, sweep)
-    write_paired(folder, context, audits["audit"], {t["trial"]: t["method"] for t in trials})
+    write_paired(folder, context, audits["audit"], {t.trial: t.method for t in trials})
     folder.update(incomplete=incomplete)  # for the report
     build(folder)
     return Result(folder, front, trials, incomplete)

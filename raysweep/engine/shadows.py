@@ -10,7 +10,6 @@ unlearned models cannot be told from retrained ones by this attack; one attack f
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from raysweep.engine.prepare import Say, prepare_job, prepares, retrain_job
 from raysweep.engine.resources import make_plan
 from raysweep.engine.trial import make_executor
 from raysweep.registry import resolve
-from raysweep.results.front import trial_table
+from raysweep.results.trials import Trial, trial_table
 from raysweep.rundir import RunDir
 from raysweep.storage.files import write_json
 from raysweep.storage.seeds import derive_seed
@@ -105,9 +104,9 @@ def run_shadows(folder: RunDir, trial: str, shadows: int, say: Say) -> tuple[Pat
     """
     sweep = folder.sweep()
     run_id = folder.run_id
-    config = next((t for t in trial_table(folder, run_id) if t["trial"] == trial), None)
-    if config is None or config["state"] != "COMPLETE":
-        done = [t["trial"] for t in trial_table(folder, run_id) if t["state"] == "COMPLETE"]
+    config = next((t for t in trial_table(folder, run_id) if t.trial == trial), None)
+    if config is None or not config.is_complete:
+        done = [t.trial for t in trial_table(folder, run_id) if t.is_complete]
         raise ConfigError(f"{folder.path}: {trial!r} is not a trial with a candidate; those are: {', '.join(done)}")
     if shadows < LEAST:
         raise ConfigError(f"--models: at least {LEAST}, not {shadows}")
@@ -119,7 +118,7 @@ def run_shadows(folder: RunDir, trial: str, shadows: int, say: Say) -> tuple[Pat
         with pool(folder.path, run_id, sweep, plan) as actors:
             executor = make_executor(str(folder.path), run_id, sweep, plan)
             models = _train(sweep, task, context, config, shadows, executor, actors, say)
-            models["candidate"] = (str(folder.candidates / trial), config["digest"])
+            models["candidate"] = (str(folder.candidates / trial), config.digest)
             found = _scores(sweep, context, actors, trial, models, say)
     result = u_lira(
         np.stack([found[f"unlearned-{k}"] for k in range(shadows)]),
@@ -127,7 +126,7 @@ def run_shadows(folder: RunDir, trial: str, shadows: int, say: Say) -> tuple[Pat
         found["candidate"],
     )
     content = {
-        "trial": trial, "method": config["method"], "hyperparameters": json.loads(config["hyperparameters"]),
+        "trial": trial, "method": config.method, "hyperparameters": config.hyperparameters,
         "summary": result.summary(), "models": {n: d for n, (_, d) in models.items()},
         "ratios": {k: v.tolist() for k, v in vars(result).items()}, "image_ids": task.splits["forget"].distinct().ids,
     }  # fmt: skip
@@ -140,7 +139,7 @@ def _train(
     sweep: Sweep,
     task: Task,
     context: Context,
-    config: dict[str, Any],
+    config: Trial,
     shadows: int,
     executor: Executor,
     actors: Pool,
@@ -157,16 +156,16 @@ def _train(
         base = _ok(executor.run(base_job), base_job)
         without = retrain_job(sweep, task, place.task, f"shadow-oracle-{number}", "retain", seed)
         retrained = _ok(executor.run(without), without)
-        method, settings = config["method"], json.loads(config["hyperparameters"])
+        method, settings = config.method, config.hyperparameters
         start = Context(**vars(context) | {"base": base_job.out, "base_digest": base.digest})
         prepared = None
         if prepares(resolve("method", method)):
             making = prepare_job(sweep, start, method, settings)
             _ok(executor.run(making), making)
             prepared = making.out
-        plain = start.job(sweep, {"trial": config["trial"], "method": method, "hyperparameters": settings,
-                                  "seed": derive_seed("shadow trial", config["seed"], number), "source": "shadow"})  # fmt: skip
-        out = str(place.path / "shadows" / config["trial"] / f"unlearned-{number}")
+        plain = start.job(sweep, {"trial": config.trial, "method": method, "hyperparameters": settings,
+                                  "seed": derive_seed("shadow trial", config.seed, number), "source": "shadow"})  # fmt: skip
+        out = str(place.path / "shadows" / config.trial / f"unlearned-{number}")
         job = Job(**vars(plain) | {"id": f"{plain.id}-shadow-{number}", "out": out, "prepared": prepared})
         unlearned = _ok(executor.run(job), job)
         done += 1

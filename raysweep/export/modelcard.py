@@ -13,6 +13,7 @@ from raysweep.models.folders import INDEX, read_json
 from raysweep.models.song import SongUNet
 from raysweep.registry import Family, resolve
 from raysweep.results.choice import MEANING, told
+from raysweep.results.front_row import FrontRow
 from raysweep.rundir import RunDir
 
 
@@ -21,7 +22,7 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
     task = json.loads((folder.task / "task.json").read_text())
     family: Family = resolve("family", task["family"])
     front = json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {}
-    point = next((p for p in front.get("points", ()) if p["trial"] == card["trial"]), None)
+    point = next((FrontRow(**p) for p in front.get("points", ()) if p["trial"] == card["trial"]), None)
     verdict = front.get("verdicts", {}).get(card["trial"], {}).get("sentence")
     standing = front.get("standing", {}).get(card["trial"])
     audited = (

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from raysweep.results.choice import MEANING
+from raysweep.results.front_row import FrontRow
 
 if TYPE_CHECKING:
     from raysweep.report.data import ReportData
@@ -23,7 +23,7 @@ def unfinished(data: ReportData) -> tuple[str, list[str]]:
         again = "The run was resumed and interrupted; the same command goes on. What follows stands from the attempt before it."
         return "NOT FINISHED", [again]
     if not data.front:
-        ended = sum(t["state"] != "RUNNING" for t in data.trials)
+        ended = sum(t.has_ended for t in data.trials)
         return "NOT FINISHED", [
             f"The run has not come to the end of its audit (state: {state}; {ended} of {data.sweep.search.trials} trials ended). No candidate "
             "is recommended; the same command goes on."
@@ -31,15 +31,15 @@ def unfinished(data: ReportData) -> tuple[str, list[str]]:
     return "", []
 
 
-def answer(data: ReportData, best: dict[str, Any] | None) -> list[str]:
+def answer(data: ReportData, best: FrontRow | None) -> list[str]:
     """The answer of front.json, what its words mean, and the settings behind it."""
     lines = list(data.front.get("answer", ()))
     if best is None:
         return lines
-    members = [p for p in data.candidates() if p["on_front"]]
-    settings = ", ".join(f"{k} {short(v)}" for k, v in json.loads(best["hyperparameters"]).items())
+    members = [p for p in data.candidates() if p.on_front]
+    settings = ", ".join(f"{k} {short(v)}" for k, v in best.hyperparameters.items())
     lines.append(f"Residue is {MEANING['residue']}; damage is {MEANING['damage']}.")
-    lines.append(f"Settings of {best['trial']}: {settings}.")
+    lines.append(f"Settings of {best.trial}: {settings}.")
     audited = len(data.candidates())
     lines.append(
         f"{len(members)} of {audited} audited candidates {'is' if len(members) == 1 else 'are'} on the front."
@@ -47,17 +47,17 @@ def answer(data: ReportData, best: dict[str, Any] | None) -> list[str]:
         else "It is the only candidate that was audited, so there is no front to choose from."
     )
     recommended = data.front["recommended"]["trial"] is not None
-    if recommended and audited > 2 and len(members) <= 2 and max(best["residue"], best["damage"]) < EASY:
+    if recommended and audited > 2 and len(members) <= 2 and best.worst < EASY:
         lines.append(
             "The task is easy for the best methods, so the overall front is short; see each method's own front."
         )
     return lines
 
 
-def answer_rows(data: ReportData, best: dict[str, Any] | None) -> list[dict[str, Any]]:
+def answer_rows(data: ReportData, best: FrontRow | None) -> list[dict[str, Any]]:
     """The main numbers of base, chosen candidate and oracles side by side; empty if nothing was audited."""
     oracles = [name for name in data.subjects if name.startswith("oracle")]
-    chosen = [name for name in ("base", *([best["trial"]] if best else []), *oracles) if name in data.subjects]
+    chosen = [name for name in ("base", *([best.trial] if best else []), *oracles) if name in data.subjects]
     wanted = [v["metric"] for v in data.anchors["views"]]
     wanted += [
         "fidelity.frechet",
@@ -79,8 +79,8 @@ def answer_rows(data: ReportData, best: dict[str, Any] | None) -> list[dict[str,
 
 def untested(data: ReportData) -> list[str]:
     """What nobody should read into this report."""
-    attacked = [name for name in data.front.get("verdicts", {}) if name in {p["trial"] for p in data.candidates()}]
-    others = [p["trial"] for p in data.candidates() if p["trial"] not in attacked]
+    attacked = [name for name in data.front.get("verdicts", {}) if name in {p.trial for p in data.candidates()}]
+    others = [p.trial for p in data.candidates() if p.trial not in attacked]
     lines = ["Adversarial prompts were not tried."]
     if data.candidates():
         prompts = ", nor other prompts than the audit's" if data.kind == "concept" else ""
@@ -110,7 +110,7 @@ def fresh(data: ReportData) -> str:
 
 def trials_told(data: ReportData) -> str:
     """How the trials ended."""
-    count = {state: sum(t["state"] == state for t in data.trials) for state in ("COMPLETE", "FAIL", "PRUNED")}
+    count = {state: sum(t.state == state for t in data.trials) for state in ("COMPLETE", "FAIL", "PRUNED")}
     return (
         f"{count['COMPLETE']} of {data.sweep.search.trials} trials ended well, {count['FAIL']} failed, {count['PRUNED']} were "
         "stopped early."

@@ -13,8 +13,10 @@ from evaluators.statistics import t_interval
 from raysweep.audit import card
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.results import pareto
+from raysweep.results.front_row import read_front
+from raysweep.results.trials import read_trials
 from raysweep.rundir import RunDir
-from raysweep.storage.files import FRONT, TRIALS, digest_of, read_table, write_bytes
+from raysweep.storage.files import digest_of, write_bytes
 
 SHARES = (0.25, 0.5, 0.75)
 
@@ -87,12 +89,9 @@ def runs_table(folders: Sequence[RunDir]) -> dict[str, Any]:
         ):
             if own != other:
                 raise ConfigError(f"{folder.path}: another {what} than {folders[0].path}: the two do not compare")
-    points = [[p for p in read_table(f.front_table, FRONT).to_pylist() if p["kind"] == "candidate"] for f in folders]
+    points = [[p for p in read_front(f) if p.is_candidate] for f in folders]
     by_method = {
-        method: [
-            np.array([[p["residue"], p["damage"]] for p in run if p["method"] == method]).reshape(-1, 2)
-            for run in points
-        ]
+        method: [np.array([[p.residue, p.damage] for p in run if p.method == method]).reshape(-1, 2) for run in points]
         for method in first.methods
     }
     volumes = {method: np.array([pareto.hypervolume(s) for s in sets]) for method, sets in by_method.items()}
@@ -144,13 +143,12 @@ SAME = {
 
 def _identities(folder: RunDir, sweep: Sweep) -> dict[str, str]:
     """What two independent runs cannot share: kind of identity -> digest. Names and places have no part in them."""
-    points = [p for p in read_table(folder.front_table, FRONT).to_pylist() if p["kind"] == "candidate"]
+    points = [p.stored() for p in read_front(folder) if p.is_candidate]
     results = [[p[k] for k in ("method", "hyperparameters", "residue", "damage")] for p in points]
     found = {"folder": str(folder.path.resolve())}
     if results:
         found["results"] = digest_of(sorted(results))
-    trials = read_table(folder.trials, TRIALS).to_pylist() if folder.trials.is_file() else []
-    weights = sorted(t["digest"] for t in trials if t["digest"])
+    weights = sorted(t.digest for t in read_trials(folder) if t.digest)
     if weights:
         found["weights"] = digest_of(weights)
     return found | {"seeds": sweep.digest}

@@ -16,9 +16,9 @@ from raysweep.registry import resolve
 from raysweep.report.answer import answer, answer_rows, fresh, trials_told, unfinished, untested, value
 from raysweep.report.pictures import strips
 from raysweep.results.audited import keys_of, rows_of, scores_of
-from raysweep.results.front import trial_table
+from raysweep.results.front_row import FrontRow, Objective, read_front
+from raysweep.results.trials import Trial, trial_table
 from raysweep.rundir import RunDir
-from raysweep.storage.files import FRONT, read_table
 from raysweep.tasks.records import lines_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")  # colour-blind safe
@@ -36,9 +36,9 @@ class ReportData:
     manifest: dict[str, Any]
     commits: list[str]
     front: dict[str, Any]
-    points: list[dict[str, Any]]
+    points: list[FrontRow]
     subjects: list[str]
-    trials: list[dict[str, Any]]
+    trials: list[Trial]
     rows: list[dict[str, Any]]
     scores: dict[tuple[str, str], np.ndarray]
     anchors: dict[str, Any]
@@ -49,8 +49,8 @@ class ReportData:
     sensitive: bool
     original: np.ndarray
 
-    def candidates(self) -> list[dict[str, Any]]:
-        return [p for p in self.points if p["kind"] == "candidate"]
+    def candidates(self) -> list[FrontRow]:
+        return [p for p in self.points if p.is_candidate]
 
     @property
     def membership(self) -> bool:
@@ -75,10 +75,10 @@ def gather(folder: RunDir) -> ReportData:
             f"{folder.front_json}: was written by an earlier raysweep, whose runs this one cannot go on with: run the sweep again under "
             f"another name, for example name={folder.path.name}-2"
         )
-    points = read_table(folder.front_table, FRONT).to_pylist() if front else []
+    points = read_front(folder) if front else []
     trials = trial_table(folder, folder.run_id)
     keys = keys_of(folder, trials)
-    subjects = [p["trial"] for p in points] or sorted(keys.get("audit", {}))  # the anchors
+    subjects = [p.trial for p in points] or sorted(keys.get("audit", {}))  # the anchors
     task = json.loads((folder.task / "task.json").read_text())
     original = load_file(folder.task / "splits.safetensors")["forget.x"][:8]
     styles = {m: (COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)]) for i, m in enumerate(sweep.methods)}
@@ -130,9 +130,9 @@ def _scores(rows: list[dict[str, Any]]) -> dict[tuple[str, str], np.ndarray]:
 def page_context(data: ReportData) -> dict[str, Any]:
     """Everything that the template shows, as text and tables."""
     best_trial = data.front["best"]["trial"] if data.front else None
-    best = next((p for p in data.candidates() if p["trial"] == best_trial), None)
+    best = next((p for p in data.candidates() if p.trial == best_trial), None)
     volume = data.front.get("hypervolume")
-    failed = [t for t in data.trials if t["state"] == "FAIL"]
+    failed = [t for t in data.trials if t.has_failed]
     absent = [r for r in data.rows if r["status"] != "ok" and r["tier"] != "probe" and not r["paired_with"]]
     reasons = sorted({(r["check"], r["status"], r["reason"]) for r in absent})
     incomplete = data.manifest.get("incomplete", [])
@@ -149,7 +149,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "membership": data.membership,
         "audited": bool(data.front),
         "fresh": fresh(data),
-        "searched": any(t["state"] == "COMPLETE" for t in data.trials),
+        "searched": any(t.is_complete for t in data.trials),
         "hypervolume": f"{volume['value']:.3f} (95 % interval {volume['lo']:.3f} to {volume['hi']:.3f})"
         if volume
         else "-",
@@ -163,7 +163,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "flattery": [_flattery(name, gap) for name, gap in data.front.get("search_against_audit", {}).items()],
         "strips": drawn,
         "data": [line for account in data.manifest.get("data", ()) for line in lines_of(account)],
-        "failures": [{"trial": t["trial"], "reason": t["reason"]} for t in failed],
+        "failures": [{"trial": t.trial, "reason": t.reason} for t in failed],
         "trials": trials_told(data),
         "incomplete": incomplete,
         "absent": [{"check": c, "status": s, "reason": why} for c, s, why in reasons],
@@ -182,7 +182,7 @@ def _sections(data: ReportData, drawn: list[dict[str, Any]]) -> list[tuple[str, 
         "strips": ("Pictures", bool(drawn)),
         "search": ("Search and audit", bool(data.front)),
         "methods": ("Methods", True),
-        "effects": ("Hyperparameters", any(t["state"] == "COMPLETE" for t in data.trials)),
+        "effects": ("Hyperparameters", any(t.is_complete for t in data.trials)),
         "sheets": ("Audit sheets", bool(data.subjects)),
         "durability": ("Under attack", bool(data.front)),
         "membership": ("Membership", data.membership),
@@ -214,43 +214,43 @@ def _picks(data: ReportData) -> list[str]:
     left = data.front["undecided"]
     if left:
         lines.append(
-            f"Still uncertain after {max(p['audits'] for p in data.candidates())} audits: {', '.join(left)} (audit.rounds)."
+            f"Still uncertain after {max(p.audits or 0 for p in data.candidates())} audits: {', '.join(left)} (audit.rounds)."
         )
     return lines
 
 
-def _front_row(data: ReportData, p: dict[str, Any]) -> dict[str, Any]:
-    probe = "-" if p["probe_residue"] is None else f"{p['probe_residue']:.3f} / {p['probe_damage']:.3f}"
+def _front_row(data: ReportData, p: FrontRow) -> dict[str, Any]:
+    probe = "-" if p.probe_residue is None else f"{p.probe_residue:.3f} / {p.probe_damage:.3f}"
     return {
-        "trial": p["trial"],
-        "method": p["method"] or "anchor",
-        "colour": data.styles.get(p["method"], ("#888888", ""))[0],
+        "trial": p.trial,
+        "method": p.method or "anchor",
+        "colour": data.styles.get(p.method, ("#888888", ""))[0],
         "residue": _with_error(p, "residue"),
         "damage": _with_error(p, "damage"),
         "probe": probe,
-        "over": f"{p['over_forgetting']:.3f}",
-        "front": {True: "yes", False: "no", None: "-"}[p["on_front"]],
-        "own": {True: "yes", False: "no", None: "-"}[p["on_method_front"]],
-        "p_dominated": "-" if p["p_dominated"] is None else f"{p['p_dominated']:.2f}",
-        "audits": p["audits"] or "-",
+        "over": f"{p.over_forgetting:.3f}",
+        "front": {True: "yes", False: "no", None: "-"}[p.on_front],
+        "own": {True: "yes", False: "no", None: "-"}[p.on_method_front],
+        "p_dominated": "-" if p.p_dominated is None else f"{p.p_dominated:.2f}",
+        "audits": p.audits or "-",
     }
 
 
 def _method_rows(data: ReportData) -> list[dict[str, Any]]:
     rows = []
     for method in data.sweep.methods:
-        mine = [t for t in data.trials if t["method"] == method]
-        ok = [t for t in mine if t["state"] == "COMPLETE"]
-        audited = [p for p in data.candidates() if p["method"] == method]
-        best = min(audited, key=lambda p: (max(p["residue"], p["damage"]), p["residue"] + p["damage"]), default=None)
+        mine = [t for t in data.trials if t.method == method]
+        ok = [t for t in mine if t.is_complete]
+        audited = [p for p in data.candidates() if p.method == method]
+        best = min(audited, key=lambda p: (p.worst, p.residue + p.damage), default=None)
         rows.append(
             {
                 "method": method,
                 "colour": data.styles[method][0],
                 "trials": f"{len(ok)} ok, {len(mine) - len(ok)} not",
-                "seconds": f"{sum(t['train_s'] or 0 for t in ok):.0f}",
+                "seconds": f"{sum(t.train_s or 0 for t in ok):.0f}",
                 "audited": len(audited),
-                "best": best["trial"] if best else "-",
+                "best": best.trial if best else "-",
                 "residue": _with_error(best, "residue") if best else "-",
                 "damage": _with_error(best, "damage") if best else "-",
             }
@@ -269,7 +269,7 @@ def _view_row(view: dict[str, Any]) -> dict[str, Any]:
 
 def _sheet(data: ReportData, subject: str) -> dict[str, Any]:
     """The audit sheet of a subject: every check with its interval, and its paired differences."""
-    p: dict[str, Any] = next((p for p in data.points if p["trial"] == subject), {})
+    p = next((p for p in data.points if p.trial == subject), None)
     rows = []
     for row in data.rows:
         if row["subject"] != subject or row["tier"] != "audit" or row["paired_with"]:
@@ -288,10 +288,15 @@ def _sheet(data: ReportData, subject: str) -> dict[str, Any]:
                 "status": row["status"],
             }
         )
-    notes = [data.front["standing"][subject]] if p.get("kind") == "candidate" else []
-    if notes and p["over_forgetting"] > 0.1:
+    notes = [data.front["standing"][subject]] if p is not None and p.is_candidate else []
+    if p is not None and notes and p.over_forgetting > 0.1:
         notes.append("over-forgotten: counted as damage")
-    return {"trial": subject, "method": p.get("method") or "anchor", "note": "; ".join(notes), "rows": rows}
+    return {
+        "trial": subject,
+        "method": (p.method if p is not None else "") or "anchor",
+        "note": "; ".join(notes),
+        "rows": rows,
+    }
 
 
 def _how(row: dict[str, Any], kind: str) -> str:
@@ -344,8 +349,8 @@ def _flattery(objective: str, gap: dict[str, Any]) -> str:
     )
 
 
-def _with_error(p: dict[str, Any], key: str) -> str:
-    return f"{p[key]:.3f} ({p[key + '_se']:.3f})"
+def _with_error(p: FrontRow, objective: Objective) -> str:
+    return f"{p.value(objective):.3f} ({p.se(objective):.3f})"
 
 
 def _delta(row: dict[str, Any] | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
 from raysweep.report.data import COLOURS, ReportData
+from raysweep.results.front_row import OBJECTIVES, FrontRow, Objective
+from raysweep.results.trials import Trial, points_of
 from raysweep.storage.files import write_bytes
 
 GREY, GRID = "#7a828c", "rgba(128,128,128,0.25)"
@@ -25,37 +26,37 @@ def front(data: ReportData) -> go.Figure:
     """Residue against damage: search estimates hollow, audited values filled with 95 % whiskers, anchors as stars."""
     figure = go.Figure()
     for method, (colour, symbol) in data.styles.items():
-        tried = [t for t in data.trials if t["method"] == method and t["state"] == "COMPLETE"]
+        tried = [t for t in data.trials if t.method == method and t.is_complete]
         figure.add_scatter(
-            x=[t["residue"] for t in tried], y=[t["damage"] for t in tried], mode="markers", legendgroup=method,
-            showlegend=False, hovertext=[f"{t['trial']} (search)<br>{_settings(t)}" for t in tried], hoverinfo="text",
+            x=[t.residue for t in tried], y=[t.damage for t in tried], mode="markers", legendgroup=method,
+            showlegend=False, hovertext=[f"{t.trial} (search)<br>{_settings(t)}" for t in tried], hoverinfo="text",
             marker={"symbol": symbol + "-open", "color": colour, "size": 7, "opacity": 0.45},
         )  # fmt: skip
-        mine = sorted((p for p in data.candidates() if p["method"] == method), key=lambda p: p["residue"])
+        mine = sorted((p for p in data.candidates() if p.method == method), key=lambda p: p.residue)
         if not mine:
             continue
-        own = [p for p in mine if p["on_method_front"]]
+        own = [p for p in mine if p.on_method_front]
         figure.add_scatter(
-            x=[p["residue"] for p in own], y=[p["damage"] for p in own], mode="lines", legendgroup=method,
+            x=[p.residue for p in own], y=[p.damage for p in own], mode="lines", legendgroup=method,
             showlegend=False, hoverinfo="skip", line={"color": colour, "width": 1, "dash": "dot", "shape": "hv"},
         )  # fmt: skip
         figure.add_scatter(
-            x=[p["residue"] for p in mine], y=[p["damage"] for p in mine], mode="markers", name=method,
-            legendgroup=method, hovertext=[f"{p['trial']} (audit)<br>{_settings(p)}" for p in mine], hoverinfo="text",
+            x=[p.residue for p in mine], y=[p.damage for p in mine], mode="markers", name=method,
+            legendgroup=method, hovertext=[f"{p.trial} (audit)<br>{_settings(p)}" for p in mine], hoverinfo="text",
             error_x=_whisker(mine, "residue", colour), error_y=_whisker(mine, "damage", colour),
             marker={"symbol": symbol, "color": colour, "size": 11, "line": {"width": 1, "color": GREY}},
         )  # fmt: skip
-    members = sorted((p for p in data.candidates() if p["on_front"]), key=lambda p: p["residue"])
+    members = sorted((p for p in data.candidates() if p.on_front), key=lambda p: p.residue)
     figure.add_scatter(
-        x=[p["residue"] for p in members], y=[p["damage"] for p in members], mode="lines", name="front",
+        x=[p.residue for p in members], y=[p.damage for p in members], mode="lines", name="front",
         line={"color": GREY, "width": 2, "shape": "hv"}, hoverinfo="skip",
     )  # fmt: skip
     for p in data.points:
-        if p["kind"] == "anchor":
-            symbol = ANCHORS[p["trial"].split("-")[0]]
+        if not p.is_candidate:
+            symbol = ANCHORS[p.trial.split("-")[0]]
             figure.add_scatter(
-                x=[p["residue"]], y=[p["damage"]], mode="markers+text", text=[p["trial"]], textposition="top center",
-                marker={"symbol": symbol, "size": 13, "color": GREY}, name=p["trial"], showlegend=False,
+                x=[p.residue], y=[p.damage], mode="markers+text", text=[p.trial], textposition="top center",
+                marker={"symbol": symbol, "size": 13, "color": GREY}, name=p.trial, showlegend=False,
                 textfont={"color": GREY, "size": 11},
             )  # fmt: skip
     return _style(figure, RESIDUE, DAMAGE, 470)
@@ -100,11 +101,11 @@ def _staircase(corners: np.ndarray) -> tuple[list[float], list[float]]:
 def optimism(data: ReportData) -> go.Figure:
     """What the search saw against what the audit found, one line per candidate and objective."""
     figure = make_subplots(1, 2, subplot_titles=("residue", "damage"))
-    for column, key in enumerate(("residue", "damage"), 1):
+    for column, key in enumerate(OBJECTIVES, 1):
         for p in data.candidates():
-            colour, symbol = data.styles[p["method"]]
+            colour, symbol = data.styles[p.method]
             figure.add_scatter(
-                x=["search", "audit"], y=[p[f"probe_{key}"], p[key]], mode="lines+markers", hovertext=p["trial"],
+                x=["search", "audit"], y=[p.probe(key), p.value(key)], mode="lines+markers", hovertext=p.trial,
                 hoverinfo="text+y", line={"color": colour, "width": 1.5}, marker={"symbol": symbol, "size": 8},
                 showlegend=False, row=1, col=column,
             )  # fmt: skip
@@ -117,10 +118,10 @@ def effects(data: ReportData) -> go.Figure:
     """Each searched hyperparameter against residue and damage, small multiples, one colour per method."""
     found: dict[str, list[tuple[str, Any, float, float]]] = {}
     for t in data.trials:
-        if t["state"] == "COMPLETE":
-            for name, value in json.loads(t["hyperparameters"]).items():
+        if t.is_complete:
+            for name, value in t.hyperparameters.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
-                    found.setdefault(name, []).append((t["method"], value, t["residue"], t["damage"]))
+                    found.setdefault(name, []).append((t.method, value, *t.point))
     names = [n for n, points in found.items() if len({v for _, v, _, _ in points}) > 2]
     if not names:
         return _style(go.Figure(), None, None, 200)
@@ -146,17 +147,17 @@ def roc(data: ReportData) -> go.Figure:
     figure = make_subplots(1, 2, subplot_titles=[title for *_, title in kinds])
     for column, (kind, against, _) in enumerate(kinds, 1):
         for p in data.points:
-            calibration = data.scores.get((p["trial"], "loss.calibration"))
-            if calibration is None or p["trial"] == "destroyed":
+            calibration = data.scores.get((p.trial, "loss.calibration"))
+            if calibration is None or p.trial == "destroyed":
                 continue
             step, sign = int(calibration[0][0]), calibration[0][1]
-            pos, neg = (sign * data.scores[(p["trial"], f"loss.{part}")][:, step] for part in (kind, against))
+            pos, neg = (sign * data.scores[(p.trial, f"loss.{part}")][:, step] for part in (kind, against))
             fpr, tpr = _curve(pos, neg)
-            anchor = p["kind"] == "anchor"
-            colour = GREY if anchor else data.styles[p["method"]][0]
+            anchor = not p.is_candidate
+            colour = GREY if anchor else data.styles[p.method][0]
             figure.add_scatter(
-                x=fpr, y=tpr, mode="lines", name=p["trial"], legendgroup=p["trial"], showlegend=column == 2,
-                line={"color": colour, "width": 2.5 if anchor else 1.2, "dash": "dash" if p["trial"] == "base" else "solid"},
+                x=fpr, y=tpr, mode="lines", name=p.trial, legendgroup=p.trial, showlegend=column == 2,
+                line={"color": colour, "width": 2.5 if anchor else 1.2, "dash": "dash" if p.trial == "base" else "solid"},
                 row=1, col=column,
             )  # fmt: skip
         figure.add_scatter(
@@ -174,21 +175,19 @@ def write_pngs(data: ReportData, folder: Path) -> None:
     axes = figure.subplots()
     markers = ("o", "s", "D", "^", "P", "p", "h", "v")
     for i, (method, (colour, _)) in enumerate(data.styles.items()):
-        tried = [t for t in data.trials if t["method"] == method and t["state"] == "COMPLETE"]
-        axes.scatter([t["residue"] for t in tried], [t["damage"] for t in tried], s=18, facecolors="none",
+        tried = [t for t in data.trials if t.method == method and t.is_complete]
+        axes.scatter(*points_of(tried).T, s=18, facecolors="none",
                      edgecolors=colour, alpha=0.5, marker=markers[i % 8])  # fmt: skip
-        mine = [p for p in data.candidates() if p["method"] == method]
-        axes.errorbar([p["residue"] for p in mine], [p["damage"] for p in mine],
-                      xerr=[Z95 * p["residue_se"] for p in mine], yerr=[Z95 * p["damage_se"] for p in mine],
+        mine = [p for p in data.candidates() if p.method == method]
+        axes.errorbar([p.residue for p in mine], [p.damage for p in mine],
+                      xerr=[Z95 * p.residue_se for p in mine], yerr=[Z95 * p.damage_se for p in mine],
                       fmt=markers[i % 8], color=colour, label=method, capsize=2, markersize=7)  # fmt: skip
-    members = sorted((p for p in data.candidates() if p["on_front"]), key=lambda p: p["residue"])
-    axes.step([p["residue"] for p in members], [p["damage"] for p in members], where="post", color="grey", lw=1.5)
+    members = sorted((p for p in data.candidates() if p.on_front), key=lambda p: p.residue)
+    axes.step([p.residue for p in members], [p.damage for p in members], where="post", color="grey", lw=1.5)
     for p in data.points:
-        if p["kind"] == "anchor":
-            axes.scatter(p["residue"], p["damage"], marker="*", s=130, color="black")
-            axes.annotate(
-                p["trial"], (p["residue"], p["damage"]), textcoords="offset points", xytext=(5, 5), fontsize=8
-            )
+        if not p.is_candidate:
+            axes.scatter(p.residue, p.damage, marker="*", s=130, color="black")
+            axes.annotate(p.trial, (p.residue, p.damage), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axes.set_xlabel(RESIDUE)
     axes.set_ylabel(DAMAGE)
     axes.legend(fontsize=8)
@@ -207,18 +206,18 @@ def _curve(pos: np.ndarray, neg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return fpr[seen], tpr[seen]
 
 
-def _whisker(points: list[dict[str, Any]], key: str, colour: str) -> dict[str, Any]:
+def _whisker(points: list[FrontRow], objective: Objective, colour: str) -> dict[str, Any]:
     return {
         "type": "data",
-        "array": [Z95 * p[f"{key}_se"] for p in points],
+        "array": [Z95 * p.se(objective) for p in points],
         "color": colour,
         "thickness": 1.2,
         "width": 3,
     }
 
 
-def _settings(row: dict[str, Any]) -> str:
-    values = json.loads(row["hyperparameters"])
+def _settings(row: FrontRow | Trial) -> str:
+    values = row.hyperparameters
     return "<br>".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
 
 

@@ -12,15 +12,16 @@ from typing import Any
 
 from raysweep.audit.request import rows_path, scores_path
 from raysweep.config.schema import ConfigError
+from raysweep.results.trials import Trial
 from raysweep.rundir import RunDir
 from raysweep.storage.files import ROWS, SCORES, read_table
 
 Keys = dict[str, dict[str, str]]  # tier -> subject -> key of its audit
 
 
-def keys_of(folder: RunDir, trials: Sequence[dict[str, Any]]) -> Keys:
+def keys_of(folder: RunDir, trials: Sequence[Trial]) -> Keys:
     """The audits behind the run's front or, without one, the anchors that were measured; and the probe of each of `trials`
-    (see store.TRIALS) with that of its anchors. Raises ConfigError for a front that does not say."""
+    with that of its anchors. Raises ConfigError for a front that does not say."""
     keys: Keys = {}
     for tier in ("probe", "audit"):
         if folder.anchors(tier).is_file():
@@ -33,7 +34,7 @@ def keys_of(folder: RunDir, trials: Sequence[dict[str, Any]]) -> Keys:
                 f"another name, for example name={folder.path.name}-2"
             )
         keys |= front["audits"]
-    keys.setdefault("probe", {}).update({t["trial"]: t["probe"] for t in trials if t["probe"]})
+    keys.setdefault("probe", {}).update({t.trial: t.probe for t in trials if t.probe})
     return keys
 
 

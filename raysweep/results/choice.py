@@ -8,15 +8,14 @@ reservations.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from raysweep.audit.verdict import INVALID, Verdict
 from raysweep.results import pareto
+from raysweep.results.front_row import OBJECTIVES, FrontRow, Objective
 
 FORGOTTEN = 0.1  # residue under which a candidate counts as like the oracle
 MIDWAY = 0.5  # residue from which a candidate is as near to the base as to the oracles
@@ -27,8 +26,6 @@ MEANING = {
     "residue": "0 like a model that never saw the forgotten data, 1 like the base",
     "damage": "0 like the oracles, 1 like a destroyed model",
 }
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,15 +58,15 @@ class Choice:
             return f"{so_far}: {'; '.join(against)}"
         return f"not the choice: max(residue, damage) of {self.recommended} is smaller"
 
-    def answer(self, rows: Sequence[Row], verdicts: Mapping[str, Verdict]) -> list[str]:
+    def answer(self, rows: Sequence[FrontRow], verdicts: Mapping[str, Verdict]) -> list[str]:
         """The answer in sentences, the first one alone a true summary. rows: the candidates' rows of the front."""
-        best = next((r for r in rows if r["trial"] == self.trial), None)
+        best = next((r for r in rows if r.trial == self.trial), None)
         if best is None:
             return ["No candidate is recommended, because none was audited."]
         values = f"{told(best, 'residue')}, {told(best, 'damage')}"
         if self.recommended is None:
             lines = [
-                f"No candidate is recommended. Best so far is {self.trial}: {'; '.join(self.against[best['trial']])}.",
+                f"No candidate is recommended. Best so far is {self.trial}: {'; '.join(self.against[best.trial])}.",
                 f"{self.trial}: {values}.",
             ]
         else:
@@ -82,7 +79,7 @@ class Choice:
             )
             lines = [f"{how}: {self.trial}, {values}; {chosen}."]
             lines += [f"Reservation: {text}." for text in self.reservations]
-        verdict = verdicts.get(best["trial"])
+        verdict = verdicts.get(best.trial)
         if verdict is not None and verdict.label != "not tested":
             lines.append(f"Under attack: {verdict.sentence()}.")
         lines += [f"Try next: {step}." for step in self.steps]
@@ -90,7 +87,7 @@ class Choice:
 
 
 def choose(
-    rows: Sequence[Row],
+    rows: Sequence[FrontRow],
     draws: np.ndarray,
     unmet: Mapping[str, Sequence[str]],
     valid: Mapping[str, tuple[float, float]],
@@ -107,17 +104,14 @@ def choose(
     counts as forgotten: `FORGOTTEN`, or the largest of the oracles' own where that is more. gaps: candidate -> why its attacks gave no verdict, if they were made.
     """
     attacked = {n: v for n, v in verdicts.items() if v.label != "not tested"}
-    names = [r["trial"] for r in rows]
-    audited = {
-        r["trial"]: _against(r, unmet.get(r["trial"], ()), valid[r["trial"]], attacked.get(r["trial"]), limit)
-        for r in rows
-    }
+    names = [r.trial for r in rows]
+    audited = {r.trial: _against(r, unmet.get(r.trial, ()), valid[r.trial], attacked.get(r.trial), limit) for r in rows}
     sound = [n for n in names if not audited[n]]
     untried = [n for n in sound if n not in attacked] if any(n in attacked for n in names) else []
     why = {n: (gaps or {}).get(n, "it was not attacked") for n in names}
     against = audited | {n: (f"{why[n]}, so it may remember",) for n in untried}
     fit = [k for k, n in enumerate(names) if not against[n]]
-    points = np.array([[r["residue"], r["damage"]] for r in rows]).reshape(-1, 2)
+    points = np.array([[r.residue, r.damage] for r in rows]).reshape(-1, 2)
     if not fit:
         lost = ("remembers", "destroyed")
         ranks = sorted(
@@ -128,32 +122,30 @@ def choose(
         )  # fmt: skip
         best = rows[ranks[0]] if ranks else None
         steps = () if best is None else _steps(best, against, untried, keys)
-        return Choice(None if best is None else best["trial"], against, (), steps, None)
+        return Choice(None if best is None else best.trial, against, (), steps, None)
     at = pareto.balanced(points[fit])
     share = float(np.mean([pareto.balanced(d[fit]) == at for d in draws]))
     best = rows[fit[at]]
-    reservations, steps = _reservations(
-        best, share, len(fit), attacked.get(best["trial"]), keys, limit, why[best["trial"]]
-    )
-    return Choice(best["trial"], against, reservations, steps, share)
+    reservations, steps = _reservations(best, share, len(fit), attacked.get(best.trial), keys, limit, why[best.trial])
+    return Choice(best.trial, against, reservations, steps, share)
 
 
-def interval(row: Row, objective: str) -> tuple[float, float]:
+def interval(row: FrontRow, objective: Objective) -> tuple[float, float]:
     """The 95 % interval of an objective, by its standard error; objectives have no values below 0."""
-    half = Z95 * row[f"{objective}_se"]
-    return max(0.0, row[objective] - half), row[objective] + half
+    half = Z95 * row.se(objective)
+    return max(0.0, row.value(objective) - half), row.value(objective) + half
 
 
-def told(row: Row, objective: str) -> str:
+def told(row: FrontRow, objective: Objective) -> str:
     """An objective with its 95 % interval; where the jackknife sees no spread (at the cut at 0), an interval would be a lie."""
-    if row[f"{objective}_se"] == 0:
-        return f"{objective} {row[objective]:.3f} (the same whichever group of samples is left out)"
+    if row.se(objective) == 0:
+        return f"{objective} {row.value(objective):.3f} (the same whichever group of samples is left out)"
     low, high = interval(row, objective)
-    return f"{objective} {row[objective]:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    return f"{objective} {row.value(objective):.3f} (95 % interval {low:.3f} to {high:.3f})"
 
 
 def _against(
-    row: Row, unmet: Sequence[str], valid: tuple[float, float], verdict: Verdict | None, limit: float
+    row: FrontRow, unmet: Sequence[str], valid: tuple[float, float], verdict: Verdict | None, limit: float
 ) -> tuple[str, ...]:
     reasons = []
     if verdict is not None and verdict.label == "remembers":
@@ -162,12 +154,12 @@ def _against(
     if interval(row, "residue")[0] > limit:
         lead = "" if reasons else "it has not forgotten: "
         reasons.append(f"{lead}{told(row, 'residue')} lies above {_limit(limit)}")
-    elif row["residue"] >= MIDWAY:
+    elif row.residue >= MIDWAY:
         reasons.append(f"it is as near to the base as to the oracles: {told(row, 'residue')}")
     own, oracles = valid
     if own < INVALID * oracles or (verdict is not None and verdict.label == "destroyed"):
         reasons.append(f"it is destroyed: {own:.0%} of its samples are valid, {oracles:.0%} of the oracles'")
-    elif row["damage"] >= 1:
+    elif row.damage >= 1:
         reasons.append(f"it is as damaged as a destroyed model: {told(row, 'damage')}")
     if unmet:
         reasons.append(f"its audit does not show what was required: {', '.join(unmet)}")
@@ -175,7 +167,7 @@ def _against(
 
 
 def _reservations(
-    row: Row, share: float, rivals: int, verdict: Verdict | None, keys: Mapping[str, str], limit: float, why: str
+    row: FrontRow, share: float, rivals: int, verdict: Verdict | None, keys: Mapping[str, str], limit: float, why: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(what is open about a recommended candidate, what would settle it)."""
     found, steps = [], []
@@ -188,7 +180,7 @@ def _reservations(
     elif verdict.label in ("concealed", "merely avoided"):
         found.append(f"under attack the forgotten thing comes back ({verdict.sentence()})")
     high = interval(row, "residue")[1]
-    wide = [o for o in ("residue", "damage") if Z95 * row[f"{o}_se"] > WIDE]
+    wide = [o for o in OBJECTIVES if Z95 * row.se(o) > WIDE]
     if high > limit:
         found.append(f"its audit does not show a residue under {_limit(limit)}: {told(row, 'residue')}")
         wide = ["residue", *(o for o in wide if o != "residue")]
@@ -202,13 +194,13 @@ def _reservations(
 
 
 def _steps(
-    best: Row,
+    best: FrontRow,
     against: Mapping[str, tuple[str, ...]],
     untried: Sequence[str],
     keys: Mapping[str, str],
 ) -> tuple[str, ...]:
     """What to try where nothing is recommended."""
-    reasons, method, steps = " ".join(against[best["trial"]]), best["method"], []
+    reasons, method, steps = " ".join(against[best.trial]), best.method, []
     if untried:
         steps.append(
             f"attack {', '.join(untried)}, which nothing else speaks against: raise audit.finalists, or run `raysweep audit` on "
@@ -237,9 +229,8 @@ def _limit(limit: float) -> str:
     return f"{limit:.3g}" + (", the largest residue of an oracle" if limit > FORGOTTEN else "")
 
 
-def _key(row: Row, objective: str, keys: Mapping[str, str]) -> str:
+def _key(row: FrontRow, objective: Objective, keys: Mapping[str, str]) -> str:
     """The setting whose samples decide an objective: for the residue, that of its worst view."""
     if objective == "damage":
         return keys["damage"]
-    views: dict[str, float] = json.loads(row["views"])
-    return keys[max(views, key=lambda name: views[name])]
+    return keys[max(row.views, key=lambda name: row.views[name])]

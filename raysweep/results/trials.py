@@ -1,0 +1,145 @@
+"""The trials of a sweep as records, read from its study; the table of them on disk; which of them to audit. No Ray."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raysweep.results import pareto
+from raysweep.rundir import RunDir
+from raysweep.search.searcher import open_study
+from raysweep.storage.files import TRIALS, read_table, write_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One trial; its fields are the columns of `storage.files.TRIALS`, which describes them.
+
+    residue, damage and their standard errors are the probe's, None unless the trial is complete.
+    """
+
+    trial: str
+    number: int
+    method: str
+    source: str
+    state: str
+    hyperparameters: dict[str, Any]
+    seed: int
+    residue: float | None = None
+    damage: float | None = None
+    residue_se: float | None = None
+    damage_se: float | None = None
+    train_s: float | None = None
+    audit_s: float | None = None
+    digest: str = ""
+    probe: str = ""
+    reason: str = ""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the trial made a candidate that was probed."""
+        return self.state == "COMPLETE"
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the trial ended without a candidate; `reason` says why."""
+        return self.state == "FAIL"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the trial is complete, failed or was stopped early."""
+        return self.state != "RUNNING"
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """(residue, damage) by the probe; NaN for a missing one."""
+        residue, damage = (math.nan if value is None else value for value in (self.residue, self.damage))
+        return residue, damage
+
+    def plain(self) -> dict[str, Any]:
+        """The row of trials.parquet: plain values by column, hyperparameters as JSON."""
+        return vars(self) | {"hyperparameters": json.dumps(self.hyperparameters, sort_keys=True)}
+
+
+def trial_table(folder: RunDir, name: str) -> list[Trial]:
+    """Trials of the study `name`, in the order of the sweep; empty without a study."""
+    if not folder.journal.is_file():
+        return []
+    by_position = {}
+    for frozen in open_study(folder.journal, name).get_trials(deepcopy=False):
+        if "config" in frozen.user_attrs:
+            config = json.loads(frozen.user_attrs["config"])
+            by_position[config["place"]] = _trial(frozen, config)
+    return [by_position[position] for position in sorted(by_position)]
+
+
+def _trial(frozen: Any, config: dict[str, Any]) -> Trial:
+    result = json.loads(frozen.user_attrs.get("result", "{}"))
+    residue, damage = frozen.values if frozen.state.name == "COMPLETE" else (None, None)
+    return Trial(
+        trial=config["trial"],
+        number=frozen.number,
+        method=config["method"],
+        source=config["source"],
+        state=frozen.state.name,
+        hyperparameters=config["hyperparameters"],
+        seed=config["seed"],
+        residue=residue,
+        damage=damage,
+        residue_se=result.get("residue_se"),
+        damage_se=result.get("damage_se"),
+        train_s=result.get("train_s"),
+        audit_s=result.get("audit_s"),
+        digest=result.get("digest", ""),
+        probe=result.get("probe", ""),
+        reason=frozen.user_attrs.get("reason", ""),
+    )
+
+
+def write_trials(folder: RunDir, name: str) -> list[Trial]:
+    """Brings trials.parquet up to date with the study; returns the trials."""
+    trials = trial_table(folder, name)
+    write_table(folder.trials, [t.plain() for t in trials], TRIALS)
+    return trials
+
+
+def read_trials(folder: RunDir) -> list[Trial]:
+    """The trials of trials.parquet; empty if the run has not written it."""
+    if not folder.trials.is_file():
+        return []
+    rows = read_table(folder.trials, TRIALS).to_pylist()
+    return [Trial(**row | {"hyperparameters": json.loads(row["hyperparameters"])}) for row in rows]
+
+
+def pick_for_audit(trials: Sequence[Trial], top: int) -> list[Trial]:
+    """The candidates to audit, at most `top`, but each method's best in any case.
+
+    In order: each method's best by max(residue, damage), the overall front, the fronts of the methods.
+    """
+    complete = [t for t in trials if t.is_complete]
+    if not complete:
+        return []
+    by_method: dict[str, list[Trial]] = {}
+    for t in complete:
+        by_method.setdefault(t.method, []).append(t)
+    best = [candidates[pareto.balanced(points_of(candidates))] for candidates in by_method.values()]
+    method_fronts = [t for candidates in by_method.values() for t in _front(candidates)]
+    picked: dict[str, Trial] = {}
+    for group in (best, _front(complete), method_fronts):
+        for t in sorted(group, key=lambda t: max(t.point)):
+            picked.setdefault(t.trial, t)
+    return list(picked.values())[: max(top, len(best))]
+
+
+def points_of(trials: Sequence[Trial]) -> np.ndarray:
+    """(residue, damage) of each trial by its probe, (n, 2)."""
+    return np.array([t.point for t in trials]).reshape(-1, 2)
+
+
+def _front(trials: Sequence[Trial]) -> list[Trial]:
+    return [trials[i] for i in pareto.front(points_of(trials), ("min", "min"))]
