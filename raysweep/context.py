@@ -14,7 +14,8 @@ from raysweep.audit.request import AuditRequest, rows_path
 from raysweep.config.schema import Sweep, Tier
 from raysweep.plugins import audit_code, method_code
 from raysweep.rundir import RunDir
-from raysweep.storage.files import ROWS, digest_of, read_table, write_json
+from raysweep.storage.files import digest_of, write_json
+from raysweep.storage.schemas import ROWS, read_table
 from raysweep.train.jobs import Job
 
 

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from raysweep.registry import external, module_of, provider
-from raysweep.storage import cache as artifacts
+from raysweep.storage import code_digests
 
 BYTECODE = (".pyc", ".pyo")
 
@@ -23,8 +23,8 @@ def method_code(name: str) -> str:
     """Hash of the code that training by a method depends on."""
     points = external("method").get(name)
     if not points:
-        return artifacts.training_code(module_of("method", name))
-    return _digest(package_digest(points[0]), *(artifacts.training_code(m) for m in _methods_behind(points[0])))
+        return code_digests.training_code(module_of("method", name))
+    return _digest(package_digest(points[0]), *(code_digests.training_code(m) for m in _methods_behind(points[0])))
 
 
 def audit_code(checks: Iterable[str]) -> str:
@@ -36,7 +36,7 @@ def audit_code(checks: Iterable[str]) -> str:
     for name in asked:
         module_of("evaluator", name)
     packages = {name: package_digest(installed[name][0]) for name in asked if name in installed}
-    return _digest(artifacts.audit_code(), packages) if packages else artifacts.audit_code()
+    return _digest(code_digests.audit_code(), packages) if packages else code_digests.audit_code()
 
 
 def used(methods: Iterable[str], checks: Iterable[str], task: str) -> dict[str, str]:
@@ -100,7 +100,7 @@ def _methods_behind(point: EntryPoint) -> list[str]:
     """The modules of `methods` that the files of an entry point's package import, sorted."""
     files = {**_listed(point), **_sources(point.module)}
     sources = (path.read_bytes() for path in files.values() if path.suffix == ".py")
-    return sorted({module for source in sources for module in artifacts.methods_imported(source)})
+    return sorted({module for source in sources for module in code_digests.methods_imported(source)})
 
 
 def _digest(*parts: object) -> str:

@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 from raysweep.config.reader import validate as validate_config
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.plugins import used
-from raysweep.storage.cache import ROOT, cache_folder
+from raysweep.storage.cache import cache_folder
+from raysweep.storage.code_digests import ROOT
 from raysweep.storage.files import CHECKPOINT, DAY_S, clear_temporaries, write_bytes, write_json
 from raysweep.storage.places import PlaceError, check_writable
 from raysweep.storage.texts import load_yaml

@@ -17,7 +17,8 @@ from raysweep.results.front import Front, write_front
 from raysweep.results.front_row import FrontRow
 from raysweep.results.trials import Trial
 from raysweep.rundir import RunDir
-from raysweep.storage.files import ROWS, SCORES, TRIALS, write_json, write_table
+from raysweep.storage.files import write_json
+from raysweep.storage.schemas import ROWS, SCORES, TRIALS, write_table
 
 KEYS = {"reconstruction.correlation": "audit.audit.noises", "damage": "audit.audit.samples"}
 LIKE = Verdict("like the oracle", (), 0.05, 9)

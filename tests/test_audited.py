@@ -21,7 +21,8 @@ from raysweep.results.trials import trial_table
 from raysweep.rundir import RunDir
 from raysweep.search.searcher import FINAL, ParetoSearch
 from raysweep.search.spaces import Parameter, Space
-from raysweep.storage.files import FRONT, ROWS, SCORES, write_json, write_table
+from raysweep.storage.files import write_json
+from raysweep.storage.schemas import FRONT, ROWS, SCORES, write_table
 
 TRIAL, ANCHORS = "000-rgd", ("base", "oracle-0", "destroyed")
 OLD, NEW = 0.111, 0.222

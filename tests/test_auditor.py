@@ -14,8 +14,8 @@ from raysweep.audit.request import AuditRequest, rows_path
 from raysweep.config.schema import Tier
 from raysweep.models import families
 from raysweep.storage.cache import save_tensors
-from raysweep.storage.files import ROWS, read_table
 from raysweep.storage.recent import Recent
+from raysweep.storage.schemas import ROWS, read_table
 
 TIER = Tier(seed=1, judge="probe", checks=("loss", "fidelity"), groups=5, samples=20, loss_noises=6, loss_images=4,
             timesteps=3, membership_images=8, membership_noises=1, membership_t=(50,))  # fmt: skip

@@ -20,7 +20,7 @@ import pytest
 from small import SMALL
 from tiny import ROOT
 
-from raysweep.storage.files import TRIALS, read_table
+from raysweep.storage.schemas import TRIALS, read_table
 
 pytestmark = pytest.mark.timeout(900)
 

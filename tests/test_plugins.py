@@ -20,7 +20,7 @@ from raysweep.config.schema import AuditConfig, ConfigError
 from raysweep.engine.checks import resolve_sweep
 from raysweep.registry import PluginError, UnknownName, names, resolve
 from raysweep.rundir import RunDir
-from raysweep.storage.files import ROWS, SCORES, TRIALS, read_table, write_table
+from raysweep.storage.schemas import ROWS, SCORES, TRIALS, read_table, write_table
 from raysweep.tasks.base import StoredTask
 
 CONFIG = """
@@ -119,7 +119,7 @@ def test_an_edited_package_changes_the_keys_of_what_it_makes(installed):
 def test_a_change_of_ours_reaches_the_methods_that_import_it(installed, monkeypatch):
     assert plugins._methods_behind(plugins.external("method")["nudge"][0]) == ["methods.neggrad"]
     before = plugins.method_code("nudge")
-    monkeypatch.setattr("raysweep.storage.cache.training_code", lambda module: f"another {module}")
+    monkeypatch.setattr("raysweep.storage.code_digests.training_code", lambda module: f"another {module}")
     assert plugins.method_code("nudge") != before
 
 

@@ -19,7 +19,7 @@ from raysweep.engine.resources import Node
 from raysweep.models import families
 from raysweep.planning import forecast
 from raysweep.search.spaces import load as load_space
-from raysweep.storage.files import ROWS, read_table
+from raysweep.storage.schemas import ROWS, read_table
 
 PAPERS = {"rgd": "2412.07808", "siss": "2503.01034", "sfd": "2409.11219", "slug": "2407.11867"}
 ALL = presets.names()

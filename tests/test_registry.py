@@ -21,7 +21,7 @@ from raysweep.engine.checks import refusals
 from raysweep.engine.prepare import prepares
 from raysweep.models import families
 from raysweep.registry import EVALUATORS, FAMILIES, METHODS, TASKS, UnknownName, attacks, names, resolve
-from raysweep.storage.cache import code_digest, training_code
+from raysweep.storage.code_digests import code_digest, training_code
 
 
 def test_tables_match_the_files():
@@ -171,7 +171,7 @@ def test_other_methods_do_not_make_artifacts_stale(monkeypatch, tmp_path):
             spec.origin = str(rgd)
         return spec
 
-    monkeypatch.setattr("raysweep.storage.cache.find_spec", changed)
+    monkeypatch.setattr("raysweep.storage.code_digests.find_spec", changed)
     training_code.cache_clear()
     after = {m: training_code(f"methods.{m}") for m in METHODS}
     training_code.cache_clear()

@@ -194,7 +194,7 @@ def test_a_run_counts_once_whatever_it_is_called(seeds, tmp_path):
 
 
 def test_equal_weights_under_other_results_are_the_same_candidates(seeds, tmp_path):
-    from raysweep.storage.files import TRIALS, read_table, write_table
+    from raysweep.storage.schemas import TRIALS, read_table, write_table
 
     other = run(tmp_path / "other", front([row("000-rgd", 0.2, 0.2), row("001-siss", 0.3, 0.1)]), "search.seed=7")
     write_table(other.trials, read_table(seeds[0].trials, TRIALS).to_pylist(), TRIALS)

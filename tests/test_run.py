@@ -20,7 +20,8 @@ from tiny import ROOT
 
 from raysweep.cli import main
 from raysweep.rundir import RunDir
-from raysweep.storage.files import FRONT, ROWS, SCORES, TRIALS, digest_of, read_table, write_table
+from raysweep.storage.files import digest_of
+from raysweep.storage.schemas import FRONT, ROWS, SCORES, TRIALS, read_table, write_table
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -19,19 +19,10 @@ from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
 from raysweep.models.pixel import PixelDDPM
 from raysweep.rundir import RunDir
-from raysweep.storage import files as store
+from raysweep.storage import schemas
 from raysweep.storage.cache import load_tensors, save_tensors
-from raysweep.storage.files import (
-    ROWS,
-    TEMPORARY,
-    StoreError,
-    digest_state,
-    read_table,
-    write_bytes,
-    write_file,
-    write_folder,
-    write_table,
-)
+from raysweep.storage.files import TEMPORARY, StoreError, digest_state, write_bytes, write_file, write_folder
+from raysweep.storage.schemas import ROWS, read_table, write_table
 
 ROW = {"subject": "t", "tier": "probe", "check": "c", "metric": "m", "value": 1.0, "n": 3, "status": "ok"}
 
@@ -40,7 +31,7 @@ def test_tables_round_trip_and_every_column_is_described(tmp_path):
     write_table(tmp_path / "a.parquet", [ROW], ROWS)
     write_table(tmp_path / "b.parquet", [ROW | {"value": None}], ROWS)
     assert [r["value"] for r in read_table(tmp_path, ROWS).to_pylist()] == [1.0, None]
-    for schema in (store.ROWS, store.SCORES, store.TRIALS, store.FRONT):
+    for schema in (schemas.ROWS, schemas.SCORES, schemas.TRIALS, schemas.FRONT):
         assert all(field.metadata and field.metadata[b"comment"] for field in schema)
 
 

@@ -13,16 +13,9 @@ import numpy as np
 import ray
 
 from raysweep.audit.request import AuditRequest, rows_path, scores_path
-from raysweep.storage.files import (
-    ROWS,
-    SCORES,
-    StoreError,
-    digest_of,
-    read_table,
-    write_bytes,
-    write_table,
-)
+from raysweep.storage.files import StoreError, digest_of, write_bytes
 from raysweep.storage.recent import Recent
+from raysweep.storage.schemas import ROWS, SCORES, read_table, write_table
 
 if TYPE_CHECKING:
     from evaluators.base import Subject

@@ -18,16 +18,8 @@ import numpy as np
 
 from raysweep.config.schema import ConfigError, Tier
 from raysweep.registry import RegistryError
-from raysweep.storage.files import (
-    ROWS,
-    SCORES,
-    StoreError,
-    digest_of,
-    digest_state,
-    read_table,
-    write_bytes,
-    write_json,
-)
+from raysweep.storage.files import StoreError, digest_of, digest_state, write_bytes, write_json
+from raysweep.storage.schemas import ROWS, SCORES, read_table
 
 CARD = "card.json"
 PAGE = "card.html"

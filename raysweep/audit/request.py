@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysweep.config.schema import Tier
-from raysweep.storage.files import SCHEMA_VERSION, digest_of
+from raysweep.storage.files import digest_of
+from raysweep.storage.schemas import SCHEMA_VERSION
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 from raysweep.rundir import PACKAGES, versions
-from raysweep.storage.cache import ROOT, cache_folder
+from raysweep.storage.cache import cache_folder
+from raysweep.storage.code_digests import ROOT
 from raysweep.storage.places import PlaceError, ray_folder
 
 GIGABYTE = 1024**3

@@ -23,7 +23,7 @@ from raysweep.audit.manager import AuditManager
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.engine.resources import TRIAL_SLOT, Node, Plan
 from raysweep.engine.trial import scaling
-from raysweep.storage.cache import ROOT
+from raysweep.storage.code_digests import ROOT
 from raysweep.storage.places import PlaceError, ray_folder
 from raysweep.train.executors import NAMESPACE, Broker, Executor, actor_name, start_group, stop_groups
 

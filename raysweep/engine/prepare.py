@@ -25,7 +25,8 @@ from raysweep.plugins import method_code
 from raysweep.registry import resolve
 from raysweep.rundir import RunDir
 from raysweep.search.spaces import Space
-from raysweep.storage.cache import cache_folder, code_digest, judge_code, load_tensors
+from raysweep.storage.cache import cache_folder, load_tensors
+from raysweep.storage.code_digests import code_digest, judge_code
 from raysweep.storage.files import StoreError, digest_of, digest_state, write_folder, write_json
 from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from raysweep.miniature import data, models
-from raysweep.storage.cache import cache_folder, code_digest
+from raysweep.storage.cache import cache_folder
+from raysweep.storage.code_digests import code_digest
 from raysweep.storage.files import digest_of, write_folder
 
 MAKERS: dict[str, Callable[..., None]] = {

@@ -23,7 +23,7 @@ from raysweep.planning.footprint import SINGLE, Footprint
 from raysweep.registry import attacks, resolve
 from raysweep.search.spaces import Space
 from raysweep.search.spaces import load as load_space
-from raysweep.storage.cache import ROOT
+from raysweep.storage.code_digests import ROOT
 from raysweep.tasks.images import ImagesTask
 from raysweep.tasks.sources import TORCHVISION
 

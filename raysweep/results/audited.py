@@ -14,7 +14,7 @@ from raysweep.audit.request import rows_path, scores_path
 from raysweep.config.schema import ConfigError
 from raysweep.results.trials import Trial
 from raysweep.rundir import RunDir
-from raysweep.storage.files import ROWS, SCORES, read_table
+from raysweep.storage.schemas import ROWS, SCORES, read_table
 
 Keys = dict[str, dict[str, str]]  # tier -> subject -> key of its audit
 

@@ -21,7 +21,8 @@ from raysweep.results.choice import FORGOTTEN, Choice, choose
 from raysweep.results.front_row import OBJECTIVES, FrontRow
 from raysweep.results.trials import Trial, points_of
 from raysweep.rundir import RunDir
-from raysweep.storage.files import FRONT, ROWS, read_table, write_json, write_table
+from raysweep.storage.files import write_json
+from raysweep.storage.schemas import FRONT, ROWS, read_table, write_table
 from raysweep.tasks.task import Task
 
 RATE = 0.05  # of false discoveries over a sweep's candidates

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raysweep.rundir import RunDir
-from raysweep.storage.files import FRONT, read_table
+from raysweep.storage.schemas import FRONT, read_table
 
 Objective = Literal["residue", "damage"]
 OBJECTIVES: tuple[Objective, ...] = ("residue", "damage")

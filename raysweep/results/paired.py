@@ -11,7 +11,7 @@ from evaluators.statistics import jackknife_interval
 from raysweep.audit.objectives import Measured
 from raysweep.context import Context, load_measured
 from raysweep.rundir import RunDir
-from raysweep.storage.files import ROWS, write_table
+from raysweep.storage.schemas import ROWS, write_table
 
 
 def write_paired(folder: RunDir, context: Context, subjects: Mapping[str, str], methods: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from raysweep.results import pareto
 from raysweep.rundir import RunDir
 from raysweep.search.searcher import open_study
-from raysweep.storage.files import TRIALS, read_table, write_table
+from raysweep.storage.schemas import TRIALS, read_table, write_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,133 @@
+"""The tables of a run: their schemas, with every column described, and how they are written and read.
+
+A table is a Parquet file, or a folder of them (its parts), each written as a whole.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysweep.storage.files import StoreError, write_bytes
+
+SCHEMA_VERSION = "4"
+
+
+def _field(name: str, kind: pa.DataType, comment: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"comment": comment})
+
+
+def _schema(*fields: pa.Field) -> pa.Schema:
+    return pa.schema(fields, metadata={"schema_version": SCHEMA_VERSION})
+
+
+_SUBJECT = _field(
+    "subject", pa.string(), "trial id; base, oracle-K, destroyed; or FOLDER@HASH, a model audited by itself"
+)
+
+
+ROWS = _schema(
+    _SUBJECT,
+    _field("method", pa.string(), "method of the trial; empty for anchors"),
+    _field("subject_digest", pa.string(), "hash of the audited weights"),
+    _field("tier", pa.string(), "probe (steers the search) or audit (reported)"),
+    _field("check", pa.string(), "evaluator"),
+    _field("metric", pa.string(), "metric of the evaluator"),
+    _field("paired_with", pa.string(), "empty, or the reference (base, oracle) that is subtracted"),
+    _field("value", pa.float64(), "point estimate; null unless status is ok"),
+    _field("n", pa.int64(), "number of independent units (samples, images) behind the value"),
+    _field("se", pa.float64(), "standard error; null if the interval method gives none"),
+    _field("lo", pa.float64(), "lower end of the interval"),
+    _field("hi", pa.float64(), "upper end of the interval"),
+    _field("level", pa.float64(), "confidence level of the interval, 0 to 1"),
+    _field("interval", pa.string(), "method of the interval"),
+    _field("direction", pa.string(), "min, max, or target (like the oracle)"),
+    _field("status", pa.string(), "ok, failed or skipped"),
+    _field("reason", pa.string(), "why a value is missing, or what limits its validity"),
+    _field("replicates", pa.list_(pa.float64()), "jackknife: the value without each group of units in turn"),
+    _field("seed", pa.int64(), "seed of the tier"),
+    _field("judge_digest", pa.string(), "hash of the judge's weights"),
+    _field("task_digest", pa.string(), "hash of the task's data and settings"),
+    _field("tier_digest", pa.string(), "hash of the tier's settings"),
+)
+
+SCORES = _schema(
+    _SUBJECT,
+    _field("tier", pa.string(), "probe or audit"),
+    _field("score", pa.string(), "evaluator.score"),
+    _field("unit", pa.int32(), "independent unit: a seed or an image; the same unit in every subject of a tier"),
+    _field("values", pa.list_(pa.float64()), "the unit's score or scores"),
+    _field("shape", pa.list_(pa.int32()), "shape of the unit's scores; empty for a single one"),
+)
+
+TRIALS = _schema(
+    _field("trial", pa.string(), "trial id"),
+    _field("number", pa.int64(), "number in the Optuna study"),
+    _field("method", pa.string(), "method"),
+    _field("source", pa.string(), "source of enqueued settings; empty if sampled"),
+    _field("state", pa.string(), "COMPLETE, PRUNED, FAIL or RUNNING"),
+    _field("hyperparameters", pa.string(), "JSON: name to value"),
+    _field("seed", pa.int64(), "seed of the trial"),
+    _field("residue", pa.float64(), "probe estimate; 0 like the oracle, 1 like the base"),
+    _field("damage", pa.float64(), "probe estimate; 0 like the oracle, 1 like a destroyed model"),
+    _field("residue_se", pa.float64(), "standard error"),
+    _field("damage_se", pa.float64(), "standard error"),
+    _field("train_s", pa.float64(), "seconds of training"),
+    _field("audit_s", pa.float64(), "seconds of the probe"),
+    _field("digest", pa.string(), "hash of the candidate's weights"),
+    _field("probe", pa.string(), "key of its probe, whose rows are in rows/KEY.parquet; empty without one"),
+    _field("reason", pa.string(), "why the trial failed or was stopped"),
+)
+
+FRONT = _schema(
+    _field("trial", pa.string(), "trial id, or base, oracle-K, destroyed"),
+    _field("method", pa.string(), "method; empty for anchors"),
+    _field("kind", pa.string(), "candidate or anchor"),
+    _field("residue", pa.float64(), "audited residue"),
+    _field("residue_se", pa.float64(), "standard error by the jackknife"),
+    _field("damage", pa.float64(), "audited damage"),
+    _field("damage_se", pa.float64(), "standard error by the jackknife"),
+    _field("over_forgetting", pa.float64(), "largest distance below the oracle over the views, counted as damage"),
+    _field("probe_residue", pa.float64(), "estimate of the probe, which the search saw"),
+    _field("probe_damage", pa.float64(), "estimate of the probe, which the search saw"),
+    _field("on_front", pa.bool_(), "not dominated by any audited candidate"),
+    _field("on_method_front", pa.bool_(), "not dominated by any audited candidate of its method"),
+    _field("p_dominated", pa.float64(), "probability that another candidate dominates it, 0 to 1"),
+    _field(
+        "audits",
+        pa.int32(),
+        "number of audits on fresh seeds behind the values; more if its place on the front was uncertain",
+    ),
+    _field("verdict", pa.string(), "outcome of the attacks (whether the forgotten came back); empty if not attacked"),
+    _field("views", pa.string(), "JSON: anchored value of each view of the residue"),
+    _field("hyperparameters", pa.string(), "JSON: name to value"),
+)
+
+
+def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    """Writes one Parquet part, atomically; every key of a row must be a column of `schema`."""
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(path, sink.getvalue())
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Reads one part, or all parts of a folder; raises StoreError if one is unreadable or of another schema version."""
+    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    tables = []
+    for part in parts:
+        try:
+            table = pq.read_table(part, partitioning=None)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StoreError(f"cannot read {part}: {error}") from error
+        version = (table.schema.metadata or {}).get(b"schema_version", b"?").decode()
+        if version != SCHEMA_VERSION:
+            raise StoreError(f"{part}: schema version {version}, but this raysweep reads {SCHEMA_VERSION}")
+        tables.append(table.select(schema.names))
+    return pa.concat_tables(tables) if tables else schema.empty_table()
