@@ -53,7 +53,7 @@ def test_every_table_gives_every_hyperparameter_a_value_and_its_place():
     for table in tables.values():
         for setting in table.settings.values():
             for point in setting.points():
-                given = {k: v for k, v in released.here(point).items() if k not in setting.unused}
+                given = {k: v for k, v in released.converted(point).items() if k not in setting.unused}
                 read = resolve("method", setting.method).Hyperparameters(**given).model_dump()
                 assert all(math.isclose(read[k], v) if isinstance(v, float) else read[k] == v for k, v in given.items())
             assert len({s.title for s in table.settings.values()}) == len(table.settings)
@@ -107,7 +107,7 @@ def test_a_preset_says_where_every_value_of_its_points_is_from(name):
             told = origins(space, point)
             if point.stated:
                 assert {k for k, v in told.items() if v["searched"] or v["from"].startswith("default of")} == set()
-                differs = {k for k, s in point.stated.items() if told[k]["value"] not in (s.here, tuple(s.here) if isinstance(s.here, list) else s.here)}  # fmt: skip
+                differs = {k for k, s in point.stated.items() if told[k]["value"] not in (s.converted, tuple(s.converted) if isinstance(s.converted, list) else s.converted)}  # fmt: skip
                 assert differs == set(point.because), (
                     f"{space.method}: {differs} differ from the release without a reason"
                 )
@@ -122,7 +122,7 @@ def test_a_preset_holds_what_its_table_states_of_base_data_and_sampler(name):
     data = load(presets.path_of(name), (), absent=True).resolved() | {"about": presets.about(name).model_dump()}
     stated = [table.presets[name] for table in released.tables().values() if name in table.presets]
     for key, value in (item for table in stated for item in table.items()):
-        assert at(data, key) == (pytest.approx(value.here) if isinstance(value.here, float) else value.here), key
+        assert at(data, key) == (pytest.approx(value.converted) if isinstance(value.converted, float) else value.converted), key
 
 
 def test_tables_name_presets_that_there_are():
@@ -189,7 +189,7 @@ def test_a_space_that_names_a_release_takes_nothing_from_the_embedded_one():
     assert (bare.fixed, bare.parameters, bare.points) == ({}, (), ())
     space = load_space("sfd", {"released": "sfd/cifar10", "lr": {"log": [1e-6, 1e-4]}, "batch_size": 64})
     assert [p.name for p in space.parameters] == ["lr"]
-    assert space.fixed | {"lr": 1e-5} == released.here(released.setting("sfd/cifar10").values) | {"batch_size": 64}
+    assert space.fixed | {"lr": 1e-5} == released.converted(released.setting("sfd/cifar10").values) | {"batch_size": 64}
     assert space.points[0].source.endswith("but batch_size 64 (128)")
     assert space.points[0].values["lr"] == 1e-5
 

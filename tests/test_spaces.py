@@ -16,8 +16,9 @@ import search_spaces
 from raysweep.registry import method_names
 from raysweep.results.trials import trial_table
 from raysweep.search import spaces
-from raysweep.search.searcher import FINAL, ParetoSearch, open_study
+from raysweep.search.searcher import FINAL, ParetoSearch
 from raysweep.search.spaces import Parameter, Point, Space, SpaceError
+from raysweep.search.study import open_study
 
 CONDITIONAL = Space(
     "siss",

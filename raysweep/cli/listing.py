@@ -86,10 +86,10 @@ def _searched(parameter: Parameter) -> str:
 
 def _origin(space: Space, point: Point, name: str, value: Any) -> str:
     stated = point.stated.get(name)
-    if stated is not None and (value == stated.here or (isinstance(value, tuple) and list(value) == stated.here)):
+    if stated is not None and (value == stated.converted or (isinstance(value, tuple) and list(value) == stated.converted)):
         return str(stated)
     if stated is not None:
-        return f"{point.because.get(name, 'set here')}; released: {shown(stated.here)} ({stated})"
+        return f"{point.because.get(name, 'set here')}; released: {shown(stated.converted)} ({stated})"
     if name in point.values:
         return "this point"
     if name in space.fixed:

@@ -1,1 +1,1 @@
-"""Settings of a sweep: their schema, how files and overrides are read, presets."""
+"""The settings of a sweep: schema, reading of files and overrides, presets."""

@@ -17,7 +17,8 @@ from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.engine.resources import Plan
 from raysweep.rundir import RunDir
-from raysweep.search.searcher import FINAL, OBJECTIVES
+from raysweep.search.searcher import FINAL
+from raysweep.search.study import OBJECTIVES
 from raysweep.train.executors import NAMESPACE, Executor, Isolated, Warm, actor_name
 
 

@@ -1,1 +1,1 @@
-"""Search spaces, their published points, and the searcher over Optuna. The only package that imports Optuna."""
+"""Search spaces, released values, the Tune searcher, and the Optuna study below it."""

@@ -1,14 +1,14 @@
-"""Reads and checks the tables of `search_spaces/released/`: the values that papers and released code state.
+"""Reads and validates the tables of `search_spaces/released/`: hyperparameters as papers and released code state them.
 
-A table has `paper`, `code` (name of a repository -> its address and commit), `settings` and `presets`. A setting is one
-way in which the authors ran one method; it gives a value to every hyperparameter of the method, so that nothing is left to a
+A table has `paper`, `code` (name of a repository -> its address and commit), `settings` and `presets`. A setting is one way
+in which the authors ran one method. It gives every hyperparameter of the method a value, so that nothing silently takes a
 default:
-    values: {lr: [1.0e-5, "configs/a.yml, optim.lr"]}                  value, and where the source states it
-            {guidance: {value: 2.0, plus: 1, at: "...", why: "..."}}   in other units: here it is value * times + plus
-            {beta2: [0.999, "not stated: PyTorch's default"]}          a stated default
-    unused: {eta: "no effect with mode: fixed"}                        a hyperparameter that must not be given
-    also: [{lam: [1.0, "figure 6"]}]                                   further points: what differs in them
-`presets` holds, for each preset, what its source states of the base model, the data and the sampler (dotted setting -> value).
+    values: {lr: [1.0e-5, "configs/a.yml, optim.lr"]}                  the value, and where the source states it
+            {guidance: {value: 2.0, plus: 1, at: "...", why: "..."}}   in other units; raysweep's is value * times + plus
+            {beta2: [0.999, "not stated: PyTorch's default"]}          a default that the source relies on
+    unused: {eta: "no effect with mode: fixed"}                        a hyperparameter that must not be set
+    also: [{lam: [1.0, "figure 6"]}]                                   further points: only the values that differ
+`presets` holds, by preset, what its source states of base model, data and sampler (dotted setting -> value).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raysweep.registry import resolve, suggest
 
 
 class ReleasedError(ValueError):
-    """A table of released values is wrong, or has no setting of a name; the message says where and what would be valid."""
+    """A table of released values is wrong, or no setting has that name; the message says where and what would be valid."""
 
 
 class _Part(BaseModel):
@@ -31,63 +31,65 @@ class _Part(BaseModel):
 
 
 class Stated(_Part):
-    """One value as its source has it, in the source's units."""
+    """One value as its source states it, in the source's units."""
 
-    value: Any = Field(description="what the source states")
-    at: str = Field(min_length=1, description="where: file and key or line, or section or table of the paper")
-    times: float | None = Field(None, description="factor between the source's units and those of raysweep")
-    plus: float | None = Field(None, description="what is then added")
-    why: str = Field("", description="why units differ, or what else a reader must know")
+    value: Any = Field(description="the value in the source's units")
+    at: str = Field(
+        min_length=1, description="where it is stated: file and key or line, or section or table of the paper"
+    )
+    times: float | None = Field(None, description="factor from the source's units to raysweep's; null: 1")
+    plus: float | None = Field(None, description="added after the factor; null: 0")
+    why: str = Field("", description="why the units differ, or another remark; required with `times` or `plus`")
 
     @model_validator(mode="before")
     @classmethod
-    def _short(cls, data: Any) -> Any:
+    def _from_pair(cls, data: Any) -> Any:
         return {"value": data[0], "at": data[1]} if isinstance(data, list) and len(data) == 2 else data
 
     @model_validator(mode="after")
-    def _explained(self):
+    def _units_are_explained(self):
         if (self.times is not None or self.plus is not None) and not self.why:
             raise ValueError("why: other units need a reason")
         return self
 
     @property
-    def here(self) -> Any:
-        """The value in the units of raysweep."""
+    def converted(self) -> Any:
+        """The value in raysweep's units."""
         if self.times is None and self.plus is None:
             return self.value
         value = self.value * (1 if self.times is None else self.times) + (self.plus or 0)
         return int(value) if isinstance(self.value, int) and float(value).is_integer() else float(f"{value:.10g}")
 
     def __str__(self) -> str:
-        units = "" if self.here == self.value else f"{shown(self.value)} there; "
+        units = "" if self.converted == self.value else f"{shown(self.value)} there; "
         return f"{units}{self.at}" + (f" ({self.why})" if self.why else "")
 
 
 class Setting(_Part):
-    """The values with which the authors ran one method on one task."""
+    """The hyperparameters with which the authors ran one method on one task."""
 
-    title: str = Field(min_length=1, description="whose setting it is, and for what")
-    method: str = Field(description="the method of raysweep")
+    title: str = Field(min_length=1, description="whose setting it is, and for which data")
+    method: str = Field(description="name of the method in raysweep")
     values: dict[str, Stated] = Field(description="hyperparameter -> value")
-    unused: dict[str, str] = Field(default_factory=dict, description="hyperparameter -> why it must not be given")
-    also: tuple[dict[str, Stated], ...] = Field((), description="further points that the source names")
+    unused: dict[str, str] = Field(default_factory=dict, description="hyperparameter -> why it must not be set")
+    also: tuple[dict[str, Stated], ...] = Field((), description="further points of the source: the values that differ")
 
     @model_validator(mode="after")
-    def _whole(self):
+    def _is_complete(self):
         valid = resolve("method", self.method).Hyperparameters.model_fields
-        told = [*self.values, *self.unused]
-        unknown = sorted({*told, *(k for more in self.also for k in more)} - set(valid))
+        mentioned = [*self.values, *self.unused]
+        unknown = sorted({*mentioned, *(k for more in self.also for k in more)} - set(valid))
         if unknown:
             raise ValueError(f"{unknown[0]}: not a hyperparameter of {self.method}{suggest(unknown[0], sorted(valid))}")
-        missing = sorted(set(valid) - set(told))
+        missing = sorted(set(valid) - set(mentioned))
         if missing:
             raise ValueError(f"{', '.join(missing)}: neither among values nor unused, so left to a default silently")
-        if len(set(told)) < len(told):
+        if len(set(mentioned)) < len(mentioned):
             raise ValueError("a hyperparameter is among values and unused")
         return self
 
     def points(self) -> list[dict[str, Stated]]:
-        """The values of each point of this setting, the main one first."""
+        """The values of each point, the main one first."""
         return [self.values, *(self.values | more for more in self.also)]
 
 
@@ -95,15 +97,15 @@ class Table(_Part):
     """The values that one paper and its code state."""
 
     paper: str
-    code: dict[str, str] = Field(description="short name -> address and commit of what was read")
-    shared: Any = Field(None, description="values that settings share by YAML's anchors")
+    code: dict[str, str] = Field(description="short name of a repository -> its address and the commit that was read")
+    shared: Any = Field(None, description="values that several settings use through YAML anchors")
     settings: dict[str, Setting]
     presets: dict[str, dict[str, Stated]] = Field(default_factory=dict)
 
 
 @lru_cache(maxsize=1)
 def tables() -> dict[str, Table]:
-    """Name of a file -> its table. Raises ReleasedError."""
+    """File stem -> table, of all files. Raises ReleasedError for an invalid one."""
     read = {}
     for name, data in search_spaces.released().items():
         try:
@@ -117,20 +119,20 @@ def tables() -> dict[str, Table]:
 
 
 def setting(name: str) -> Setting:
-    """The setting `table/name`. Raises ReleasedError if there is none."""
+    """The setting named `TABLE/SETTING`. Raises ReleasedError if there is none."""
     known = {f"{table}/{key}": one for table, data in tables().items() for key, one in data.settings.items()}
     if name not in known:
         raise ReleasedError(f"{name!r} is not a released setting{suggest(str(name), sorted(known))}")
     return known[name]
 
 
-def here(values: dict[str, Stated]) -> dict[str, Any]:
-    """The values in the units of raysweep."""
-    return {name: stated.here for name, stated in values.items()}
+def converted(values: dict[str, Stated]) -> dict[str, Any]:
+    """The values in raysweep's units."""
+    return {name: stated.converted for name, stated in values.items()}
 
 
 def shown(value: Any) -> str:
-    """A value as people write it in YAML."""
+    """A value as it is written in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,65 +1,38 @@
-"""ParetoSearch: a Ray Tune searcher over a multi-objective Optuna study on a journal file in the run directory.
+"""ParetoSearch: a Ray Tune searcher that suggests the trials of a sweep and records their results in its study.
 
-What a study records is exactly what happened: finite objectives of a finished trial are COMPLETE, a trial stopped early is
-PRUNED, an error or an objective that is missing or not finite is FAIL with its reason. Trials come in batches: a batch is
-suggested all at once, from the results of all batches but the one before it, which still runs then; so workers have
-something to do while the last trials of a batch are being probed. A result that comes before its time is held back until
-the next batch has been suggested. So neither the number of workers nor the order in which they finish can change a
-suggestion. Each method has the same share of every sweep.
+Trials come in batches. A batch is suggested all at once, from the results of all batches but the one before it, which is still
+running then: so workers have work while the last trials of a batch are being probed. A result that arrives early is held back
+until the next batch has been suggested. Neither the number of workers nor the order in which they finish can therefore change
+a suggestion. Every method gets the same share of the trials.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from raysweep.search.spaces import Space
+from raysweep.search.study import OBJECTIVES, SweepStudy, TrialConfig, config_of, make_sampler
 from raysweep.storage.seeds import derive_seed
 
-OBJECTIVES = ("residue", "damage")
-FINAL = "raysweep_final"
-
-
-def open_study(journal: Path, name: str) -> Study:
-    """The study on a journal file, made if it is not there; both objectives are minimised."""
-    return _open(_storage(journal), name)
-
-
-def _storage(journal: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(journal)))
-
-
-def _open(storage: JournalStorage, name: str) -> Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(
-            storage=storage, study_name=name, directions=["minimize"] * len(OBJECTIVES), load_if_exists=True
-        )
-        study.set_metric_names(list(OBJECTIVES))
-    return study
+FINAL = "raysweep_final"  # key of a trial's last result; a trial that ends without it was stopped early
+_COSTS = ("train_s", "audit_s", "step_s", "probe")  # parts of a result that are kept of failed trials, too
+_KEPT = ("residue", "damage", "residue_se", "damage_se", "over_forgetting", "validity", "digest", "views", *_COSTS)
 
 
 class ParetoSearch(Searcher):
-    """Suggests settings to Tune and records what became of them.
+    """Suggests settings to Tune and records how the trials ended.
 
     Args:
-        journal: file of the study; `optuna.load_study` and optuna-dashboard open it while the sweep runs.
+        journal: file of the study.
         name: name of the study.
         spaces: one per method, in the order in which methods take turns.
         trials, batch, seed, sampler: as in `SearchConfig`.
-        limits: the limits of time that end a trial, by setting.
+        limits: the time limits that end a trial, in seconds, by setting.
     """
 
     def __init__(
@@ -80,48 +53,33 @@ class ParetoSearch(Searcher):
         self._attach()
 
     def _attach(self) -> None:
-        self._open()
+        self.study = SweepStudy(self.journal, self.name)
         self.numbers: dict[str, int] = {}  # Tune's trial id -> number in the study
-        self.held: dict[int, tuple[dict[str, Any], bool]] = {}  # number -> (result, error) that comes before its time
-        self.ready: list[dict[str, Any]] = [
-            json.loads(t.user_attrs["config"])
-            for t in self._planned().values()
-            if t.state == TrialState.RUNNING and "config" in t.user_attrs
+        self.held: dict[int, tuple[dict[str, Any], bool]] = {}  # number -> (result, error) of trials that ended early
+        self.ready: list[TrialConfig] = [
+            config_of(t) for t in self.study.planned().values() if t.state.name == "RUNNING"
         ]
 
-    def _open(self) -> None:
-        self.storage = _storage(self.journal)
-        self.study = _open(self.storage, self.name)
-
     def retry(self) -> list[str]:
-        """Plans again, with the same settings, the trials that failed by a limit that is wider by now; their names.
-
-        The failed ones stay in the study, as what happened.
-        """
+        """Plans again, with the same settings, the trials that failed by a limit that is wider now; returns their names."""
         again = []
-        for t in self._planned().values():
+        for t in self.study.planned().values():
             ended_by = t.user_attrs.get("limit", {})
-            if t.state == TrialState.FAIL and any(self.limits.get(name, 0) > at for name, at in ended_by.items()):
-                config = json.loads(t.user_attrs["config"]) | {"number": len(self.study.get_trials(deepcopy=False))}
-                kept = {k: t.user_attrs[k] for k in ("place", "trial", "method")} | {"config": json.dumps(config)}
-                self.study.add_trial(
-                    optuna.create_trial(
-                        state=TrialState.RUNNING, params=t.params, distributions=t.distributions, user_attrs=kept
-                    )
-                )
+            if t.state.name == "FAIL" and any(self.limits.get(name, 0) > limit for name, limit in ended_by.items()):
+                config = self.study.plan_again(t)
                 self.ready.append(config)
                 again.append(config["trial"])
         return again
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> TrialConfig | str | None:
         """The next trial's config; None: wait for the batch before the running one; FINISHED: all were suggested."""
         if not self.ready:
             self._advance()
         if not self.ready:
-            return Searcher.FINISHED if len(self._planned()) >= self.trials else None
+            return Searcher.FINISHED if len(self.study.planned()) >= self.trials else None
         config = self.ready.pop(0)
         self.numbers[trial_id] = config["number"]
-        self._set(config["number"], "tune_id", trial_id)
+        self.study.annotate(config["number"], "tune_id", trial_id)
         return config
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
@@ -133,15 +91,15 @@ class ParetoSearch(Searcher):
         self._advance()
 
     def _advance(self) -> None:
-        """Records what has been held back for long enough and suggests what that allows, until nothing moves."""
+        """Records held results that are due and suggests the batches that this allows, until nothing changes."""
         while True:
-            planned = self._planned()
+            planned = self.study.planned()
             asked = len(planned)
-            due = [n for p, t in planned.items() if (n := t.number) in self.held and self._next_is_asked(p, asked)]
+            due = [t.number for p, t in planned.items() if t.number in self.held and self._next_is_asked(p, asked)]
             for number in due:
                 self._record(number, *self.held.pop(number))
-            first = asked // self.batch * self.batch  # of the batch to suggest
-            planned = self._planned()
+            first = asked // self.batch * self.batch  # place of the next batch's first trial
+            planned = self.study.planned()
             before = (planned[place] for place in range(first - self.batch))
             more = asked < self.trials and all(t.state.is_finished() for t in before)
             if more:
@@ -150,105 +108,65 @@ class ParetoSearch(Searcher):
                 return
 
     def _next_is_asked(self, place: int, asked: int) -> bool:
+        """Whether the batch after that of `place` has been suggested."""
         return asked >= min(self.trials, (place // self.batch + 2) * self.batch)
 
     def _record(self, number: int, result: dict[str, Any], error: bool) -> None:
-        values = [result.get(name) for name in OBJECTIVES]
-        if error or (result.get(FINAL) and not _finite(values)):
-            fallback = "the trial ended with an error" if error else f"objectives are not finite: {values}"
-            self._set(number, "reason", result.get("reason") or fallback)
-            self._set(number, "result", json.dumps({k: result[k] for k in _COSTS if k in result}))
+        objectives = [result.get(name) for name in OBJECTIVES]
+        if error or (result.get(FINAL) and not _finite(objectives)):
+            fallback = "the trial ended with an error" if error else f"objectives are not finite: {objectives}"
+            attributes: dict[str, Any] = {"result": json.dumps({k: result[k] for k in _COSTS if k in result})}
             if result.get("limit") in self.limits:
-                self._set(number, "limit", {result["limit"]: self.limits[result["limit"]]})
-            self.study.tell(number, state=TrialState.FAIL)
+                attributes["limit"] = {result["limit"]: self.limits[result["limit"]]}
+            self.study.fail(number, result.get("reason") or fallback, **attributes)
         elif not result.get(FINAL):
-            self._set(number, "reason", result.get("reason") or "stopped early")
-            self.study.tell(number, state=TrialState.PRUNED)
+            self.study.prune(number, result.get("reason") or "stopped early")
         else:
-            trial = optuna.trial.Trial(self.study, self._id(number))
-            trial.set_constraint("validity", float(result.get("constraint", 0.0)))
-            self._set(number, "result", json.dumps({k: result[k] for k in sorted(result) if k in _KEPT}))
-            self.study.tell(number, values=[float(v) for v in values])  # type: ignore[arg-type]
+            kept = {k: result[k] for k in sorted(result) if k in _KEPT}
+            values = [float(v) for v in objectives]  # type: ignore[arg-type]
+            self.study.complete(number, values, kept, float(result.get("constraint", 0.0)))
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the journal is the state."""
+        """Saves nothing: the journal is the state."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Attaches to the journal again; trials that had not ended are suggested again under their numbers."""
         self._attach()
 
     def left(self) -> int:
-        """Trials that have not ended yet."""
-        return self.trials - sum(t.state.is_finished() for t in self._planned().values())
+        """Number of trials that have not ended yet."""
+        return self.trials - sum(t.state.is_finished() for t in self.study.planned().values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("study", "storage")}
+        return {k: v for k, v in self.__dict__.items() if k != "study"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open()
+        self.study = SweepStudy(self.journal, self.name)
 
-    def _planned(self) -> dict[int, FrozenTrial]:
-        """Place in the sweep -> its trial; a place that was interrupted while being suggested is free again."""
-        planned: dict[int, FrozenTrial] = {}
-        for t in self.study.get_trials(deepcopy=False):
-            if "config" not in t.user_attrs and t.state == TrialState.RUNNING:
-                self._set(t.number, "reason", "interrupted while being suggested")
-                self.study.tell(t.number, state=TrialState.FAIL)
-            elif "config" in t.user_attrs:
-                planned[t.user_attrs["place"]] = t
-        return planned
-
-    def _ask(self, place: int) -> dict[str, Any]:
+    def _ask(self, place: int) -> TrialConfig:
         """Asks the study for the trial at one place of the sweep and records its config."""
-        space = self.spaces[place % len(self.spaces)]
-        turn = place // len(self.spaces)
+        turn, index = divmod(place, len(self.spaces))
+        space = self.spaces[index]
         point = space.points[turn] if turn < len(space.points) else None
-        searched = {p.name for p in space.parameters}
         values = {} if point is None else point.values
-        fixed = {f"{space.method}.{k}": v for k, v in values.items() if k in searched}
-        for _ in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            self.study.tell(self.study.ask().number, state=TrialState.FAIL)  # left by an interrupted suggestion
-        self.study.enqueue_trial(fixed)
-        self.study.sampler = self._make_sampler(derive_seed("sampler", self.seed, place))
-        trial = self.study.ask()
-        hyperparameters = space.ask(trial, values)
-        config = {
-            "number": trial.number,
-            "place": place,
-            "trial": f"{place:03d}-{space.method}",
-            "method": space.method,
-            "hyperparameters": hyperparameters,
-            "seed": derive_seed("trial seed", self.seed, place),
-            "source": "" if point is None else point.source,
-        }
-        trial.set_user_attr("place", place)
-        trial.set_user_attr("trial", config["trial"])
-        trial.set_user_attr("method", space.method)
-        trial.set_user_attr("config", json.dumps(config))
+        searched = {p.name for p in space.parameters}
+        sampler_seed = derive_seed("sampler", self.seed, place) % 2**32
+        trial = self.study.ask(
+            make_sampler(self.sampler, sampler_seed, startup_trials=2 * len(self.spaces)),
+            {f"{space.method}.{k}": v for k, v in values.items() if k in searched},
+        )
+        config = TrialConfig(
+            number=trial.number,
+            place=place,
+            trial=f"{place:03d}-{space.method}",
+            method=space.method,
+            hyperparameters=space.ask(trial, values),
+            seed=derive_seed("trial seed", self.seed, place),
+            source="" if point is None else point.source,
+        )
+        self.study.plan(trial, config)
         return config
-
-    def _make_sampler(self, seed: int) -> BaseSampler:
-        seed %= 2**32
-        if self.sampler == "random":
-            return RandomSampler(seed=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
-            return TPESampler(
-                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=2 * len(self.spaces)
-            )
-
-    def _set(self, number: int, key: str, value: Any) -> None:
-        self.storage.set_trial_user_attr(self._id(number), key, value)
-
-    def _id(self, number: int) -> int:
-        """The storage's own name of a trial. Of a trial that an earlier process asked for, nothing else lets attributes be set."""
-        study = self.storage.get_study_id_from_name(self.name)
-        return self.storage.get_trial_id_from_study_id_trial_number(study, number)
-
-
-_COSTS = ("train_s", "audit_s", "step_s", "probe")  # what is known of a trial that failed, too
-_KEPT = ("residue", "damage", "residue_se", "damage_se", "over_forgetting", "validity", "digest", "views", *_COSTS)
 
 
 def _finite(values: list[Any]) -> bool:

@@ -1,0 +1,178 @@
+"""The Optuna study of a sweep, on a journal file in its run directory. No other module knows Optuna.
+
+A trial's place in the sweep and its config are user attributes of the study's trial. States say exactly what happened: COMPLETE
+with finite objectives, PRUNED if stopped early, FAIL with a reason otherwise. `optuna.load_study` and optuna-dashboard can open
+the journal while the sweep runs.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, TypedDict
+
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+OBJECTIVES = ("residue", "damage")  # both are minimised
+
+
+class TrialConfig(TypedDict):
+    """What Tune hands to a trial. place: position in the sweep, from 0; number: the trial's number in the study."""
+
+    number: int
+    place: int
+    trial: str
+    method: str
+    hyperparameters: dict[str, Any]
+    seed: int
+    source: str
+
+
+def open_study(journal: Path, name: str) -> Study:
+    """Opens the study `name` on a journal file, and creates it if it does not exist."""
+    return _open(_storage(journal), name)
+
+
+def _storage(journal: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(journal)))
+
+
+def _open(storage: JournalStorage, name: str) -> Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=["minimize"] * len(OBJECTIVES), load_if_exists=True
+        )
+        study.set_metric_names(list(OBJECTIVES))
+    return study
+
+
+def make_sampler(kind: str, seed: int, startup_trials: int) -> BaseSampler:
+    """A sampler by its name in the config, `tpe` or `random`; startup_trials: how many TPE draws at random first."""
+    if kind == "random":
+        return RandomSampler(seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup_trials)
+
+
+def config_of(trial: FrozenTrial) -> TrialConfig:
+    """The config that was recorded with a trial."""
+    return json.loads(trial.user_attrs["config"])
+
+
+def trial_rows(journal: Path, name: str) -> list[dict[str, Any]]:
+    """One row per trial, with the columns of `schemas.TRIALS`, in the order of the sweep.
+
+    Of a trial that was tried again, only the last attempt counts.
+    """
+    rows = {}
+    for t in open_study(journal, name).get_trials(deepcopy=False):
+        if "config" not in t.user_attrs:
+            continue
+        config = config_of(t)
+        result = json.loads(t.user_attrs.get("result", "{}"))
+        residue, damage = t.values if t.state == TrialState.COMPLETE else (None, None)
+        rows[config["place"]] = {
+            "trial": config["trial"],
+            "number": t.number,
+            "method": config["method"],
+            "source": config["source"],
+            "state": t.state.name,
+            "hyperparameters": json.dumps(config["hyperparameters"], sort_keys=True),
+            "seed": config["seed"],
+            "residue": residue,
+            "damage": damage,
+            **{k: result.get(k) for k in ("residue_se", "damage_se", "train_s", "audit_s")},
+            "digest": result.get("digest", ""),
+            "probe": result.get("probe", ""),
+            "reason": t.user_attrs.get("reason", ""),
+        }
+    return [rows[place] for place in sorted(rows)]
+
+
+class SweepStudy:
+    """The trials of one sweep, by place; asks for new ones and records how they ended."""
+
+    def __init__(self, journal: Path, name: str):
+        self.name = name
+        self.storage = _storage(journal)
+        self.study = _open(self.storage, name)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials of the study, by number, with those that were interrupted or tried again."""
+        return self.study.trials
+
+    def planned(self) -> dict[int, FrozenTrial]:
+        """Place in the sweep -> its trial. Trials interrupted while being suggested are failed, and their places free again."""
+        planned: dict[int, FrozenTrial] = {}
+        for t in self.study.get_trials(deepcopy=False):
+            if "config" in t.user_attrs:
+                planned[t.user_attrs["place"]] = t
+            elif t.state == TrialState.RUNNING:
+                self.fail(t.number, "interrupted while being suggested")
+        return planned
+
+    def ask(self, sampler: BaseSampler, fixed: dict[str, Any]) -> Trial:
+        """A new trial whose parameters have the values `fixed` (by their names in the study) or are sampled."""
+        for _ in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self.study.tell(self.study.ask().number, state=TrialState.FAIL)  # left by an interrupted suggestion
+        self.study.enqueue_trial(fixed)
+        self.study.sampler = sampler
+        return self.study.ask()
+
+    def plan(self, trial: Trial, config: TrialConfig) -> None:
+        """Records the config of a trial that was asked for; with that, its place is taken."""
+        for key in ("place", "trial", "method"):
+            trial.set_user_attr(key, config[key])  # type: ignore[literal-required]
+        trial.set_user_attr("config", json.dumps(config))
+
+    def plan_again(self, failed: FrozenTrial) -> TrialConfig:
+        """Plans a failed trial again with the same settings, under a new number; the failed one stays in the study."""
+        config = config_of(failed)
+        config["number"] = len(self.study.get_trials(deepcopy=False))
+        attributes = {k: failed.user_attrs[k] for k in ("place", "trial", "method")} | {"config": json.dumps(config)}
+        self.study.add_trial(
+            optuna.create_trial(
+                state=TrialState.RUNNING,
+                params=failed.params,
+                distributions=failed.distributions,
+                user_attrs=attributes,
+            )
+        )
+        return config
+
+    def complete(self, number: int, objectives: list[float], result: dict[str, Any], constraint: float) -> None:
+        """Records a trial with finite objectives; constraint: satisfied if not above 0."""
+        trial = Trial(self.study, self._storage_id(number))
+        trial.set_constraint("validity", constraint)
+        self.annotate(number, "result", json.dumps(result))
+        self.study.tell(number, values=objectives)
+
+    def prune(self, number: int, reason: str) -> None:
+        """Records a trial that was stopped early."""
+        self.annotate(number, "reason", reason)
+        self.study.tell(number, state=TrialState.PRUNED)
+
+    def fail(self, number: int, reason: str, **attributes: Any) -> None:
+        """Records a trial that failed, with more attributes (`result`, `limit`)."""
+        for key, value in {"reason": reason, **attributes}.items():
+            self.annotate(number, key, value)
+        self.study.tell(number, state=TrialState.FAIL)
+
+    def annotate(self, number: int, key: str, value: Any) -> None:
+        """Sets a user attribute of a trial, also of one that an earlier process asked for."""
+        self.storage.set_trial_user_attr(self._storage_id(number), key, value)
+
+    def _storage_id(self, number: int) -> int:
+        """The storage's own id of a trial: `Study` offers no way to set attributes of a trial of an earlier process."""
+        study = self.storage.get_study_id_from_name(self.name)
+        return self.storage.get_trial_id_from_study_id_trial_number(study, number)
