@@ -23,7 +23,7 @@ from methods.base import Method, Rows
 from raysweep.models.noise import row_seeds
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
-from raysweep.tasks.digits_data import SCHEDULER, UNET
+from raysweep.tasks.digits_models import SCHEDULER, UNET
 
 WIDE = UNET | {"block_out_channels": (128, 256), "norm_num_groups": 32, "attention_head_dim": 64}
 

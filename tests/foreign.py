@@ -103,9 +103,8 @@ class Patches(TaskSettings):
 
     def build(self):
         from raysweep.tasks.digits import PictureTask
-        from raysweep.tasks.digits_data import picture_task
 
-        task = picture_task(PictureTask(photograph="china.jpg", base_steps=self.base_steps, seed=self.seed))
+        task = PictureTask(photograph="china.jpg", base_steps=self.base_steps, seed=self.seed).build()
         return replace(task, name=self.name, views=(*task.views, "brittle.mean"))
 ''',
 }

@@ -33,7 +33,7 @@ def edm(out: Path, channels: int = 3, classes: int = 10) -> None:
 
 
 def _unet_config(channels: int, classes: int) -> dict[str, Any]:
-    from raysweep.tasks.digits_data import SCHEDULER, UNET
+    from raysweep.tasks.digits_models import SCHEDULER, UNET
 
     unet = UNET | {"in_channels": channels, "out_channels": channels}
     if classes:
@@ -57,7 +57,7 @@ def stable_diffusion(
     """
     from raysweep.models.autoencoder import train_autoencoder
     from raysweep.models.latent import LatentText
-    from raysweep.tasks.digits_data import TEXT
+    from raysweep.tasks.digits_models import TEXT
 
     rows = [image for image, _, _ in pictures(16, 60, styles)]
     vae = train_autoencoder(tensors(rows), TEXT["vae"], 0, steps=steps)
@@ -121,7 +121,7 @@ def _learn_captions(
 def clip(out: Path) -> None:
     """An open_clip folder of 8x8 images."""
     from raysweep.models.clip import Contrastive
-    from raysweep.tasks.digits_data import CLIP
+    from raysweep.tasks.digits_models import CLIP
 
     Contrastive.build(CLIP, 0).save(out)
 
