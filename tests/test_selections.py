@@ -121,7 +121,7 @@ class Pictured:
 
 def numbered(labels, orders=(), **config):
     settings = type("Settings", (Config,), config)
-    return Labels.of(settings, [Pictured(label) for label in labels], {(), *orders}).own
+    return Labels.of(settings, [Pictured(label) for label in labels], {(), *orders}).classes
 
 
 def test_classes_are_numbered_as_the_model_numbers_them():
@@ -199,7 +199,7 @@ def test_prompts_that_are_left_out_are_named(tmp_path):
         ("p.json", b'[{"prompt": ["a"], "label": "x"}]', r"1 x a row whose 'prompt' is no text"),
         ("p.json", b"[1]", r"p\.json: row 1: must be a text or an object"),
         ("p.json", b"3", r"must be a list of texts, a list of objects"),
-        ("p.txt", b"a\n", r"1 x a row without 'label' \(it has: prompt; `labelled` says the class of all\)"),
+        ("p.txt", b"a\n", r"1 x a row without 'label' \(it has: prompt; `labelled` gives all prompts one class\)"),
         ("p.xlsx", b"PK", r"p\.xlsx: must be one of \.csv, \.tsv"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the settings of every task have, raysweep's and other packages'."""
+"""The base class of all tasks' settings, raysweep's and other packages'."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 class TaskSettings(BaseModel):
-    """Settings of a task, which are checked as they are read, and `build`, which makes the task of them.
+    """Validated settings of a task; `build` makes the task from them.
 
-    A task of another package is a subclass with `name: Literal["NAME"] = "NAME"` under the entry point NAME. One that is given
-    a base model without a recipe for oracles sets `base_steps` to 0; `warnings` (a property, tuple of texts) tells people what
-    works and is still unwise.
+    A task of another package is a subclass with `name: Literal["NAME"] = "NAME"`, registered under the entry point NAME. If its
+    base model is given and has no recipe for oracles, it sets `base_steps` to 0. A property `warnings` (texts) may report
+    settings that work but are unwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,15 +24,15 @@ class TaskSettings(BaseModel):
     seed: int = Field(0, ge=0, description="seed of the splits, and of the training of base and oracles")
 
     def build(self) -> Task:
-        """Reads the data and cuts the splits; raises ValueError, with a message for people, if that cannot be done."""
+        """Reads the data and cuts the splits; raises ValueError, with a message for users, if that cannot be done."""
         raise NotImplementedError
 
 
 class StoredTask(TaskSettings):
-    """The settings of a task whose package is not installed, as a run left them: enough to read the run."""
+    """Settings of a task whose package is not installed, as read back from a run: enough to show the run."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     def build(self) -> Task:
-        """Raises ValueError: without its package the data of a task cannot be read."""
+        """Raises ValueError: a task's data cannot be read without its package."""
         raise ValueError(f"{self.name!r} is a task of a package that is not installed here; install it")

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to 8-bit grey or RGB: what other viewers would show, or a reason why not."""
+"""Decodes pictures to 8-bit grey or RGB, as image viewers show them, or gives a reason why that is impossible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raysweep.tasks.records import Unreadable
 if TYPE_CHECKING:
     from PIL import Image
 
-# Raster formats alone: Pillow hands some others to outside programs, as PostScript to Ghostscript.
+# Raster formats alone: Pillow passes some others to external programs, such as PostScript to Ghostscript.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
@@ -23,20 +23,20 @@ SUFFIXES = (
 UNREAD = (
     ".heic", ".heif", ".jxl", ".svg", ".psd", ".eps", ".exr", ".hdr", ".dcm", ".dng", ".cr2", ".nef", ".arw", ".tga", ".pcx",
 )  # fmt: skip
-LFS = b"version https://git-lfs.github.com/spec/"
+LFS = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 MOST_PIXELS = 178_956_970  # half a gigabyte in RGB; Pillow's own limit against decompression bombs
-ORIENTATION = 0x0112
-DARK = 8192  # of 65535: the brightest pixel of a picture that may hold 12 bits
+ORIENTATION = 0x0112  # the EXIF tag
+DARK = 8192  # of 65535: a 16-bit picture with no brighter pixel may hold 12-bit data
 
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    """Turns what Pillow raises on damaged bytes into Unreadable."""
+    """Turns the exceptions that Pillow raises on damaged bytes into Unreadable."""
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures and odd metadata; what matters is counted
+            warnings.simplefilter("ignore")  # on large pictures and odd metadata
             yield
     except Unreadable:
         raise
@@ -68,16 +68,16 @@ def opened(content: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=_formats())
         if image.width * image.height > MOST_PIXELS:
             raise Image.DecompressionBombError
-        frames = getattr(image, "n_frames", 1)  # before the pixels are read: counting moves from frame to frame
+        frames = getattr(image, "n_frames", 1)  # before load(): counting seeks through the frames
         image.load()
         image.info["frames"] = frames
     return image
 
 
 def flat(image: Image.Image, channels: int, note: Callable[[str], None]) -> Image.Image:
-    """A picture as 8-bit grey (1 channel) or RGB, upright, without transparency; `note` is told of what that changed.
+    """Converts a picture to 8-bit grey (1 channel) or RGB, upright and opaque; `note` is called with each change made.
 
-    16-bit greys are scaled by 1/257. Raises Unreadable for 32-bit pixels, whose white is not fixed.
+    16-bit greys are scaled by 1/257. Raises Unreadable for 32-bit pixels, whose white level is not defined.
     """
     import numpy as np
     from PIL import Image, ImageOps

@@ -216,14 +216,14 @@ def images_task(config: ImagesTask) -> Task:
         },
         **_objectives(config.kind, family),
         sampling=_sampling(config) if family.model_kind == "diffusion" else {},
-        forget_class=labels.own.index(config.forget.labels[0]) if by_class else None,
-        override_class=None if config.override is None or not by_class else labels.own.index(config.override),
+        forget_class=labels.classes.index(config.forget.labels[0]) if by_class else None,
+        override_class=None if config.override is None or not by_class else labels.classes.index(config.override),
         base=str(folder),
         trained=config.trained,
         clip=None if config.clip is None else str(located(config.clip, config.clip_revision)),
         sensitive=config.sensitive,
         family=model.family,
-        class_names=labels.own if by_class else (),
+        class_names=labels.classes if by_class else (),
         texts=texts,
         accounts=(*accounts, *asked),
     )
@@ -279,14 +279,14 @@ def _prompts(
         tally, prompts = Tally(), getattr(config, key)
         every = prompts.rows(tally)
         for text, label, _ in every:
-            if label not in labels.own:
+            if label not in labels.classes:
                 tally.ignore(f"a prompt of {label!r}, which no image is of", text[:60])
-        rows = [row for row in every if row[1] in labels.own]
+        rows = [row for row in every if row[1] in labels.classes]
         if config.forget.labels[0] not in {label for _, label, _ in rows}:
             raise SourceError(
                 f"{key}: no prompt is of {config.forget.labels[0]!r}; prompts are of: {listed(r[1] for r in every)}"
             )
-        groups = torch.tensor([labels.own.index(label) for _, label, _ in rows], dtype=torch.long)
+        groups = torch.tensor([labels.classes.index(label) for _, label, _ in rows], dtype=torch.long)
         texts[name] = tuple(text for text, _, _ in rows)
         others = labels.others([other for _, _, other in rows])
         splits[name] = Split(torch.empty(len(rows), 0), model.tokens(list(texts[name])), groups, others)

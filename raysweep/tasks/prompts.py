@@ -1,9 +1,9 @@
 """Prompts of a concept task: from files, from a grid of slots, or from several of these.
 
-Each prompt belongs to a class, what it asks for, which is one of the labels of the task's images; it may name a member of a
-second domain, too, such as a style besides an object. Files may be those of others:
-the columns are named (I2P: `prompt: prompt, label: categories`), or one class is said for all (`labelled: nude`). A grid is a template with slots, as in the restricted-gradient
-paper (arXiv:2412.07808: moods x activities x places x times); two sets of prompts are disjoint if some slot's levels are.
+Each prompt belongs to a class, which is a label of the task's images, and may have a label in a second domain, such as a style
+besides an object. The columns of a file can be named (I2P: `prompt: prompt, label: categories`), or one class can be given to
+all its prompts (`labelled: nude`). A grid is a template with slots, as in the restricted-gradient paper (arXiv:2412.07808: moods
+x activities x places x times); two grids are disjoint if the levels of a slot are.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from raysweep.tasks import textfiles
 from raysweep.tasks.records import Name, SourceError, Tally, Unreadable, listed, plain
 from raysweep.tasks.unions import by_key, tag
 
-PromptRow = tuple[str, str, str | None]
+PromptRow = tuple[str, str, str | None]  # prompt, class, label of the second domain
 
 
 class PromptError(ValueError):
-    """A set of prompts that is missing or unreadable; the message names it, and says what it should be."""
+    """A set of prompts is missing or unreadable; the message names it and says what would be valid."""
 
 
 class _Prompts(BaseModel, ABC):
@@ -33,30 +33,30 @@ class _Prompts(BaseModel, ABC):
 
     @abstractmethod
     def rows(self, tally: Tally | None = None) -> list[PromptRow]:
-        """(prompt, class, label of the second domain), in the order of the source, repeated ones once.
+        """(prompt, class, label of the second domain) of each prompt, in the order of the source and without repeats.
 
-        tally: the account of what was left out. Raises PromptError for a file that is missing, unreadable, or mostly unusable.
+        tally: counts what was left out. Raises PromptError for a file that is missing, unreadable, or has too many unusable rows.
         """
 
 
 class PromptFile(_Prompts):
-    """A table (CSV, TSV) with a header, JSON (objects, texts, or classes with their texts), JSON Lines, or a text file.
+    """Prompts from a table with a header (CSV, TSV), JSON (objects, texts, or classes with their texts), JSON Lines, or text.
 
-    A text file has a prompt a line; empty lines and those that begin with # are left out.
+    A text file has one prompt per line; empty lines and lines that begin with # are ignored.
     """
 
     file: Place = Field(description="path of the file: .csv, .tsv, .json, .jsonl or .txt")
-    prompt: str = Field("prompt", description="column of prompts")
-    label: str = Field("label", description="column of classes")
-    labelled: Name | None = Field(None, description="the class of all of them, where no column says it")
-    other: str | None = Field(None, description="column of labels of a second domain")
+    prompt: str = Field("prompt", description="column of the prompts")
+    label: str = Field("label", description="column of the classes; unused with `labelled`")
+    labelled: Name | None = Field(None, description="one class for all prompts, if no column has it")
+    other: str | None = Field(None, description="column of labels in a second domain, such as style; null: none")
 
     def __str__(self) -> str:
         return str(self.file)
 
     def rows(self, tally: Tally | None = None) -> list[PromptRow]:
         tally = Tally() if tally is None else tally
-        found: dict[PromptRow, None] = {}
+        rows: dict[PromptRow, None] = {}
         try:
             for place, row in textfiles.records(self.file, self.prompt, self.label, tally):
                 tally.seen += 1
@@ -65,13 +65,13 @@ class PromptFile(_Prompts):
                 except Unreadable as error:
                     tally.skip(str(error), place)
                     continue
-                if new in found:
+                if new in rows:
                     tally.ignore("a prompt that is there already", place)
-                found[new] = None
+                rows[new] = None
             tally.check(self.file, "prompts")
         except (SourceError, TextError) as error:
             raise PromptError(str(error)) from error
-        return list(found)
+        return list(rows)
 
     def _row(self, row: dict[str, Any]) -> PromptRow:
         columns = (self.prompt, self.label if self.labelled is None else None, self.other)
@@ -83,9 +83,9 @@ class PromptFile(_Prompts):
         for column in columns:
             value = "" if column is None else row.get(column)
             if column is not None and (value is None or not str(value).strip()):
-                there = listed(k for k in row if k)
-                hint = "; `labelled` says the class of all" if column == self.label else ""
-                raise Unreadable(f"a row without {column!r} (it has: {there}{hint})")
+                known = listed(k for k in row if k)
+                hint = "; `labelled` gives all prompts one class" if column == self.label else ""
+                raise Unreadable(f"a row without {column!r} (it has: {known}{hint})")
             if not isinstance(value, str | int) or (column == self.prompt and not isinstance(value, str)):
                 raise Unreadable(f"a row whose {column!r} is no text")
             values.append(plain(str(value).strip()))
@@ -97,12 +97,12 @@ class PromptGrid(_Prompts):
     """A template and the levels of its slots; every combination is a prompt."""
 
     template: str = Field(description="text with slots in braces, for example: a {mood} painting of {subject}")
-    slots: dict[str, tuple[str, ...]] = Field(description="slot -> its levels")
+    slots: dict[str, tuple[str, ...]] = Field(description="slot -> its levels, the texts that fill it")
     label: str = Field(description="the slot whose level is the class")
     classes: dict[str, str] = Field(
-        default_factory=dict, description="level -> class, where it is not the level itself"
+        default_factory=dict, description="level -> class, for levels that are not the class"
     )
-    other: str | None = Field(None, description="the slot whose level is the label of a second domain")
+    other: str | None = Field(None, description="the slot whose level is the label in a second domain; null: none")
 
     @model_validator(mode="after")
     def _slots_fit(self):
@@ -124,16 +124,15 @@ class PromptGrid(_Prompts):
         return repr(self.template)
 
     def rows(self, tally: Tally | None = None) -> list[PromptRow]:
-        names = list(self.slots)
-        found: dict[PromptRow, None] = {}
+        rows: dict[PromptRow, None] = {}
         for levels in itertools.product(*self.slots.values()):
-            at = dict(zip(names, levels, strict=True))
-            other = None if self.other is None else at[self.other]
-            own = self.classes.get(at[self.label], at[self.label])
-            found[(plain(self.template.format(**at)), plain(own), None if other is None else plain(other))] = None
+            filled = dict(zip(self.slots, levels, strict=True))
+            label = self.classes.get(filled[self.label], filled[self.label])
+            other = None if self.other is None else plain(filled[self.other])
+            rows[(plain(self.template.format(**filled)), plain(label), other)] = None
         if tally is not None:
-            tally.seen += len(found)
-        return list(found)
+            tally.seen += len(rows)
+        return list(rows)
 
 
 PromptSet = Annotated[
@@ -144,7 +143,7 @@ PromptSet = Annotated[
 class PromptMix(_Prompts):
     """Several sets of prompts, such as a file for the forgotten class and a grid for the others."""
 
-    mix: tuple[PromptSet, ...] = Field(min_length=1, description="the sets")
+    mix: tuple[PromptSet, ...] = Field(min_length=1, description="files and grids, used one after the other")
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.mix))
@@ -154,10 +153,10 @@ class PromptMix(_Prompts):
 
     @staticmethod
     def _part(part: _Prompts, tally: Tally | None) -> list[PromptRow]:
-        own = Tally()  # each part is refused for itself
-        rows = part.rows(own)
+        counts = Tally()  # of this part alone: it is refused if too many of its own rows are unusable
+        rows = part.rows(counts)
         if tally is not None:
-            tally.add(own, f"{part}: ")
+            tally.add(counts, f"{part}: ")
         return rows
 
 

@@ -1,4 +1,4 @@
-"""Samples of bounded size from sources of any length, as images in [-1, 1]."""
+"""Random samples of bounded size from image sources of any length, as tensors in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picked:
-    """One image of a sample: its content's place in the seed's order, and what is known of it."""
+    """One image of a sample and its labels; order: hash of seed and content, by which images are drawn."""
 
     order: str
     x: torch.Tensor
@@ -28,10 +28,10 @@ class Picked:
 
 
 class Sample:
-    """The `size` images whose content comes first in the order of a seed; the rest is let go at once. A picture that is
-    there already is not taken again, unless `repeats`.
+    """Keeps the `size` images with the smallest hashes of seed and content, whatever their order in the source.
 
-    again: pictures that were there already; beyond: those that found no room.
+    Images that are in the sample already are not added again, unless `repeats`. again: how many repeated an image in the sample;
+    beyond: how many were dropped because the sample was full.
     """
 
     def __init__(self, size: int, seed: int, repeats: bool = False):
@@ -41,6 +41,7 @@ class Sample:
         self._count = self.again = self.beyond = 0
 
     def add(self, x: torch.Tensor, label: str | None, caption: str | None, other: str | None = None) -> None:
+        """Offers an image to the sample."""
         order = hashlib.sha256(f"{self.seed} ".encode() + x.numpy().tobytes()).hexdigest()
         if order in self._orders and not self.repeats:
             self.again += 1
@@ -50,24 +51,24 @@ class Sample:
         if len(self._heap) < self.size:
             heapq.heappush(self._heap, item)
         else:
-            gone = heapq.heappushpop(self._heap, item)
+            dropped = heapq.heappushpop(self._heap, item)
             self.beyond += 1
-            if gone is item:
+            if dropped is item:
                 return
-            self._orders.discard(gone[2].order)
+            self._orders.discard(dropped[2].order)
         self._orders.add(order)
 
     def images(self) -> list[Picked]:
-        """The sample, in its order."""
+        """The sample, sorted by hash."""
         return [item[2] for item in sorted(self._heap, reverse=True)]
 
 
 def pixels(
     source: Any, shape: tuple[int, int, int], tally: Tally, required: Collection[str] = ()
 ) -> Iterator[tuple[Record, torch.Tensor]]:
-    """(record, image in [-1, 1] of `shape`) of a source: upright, the largest centred part of its proportions, resized.
+    """Yields (record, image in [-1, 1] of `shape`) of a source: turned upright, cropped in the centre to the shape, resized.
 
-    required: `label`, `caption`; a record without one is left out.
+    required: what a record must have, `label` or `caption`; others are skipped and counted.
     """
     import numpy as np
     import torch
@@ -76,10 +77,10 @@ def pixels(
     channels, height, width = shape
     last, x = None, None
     for record in source.records(tally):
-        if record is not last:  # a repeated record is read, and counted, once
+        if record is not last:  # a repeated record is decoded and counted once
             last, x = record, None
             try:
-                _check(record, required, tally)
+                _check_complete(record, required, tally)
                 image = flat(record.open(), channels, partial(_note, tally, record))
             except Unreadable as error:
                 tally.skip(str(error), record.key, place=record.place)
@@ -91,12 +92,12 @@ def pixels(
             yield record, x
 
 
-def _check(record: Record, required: Collection[str], tally: Tally) -> None:
+def _check_complete(record: Record, required: Collection[str], tally: Tally) -> None:
     if "caption" in required and record.caption is None:
         raise Unreadable(f"no caption, which the model needs ({tally.hint}; `captioned` gives one to all)")
     if "label" in required and record.label is None:
         raise Unreadable("no label, which the task needs (`label` says where labels are, `labelled` gives one to all)")
 
 
-def _note(tally: Tally, record: Record, what: str) -> None:
-    tally.note(what, record.place or record.key)
+def _note(tally: Tally, record: Record, change: str) -> None:
+    tally.note(change, record.place or record.key)

@@ -1,4 +1,4 @@
-"""Sorts the records of a task's sources into what must be forgotten and what stays, with an account of each pass."""
+"""Selects the records of a task's sources that must be forgotten, and draws the samples of images that a task uses."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from raysweep.tasks.records import KNOWN, Name, Record, SourceError, Tally, check_met, listed
+from raysweep.tasks.records import KNOWN, Account, Name, Record, SourceError, Tally, check_met, listed
 from raysweep.tasks.sampling import Picked, Sample, pixels
 
 
 class Selection(BaseModel):
-    """Which records of the training source must be forgotten; one that any of the lists names."""
+    """Which records of the training source must be forgotten: all that match an entry of any list."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    labels: tuple[Name, ...] = Field((), description="labels, as the source gives them")
-    captions: tuple[Name, ...] = Field((), description="parts of captions, in any case")
-    keys: tuple[Name, ...] = Field((), description="names of records within the source")
+    labels: tuple[Name, ...] = Field((), description="records with these labels, spelled as in the source")
+    captions: tuple[Name, ...] = Field(
+        (), description="records whose captions contain these texts, in upper or lower case"
+    )
+    keys: tuple[Name, ...] = Field((), description="records with these names within the source")
 
     @model_validator(mode="after")
-    def _something(self):
+    def _is_not_empty(self):
         if not (self.labels or self.captions or self.keys):
             raise ValueError("name what must be forgotten: labels, captions or keys")
         return self
@@ -31,13 +33,16 @@ class Selection(BaseModel):
         return record.label in self.labels or record.key in self.keys or bool(self.parts_of(record.caption))
 
     def parts_of(self, caption: str | None) -> list[str]:
-        """Those of the parts of captions that a caption has."""
+        """The entries of `captions` that a caption contains."""
         return [part for part in self.captions if part.lower() in (caption or "").lower()]
 
 
 @dataclass
 class _Met:
-    """The labels, keys and captions of a pass, a thousand of each at most and all that the selection names."""
+    """The labels, keys and captions met in a pass: at most `KNOWN` of each, besides those that the selection names.
+
+    parts: the entries of the selection's `captions` that were met.
+    """
 
     selection: Selection
     labels: set[str] = field(default_factory=set)
@@ -56,28 +61,34 @@ class _Met:
         self.parts.update(self.selection.parts_of(record.caption))
 
     def check(self, source: Any, tally: Tally) -> None:
-        """Raises SourceError if the selection names what no record has: it would be kept without a word."""
+        """Raises SourceError if an entry of the selection matches no record, which would otherwise go unnoticed."""
         wanted = self.selection
         is_met = self.labels & set(wanted.labels) or self.keys & set(wanted.keys) or self.parts
-        where = str(source) if is_met else f"{source}: nothing is left for the forget set"
-        check_met(where, "forget.labels", wanted.labels, self.labels, tally)
-        check_met(where, "forget.keys", wanted.keys, self.keys, tally)
+        prefix = str(source) if is_met else f"{source}: nothing is left for the forget set"
+        check_met(prefix, "forget.labels", wanted.labels, self.labels, tally)
+        check_met(prefix, "forget.keys", wanted.keys, self.keys, tally)
         for part in wanted.captions:
             if part not in self.parts:
                 shown = "; ".join(sorted(self.captions)[:3]) or "none, no record has one"
                 raise SourceError(
-                    f"{where}: forget.captions: no caption has {part!r}; captions are for example: {shown}"
+                    f"{prefix}: forget.captions: no caption has {part!r}; captions are for example: {shown}"
                 )
 
 
 def draw_samples(
     config: Any, shape: tuple[int, int, int], required: tuple[str, ...]
-) -> tuple[dict[str, list[Picked]], list[dict[str, Any]]]:
-    """The pictures that must go (`forget`), that stay (`retain`), held-out ones (`holdout`) and, of a class, held-out ones of its
-    kind (`of_kind`); the accounts of the passes over `train` and `holdout`.
+) -> tuple[dict[str, list[Picked]], list[Account]]:
+    """Reads both sources of an ImagesTask once; returns its samples of images, and an account of each source.
 
-    config: an ImagesTask; required: what a record must have, `label`, `caption`. Raises SourceError if one of them is empty, or if
-    the selection names what is not there.
+    The samples are `forget`, `retain` and `holdout`, and `of_kind`: held-out images of the forgotten class or concept.
+
+    Args:
+        config: an ImagesTask.
+        shape: (channels, height, width) of the images.
+        required: what a record must have, `label` or `caption`.
+
+    Raises:
+        SourceError: a needed sample is empty, or an entry of the selection matches no record.
     """
     forget, retain = Sample(config.forget_images, config.seed, repeats=True), Sample(config.retain_images, config.seed)
     held, of_kind = Sample(config.holdout_images, config.seed), Sample(config.holdout_images, config.seed)
@@ -86,8 +97,8 @@ def draw_samples(
     met = _sort(config.train, shape, train, required, config.forget, forget, retain)
     met.check(config.train, train)
     met = _sort(config.holdout, shape, holdout, required, config.forget, of_kind if by_class else held, held)
-    found = {"forget": forget, "retain": retain, "holdout": held, "of_kind": of_kind}
-    samples = {name: sample.images() for name, sample in found.items()}
+    drawn = {"forget": forget, "retain": retain, "holdout": held, "of_kind": of_kind}
+    samples = {name: sample.images() for name, sample in drawn.items()}
     if by_class and not samples["of_kind"]:
         raise SourceError(
             f"{config.holdout}: holds no image of {config.forget.labels[0]!r}, the forgotten class; its labels are: "
@@ -116,6 +127,7 @@ def _sort(
     chosen: Sample,
     others: Sample,
 ) -> _Met:
+    """Reads a source and offers each image to the sample `chosen` if the selection holds it, else to `others`."""
     met = _Met(selection)
     for record, x in pixels(source, shape, tally, required):
         met.add(record)
@@ -124,10 +136,10 @@ def _sort(
     return met
 
 
-def _account(name: str, source: Any, tally: Tally, samples: dict[str, Sample]) -> dict[str, Any]:
-    """The account of a pass, with how many pictures each sample kept, and why it kept no more."""
+def _account(name: str, source: Any, tally: Tally, samples: dict[str, Sample]) -> Account:
+    """The account of a pass, with the number of images that each sample kept, and why the others were not kept."""
     unkept = {
         "repeats of a picture": sum(sample.again for sample in samples.values()),
         "beyond the size of the sample": sum(sample.beyond for sample in samples.values()),
     }
-    return tally.account(name, source, {what: len(sample.images()) for what, sample in samples.items()}, unkept)
+    return tally.account(name, source, {title: len(sample.images()) for title, sample in samples.items()}, unkept)

@@ -1,8 +1,8 @@
-"""Where a user's images come from: torchvision's datasets, folders, Parquet files, webdataset shards. All of them stream.
+"""Sources of a user's images: folders, Parquet files, webdataset shards, torchvision's datasets. All of them stream.
 
-A source yields records one at a time, so that a pass over a million rows holds no more of them than one row group or the shard
-members of one name. A record that cannot be read (a corrupt picture, a caption that is not text) is skipped and counted, as is a
-file of many records; above a share of `MOST_BAD` the source is refused.
+A source yields records one at a time: a pass over a million rows holds no more in memory than one row group, or the shard
+members of one name. Records that cannot be read (a corrupt picture, a caption that is not text) and unreadable files of many
+records are skipped and counted; if their share exceeds `records.MOST_BAD`, the source is refused.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from raysweep.tasks.unions import by_key, tag
 if TYPE_CHECKING:
     from PIL import Image
 
-LISTS = ("train_list", "test_list", "meta", "file_list")  # where torchvision's datasets name their files and hashes
+LISTS = ("train_list", "test_list", "meta", "file_list")  # attributes of torchvision's datasets: files and their hashes
 MD5 = re.compile(r"[0-9a-f]{32}")
 URL = re.compile(r"(https?|s3|gs)://[\w./+=%~,:{}-]+")
+# The folder of each dataset below torchvision's root.
 TORCHVISION = {
     "CIFAR10": "cifar-10-batches-py", "STL10": "stl10_binary", "MNIST": "MNIST", "FashionMNIST": "FashionMNIST",
     "CelebA": "celeba",
@@ -40,26 +41,29 @@ TORCHVISION = {
 class _Source(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    only: tuple[Name, ...] = Field((), description="records with these labels alone; empty: all")
-    keys: tuple[Name, ...] = Field((), description="records of these names alone; empty: all")
-    labelled: Name | None = Field(None, description="label of all its records")
+    only: tuple[Name, ...] = Field((), description="use only records with these labels; empty: all")
+    keys: tuple[Name, ...] = Field((), description="use only records with these names; empty: all")
+    labelled: Name | None = Field(None, description="one label for all records, instead of their labels in the source")
     captioned: str | None = Field(
-        None, description="caption of all its records, with {label} and {other}, for example: a photo of {label}"
+        None,
+        description="one caption for all records, in which {label} and {other} are filled in, for example: a photo of {label}",
     )
-    repeat: int = Field(1, ge=1, description="how often each record counts, as a duplicate in training data does")
+    repeat: int = Field(
+        1, ge=1, description="number of times that each record is used, as a duplicate in training data"
+    )
 
     @abstractmethod
     def _all(self, tally: Tally) -> Iterator[Record]:
-        """All records, in an order that depends on the data alone."""
+        """Yields all records, in an order that depends on the data alone."""
 
     def records(self, tally: Tally) -> Iterator[Record]:
-        """The records that are wanted, in an order that depends on the data alone.
+        """Yields the records that `only` and `keys` select, in an order that depends on the data alone.
 
-        Raises SourceError at the end if `only` or `keys` name what is not there.
+        Raises SourceError at the end if an entry of `only` or `keys` matched no record.
         """
         labels, keys = set[str](), set[str]()
         for record in self._all(tally):
-            record = self._named(record)
+            record = self._relabelled(record)
             if record.label is not None and (len(labels) < KNOWN or record.label in self.only):
                 labels.add(record.label)
             if (self.only and record.label not in self.only) or (self.keys and record.key not in self.keys):
@@ -71,8 +75,8 @@ class _Source(BaseModel, ABC):
         check_met(self, "only", self.only, labels, tally)
         check_met(self, "keys", self.keys, keys, tally)
 
-    def _named(self, record: Record) -> Record:
-        """The record with the label and the caption that the source's settings give it."""
+    def _relabelled(self, record: Record) -> Record:
+        """The record with the label and caption that the settings give it."""
         label = record.label if self.labelled is None else self.labelled
         label, other = (None if name is None else plain(name) for name in (label, record.other))
         caption = record.caption
@@ -97,14 +101,16 @@ class FolderSource(_Source):
     Metadata files are `metadata.jsonl` and `metadata.csv`, in any folder, with `file_name` relative to it.
     """
 
-    folder: Place = Field(description="folder; images are found at any depth, hidden files and folders left out")
+    folder: Place = Field(description="folder with images at any depth; hidden files and folders are ignored")
     label: Literal["parent", "grandparent"] | None = Field(
-        "parent", description="whose name is the label (UnlearnCanvas: parent is the object, grandparent the style)"
+        "parent",
+        description="the folder whose name is an image's label (UnlearnCanvas: parent is the object, grandparent the style); "
+        "null: no labels",
     )
     other: Literal["parent", "grandparent"] | None = Field(
-        None, description="whose name is the label of the second domain"
+        None, description="the folder whose name is the label in a second domain; null: none"
     )
-    caption: str | None = Field(None, description="key of captions in metadata files; null: text, or else caption")
+    caption: str | None = Field(None, description="key of captions in metadata files; null: `text`, else `caption`")
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -113,36 +119,38 @@ class FolderSource(_Source):
         if not self.folder.is_dir():
             raise SourceError(f"{self.folder}: no such folder")
         tally.orders.add(())
-        for found in tree.pictures(self.folder, tally, self.caption):
+        for picture in tree.pictures(self.folder, tally, self.caption):
             tally.seen += 1
             try:
-                caption = found.caption()
+                caption = picture.caption()
             except Unreadable as error:
-                tally.skip(str(error), found.key, place=error.place)
+                tally.skip(str(error), picture.key, place=error.place)
                 continue
-            label, other = (self._name(found.path, which) for which in (self.label, self.other))
-            yield Record(found.key, partial(_read, found.path), label, caption, other)
+            label, other = (self._name_of(picture.path, folder) for folder in (self.label, self.other))
+            yield Record(picture.key, partial(_read, picture.path), label, caption, other)
 
-    def _name(self, path: Path, which: str | None) -> str | None:
-        place = {"parent": path.parent, "grandparent": path.parent.parent}.get(which or "")
-        return place.name if place is not None and self.folder in place.parents else None
+    def _name_of(self, path: Path, ancestor: str | None) -> str | None:
+        """The name of a picture's parent or grandparent folder, if that is below the source's folder."""
+        folder = {"parent": path.parent, "grandparent": path.parent.parent}.get(ancestor or "")
+        return folder.name if folder is not None and self.folder in folder.parents else None
 
 
 class ParquetSource(_Source):
-    """Rows with the bytes of images, read row group by row group; any path or URI that pyarrow knows (S3 and GCS, too).
+    """Parquet rows with encoded images, read one row group at a time, from any path or URI that pyarrow supports (S3, GCS).
 
-    In a folder, files that are no Parquet are left out, and folders such as `label=cat` are columns. Columns that the Hugging Face
-    hub calls a ClassLabel are read as the names of the classes.
+    Of a folder, files that are not Parquet are ignored, and folders such as `label=cat` are columns. ClassLabel columns of the
+    Hugging Face hub are read as class names.
     """
 
     parquet: Location = Field(description="a file, a folder of files, or a URI such as s3://bucket/path")
     split: str | None = Field(
-        None, description="of a folder with train-00000-of-00002.parquet and the like: which of them"
+        None,
+        description="the split to read of a folder with files such as train-00000-of-00002.parquet; null: all files",
     )
     image: str = Field("image", description="column of encoded images: bytes, or a struct with `bytes`")
-    caption: str | None = Field(None, description="column of captions")
-    label: str | None = Field(None, description="column of labels")
-    other: str | None = Field(None, description="column of labels of a second domain")
+    caption: str | None = Field(None, description="column of captions; null: none")
+    label: str | None = Field(None, description="column of labels; null: none")
+    other: str | None = Field(None, description="column of labels in a second domain; null: none")
 
     def __str__(self) -> str:
         return self.parquet
@@ -156,17 +164,17 @@ class ParquetSource(_Source):
 
 
 class ShardSource(_Source):
-    """Tar shards of samples in webdataset's layout, as img2dataset writes them (LAION): NNNN.jpg, NNNN.txt, NNNN.json."""
+    """Tar shards in webdataset's layout, as img2dataset writes them (LAION): NNNN.jpg, NNNN.txt, NNNN.json."""
 
-    shards: str = Field(description="path or URL pattern, for example data/{00000..00009}.tar")
-    caption: str | None = Field("txt", description="extension of captions; null: there are none")
-    label: str | None = Field(None, description="extension of labels, for example cls; null: there are none")
-    other: str | None = Field(None, description="extension of labels of a second domain")
+    shards: str = Field(description="path or URL pattern of the shards, for example data/{00000..00009}.tar")
+    caption: str | None = Field("txt", description="extension of captions; null: none")
+    label: str | None = Field(None, description="extension of labels, for example cls; null: none")
+    other: str | None = Field(None, description="extension of labels in a second domain; null: none")
 
     @field_validator("shards")
     @classmethod
     def _no_commands(cls, shards: str) -> str:
-        """webdataset hands URLs to a shell, and runs what follows `pipe:`."""
+        """Refuses what webdataset would run: it passes URLs to a shell, and executes what follows `pipe:`."""
         if shards.startswith("pipe:") or ("://" in shards and not URL.fullmatch(shards)):
             raise ValueError("must be a path, or a URL of letters, digits and ./_-+=%~,:{} alone; commands are not run")
         return location(shards)
@@ -201,55 +209,26 @@ class ShardSource(_Source):
 
 
 class TorchvisionSource(_Source):
-    """One of torchvision's datasets, which must be there already: nothing is downloaded."""
+    """One of torchvision's datasets, already on disk: nothing is downloaded."""
 
-    torchvision: Literal["CIFAR10", "STL10", "MNIST", "FashionMNIST", "CelebA"] = Field(description="the dataset")
-    root: Place = Field(description="torchvision's root folder")
-    split: Literal["train", "test"] = Field("train", description="which part")
+    torchvision: Literal["CIFAR10", "STL10", "MNIST", "FashionMNIST", "CelebA"] = Field(
+        description="name of the dataset in torchvision.datasets"
+    )
+    root: Place = Field(description="torchvision's root folder, which holds the dataset's folder")
+    split: Literal["train", "test"] = Field("train", description="the part to read")
     checksums: bool = Field(
-        True, description="false: a part of the dataset in its own format, which has other checksums"
+        True, description="check the files' checksums; false: for a subset of the dataset in the same format"
     )
 
     def __str__(self) -> str:
         return f"{self.torchvision} ({self.split}) in {self.root}"
 
-    def _all(self, tally: Tally) -> Iterator[Record]:
-        import torchvision.datasets as datasets
+    @property
+    def _folder(self) -> Path:
+        return self.root / TORCHVISION[self.torchvision]
 
-        cls = getattr(datasets, self.torchvision)
-        if not self.checksums:
-            lists = {name: _without_hashes(getattr(cls, name)) for name in LISTS if hasattr(cls, name)}
-            cls = type(self.torchvision, (cls,), lists)
-            for path in (self.root / TORCHVISION[self.torchvision]).glob("*batch*"):  # which torchvision unpickles
-                try:
-                    unpickle.check(path)
-                except unpickle.Unsafe as error:
-                    raise SourceError(str(error)) from error
-        how: dict[str, Any] = {"train": self.split == "train"}
-        if self.torchvision in ("STL10", "CelebA"):
-            how = {"split": self.split}
-        if self.torchvision == "CelebA":
-            how |= {"target_type": "identity"}
-        try:
-            data = cls(str(self.root), download=False, **how)
-        except (RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:
-            raise SourceError(
-                f"{self.root / TORCHVISION[self.torchvision]}: {self.torchvision} is not there; fetch it with "
-                f"torchvision.datasets.{self.torchvision}({str(self.root)!r}, download=True)"
-            ) from error
-        except (
-            Exception
-        ) as error:  # torchvision asserts, and its parsers raise whatever bytes that make no sense lead to
-            raise SourceError(
-                f"{self.root / TORCHVISION[self.torchvision]}: a file of {self.torchvision} is damaged or cut short "
-                f"({type(error).__name__}{f': {error}' if str(error) else ''}); fetch it anew"
-            ) from error
-        held = {n: len(getattr(data, n)) for n in ("data", "targets", "labels") if getattr(data, n, None) is not None}
-        if len(set(held.values())) > 1:
-            counts = " and ".join(f"{count} {'pictures' if n == 'data' else 'labels'}" for n, count in held.items())
-            raise SourceError(
-                f"{self.root / TORCHVISION[self.torchvision]}: holds {counts}: a file is cut short or another's"
-            )
+    def _all(self, tally: Tally) -> Iterator[Record]:
+        data = self._dataset()
         names = getattr(data, "classes", None)
         tally.orders.add(tuple(names or ()))
         tally.hint = f"{self.torchvision} has labels alone"
@@ -257,17 +236,59 @@ class TorchvisionSource(_Source):
             tally.seen += 1
             try:
                 image, target = data[i]
-            except (OSError, SyntaxError, ValueError) as error:  # a picture that is a file of its own, as CelebA's are
+            except (OSError, SyntaxError, ValueError) as error:  # CelebA's pictures are files, read only now
                 tally.skip(f"a damaged or missing picture ({type(error).__name__})", str(i))
                 continue
             if names is not None and not 0 <= int(target) < len(names):
                 tally.skip(f"a label that {self.torchvision} does not have", str(i))
                 continue
             label = names[int(target)] if names is not None else str(int(target))
-            yield Record(str(i), partial(_given, image), label)
+            yield Record(str(i), partial(_identity, image), label)
+
+    def _dataset(self) -> Any:
+        """The dataset as torchvision reads it; raises SourceError if it is missing, damaged or incomplete."""
+        import torchvision.datasets as datasets
+
+        cls = getattr(datasets, self.torchvision)
+        if not self.checksums:
+            cls = self._without_checksums(cls)
+        settings: dict[str, Any] = {"train": self.split == "train"}
+        if self.torchvision in ("STL10", "CelebA"):
+            settings = {"split": self.split}
+        if self.torchvision == "CelebA":
+            settings |= {"target_type": "identity"}
+        try:
+            data = cls(str(self.root), download=False, **settings)
+        except (RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:
+            raise SourceError(
+                f"{self._folder}: {self.torchvision} is not there; fetch it with "
+                f"torchvision.datasets.{self.torchvision}({str(self.root)!r}, download=True)"
+            ) from error
+        except (
+            Exception
+        ) as error:  # torchvision asserts, and its parsers raise exceptions of many kinds on damaged bytes
+            raise SourceError(
+                f"{self._folder}: a file of {self.torchvision} is damaged or cut short "
+                f"({type(error).__name__}{f': {error}' if str(error) else ''}); fetch it anew"
+            ) from error
+        sizes = {n: len(getattr(data, n)) for n in ("data", "targets", "labels") if getattr(data, n, None) is not None}
+        if len(set(sizes.values())) > 1:
+            counts = " and ".join(f"{count} {'pictures' if n == 'data' else 'labels'}" for n, count in sizes.items())
+            raise SourceError(f"{self._folder}: holds {counts}: a file is cut short or another's")
+        return data
+
+    def _without_checksums(self, cls: type) -> type:
+        """The dataset's class without its files' hashes; refuses pickled batches that hold more than plain data."""
+        for path in self._folder.glob("*batch*"):  # torchvision unpickles these
+            try:
+                unpickle.check(path)
+            except unpickle.Unsafe as error:
+                raise SourceError(str(error)) from error
+        lists = {name: _without_hashes(getattr(cls, name)) for name in LISTS if hasattr(cls, name)}
+        return type(self.torchvision, (cls,), lists)
 
 
-SingleSource = Annotated[
+SingleSource = Annotated[  # any source but a mix
     Annotated[FolderSource, Tag(tag("folder"))]
     | Annotated[ParquetSource, Tag(tag("parquet"))]
     | Annotated[ShardSource, Tag(tag("shards"))]
@@ -277,9 +298,9 @@ SingleSource = Annotated[
 
 
 class MixedSource(_Source):
-    """Several sources, one after the other."""
+    """Several sources, read one after the other."""
 
-    mix: tuple[SingleSource, ...] = Field(min_length=1, description="the sources")
+    mix: tuple[SingleSource, ...] = Field(min_length=1, description="the sources, in order")
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.mix))
@@ -302,7 +323,7 @@ Source = Annotated[
 
 
 def _without_hashes(files: Any) -> Any:
-    """torchvision's lists of files with None for each MD5, which it then does not check."""
+    """torchvision's lists of files with every MD5 replaced by None, so that it checks none."""
     if isinstance(files, dict):
         return {k: _without_hashes(v) for k, v in files.items()}
     if isinstance(files, list | tuple):
@@ -318,11 +339,11 @@ def _read(path: Path) -> Image.Image:
     return opened(content)
 
 
-def _given(image: Image.Image) -> Image.Image:
+def _identity(image: Image.Image) -> Image.Image:
     return image
 
 
 def _text_of(sample: tars.Sample, extension: str | None) -> str | None:
-    """A member as text, if there is one; raises TextError."""
+    """The member of a sample with this extension as text, if there is one; raises TextError."""
     content = None if extension is None else sample.beside.get(extension.lower().removeprefix("."))
     return None if content is None else decode(content, sample.place).strip()

@@ -1,4 +1,4 @@
-"""Rows of Parquet files: one file, or a folder as the Hugging Face hub or a Hive-partitioned table lays them out."""
+"""Reads rows of Parquet files: one file, or a folder in the layout of the Hugging Face hub or of a Hive-partitioned table."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from raysweep.tasks.decoding import LFS
-from raysweep.tasks.records import SourceError, Tally, listed
+from raysweep.tasks.records import SourceError, Tally, Unreadable, listed
 
 if TYPE_CHECKING:
     from pyarrow import DataType, Schema
     from pyarrow.dataset import ParquetFileFragment
     from pyarrow.fs import FileSystem
 
-BATCH_ROWS = 64
+BATCH_ROWS = 64  # rows that are decoded at once
 SUFFIXES = (".parquet", ".pq", ".parq")
-USUAL = "train|test|validation|valid|val|dev"
+USUAL = "train|test|validation|valid|val|dev"  # names of splits
 # train-00000-of-00002.parquet, train.parquet, train/0000.parquet
 SPLIT = re.compile(
     rf"(?:.*/)?(?:([\w.]+)-\d{{5}}-of-\d{{5}}(?:-\w+)?\.\w+|({USUAL})(?:[-_.]\d+)?\.\w+|({USUAL})/[^/]+)"
 )
-NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # how Hive writes that a row has no value
-UNCLASSED = -1  # how the hub writes that a row has no class
+NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # Hive's folder name for rows without a value
+UNCLASSED = -1  # the hub's class number for rows without a class
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that are read."""
+    """Names of the columns to read; other: labels of a second domain."""
 
     image: str
     caption: str | None
@@ -40,12 +40,13 @@ class Columns:
     other: str | None
 
     def names(self) -> list[str]:
+        """The names of all columns, each once."""
         return list(dict.fromkeys(c for c in (self.image, self.caption, self.label, self.other) if c is not None))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row's image, still encoded, and its text columns. place: its file and number, for messages."""
+    """The encoded image of a row, and its text columns. place: file and row number, for messages."""
 
     number: int
     place: str
@@ -57,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _File:
-    """A file and the values that the folders above it give, such as label=cat."""
+    """A file and the column values that its folders give, such as label=cat."""
 
     path: str
     name: str
@@ -65,9 +66,9 @@ class _File:
 
 
 def rows(source: str, split: str | None, columns: Columns, tally: Tally) -> Iterator[Row]:
-    """The rows of a file, a folder or a URI with an image; holds a row group at most.
+    """Yields the rows of a file, a folder or a URI that have an image; holds one row group in memory at most.
 
-    Raises SourceError if there is nothing to read, a column is missing, or one is of a type that is no text or image.
+    Raises SourceError if there is nothing to read, or a column is missing or of a type that cannot hold text or images.
     """
     filesystem, files = _files(source, split, tally)
     numbers, orders = 0, set[tuple[str, ...]]()
@@ -77,13 +78,14 @@ def rows(source: str, split: str | None, columns: Columns, tally: Tally) -> Iter
         if fragment is None:
             continue
         schema = fragment.physical_schema
-        classes = _checked(source, file, schema, columns)
+        _check_columns(source, file, schema, columns)
+        classes = _class_names(schema)
         orders.add(classes.get(columns.label or "", ()))
-        there = [c for c in columns.names() if c in schema.names]
-        # a row group at a time: a scan of a whole file keeps what it has read of it until its end, and reads ahead
+        in_file = [c for c in columns.names() if c in schema.names]
+        # one row group at a time: scanning a whole file reads ahead and keeps what it has read until the end
         for group in fragment.split_by_row_group():
             expected, read = group.row_groups[0].num_rows, 0
-            batches = group.to_batches(columns=there, batch_size=BATCH_ROWS, batch_readahead=0, fragment_readahead=0)
+            batches = group.to_batches(columns=in_file, batch_size=BATCH_ROWS, batch_readahead=0, fragment_readahead=0)
             while (batch := _next(batches, tally, file.name, numbers, expected - read)) is not None:
                 for cells in batch.to_pylist():
                     place = f"{file.name}: row {numbers}"
@@ -123,18 +125,18 @@ def _files(source: str, split: str | None, tally: Tally) -> tuple[FileSystem, li
 
 
 def _of_split(source: str, split: str | None, tables: list[tuple[str, str]], tally: Tally) -> list[tuple[str, str]]:
-    """The files of one split of a data set, by the names that the hub gives: train-00000-of-00002.parquet, or train/0000.parquet."""
+    """The files of one split, by the hub's file names: train-00000-of-00002.parquet, or train/0000.parquet."""
     matches = {name: SPLIT.fullmatch(name) for name, _ in tables}
     splits = {n: next(filter(None, m.groups()), "") if m else "" for n, m in matches.items()}
-    there = {s for s in splits.values() if s}
+    known = {s for s in splits.values() if s}
     if split is None:
-        if len(there) > 1:
+        if len(known) > 1:
             raise SourceError(
-                f"{source}: holds the splits {listed(there)}: choose one with `split`, or several with `mix`"
+                f"{source}: holds the splits {listed(known)}: choose one with `split`, or several with `mix`"
             )
         return tables
-    if split not in there:
-        raise SourceError(f"{source}: split: no file is of the split {split!r}; there are: {listed(there) or 'none'}")
+    if split not in known:
+        raise SourceError(f"{source}: split: no file is of the split {split!r}; there are: {listed(known) or 'none'}")
     for name, _ in tables:
         if splits[name] != split:
             tally.ignore("a file of another split", name)
@@ -142,7 +144,7 @@ def _of_split(source: str, split: str | None, tables: list[tuple[str, str]], tal
 
 
 def _partition(name: str) -> dict[str, str | None]:
-    """What Hive's folders say of all rows of a file: {"label": "cat"} for label=cat/0.parquet."""
+    """Column values from Hive's folder names: {"label": "cat"} for label=cat/0.parquet."""
     pairs = [part.partition("=") for part in name.split("/")[:-1] if "=" in part]
     return {unquote(k): None if v == NO_PARTITION else unquote(v) for k, _, v in pairs}
 
@@ -156,23 +158,23 @@ def _opened(filesystem: FileSystem, file: _File, tally: Tally) -> ParquetFileFra
         _ = fragment.physical_schema, fragment.num_row_groups  # reads the footer
         return fragment
     except (OSError, pa.ArrowException) as error:
-        why = f"not readable Parquet ({str(error).splitlines()[0]})"
+        reason = f"not readable Parquet ({str(error).splitlines()[0]})"
         with filesystem.open_input_stream(file.path) as stream:
             if stream.read(len(LFS)) == LFS:
-                why = "a Git LFS pointer in the place of the file (run `git lfs pull`)"
-        tally.lose(why, file.name)
+                reason = "a Git LFS pointer in the place of the file (run `git lfs pull`)"
+        tally.lose(reason, file.name)
         return None
 
 
-def _checked(source: str, file: _File, schema: Schema, columns: Columns) -> dict[str, tuple[str, ...]]:
-    """Names of the classes of each column that the hub calls a ClassLabel; raises SourceError for columns that cannot be read."""
+def _check_columns(source: str, file: _File, schema: Schema, columns: Columns) -> None:
+    """Raises SourceError if a column is missing, or of a type that cannot hold what it should."""
     import pyarrow.types as types
 
-    there = [*schema.names, *(k for k in file.partition if k not in schema.names)]
-    missing = [c for c in columns.names() if c not in there]
+    known = [*schema.names, *(k for k in file.partition if k not in schema.names)]
+    missing = [c for c in columns.names() if c not in known]
     if missing:
         raise SourceError(
-            f"{source}: no column {', '.join(map(repr, missing))}; there are: {', '.join(there)} (in {file.name})"
+            f"{source}: no column {', '.join(map(repr, missing))}; there are: {', '.join(known)} (in {file.name})"
         )
     kind = schema.field(columns.image).type if columns.image in schema.names else None
     has_bytes = kind is not None and types.is_struct(kind) and kind.get_field_index("bytes") >= 0
@@ -183,7 +185,6 @@ def _checked(source: str, file: _File, schema: Schema, columns: Columns) -> dict
             raise SourceError(
                 f"{source}: column {name!r} holds {schema.field(name).type}, and must hold text or numbers"
             )
-    return _class_names(schema)
 
 
 def _is_binary(kind: DataType) -> bool:
@@ -207,7 +208,7 @@ def _is_plain(kind: DataType) -> bool:
 
 
 def _class_names(schema: Schema) -> dict[str, tuple[str, ...]]:
-    """What the Hugging Face hub's library writes beside a schema: the names of the classes that a column has the numbers of."""
+    """Class names of each ClassLabel column, from the metadata that the Hugging Face datasets library adds to a schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         labels = {k: f["names"] for k, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
@@ -217,7 +218,7 @@ def _class_names(schema: Schema) -> dict[str, tuple[str, ...]]:
 
 
 def _next(batches: Iterator[Any], tally: Tally, name: str, number: int, left: int) -> Any:
-    """The next batch, or None at the end; a row group that is damaged ends early, and its other rows are counted as lost."""
+    """The next batch, or None at the end; a damaged row group ends early, and its `left` remaining rows are counted as lost."""
     import pyarrow as pa
 
     try:
@@ -231,47 +232,53 @@ def _next(batches: Iterator[Any], tally: Tally, name: str, number: int, left: in
 def _row(
     number: int, place: str, cells: dict[str, Any], columns: Columns, classes: dict[str, tuple[str, ...]], tally: Tally
 ) -> Row | None:
+    """A row with an image and readable texts; counts any other as skipped and gives None."""
     tally.seen += 1
-    cell = cells[columns.image]
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    if not content:
-        has_path = isinstance(cell, dict) and cell.get("path")
-        tally.skip("no image bytes" + (", only the path of a file" if has_path else ""), f"row {number}", place=place)
-        return None
-    texts: list[str | None] = []
-    for what, column in (("caption", columns.caption), ("label", columns.label), ("other", columns.other)):
-        value = None if column is None else cells[column]
-        if isinstance(value, list):
-            if what != "caption" and len(value) != 1:
-                tally.skip(
-                    f"{len(value) or 'no'} values in column {column!r}, where one is needed",
-                    f"row {number}",
-                    place=place,
-                )
-                return None
-            if len(value) > 1:
-                tally.note(f"several captions in column {column!r}, of which the first is used", place)
-            value = value[0] if value else None
-        names = classes.get(column or "", ())
-        if names and isinstance(value, int):
-            if value >= len(names) or value < UNCLASSED:
-                tally.skip(
-                    f"class number {value} in column {column!r}, which has {len(names)} names",
-                    f"row {number}",
-                    place=place,
-                )
-                return None
-            value = None if value == UNCLASSED else names[value]
-        try:
-            texts.append(_text(value))
-        except UnicodeDecodeError:
-            tally.skip(f"a {what} that is not UTF-8 text", f"row {number}", place=place)
+
+    def text(field: str, column: str | None) -> str | None:
+        if column is None:
             return None
+        value = cells[column]
+        if isinstance(value, list) and field == "caption" and len(value) > 1:
+            tally.note(f"several captions in column {column!r}, of which the first is used", place)
+        return _cell_text(field, column, value, classes.get(column, ()))
+
+    try:
+        content = _content(cells[columns.image])
+        texts = text("caption", columns.caption), text("label", columns.label), text("other", columns.other)
+    except Unreadable as error:
+        tally.skip(str(error), f"row {number}", place=place)
+        return None
     return Row(number, place, content, *texts)
 
 
+def _content(cell: Any) -> bytes:
+    """The encoded image of a cell: its bytes, or those of a struct of bytes and path; raises Unreadable."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not content:
+        has_path = isinstance(cell, dict) and cell.get("path")
+        raise Unreadable("no image bytes" + (", only the path of a file" if has_path else ""))
+    return content
+
+
+def _cell_text(field: str, column: str, value: Any, class_names: tuple[str, ...]) -> str | None:
+    """A cell as text: the first of several captions, the name of a class number; raises Unreadable."""
+    if isinstance(value, list):
+        if field != "caption" and len(value) != 1:
+            raise Unreadable(f"{len(value) or 'no'} values in column {column!r}, where one is needed")
+        value = value[0] if value else None
+    if class_names and isinstance(value, int):
+        if value >= len(class_names) or value < UNCLASSED:
+            raise Unreadable(f"class number {value} in column {column!r}, which has {len(class_names)} names")
+        value = None if value == UNCLASSED else class_names[value]
+    try:
+        return _text(value)
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"a {field} that is not UTF-8 text") from error
+
+
 def _text(value: Any) -> str | None:
-    """A cell as text: whole numbers without a point, as pandas gives them where others are missing."""
+    """A value as text; whole floats without a point, because pandas turns integer columns with gaps into floats."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, float):

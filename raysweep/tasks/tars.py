@@ -1,7 +1,7 @@
-"""Samples of webdataset's tar shards, one after the other, whatever dots their names have.
+"""Reads the samples of webdataset's tar shards as a stream, whatever dots their names have.
 
-A sample is the members that follow each other under one name up to the first dot. Where there is no picture `NAME.png` among
-them but pictures such as `NAME.000.png`, each of those is a sample of its own, and so is `NAME.000.png` beside `NAME.png`.
+A sample is a run of members with the same name up to the first dot. A numbered picture, `NAME.000.png`, is a sample by itself;
+if there is no `NAME.png`, so is every `NAME.x.png`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from raysweep.tasks.decoding import LFS, SUFFIXES, UNREAD
 from raysweep.tasks.records import Tally, plain
 from raysweep.tasks.tree import is_companion
 
-HELD = 64  # members of one name that are held at once
+HELD = 64  # members of one name that are held in memory at once
 KINDS = tuple(s.removeprefix(".") for s in (*SUFFIXES, *UNREAD))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and the contents of what goes with it, by extension in lower case. place: shard and member."""
+    """A picture and its companion members, by extension in lower case. place: shard and member, for messages."""
 
     key: str
     place: str
@@ -33,13 +33,13 @@ class Sample:
 
 @dataclass
 class _Group:
-    """Members that follow each other under one name up to the first dot: extension -> (member's name, content)."""
+    """Consecutive members with one name up to the first dot: extension -> (member's name, content)."""
 
     stem: str = ""
     members: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
     def is_full(self, extension: str) -> bool:
-        """Whether enough members are held, and `extension` begins another sample."""
+        """Whether `HELD` members are held and `extension` begins another sample."""
         return (
             len(self.members) >= HELD
             and next(reversed(self.members)).rpartition(".")[0] != extension.rpartition(".")[0]
@@ -47,7 +47,7 @@ class _Group:
 
 
 class _Header(tarfile.TarInfo):
-    """Remembers that an archive had its end mark, two blocks of zeros, without which tarfile takes any end for the end."""
+    """Records that an archive had its end mark, two blocks of zeros; tarfile accepts archives that end without it."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: Any) -> _Header:
@@ -59,7 +59,7 @@ class _Header(tarfile.TarInfo):
 
 
 def samples(shards: list[str], extensions: tuple[str, ...], tally: Tally) -> Iterator[Sample]:
-    """Every picture of the shards with the members that have `extensions`; counts the others, and what cannot be read."""
+    """Yields every picture of the shards with its members of `extensions`; counts other files, and unreadable ones."""
     for shard in shards:
         tally.parts += 1
         group, before = _Group(), tally.seen
@@ -79,29 +79,29 @@ def samples(shards: list[str], extensions: tuple[str, ...], tally: Tally) -> Ite
 
 
 def _cut(shard: str, group: _Group, tally: Tally) -> Iterator[Sample]:
-    """The samples of one group: see the module."""
+    """Yields the samples of one group, as the module describes."""
     if not group.members:
         return
     pictures = [e for e in group.members if e.rpartition(".")[2] in KINDS]
-    own = [e for e in sorted(pictures, key=lambda e: KINDS.index(e.rpartition(".")[2])) if "." not in e][:1]
+    chosen = [e for e in sorted(pictures, key=lambda e: KINDS.index(e.rpartition(".")[2])) if "." not in e][:1]
     for extension in pictures:
         middle = extension.rpartition(".")[0]
-        if middle and (not own or middle.replace(".", "").isdecimal()):
-            own.append(extension)
+        if middle and (not chosen or middle.replace(".", "").isdecimal()):
+            chosen.append(extension)
     for extension in pictures:
-        if extension not in own:
+        if extension not in chosen:
             tally.note(
                 f"pictures beside that of their sample, not read (.{extension})",
                 f"{shard}: {group.members[extension][0]}",
             )
-    if not own:
+    if not chosen:
         tally.seen += 1
         tally.skip("no picture among the members of this name, which must follow each other", f"{shard}: {group.stem}")
-    for extension in own:
+    for extension in chosen:
         tally.seen += 1
         name, content = group.members[extension]
         middle, _, suffix = extension.rpartition(".")
-        # NAME.000.png goes with NAME.000.txt, or else with NAME.txt
+        # the companion of NAME.000.png is NAME.000.txt, or else NAME.txt
         beside = {e: c for e, (_, c) in group.members.items()}
         if middle:
             beside |= {e.removeprefix(f"{middle}."): c for e, c in beside.items() if e.startswith(f"{middle}.")}
@@ -111,7 +111,10 @@ def _cut(shard: str, group: _Group, tally: Tally) -> Iterator[Sample]:
 def _members(
     shard: str, extensions: tuple[str, ...], tally: Tally, read: Callable[[], int]
 ) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the members that matter; a shard that ends early is counted as a lost part."""
+    """Yields (name, content) of pictures and members of `extensions`; counts a shard that ends early as a lost part.
+
+    read: gives the number of records read so far, for the message.
+    """
     try:
         with _open(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
             for member in tar:
@@ -132,8 +135,8 @@ def _members(
                 yield name, file.read()
             if not hasattr(tar, "has_ended"):
                 raise tarfile.ReadError("no end mark: cut short, or never finished")
-    except Exception as error:  # tarfile and the decompressors raise many kinds on a file that is cut short or none
-        tally.lose(_why(shard, error), f"{shard} after {read()} records")
+    except Exception as error:  # tarfile and decompressors raise exceptions of many kinds on damaged files
+        tally.lose(_reason(shard, error), f"{shard} after {read()} records")
 
 
 def _open(shard: str) -> IO[bytes]:
@@ -144,7 +147,7 @@ def _open(shard: str) -> IO[bytes]:
     return webdataset.gopen(shard)
 
 
-def _why(shard: str, error: Exception) -> str:
+def _reason(shard: str, error: Exception) -> str:
     if "://" not in shard and Path(shard).is_file():
         with Path(shard).open("rb") as file:
             if file.read(len(LFS)) == LFS:

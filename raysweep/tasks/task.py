@@ -1,8 +1,8 @@
-"""A task: what must be forgotten, what must be kept, what was held out, and how the base model is made.
+"""A task: the data to forget, to retain and to hold out, and the recipe of the base model.
 
-Rows are served by position in an endless stream that depends only on (seed, split): step s of a batch of size B holds
-positions sB .. sB + B - 1, each rank takes its contiguous part of them, and every row carries a seed of its own. The
-same global batch and seed therefore give the same data, noise and timesteps whatever the number of workers.
+Rows are served by position in an endless stream that depends only on (seed, split): step s with batch size B serves positions
+sB to sB + B - 1, each rank takes a contiguous part of them, and every row carries its own seed. The same global batch and seed
+therefore give the same data, noise and timesteps for any number of workers.
 """
 
 from __future__ import annotations
@@ -25,26 +25,29 @@ from raysweep.registry import resolve
 from raysweep.storage.cache import load_tensors, save_tensors
 from raysweep.storage.files import StoreError
 from raysweep.storage.seeds import derive_seed
+from raysweep.tasks.records import Account
 
+# Fields that are saved as JSON; the splits are saved as tensors.
 _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",
     "family", "class_names", "texts", "validity", "trained", "clip",
 )  # fmt: skip
-
-
-# splits that must share no picture
+# Pairs of splits that must not share an image.
 DISJOINT = (
     ("forget", "retain"), ("train", "holdout"), ("train", "forget_holdout"), ("judge_probe", "judge_audit"),
 )  # fmt: skip
 PROMPTS = ("prompts_probe", "prompts_audit")  # splits of a concept task that hold prompts and no images
-NEAR = 0.05  # root mean square difference, in [-1, 1], under which two images count as the same picture
+NEAR = 0.05  # images in [-1, 1] with a smaller root mean square difference count as near duplicates
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, C, H, W) in [-1, 1], float32; cond: class labels (n,), tokens of captions (n, L), or None; groups: what
-    balancing is over, and what judges tell apart, (n,); other: labels of a second domain (n,), such as the style where groups
-    are objects, or None. A split of prompts has images of no elements, (n, 0)."""
+    """Images with their conditions and labels.
+
+    x: images (n, C, H, W) in [-1, 1], float32; (n, 0) for a split of prompts. cond: class labels (n,), tokens of captions (n, L),
+    or None. groups: labels (n,) over which batches are balanced and which judges learn. other: labels (n,) in a second domain,
+    such as the style if groups are objects, or None.
+    """
 
     x: torch.Tensor
     cond: torch.Tensor | None
@@ -60,6 +63,7 @@ class Split:
         return [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in self.x]
 
     def take(self, index: torch.Tensor) -> Split:
+        """The rows at `index`, in that order."""
         cond, other = (None if a is None else a[index] for a in (self.cond, self.other))
         return Split(self.x[index], cond, self.groups[index], other)
 
@@ -70,11 +74,11 @@ class Split:
 
 
 def concat(*splits: Split) -> Split:
-    """All rows of `splits` in order; labels and second labels stay where all of them have some."""
+    """All rows of `splits` in order; `cond` and `other` are kept only if all of the splits have them."""
 
     def joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
-        there = [p for p in parts if p is not None]
-        return torch.cat(there) if len(there) == len(parts) else None
+        tensors = [p for p in parts if p is not None]
+        return torch.cat(tensors) if len(tensors) == len(parts) else None
 
     cond, other = joined([s.cond for s in splits]), joined([s.other for s in splits])
     return Split(torch.cat([s.x for s in splits]), cond, torch.cat([s.groups for s in splits]), other)
@@ -84,19 +88,23 @@ def concat(*splits: Split) -> Split:
 class Task:
     """One unlearning problem.
 
-    splits: `train` = `forget` + `retain`; `holdout` and `forget_holdout` were never trained on and match `retain` and
-    `forget`; `judge_probe` and `judge_audit` are the disjoint labelled images of the two judges (labels in `groups`). A
-    concept is asked for by prompts: `prompts_probe` and `prompts_audit` hold those of every class (in `groups`), the second
-    ones unseen by training and search.
-    views: the metrics whose worst one is the residue; quality: the metric behind the damage; validity: the share
-    of what a model gives that is good for anything.
-    class_names: what the labels 0, 1, ... are called, for networks that know words; empty where there are no names.
-    texts: the prompts of each split of prompts in words.
-    base: folder of the model to unlearn, if the user has one; `model` and `recipe` say how it is made here otherwise. Unless
-    `trained`, the folder holds the weights from which base and oracles are yet to be trained.
-    clip: folder of the CLIP model that the text encoder of a text-to-image model is of, if the user has it.
-    sensitive: pictures of what must be forgotten are blurred in the report until clicked.
-    accounts: what was read of each source, and what was left out (`raysweep.tasks.records.Tally.account`); not saved.
+    splits: `train` = `forget` + `retain`. `holdout` and `forget_holdout` match `retain` and `forget`, but were never trained on.
+        `judge_probe` and `judge_audit` are the disjoint labelled images of the two judges (labels in `groups`). A concept has
+        `prompts_probe` and `prompts_audit` as well: prompts of every class (in `groups`); training and search never see the
+        latter.
+    kind: `points` forgets the very images of `forget`; `class` the class that they belong to; `concept` what prompts ask for.
+    model, recipe: the configuration of the base's network, and its training settings (see `methods.retrain`).
+    views: the metrics whose worst one is the residue. quality: the metric behind the damage. validity: the share of valid samples.
+    sampling: arguments of the sampler (steps, guidance, eta); empty for models that generate nothing.
+    forget_class, override_class: the class or concept to forget, and the one that replaces it.
+    base: folder of the model to unlearn, if the user has one. If not `trained`, it holds weights from which base and oracles are
+        trained.
+    sensitive: images of what must be forgotten are blurred in the report until clicked.
+    family: the model family, a key of `raysweep.models.families`.
+    class_names: names of the classes 0, 1, ..., for networks that read words; empty if there are none.
+    texts: the texts of each split of prompts.
+    clip: folder of the CLIP model to which a text-to-image model's text encoder belongs, if the user has it.
+    accounts: what was read of each source and what was left out; not saved.
     """
 
     name: str
@@ -117,7 +125,7 @@ class Task:
     texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     trained: bool = True
     clip: str | None = None
-    accounts: tuple[dict[str, Any], ...] = ()
+    accounts: tuple[Account, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("forget", "retain"):
@@ -134,7 +142,7 @@ class Task:
         searched, audited = (self.splits[name] for name in PROMPTS)
         both = {tuple(p) for p in searched.cond.tolist()} & {tuple(p) for p in audited.cond.tolist()}  # type: ignore[union-attr]
         if both:
-            one, other = (next((t for t in self._said(name, both)), "") for name in PROMPTS)
+            one, other = (next((t for t in self._texts_of(name, both)), "") for name in PROMPTS)
             if one == other:
                 raise ValueError(f"task {self.name}: {len(both)} prompts are used both by the search and by the audit")
             raise ValueError(
@@ -144,38 +152,38 @@ class Task:
         for name in PROMPTS:
             self._check_classes_apart(name)
             kept = torch.unique(self.splits["retain"].groups).tolist()
-            without = sorted({self.forget_class, *kept} - set(self.splits[name].groups.tolist()))
-            if without:
-                shown = ", ".join(self.class_names[c] if self.class_names else str(c) for c in without)
+            missing = sorted({self.forget_class, *kept} - set(self.splits[name].groups.tolist()))
+            if missing:
+                shown = ", ".join(self.class_names[c] if self.class_names else str(c) for c in missing)
                 raise ValueError(f"task {self.name}: {name} has no prompt for the classes {shown}")
 
     def _check_classes_apart(self, name: str) -> None:
         """Raises ValueError if different prompts of different classes are the same to the text encoder."""
-        split, seen = self.splits[name], dict[tuple[int, ...], tuple[str, int]]()
+        split, by_tokens = self.splits[name], dict[tuple[int, ...], tuple[str, int]]()
         rows = zip(self.texts.get(name, ()), split.cond.tolist(), split.groups.tolist(), strict=False)  # type: ignore[union-attr]
         for text, tokens, group in rows:
-            first, other = seen.setdefault(tuple(tokens), (text, group))
-            if group != other and text != first:
+            first, first_group = by_tokens.setdefault(tuple(tokens), (text, group))
+            if group != first_group and text != first:
                 raise ValueError(
                     f"task {self.name}: {name} asks for different classes by prompts that are the same to the text encoder, which "
                     f"reads {len(tokens)} tokens and no capital letters: {first!r} and {text!r}"
                 )
 
-    def _said(self, name: str, tokens: set[tuple[int, ...]]) -> list[str]:
-        """The texts of a split's prompts that have one of these rows of tokens, where texts are known."""
+    def _texts_of(self, name: str, tokens: set[tuple[int, ...]]) -> list[str]:
+        """The texts of a split's prompts that have the smallest of these rows of tokens."""
         rows = self.splits[name].cond.tolist()  # type: ignore[union-attr]
         first = min(tokens)
         return [text for text, row in zip(self.texts.get(name, ()), rows, strict=False) if tuple(row) == first]
 
     @cached_property
     def goal(self) -> Goal:
-        """What methods may know without the images; the classes are those of the training labels."""
+        """What methods may know besides the images; the classes are those of the training labels, or of a concept's prompts."""
         if self.kind == "concept":
-            prompts = self.splits[PROMPTS[0]]
-            asked = list(zip(prompts.groups.tolist(), map(tuple, prompts.cond.tolist()), strict=True))  # type: ignore[union-attr]
-            first = next(tokens for group, tokens in asked if group == self.forget_class)
-            every = tuple(dict.fromkeys(sorted(group for group, _ in asked)))
-            return Goal("concept", self.forget_class, self.override_class, every, first, tuple(asked))
+            split = self.splits[PROMPTS[0]]
+            prompts = list(zip(split.groups.tolist(), map(tuple, split.cond.tolist()), strict=True))  # type: ignore[union-attr]
+            first = next(tokens for group, tokens in prompts if group == self.forget_class)
+            classes = tuple(dict.fromkeys(sorted(group for group, _ in prompts)))
+            return Goal("concept", self.forget_class, self.override_class, classes, first, tuple(prompts))
         cond = self.splits["train"].cond
         classes = () if cond is None or self.kind != "class" else tuple(torch.unique(cond).tolist())
         return Goal(self.kind, self.forget_class, self.override_class, classes)
@@ -188,12 +196,12 @@ class Task:
 
     @property
     def given(self) -> str | None:
-        """Folder of the very model that must forget, if there is one already."""
+        """Folder of the base model, if it is already trained."""
         return self.base if self.trained else None
 
     @property
     def thing(self) -> str:
-        """What must be forgotten, in words; "" for data points."""
+        """The class or concept to forget, in words; "" for data points."""
         if self.forget_class is None:
             return ""
         name = self.class_names[self.forget_class] if self.class_names else ""
@@ -201,7 +209,7 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """Content hash of everything that a result can depend on: not of what is only shown otherwise."""
+        """Content hash of everything that a result can depend on; `sensitive`, which only affects the report, is left out."""
         parts = [json.dumps({k: getattr(self, k) for k in _PLAIN if k != "sensitive"}, sort_keys=True)]
         for name, split in sorted(self.splits.items()):
             labels = "" if split.cond is None else repr(split.cond.tolist())
@@ -210,22 +218,21 @@ class Task:
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
     def near_duplicates(self) -> list[str]:
-        """What is wrong with splits that must not share pictures: those that nearly do, though their hashes differ."""
-        found = []
+        """A message for each pair of `DISJOINT` splits that share near duplicates: similar images with different hashes."""
+        problems = []
         for first, second in DISJOINT:
             a, b = self.splits[first], self.splits[second]
-            away = nearest(b.x, a.x)
-            close = (away < NEAR).nonzero().flatten().tolist()
+            close = (nearest(b.x, a.x) < NEAR).nonzero().flatten().tolist()
             if close:
                 shown = ", ".join(b.ids[i] for i in close[:3]) + (", ..." if len(close) > 3 else "")
-                found.append(
+                problems.append(
                     f"{len(close)} images of {second} are nearly images of {first} (root mean square difference under {NEAR} "
                     f"on a scale from -1 to 1): {shown}; leave them out of one of the two"
                 )
-        return found
+        return problems
 
     def save(self, folder: Path) -> None:
-        """Writes the task so that workers load it without the data's own library, and the content hashes of every split."""
+        """Writes the task, which workers then load without the libraries of its sources, and the image hashes of every split."""
         tensors: dict[str, torch.Tensor] = {}
         for name, split in self.splits.items():
             tensors |= {f"{name}.x": split.x.clone(), f"{name}.groups": split.groups.clone()}
@@ -242,7 +249,7 @@ class Task:
 
     @classmethod
     def load(cls, folder: Path) -> Task:
-        """Reads what `save` wrote."""
+        """Reads a task that `save` wrote."""
         tensors = load_file(folder / "splits.safetensors")
         names = dict.fromkeys(key.split(".")[0] for key in tensors)
         splits = {
@@ -266,6 +273,7 @@ class Task:
         return self._rows(split, Draw(None), seed, 0, 0, 1)
 
     def _rows(self, name: str, draw: Draw, seed: int, step: int, rank: int, world: int) -> Rows:
+        """This rank's rows of one draw: positions in the stream of (seed, name), or of the draw's own split and stream."""
         source, stream = draw.split or name, derive_seed("rows", seed, draw.stream or name)
         step = step if draw.place is None else draw.place
         if source == SEEDS:
@@ -284,19 +292,19 @@ class Task:
         return Rows(part.x, part.cond, row_seeds(stream, step * size + low, high - low), size)
 
     def _pool(self, name: str, draw: Draw, seed: int) -> np.ndarray:
-        """Indices into the split that may be drawn: all, or those of some groups, or so many of each group."""
+        """Indices into the split that may be drawn: all, or those of some groups, or `per_group` of each group."""
         groups = self.splits[name].groups.numpy()
         wanted = np.unique(groups) if draw.groups is None else np.array(draw.groups)
         if draw.per_group is None:
-            found = np.flatnonzero(np.isin(groups, wanted))
+            pool = np.flatnonzero(np.isin(groups, wanted))
         else:
             rng = np.random.Generator(np.random.Philox(derive_seed("pool", seed, name)))
             shuffled = {g: rng.permutation(np.flatnonzero(groups == g)) for g in np.unique(groups)}
             parts = [shuffled[g][: draw.per_group] for g in wanted if g in shuffled]
-            found = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
-        if len(found) == 0:
+            pool = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
+        if len(pool) == 0:
             raise ValueError(f"no row of {name} is in the groups {sorted(wanted.tolist())}")
-        return found
+        return pool
 
     @staticmethod
     def _positions(groups: np.ndarray, draw: Draw, stream: int, step: int) -> np.ndarray:
@@ -308,15 +316,16 @@ class Task:
         names = np.unique(groups)
         index = np.empty(draw.size, dtype=np.int64)
         for k, g in enumerate(names):
-            mine = positions % len(names) == k
-            index[mine] = _shuffled(positions[mine] // len(names), np.flatnonzero(groups == g), derive_seed(stream, k))
+            of_group = positions % len(names) == k
+            members = np.flatnonzero(groups == g)
+            index[of_group] = _shuffled(positions[of_group] // len(names), members, derive_seed(stream, k))
         return index
 
 
 def encoded(task: Task, model: Any, cache: Path | None = None) -> Task:
-    """The task with the images of each split as the model's network takes them (see `Diffusion.encode`).
+    """The task with its images encoded as the model's network takes them (see `Diffusion.encode`).
 
-    cache: folder where the latents are kept, under the hash of images and encoder.
+    cache: folder where latents are kept, under the hash of images and encoder.
     """
     if not model.latent:
         return task
@@ -327,20 +336,20 @@ def encoded(task: Task, model: Any, cache: Path | None = None) -> Task:
         name = hashlib.sha256(f"{model.encoder_digest} {' '.join(split.ids)}".encode()).hexdigest()[:16]
         path = None if cache is None else cache / f"{name}.safetensors"
         if path is not None and path.is_file():
-            with contextlib.suppress(StoreError, KeyError):  # cut short: made again
+            with contextlib.suppress(StoreError, KeyError):  # a damaged file is written again
                 return load_tensors(path)["latents"]
         parts = [model.encode(x.to(model.device, model.dtype)).float().cpu() for x in split.x.split(64)]
-        # laid out in memory as a file gives them back: kernels round by the order of what they read
-        made = torch.cat(parts).clone(memory_format=torch.contiguous_format)
+        # the memory layout of a loaded file: kernels round differently for another layout
+        z = torch.cat(parts).clone(memory_format=torch.contiguous_format)
         if path is not None:
-            save_tensors(path, {"latents": made})
-        return made
+            save_tensors(path, {"latents": z})
+        return z
 
     return replace(task, splits={name: replace(split, x=latents(split)) for name, split in task.splits.items()})
 
 
 def nearest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Root mean square difference of each image of a (n, ...) to the nearest of b (m, ...), (n,), in blocks."""
+    """Root mean square difference (n,) of each image of a (n, ...) to the nearest of b (m, ...), computed in blocks."""
     x, y = a.float().flatten(1), b.float().flatten(1)
     return torch.cat([torch.cdist(part, y).amin(1) for part in x.split(1024)]) / x.shape[1] ** 0.5
 
@@ -350,6 +359,6 @@ def _shuffled(positions: np.ndarray, members: np.ndarray, stream: int) -> np.nda
     out = np.empty(len(positions), dtype=np.int64)
     for epoch in np.unique(positions // len(members)):
         order = np.random.Generator(np.random.Philox(derive_seed("epoch", stream, int(epoch)))).permutation(members)
-        here = positions // len(members) == epoch
-        out[here] = order[positions[here] % len(members)]
+        in_epoch = positions // len(members) == epoch
+        out[in_epoch] = order[positions[in_epoch] % len(members)]
     return out

@@ -1,4 +1,4 @@
-"""Rows of text files as they are published: CSV and TSV, JSON in several shapes, JSON Lines, and plain text."""
+"""Reads rows of text files: CSV and TSV, JSON in several shapes, JSON Lines, and plain text."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 
 
 def records(path: Path, prompt: str, label: str, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of every prompt of a file, by its suffix; texts without columns become the column `prompt`.
+    """Yields (place, row) of every prompt of a file, whose suffix gives the format.
 
-    Raises SourceError or TextError for a file that is not in its format.
+    prompt, label: names of the columns; texts without columns become the column `prompt`. place: file and line or row, for
+    messages. Raises SourceError or TextError for a file that is not in its format.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -29,7 +30,7 @@ def records(path: Path, prompt: str, label: str, tally: Tally) -> Iterator[tuple
     elif suffix == ".json":
         yield from _json(path, text, prompt, label)
     else:
-        # lines end with \n alone: prompts may hold the other separators that Unicode knows
+        # not splitlines(): prompts may contain Unicode's other line separators
         for number, line in enumerate(text.split("\n"), 1):
             place = f"{path}:{number}"
             if not line.strip():
@@ -43,13 +44,13 @@ def records(path: Path, prompt: str, label: str, tally: Tally) -> Iterator[tuple
 
 
 def table(path: Path, text: str, separator: str, needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a table with a header; Excel writes semicolons where a comma is the decimal point.
+    """Yields (place, row) of a table with a header.
 
-    A row that is longer than the header has the rest under None. Raises SourceError for quotes that do not close.
+    If the header lacks the column `needed`, other separators are tried: Excel writes semicolons in locales with a decimal
+    comma. A row that is longer than the header has the rest under None. Raises SourceError for unclosed quotes.
     """
-    header = next(iter(io.StringIO(text, newline="")), "").rstrip(
-        "\r\n"
-    )  # lines end as in `reader`, Macs' old \r included
+    first_line = next(iter(io.StringIO(text, newline="")), "")  # newline="" splits as csv does, at a lone \r, too
+    header = first_line.rstrip("\r\n")
     if needed not in next(csv.reader([header], delimiter=separator), []):
         separator = next((s for s in ";\t" if needed in next(csv.reader([header], delimiter=s), [])), separator)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -85,7 +86,7 @@ def _loads(place: str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where = place if error.lineno == 1 and ":" in place else f"{place}:{error.lineno}"
-        raise SourceError(f"{where}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits; lists that are too deep
+        line = place if error.lineno == 1 and ":" in place else f"{place}:{error.lineno}"
+        raise SourceError(f"{line}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits; lists nested too deep
         raise SourceError(f"{place}: not valid JSON: {error}") from error

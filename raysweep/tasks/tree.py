@@ -1,4 +1,4 @@
-"""Pictures below a folder as it comes off a disk, with captions from `NAME.txt`, `metadata.jsonl` and `metadata.csv`."""
+"""Finds the pictures below a folder, with captions from `NAME.txt`, `metadata.jsonl` and `metadata.csv`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raysweep.tasks.records import SourceError, Tally, Unreadable, plain
 from raysweep.tasks.textfiles import table
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-# What file managers, archives and network drives leave in folders, besides names that begin with a dot.
+# Files and folders that file managers, archives and network drives create, besides names that begin with a dot.
 COMPANIONS = frozenset(
     ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information", "lost+found", "__pycache__")
 )  # fmt: skip
@@ -24,15 +24,15 @@ NOT_TEXT = "a caption that is not UTF-8 text (save it as UTF-8)"
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or was left by a file manager."""
+    """Whether a file or folder of this name is hidden, or created by a file manager."""
     return name.startswith(".") or name.lower() in COMPANIONS
 
 
 @dataclass(frozen=True)
-class Found:
-    """A picture below a folder: its path, its path relative to the folder with slashes, and its caption, if it has one.
+class PictureFile:
+    """A picture below a folder. key: its path relative to the folder, with slashes.
 
-    `caption` raises Unreadable if there is a caption file that is not text.
+    `caption` reads its caption, None without one; raises Unreadable for a caption file that is not text.
     """
 
     path: Path
@@ -42,18 +42,19 @@ class Found:
 
 @dataclass
 class _Metadata:
-    """The captions that a metadata file has for pictures below its folder, by relative path."""
+    """A metadata file's captions by path relative to its folder; unmet: paths at which no picture was met yet."""
 
     path: Path
     captions: dict[str, str | None]
     unmet: set[str] = field(default_factory=set)
 
 
-def pictures(root: Path, tally: Tally, caption_key: str | None = None) -> Iterator[Found]:
-    """Every picture below `root`, in the order of names, folder by folder; links to folders are followed.
+def pictures(root: Path, tally: Tally, caption_key: str | None = None) -> Iterator[PictureFile]:
+    """Yields every picture below `root`, sorted by name within each folder; links to folders are followed.
 
-    Hidden files and folders and those of file managers are ignored; where pictures are among them, they are counted, and so are
-    other files that are neither pictures nor captions. Raises SourceError for a metadata file that is not in its format.
+    Ignores hidden files and folders and those of file managers, and counts the folders and pictures among them, as well as files
+    that are neither pictures nor captions. caption_key: key of captions in metadata files; None: text, or else caption. Raises
+    SourceError for a metadata file that is not in its format.
     """
     tally.hint = (
         "looked for NAME.txt beside each picture, and for metadata.jsonl or metadata.csv with `file_name` and "
@@ -63,15 +64,19 @@ def pictures(root: Path, tally: Tally, caption_key: str | None = None) -> Iterat
 
 
 def _walk(
-    folder: Path, root: Path, tally: Tally, above: list[_Metadata], way: tuple[str, ...], caption_key: str | None
-) -> Iterator[Found]:
+    folder: Path, root: Path, tally: Tally, above: list[_Metadata], parents: tuple[str, ...], caption_key: str | None
+) -> Iterator[PictureFile]:
+    """Yields the pictures of one folder and of those in it.
+
+    above: metadata files of the folders above; parents: real paths of this folder and those above, to detect circular links.
+    """
     try:
         entries = sorted(os.scandir(folder), key=lambda e: e.name)
     except OSError as error:
         raise SourceError(f"{folder}: cannot be listed ({error.strerror})") from error
     by_lower = {e.name.lower(): e for e in entries}
-    here = [_metadata(folder / name, caption_key, tally) for name in METADATA if (folder / name).is_file()]
-    known = [*here, *above]
+    in_folder = [_metadata(folder / name, caption_key, tally) for name in METADATA if (folder / name).is_file()]
+    known = [*in_folder, *above]
     pictured = {Path(e.name).stem.lower() for e in entries if Path(e.name).suffix.lower() in (*SUFFIXES, *UNREAD)}
     for entry in entries:
         path, relative = folder / entry.name, posixpath.join(*(folder / entry.name).relative_to(root).parts)
@@ -82,21 +87,23 @@ def _walk(
             continue
         if entry.is_dir():
             real = os.path.realpath(path)
-            if real not in way:  # a link that leads back up would never end
-                yield from _walk(path, root, tally, known, (*way, real), caption_key)
+            if real not in parents:
+                yield from _walk(path, root, tally, known, (*parents, real), caption_key)
         elif suffix in SUFFIXES:
-            yield Found(path, plain(relative), _caption(path, by_lower.get(f"{path.stem}.txt".lower()), known))
+            text_file = by_lower.get(f"{path.stem}.txt".lower())
+            yield PictureFile(path, plain(relative), _caption(path, text_file, known))
         elif suffix in UNREAD:
             tally.seen += 1
             tally.skip(f"a format that is not read ({suffix})", plain(relative))
         elif entry.name not in METADATA and not (suffix == ".txt" and path.stem.lower() in pictured):
             tally.ignore("files that are not pictures, by their names", plain(relative))
-    for metadata in here:
+    for metadata in in_folder:
         for name in sorted(metadata.unmet):
             tally.note(f"{metadata.path.name} names a picture that is not there", name)
 
 
-def _caption(path: Path, beside: os.DirEntry[str] | None, known: list[_Metadata]) -> Callable[[], str | None]:
+def _caption(path: Path, text_file: os.DirEntry[str] | None, known: list[_Metadata]) -> Callable[[], str | None]:
+    """A function that reads a picture's caption: from the nearest metadata file that has one, else from its text file."""
     for metadata in known:
         name = plain(posixpath.join(*path.relative_to(metadata.path.parent).parts))
         if name in metadata.captions:
@@ -104,9 +111,9 @@ def _caption(path: Path, beside: os.DirEntry[str] | None, known: list[_Metadata]
             caption = metadata.captions[name]
             if caption is not None:
                 return lambda: caption
-    if beside is None:
+    if text_file is None:
         return lambda: None
-    return lambda: _read(Path(beside.path))
+    return lambda: _read(Path(text_file.path))
 
 
 def _read(path: Path) -> str:
@@ -118,7 +125,7 @@ def _read(path: Path) -> str:
 
 
 def _metadata(path: Path, caption_key: str | None, tally: Tally) -> _Metadata:
-    """Captions by relative path, from the files that the Hugging Face image-folder layout knows."""
+    """Reads a metadata file of the Hugging Face image-folder layout."""
     try:
         text = read_text(path)
         rows = table(path, text, ",", "file_name") if path.suffix == ".csv" else _lines(path, text)
@@ -145,7 +152,7 @@ def _metadata(path: Path, caption_key: str | None, tally: Tally) -> _Metadata:
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    # lines end with \n alone: captions may hold the other separators that Unicode knows
+    # not splitlines(): captions may contain Unicode's other line separators
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

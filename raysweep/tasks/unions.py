@@ -1,6 +1,6 @@
-"""Settings of several kinds that are told apart by the key that only one of them has.
+"""Unions of settings that are discriminated by which key is present, such as `folder`, `parquet` or `shards` of a source.
 
-A mistake is then explained by that kind alone, not by all that it is not.
+An error is then reported for the one model that the keys select, not for every member of the union.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from typing import Any
 
 from pydantic import Discriminator
 
-OPEN = "<"  # what a kind's tag begins with in the place of an error, where settings have none
+OPEN = "<"  # prefix of union tags in pydantic's error locations; no setting's name begins with it
 
 
 def tag(key: str) -> str:
-    """The name of the kind that has `key`."""
+    """The union tag of the model that has `key`."""
     return f"{OPEN}{key}>"
 
 
 def by_key(*keys: str) -> Discriminator:
-    """Picks from a union of models, tagged with `tag(key)`, the one whose key is given."""
+    """Selects from a union of models, tagged with `tag(key)`, the one whose key is present."""
 
-    def which(value: Any) -> str | None:
-        given = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-        found = [key for key in keys if key in given]
-        return tag(found[0]) if len(found) == 1 else None
+    def tag_of(value: Any) -> str | None:
+        fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        present = [key for key in keys if key in fields]
+        return tag(present[0]) if len(present) == 1 else None
 
     return Discriminator(
-        which, custom_error_type="kind", custom_error_message=f"needs exactly one of the keys {', '.join(keys)}"
+        tag_of, custom_error_type="kind", custom_error_message=f"needs exactly one of the keys {', '.join(keys)}"
     )
