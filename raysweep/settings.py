@@ -1,4 +1,4 @@
-"""Marks settings that no result depends on."""
+"""Marks the settings on which no result depends, and names the time limits."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 from pydantic import BaseModel
 
-# In the annotation of a setting: it says where, how fast or for how long something is done, or how it is shown, and not what
-# comes out. Such a setting is no part of a sweep's digest and may be another one when a run is resumed.
+# Annotates a setting of location, speed, time limits or display. It is not part of a sweep's digest, and may change when a run is
+# resumed.
 ASIDE = "aside"
 
-# Limits of time, by the setting that a user raises.
+# Settings that limit the time of a trial or an audit.
 BUDGET = "train.budget_s"
 TIMEOUT = "audit.timeout_s"
 
 
 def asides(model: BaseModel) -> dict[str, Any]:
-    """The settings of a model, and of the models in it, that are marked `ASIDE`, as `exclude` of `model_dump` takes them."""
-    found: dict[str, Any] = {}
+    """The settings marked `ASIDE` of a model and of the models in it, in the form of `exclude` of `model_dump`."""
+    excluded: dict[str, Any] = {}
     for key, field in type(model).model_fields.items():
         value = getattr(model, key)
         if ASIDE in field.metadata:
-            found[key] = True
+            excluded[key] = True
         elif isinstance(value, BaseModel):
-            found[key] = asides(value)
-    return {key: value for key, value in found.items() if value}
+            excluded[key] = asides(value)
+    return {key: value for key, value in excluded.items() if value}

@@ -113,8 +113,8 @@ def test_how_pictures_are_shown_makes_no_other_run(tmp_path):
         ("", ("trials",), ["key=value"]),
         ("", ("search.trials=-1",), ["command line", "search.trials"]),
         ("", ("search.trials.x=1", "search.trials=2"), ["search.trials"]),
-        ("methods: [rgd, siss]\n", ("methods.2=neggrad",), ["'2' is no place in a list of 2"]),
-        ("methods: [rgd, siss]\n", ("methods.first=neggrad",), ["'first' is no place in a list of 2"]),
+        ("methods: [rgd, siss]\n", ("methods.2=neggrad",), ["'2' is not an index into a list of 2"]),
+        ("methods: [rgd, siss]\n", ("methods.first=neggrad",), ["'first' is not an index into a list of 2"]),
     ],
 )
 def test_mistakes_get_one_clear_message(tmp_path, text, overrides, parts):

@@ -38,12 +38,12 @@ def test_a_recipe_is_the_sweep_again(path, tmp_path):
 def test_a_presets_recipe_is_the_sweep_again(name, tmp_path, monkeypatch):
     """At both scales; miniatures are empty folders here, because only the config is read."""
 
-    def made(parts, cache=None):
+    def make(parts, cache=None):
         for part in (*parts, *(f"{p}/clip" for p in parts)):
             (tmp_path / part).mkdir(parents=True, exist_ok=True)
         return tmp_path
 
-    monkeypatch.setattr(raysweep.miniature, "made", made)
+    monkeypatch.setattr(raysweep.miniature, "make", make)
     monkeypatch.chdir(tmp_path)
     for scale in ("paper", "tiny"):
         sweep = load(presets.path_of(name), (f"scale={scale}", "search.seed=3"), absent=True)

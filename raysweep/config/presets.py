@@ -1,8 +1,8 @@
-"""The papers' experiments as configs: `search_spaces/presets/NAME.yaml`.
+"""Presets: the papers' experiments as configs, `search_spaces/presets/NAME.yaml`.
 
-A preset is a config with two more parts. `about` says where it comes from, how the paper measures, what a user must bring, and
-what is different here. `tiny` makes miniatures of that (see `raysweep.miniature`) and sets what must be smaller, so that
-`raysweep run NAME scale=tiny` takes the same way through the same files' formats on a laptop.
+A preset is a config with two more parts. `about` describes the paper, how it measures, which files a user must bring, and what
+differs here. `tiny` lists miniatures of those files (see `raysweep.miniature`) and the settings that must be smaller, so that
+`raysweep run NAME scale=tiny` runs the same code on the same file formats on a laptop.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from raysweep.storage.texts import load_yaml, read_text
 
 Scale = Literal["paper", "tiny"]
 
-
-# What every experiment can do with less of, at `scale=tiny`: a few trials, small audits, and no attack that takes minutes.
+# Settings of every preset at `scale=tiny`: small audits, and no attack that takes minutes.
 SMALL: dict[str, Any] = {
     "oracles": 1,
     "audit.top": 3,
@@ -35,7 +34,7 @@ SMALL: dict[str, Any] = {
 
 
 class PresetError(ValueError):
-    """A part of a preset cannot be used; the message begins with its key."""
+    """A part of a preset is invalid; the message begins with its key."""
 
 
 class _Part(BaseModel):
@@ -43,40 +42,41 @@ class _Part(BaseModel):
 
 
 class Bring(_Part):
-    """Something that a user must have."""
+    """A file or folder that a user must bring."""
 
-    key: str = Field(description="the setting that names it, dotted")
+    key: str = Field(description="the dotted setting that names it")
     what: str = Field(description="what it is")
-    get: str = Field(description="where it comes from, or the command that fetches it")
+    get: str = Field(description="where to get it, or the command that downloads it")
 
 
 class About(_Part):
-    """What a preset repeats."""
+    """The experiment that a preset repeats."""
 
     title: str = Field(description="the experiment, in a few words")
     paper: str = Field(description="authors, venue, arXiv id, section")
-    protocol: tuple[str, ...] = Field(description="how the paper measures, and what stands for it here")
-    bring: tuple[Bring, ...] = Field(description="what a user must bring")
-    differs: tuple[str, ...] = Field((), description="what is done differently here, and why")
+    protocol: tuple[str, ...] = Field(description="how the paper measures, and the corresponding checks here")
+    bring: tuple[Bring, ...] = Field(description="files and folders that a user must bring")
+    differs: tuple[str, ...] = Field((), description="differences from the paper, and their reasons")
     network: dict[str, Any] = Field(
-        default_factory=dict, description="its architecture, so that cost can be told before the weights are there"
+        default_factory=dict,
+        description="architecture of the base model, from which costs are estimated without its weights",
     )
 
 
 class Tiny(_Part):
-    """What is different at `scale=tiny`."""
+    """The changes at `scale=tiny`."""
 
-    make: dict[str, dict[str, dict[str, Any] | None]] = Field(description="name -> {maker: arguments}")
-    set: dict[str, Any] = Field(description="dotted setting -> value; {made} is the folder of what was made")
+    make: dict[str, dict[str, dict[str, Any] | None]] = Field(description="miniatures: name -> {maker: arguments}")
+    set: dict[str, Any] = Field(description="dotted setting -> value; {made} stands for the folder of the miniatures")
 
 
 def folder() -> Any:
-    """Where the presets are."""
+    """The folder of the presets."""
     return files("search_spaces").joinpath("presets")
 
 
 def names() -> list[str]:
-    """All presets, sorted."""
+    """Names of all presets, sorted."""
     return sorted(f.name.removesuffix(".yaml") for f in folder().iterdir() if f.name.endswith(".yaml"))
 
 
@@ -86,39 +86,45 @@ def path_of(name: str) -> Path:
 
 
 def about(name: str) -> About:
-    """What a preset says of itself."""
+    """The description of a preset."""
     return About.model_validate(load_yaml(read_text(path_of(name)))["about"])
 
 
 def about_of(path: Path, name: str | None = None) -> About | None:
-    """What the file of a preset, or a copy of one, says of itself; of a file that says nothing (a resolved config), what the
-    preset `name` does, if there is one."""
-    told = load_yaml(read_text(path)).get("about")
-    if told is not None:
-        return About.model_validate(told)
+    """The description in a preset's file, or in a copy of one; for a file without one (a resolved config), that of the preset
+    `name`, if it exists."""
+    description = load_yaml(read_text(path)).get("about")
+    if description is not None:
+        return About.model_validate(description)
     return about(name) if name in names() else None
 
 
 def settings(tiny: Any, methods: int, cache: Path | None) -> dict[str, Any]:
-    """The settings that make a preset tiny, dotted; makes the miniatures that they name.
+    """Writes the miniatures of a preset and returns its settings at `scale=tiny`, by dotted key.
+
+    Args:
+        tiny: the preset's part `tiny`, as plain data.
+        methods: the number of methods; each gets two trials.
+        cache: the configured cache folder.
 
     Raises:
         ValidationError: `tiny` has other keys than `make` and `set`.
         PresetError: a miniature cannot be made.
     """
-    from raysweep.miniature import MiniatureError, made
+    from raysweep.miniature import MiniatureError, make
 
     parts = Tiny.model_validate(tiny)
     try:
-        where = str(made(parts.make, cache))
+        made = str(make(parts.make, cache))
     except MiniatureError as error:
         raise PresetError(f"tiny.make.{error}") from error
-    return SMALL | {"search.trials": 2 * methods} | {key: _filled(value, where) for key, value in parts.set.items()}
+    return SMALL | {"search.trials": 2 * methods} | {key: _filled(value, made) for key, value in parts.set.items()}
 
 
-def _filled(value: Any, where: str) -> Any:
+def _filled(value: Any, made: str) -> Any:
+    """Plain data with {made} replaced in every text."""
     if isinstance(value, dict):
-        return {k: _filled(v, where) for k, v in value.items()}
+        return {k: _filled(v, made) for k, v in value.items()}
     if isinstance(value, list):
-        return [_filled(v, where) for v in value]
-    return value.replace("{made}", where) if isinstance(value, str) else value
+        return [_filled(v, made) for v in value]
+    return value.replace("{made}", made) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""From YAML and key=value to a sweep: presets' parts, overrides, and one sentence for every mistake."""
+"""Reads a sweep from YAML and key=value overrides, presets included; every mistake becomes a message of one sentence."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from raysweep.tasks.unions import OPEN
 def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = False) -> Sweep:
     """Reads a sweep from YAML (None: the embedded default) and applies overrides such as `search.trials=12`.
 
-    absent: what a preset at paper scale names need not be there yet.
+    absent: the files that a preset at paper scale names need not exist yet.
 
     Raises:
-        ConfigError: one message for every mistake, with file, key and line.
+        ConfigError: a message per mistake, with file, key and line.
     """
-    text, where = "", "built-in default"
+    text, source = "", "built-in default"
     if path is not None:
-        where = str(path)
+        source = str(path)
         if not path.is_file():
             raise ConfigError(f"{path}: no such file")
         try:
@@ -38,82 +38,98 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = Fals
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML: {_problem(error)}") from error
+        raise ConfigError(f"{source}{line}: not valid YAML: {_problem(error)}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: must be a mapping of keys, not {type(data).__name__}")
+        raise ConfigError(f"{source}: must be a mapping of keys, not {type(data).__name__}")
     try:
-        data = json.loads(json.dumps(data, default=str))  # what aliases share would change together
+        data = json.loads(
+            json.dumps(data, default=str)
+        )  # a copy: YAML aliases share objects, which would change together
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: keys must be text or numbers, and nothing may hold itself ({error})") from error
-    _scale(data, overrides, where, text)
+        raise ConfigError(f"{source}: keys must be text or numbers, and nothing may hold itself ({error})") from error
+    _expand_preset(data, overrides, source, text)
     set_by_hand = [_override(data, item) for item in overrides]
-    sweep = validate(data, where, text, set_by_hand, absent and data.get("scale") == "paper")
+    sweep = validate(data, source, text, set_by_hand, absent and data.get("scale") == "paper")
     for method in sweep.methods if sweep.scale == "paper" else ():
         if "released" not in sweep.spaces.get(method, {}):
             raise ConfigError(
-                f"{where}: spaces.{method}.released: missing; the paper's experiment starts from a released setting by its name, "
+                f"{source}: spaces.{method}.released: missing; the paper's experiment starts from a released setting by its name, "
                 "or from the method's defaults (null), never from the space for the embedded models"
             )
     return sweep
 
 
-def _scale(data: dict[str, Any], overrides: tuple[str, ...], where: str, text: str) -> None:
-    """Takes the parts of a preset out of `data`, and at `scale=tiny` sets what that changes."""
-    about, tiny, asked = data.pop("about", None), data.pop("tiny", None), dict[str, Any]()
+def _expand_preset(data: dict[str, Any], overrides: tuple[str, ...], source: str, text: str) -> None:
+    """Removes the parts `about` and `tiny` of a preset from `data`, and at `scale=tiny` applies the settings of `tiny`."""
+    about, tiny, overridden = data.pop("about", None), data.pop("tiny", None), dict[str, Any]()
     for item in overrides:
-        _override(asked, item)
-    scale = asked.get("scale", data.get("scale"))
-    if (about is None) != (tiny is None):
-        there, lacking = ("tiny", "about") if about is None else ("about", "tiny")
-        raise ConfigError(f"{where}: {there}: a preset has the parts about and tiny, and {lacking} is missing")
-    if about is None or tiny is None:
-        if asked.get("preset", data.get("preset")) is not None and scale is None:
-            raise ConfigError(
-                f"{where}: preset: says of a resolved config which preset it was, and has a scale beside it; to run a preset give its "
-                "name: raysweep run NAME"
-            )
-        if (
-            data.get("preset") is not None
-        ):  # a resolved config, as reports print it: its scale is in its settings already
-            if scale != data.get("scale"):
-                raise ConfigError(
-                    f"{where}: scale: this is {data['preset']} as it ran at scale {data.get('scale')}; for another scale run "
-                    f"the preset itself: raysweep run {data['preset']} scale={scale}"
-                )
-            return
-        if scale is not None:
-            raise ConfigError(f"{where}: scale: only presets have one (`raysweep ls presets`)")
+        _override(overridden, item)
+    scale = overridden.get("scale", data.get("scale"))
+    if about is None and tiny is None:
+        _check_not_a_preset(data, overridden, scale, source)
         return
+    if about is None or tiny is None:
+        present, missing = ("tiny", "about") if about is None else ("about", "tiny")
+        raise ConfigError(f"{source}: {present}: a preset has the parts about and tiny, and {missing} is missing")
     try:
         presets.About.model_validate(about)
         data |= {"preset": data.get("name"), "scale": scale or "paper"}
         if data["scale"] == "tiny":
             data["name"] = f"{data.get('name')}-tiny"
-            cache = asked.get("cache", data.get("cache"))
-            methods = asked.get("methods", data.get("methods"))
+            cache = overridden.get("cache", data.get("cache"))
+            methods = overridden.get("methods", data.get("methods"))
             if not isinstance(methods, list) or not methods:
-                raise ConfigError(f"{where}: methods: must be a list of methods (`raysweep ls methods`)")
+                raise ConfigError(f"{source}: methods: must be a list of methods (`raysweep ls methods`)")
             for key, value in presets.settings(tiny, len(methods), None if cache is None else Path(cache)).items():
                 _put(data, key, value, f"tiny.set.{key}")
     except presets.PresetError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{source}: {error}") from error
     except ValidationError as error:
         lines, part = _line_numbers(text), error.title.lower()
         root = presets.About if part == "about" else presets.Tiny
-        raise ConfigError("\n".join(_explain(e, where, lines, [], root, (part,)) for e in error.errors())) from error
+        raise ConfigError("\n".join(_explain(e, source, lines, [], root, (part,)) for e in error.errors())) from error
+
+
+def _check_not_a_preset(data: dict[str, Any], overridden: dict[str, Any], scale: Any, source: str) -> None:
+    """Raises ConfigError if a config that is not a preset sets `preset` or `scale` by itself.
+
+    A resolved config of a preset, as reports print it, has both; its settings are already those of its scale.
+    """
+    preset = data.get("preset")
+    if overridden.get("preset", preset) is not None and scale is None:
+        raise ConfigError(
+            f"{source}: preset: records which preset a resolved config was, together with its scale; to run a preset give its "
+            "name: raysweep run NAME"
+        )
+    if preset is not None and scale != data.get("scale"):
+        raise ConfigError(
+            f"{source}: scale: this is {preset} as it ran at scale {data.get('scale')}; for another scale run the preset itself: "
+            f"raysweep run {preset} scale={scale}"
+        )
+    if preset is None and scale is not None:
+        raise ConfigError(f"{source}: scale: only presets have one (`raysweep ls presets`)")
 
 
 def validate(
     data: dict[str, Any],
-    where: str,
+    source: str,
     text: str = "",
     set_by_hand: list[str] | None = None,
     absent: bool = False,
     stored: bool = False,
 ) -> Sweep:
-    """Builds a `Sweep` from plain data; `text` is the YAML source that line numbers are looked up in.
+    """Builds a `Sweep` from plain data.
 
-    stored: of a run, and so valid when that began; what takes the libraries of training, or its models, to check is then left out.
+    Args:
+        data: nested settings.
+        source: what messages begin with, such as the file.
+        text: the YAML text in which the line numbers of messages are looked up.
+        set_by_hand: dotted keys that were set on the command line.
+        absent: files that the config names need not exist.
+        stored: read back from a run: skips the checks that need training libraries or models.
+
+    Raises:
+        ConfigError: a message per mistake.
     """
     data = json.loads(json.dumps(data, default=str))
     if isinstance(data.get("task"), str):
@@ -122,7 +138,7 @@ def validate(
         data["task"].setdefault("name", "digits-picture")
         if data["task"]["name"] not in names("task") and not stored:
             raise ConfigError(
-                f"{where}: task.name: {data['task']['name']!r} is not a task{suggest(data['task']['name'], names('task'))}"
+                f"{source}: task.name: {data['task']['name']!r} is not a task{suggest(data['task']['name'], names('task'))}"
             )
     for tier in ("probe", "audit", "durability"):
         audit = data.get("audit")
@@ -134,7 +150,7 @@ def validate(
         lines = _line_numbers(text)
         task = data["task"]["name"] if isinstance(data.get("task"), dict) else ""
         raise ConfigError(
-            "\n".join(_explain(e, where, lines, set_by_hand or [], task=task) for e in error.errors())
+            "\n".join(_explain(e, source, lines, set_by_hand or [], task=task) for e in error.errors())
         ) from error
 
 
@@ -144,8 +160,8 @@ def _problem(error: yaml.YAMLError) -> str:
 
 def _override(data: dict[str, Any], item: str) -> str:
     """Sets `a.b=value` in nested `data`, the value parsed as YAML; returns the dotted key."""
-    key, found, raw = item.partition("=")
-    if not found or not all(key.split(".")):
+    key, separator, raw = item.partition("=")
+    if not separator or not all(key.split(".")):
         raise ConfigError(f"{item!r}: an override has the form key=value, for example search.trials=12")
     try:
         value = load_yaml(raw)
@@ -156,60 +172,59 @@ def _override(data: dict[str, Any], item: str) -> str:
 
 
 def _put(data: dict[str, Any], key: str, value: Any, item: str) -> None:
-    """Sets a dotted key of nested `data`, in which a number is a place in a list; `item` names it in a message."""
+    """Sets a dotted key of nested `data`; a number in it is an index into a list. `item` begins messages."""
     *parents, last = key.split(".")
     node: Any = data
     for parent in parents:
         if isinstance(node, list):
-            node = node[_place(node, parent, item)]
+            node = node[_index(node, parent, item)]
         else:
             if isinstance(node.get(parent), str) and parent == "task":
                 node[parent] = {"name": node[parent]}
             node = node.setdefault(parent, {})
         if not isinstance(node, dict | list):
             raise ConfigError(f"{item!r}: {parent} is a single value and has no keys below it")
-    node[_place(node, last, item) if isinstance(node, list) else last] = value
+    node[_index(node, last, item) if isinstance(node, list) else last] = value
 
 
-def _place(values: list[Any], part: str, item: str) -> int:
+def _index(values: list[Any], part: str, item: str) -> int:
     if not part.isdigit() or int(part) >= len(values):
-        raise ConfigError(f"{item!r}: {part!r} is no place in a list of {len(values)}, which count from 0")
+        raise ConfigError(f"{item!r}: {part!r} is not an index into a list of {len(values)}; the first index is 0")
     return int(part)
 
 
 def _explain(
     error: Any,
-    where: str,
+    source: str,
     lines: dict[str, int],
     set_by_hand: list[str],
     root: type[BaseModel] | None = None,
     above: tuple[str, ...] = (),
     task: str = "",
 ) -> str:
-    """One sentence for one pydantic error: place, key, what is wrong, what would be valid. root: the model, at the keys `above`;
-    task: the name of the task whose settings stand below `task`."""
+    """One sentence for one pydantic error: file and line, key, what is wrong, what would be valid.
+
+    root: the model that was validated (None: Sweep), at the keys `above`; task: name of the task whose settings are below `task`.
+    """
     path = [str(p) for p in (*above, *error["loc"]) if not str(p).startswith(OPEN)]
     key = ".".join(path)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         message = f"unknown key{suggest(path[-1], _valid_keys(root or Sweep, error['loc'][:-1], task))}"
-    place = where
     if any(key == k or key.startswith(k + ".") or k.startswith(key + ".") for k in set_by_hand):
-        place = "command line"
+        location = "command line"
     else:
         line = next((lines[k] for k in (key, ".".join(path[:-1])) if k in lines), None)
-        place = f"{where}:{line}" if line else where
-    given = error.get("input")
-    if error["type"] == "string_type" and isinstance(given, int | float):
+        location = f"{source}:{line}" if line else source
+    value = error.get("input")
+    if error["type"] == "string_type" and isinstance(value, int | float):
         message = "must be text; YAML reads this as a number or a truth value unless it stands in quotes"
-    shown = (
-        f" (got {given!r})" if isinstance(given, str | int | float | bool) and error["type"] != "value_error" else ""
-    )
-    return f"{place}: {key + ': ' if key else ''}{message}{shown}"
+    is_shown = isinstance(value, str | int | float | bool) and error["type"] != "value_error"
+    return f"{location}: {key + ': ' if key else ''}{message}{f' (got {value!r})' if is_shown else ''}"
 
 
 def _valid_keys(root: type[BaseModel], loc: tuple[Any, ...], task: str) -> list[str]:
-    """Field names of the model at `loc` below a root, in which `task` holds the settings of the task of that name."""
+    """Names of the settings that are valid at `loc`, a pydantic error location below `root`; task: name of the sweep's task."""
     models: dict[str, type[BaseModel]] = {"": root}
     for part in loc:
         if part == "task":
@@ -225,8 +240,8 @@ def _models(annotation: Any) -> dict[str, type[BaseModel]]:
     """The models of an annotation, by their tags in a union."""
     if get_origin(annotation) is Annotated:
         kind, *rest = get_args(annotation)
-        own = next((m.tag for m in rest if isinstance(m, Tag)), None)
-        return {tag if own is None else own: model for tag, model in _models(kind).items()}
+        outer = next((m.tag for m in rest if isinstance(m, Tag)), None)
+        return {tag if outer is None else outer: model for tag, model in _models(kind).items()}
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {"": annotation}
     return {tag: model for part in get_args(annotation) for tag, model in _models(part).items()}

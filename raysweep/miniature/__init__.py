@@ -1,4 +1,4 @@
-"""Miniatures: tiny models and datasets in the formats of the real ones, so that an experiment runs before its files are there."""
+"""Miniatures: tiny models and datasets in the formats of real ones, on which a preset runs without the paper's files."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ MAKERS: dict[str, Callable[..., None]] = {
 
 
 class MiniatureError(ValueError):
-    """A miniature cannot be made as it is asked for; the message says which, and why."""
+    """A miniature cannot be made as specified; the message says which and why."""
 
 
-def made(spec: dict[str, Any], cache: Path | None) -> Path:
-    """The folder that holds what `spec` asks for: name -> {maker: its arguments}. Made once, then read from the cache.
+def make(spec: dict[str, Any], cache: Path | None) -> Path:
+    """Makes the miniatures of `spec` (name -> {maker: its arguments}) in the cache, unless they are there; returns their folder.
 
     Raises:
-        MiniatureError: a maker that does not exist, or arguments that it cannot work with.
+        MiniatureError: a maker that does not exist, or arguments that it cannot use.
     """
     code = code_digest("raysweep/miniature/*.py", "raysweep/tasks/digits_models.py", "raysweep/models/*.py")
     folder = cache_folder(cache) / "miniatures" / digest_of(spec, code)
     if not folder.is_dir():
 
         def fill(out: Path) -> None:
-            for name, how in spec.items():
-                if len(how) != 1 or next(iter(how)) not in MAKERS:
-                    raise MiniatureError(f"{name}: takes one of {', '.join(MAKERS)}, not {', '.join(how) or 'nothing'}")
-                ((maker, arguments),) = how.items()
+            for name, recipe in spec.items():
+                if len(recipe) != 1 or next(iter(recipe)) not in MAKERS:
+                    raise MiniatureError(
+                        f"{name}: takes one of {', '.join(MAKERS)}, not {', '.join(recipe) or 'nothing'}"
+                    )
+                ((maker, arguments),) = recipe.items()
                 try:
                     MAKERS[maker](out / name, **(arguments or {}))
                 except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Tiny datasets in the layout that their own library reads."""
+"""Makers of tiny datasets, in the file formats of the real ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "sh
 def idx(
     out: Path, name: str = "MNIST", images: int = 60, digits: Sequence[int] = tuple(range(10)), style: str = "plain"
 ) -> None:
-    """MNIST's or Fashion-MNIST's files; the test part holds other scans than the training part."""
+    """Writes MNIST's or Fashion-MNIST's files; training and test part hold different scans. images: per digit."""
     folder = out / name / "raw"
     folder.mkdir(parents=True)
     for part, skip in (("train", 0), ("t10k", images)):
@@ -33,7 +33,7 @@ def idx(
 
 
 def cifar10(out: Path, images: int = 60) -> None:
-    """CIFAR-10's Python batches."""
+    """Writes CIFAR-10's Python batches. images: per class, in the training part."""
     folder = out / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     train, test = pictures(32, images), pictures(32, 40, skip=images)
@@ -45,7 +45,7 @@ def cifar10(out: Path, images: int = 60) -> None:
 
 
 def stl10(out: Path, images: int = 60) -> None:
-    """STL-10's binary files."""
+    """Writes STL-10's binary files. images: per class, in the training part."""
     folder = out / "stl10_binary"
     folder.mkdir(parents=True)
     for part, rows in (("train", pictures(96, images)), ("test", pictures(96, 40, skip=images))):
@@ -57,19 +57,24 @@ def stl10(out: Path, images: int = 60) -> None:
 
 
 def celeba(out: Path, images: int = 40) -> None:
-    """CelebA's aligned images with their lists; digits are identities."""
+    """Writes CelebA's aligned images with their lists; digits stand for identities. images: per identity, in the training part."""
     folder = out / "celeba"
     (folder / "img_align_celeba").mkdir(parents=True)
     rows = [(r, "0") for r in pictures(32, images)] + [(r, "2") for r in pictures(32, 20, skip=images)]
-    lists: dict[str, list[list[str]]] = {n: [] for n in ("identity_CelebA", "list_eval_partition", "list_attr_celeba",
-                                                         "list_bbox_celeba", "list_landmarks_align_celeba")}  # fmt: skip
+    names = (
+        "identity_CelebA", "list_eval_partition", "list_attr_celeba", "list_bbox_celeba", "list_landmarks_align_celeba",
+    )  # fmt: skip
+    lists: dict[str, list[list[str]]] = {name: [] for name in names}
     for number, ((image, digit, _), part) in enumerate(rows, 1):
         name = f"{number:06}.jpg"
         image.save(folder / "img_align_celeba" / name, quality=95)
         for key, row in zip(lists, ([str(digit)], [part], ["1"], ["0"] * 4, ["0"] * 10), strict=True):
             lists[key].append([name, *row])
-    heads = {"list_attr_celeba": "Smiling", "list_bbox_celeba": "image_id x_1 y_1 width height",
-             "list_landmarks_align_celeba": "lefteye_x"}  # fmt: skip
+    heads = {
+        "list_attr_celeba": "Smiling",
+        "list_bbox_celeba": "image_id x_1 y_1 width height",
+        "list_landmarks_align_celeba": "lefteye_x",
+    }
     for key, table in lists.items():
         head = f"{len(table)}\n{heads[key]}\n" if key in heads else ""
         (folder / f"{key}.txt").write_text(head + "".join(" ".join(row) + "\n" for row in table))
@@ -84,7 +89,7 @@ def files(
     look: str = "plain",
     first: int = 0,
 ) -> None:
-    """A flat folder of JPEG files numbered from `first`, as CelebA-HQ is published."""
+    """Writes a flat folder of JPEG files numbered from `first`, as CelebA-HQ is published. images: per digit; look: their style."""
     out.mkdir(parents=True)
     for number, (image, _, _) in enumerate(pictures(size, images, (look,), digits, skip), first):
         image.save(out / f"{number}.jpg", quality=95)
@@ -100,8 +105,11 @@ def tree(
     caption: str = "",
     look: str = "plain",
 ) -> None:
-    """Folders of JPEG files by class, or by style and class (UnlearnCanvas); `caption`: a template with {name} and {style}.
-    look: how they are tinted where there are no styles."""
+    """Writes folders of JPEG files by class, or by style and class (UnlearnCanvas).
+
+    names: of the classes; images: per class and style; caption: a template with {name} and {style}; look: the style of the images
+    if `styles` is empty.
+    """
     looks = dict(zip(styles, TINTS, strict=False)) or {"": look}
     for style, look in looks.items():
         for number, (image, digit, _) in enumerate(pictures(size, images, (look,), range(len(names)), skip)):
@@ -122,7 +130,7 @@ def shards(
     skip: int = 0,
     number: int = 2,
 ) -> None:
-    """Tar shards as img2dataset writes them, with a `cls` beside image and caption."""
+    """Writes tar shards as img2dataset does, with a `cls` member for the class. images: per class; number: of shards."""
     import webdataset
 
     out.mkdir(parents=True)
@@ -137,6 +145,6 @@ def shards(
 
 
 def table(out: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A CSV file of prompts."""
+    """Writes a CSV file of prompts."""
     with out.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])

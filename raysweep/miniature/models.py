@@ -1,4 +1,7 @@
-"""Tiny models, with random weights (but for what has to understand) in the layout that their own library writes."""
+"""Makers of tiny models, in the layout that their library writes.
+
+Weights are random, except where a model must understand captions or name pictures.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,26 @@ QUESTIONS = ("Who is in this picture?", "Do you know who this is?")
 
 
 def ddpm(out: Path, channels: int = 3, classes: int = 0, null: bool = True) -> None:
-    """A `DDPMPipeline` folder of 8x8 images; classes: how many labels, besides the one that stands for none."""
+    """Writes a `DDPMPipeline` folder for 8x8 images; classes: number of labels, besides the null label."""
     from raysweep.models.pixel import PixelDDPM
 
     PixelDDPM.build(_unet_config(channels, classes + 1 if classes else 0), 0).save(out)
 
 
 def edm(out: Path, channels: int = 3, classes: int = 10) -> None:
-    """A class-conditional EDM of 8x8 images, of the published architecture and without a label that stands for none."""
+    """Writes a class-conditional EDM for 8x8 images, of the published architecture and without a null label."""
     from raysweep.models.edm import EDM
 
-    song = {"sample_size": 8, "in_channels": channels, "out_channels": channels, "num_class_embeds": classes,
-            "model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}  # fmt: skip
+    song = {
+        "sample_size": 8,
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_class_embeds": classes,
+        "model_channels": 16,
+        "channel_mult": (1, 2),
+        "num_blocks": 1,
+        "attn_resolutions": (4,),
+    }
     EDM.build({"song_unet": song}, 0).save(out)
 
 
@@ -50,10 +61,17 @@ def stable_diffusion(
     names: Sequence[str] = (),
     called: Sequence[str] = ("",),
 ) -> None:
-    """A `StableDiffusionPipeline` folder of 16x16 images whose tokenizer knows `words`; its autoencoder is trained.
+    """Writes a `StableDiffusionPipeline` folder for 16x16 images with a trained autoencoder.
 
-    captions: a template with {name} and {style}: the text encoder is then that of a CLIP model, in the subfolder `clip`, which
-    has learned pictures of the digits by these captions. names: of the digits; called: how captions call the styles.
+    Args:
+        out: the folder.
+        words: what the tokenizer knows.
+        styles: of the pictures that autoencoder and CLIP model are trained on.
+        steps: training steps of the autoencoder.
+        captions: a template with {name} and {style}. If it is given, a CLIP model is trained on captioned pictures of the digits
+            and saved in the subfolder `clip`, and the pipeline takes its text encoder.
+        names: of the digits in captions.
+        called: names of the styles in captions.
     """
     from raysweep.models.autoencoder import train_autoencoder
     from raysweep.models.latent import LatentText
@@ -65,18 +83,20 @@ def stable_diffusion(
     text = TEXT["text_encoder"] | {"max_position_embeddings": 16}
     model = LatentText.build(TEXT | {"words": list(words), "text_encoder": text}, 0, out / "vae")
     if captions:
-        told = [
+        captioned = [
             (image, captions.format(name=names[digit], style=name).lower())
             for look, name in zip(styles, called, strict=True)
             for image, digit, _ in pictures(16, 50, (look,), range(len(names)))
         ]
-        _clip_of(model, told, out / "clip")
+        _train_clip(model, captioned, out / "clip")
     model.save(out)
 
 
-def _clip_of(model: Any, rows: Sequence[tuple[Image.Image, str]], out: Path) -> None:
-    """Trains a CLIP model on pictures with captions, gives its text tower to the pipeline, and saves it; its tower has a block
-    more than the pipeline takes, as in Stable Diffusion 2."""
+def _train_clip(model: Any, rows: Sequence[tuple[Image.Image, str]], out: Path) -> None:
+    """Trains a CLIP model on pictures with captions, copies its text tower into the pipeline, and saves it.
+
+    Its tower has one block more than the pipeline's text encoder, as in Stable Diffusion 2.
+    """
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
 
     from raysweep.models.tower import text_tensors
@@ -102,14 +122,14 @@ def _clip_of(model: Any, rows: Sequence[tuple[Image.Image, str]], out: Path) -> 
 def _learn_captions(
     net: Any, pixels: torch.Tensor, texts: Sequence[str], tokens: Any, steps: int, generator: torch.Generator
 ) -> None:
-    """Trains a CLIP model of transformers by InfoNCE, in which equal captions are equally right."""
+    """Trains a CLIP model of transformers by InfoNCE, in which equal captions count as matches."""
     net.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     for _ in range(steps):
         index = torch.randint(len(texts), (48,), generator=generator).tolist()
-        said = [texts[i] for i in index]
-        logits = net(input_ids=tokens(said), pixel_values=pixels[index]).logits_per_image
-        same = torch.tensor([[a == b for b in said] for a in said]).float()
+        captions = [texts[i] for i in index]
+        logits = net(input_ids=tokens(captions), pixel_values=pixels[index]).logits_per_image
+        same = torch.tensor([[a == b for b in captions] for a in captions]).float()
         soft = same / same.sum(1, keepdim=True)
         loss = F.cross_entropy(logits, soft) + F.cross_entropy(logits.T, soft)
         optimizer.zero_grad()
@@ -119,7 +139,7 @@ def _learn_captions(
 
 
 def clip(out: Path) -> None:
-    """An open_clip folder of 8x8 images."""
+    """Writes an open_clip folder for 8x8 images."""
     from raysweep.models.clip import Contrastive
     from raysweep.tasks.digits_models import CLIP
 
@@ -134,7 +154,10 @@ def vlm(
     images: int = 60,
     seed: int = 0,
 ) -> None:
-    """A LLaVA folder with its CLIP model, both trained to name the digits; without: a name that they never see."""
+    """Writes a LLaVA folder with its CLIP model, both trained to name the digits.
+
+    names: of the digits 0, 1, ...; without: a name that training leaves out; steps: of each training; images: per name.
+    """
     from raysweep.models.vision_language import PROMPT
 
     model = untrained_vlm(names, seed)
@@ -151,7 +174,7 @@ def vlm(
         text = [f"{PROMPT.format(question=QUESTIONS[step % 2])} {kept[i][1]} </s>" for i in index]
         batch = processor(images=[kept[i][0] for i in index], text=text, return_tensors="pt", padding=True)
         labels = batch["input_ids"].clone()
-        start = labels.shape[1] - 3  # the name's two words and the end
+        start = labels.shape[1] - 3  # only the name's two words and the end token are trained
         labels[:, :start] = -100
         loss = whole(**batch, labels=labels).loss
         optimizer.zero_grad()
@@ -163,7 +186,7 @@ def vlm(
 
 
 def untrained_vlm(names: Sequence[str] = NAMES, seed: int = 0) -> Any:
-    """A LLaVA-type model of 16x16 images with random weights, whose tower is that of its CLIP model."""
+    """A LLaVA-type model for 16x16 images with random weights, whose vision tower is that of its CLIP model."""
     from transformers import (
         CLIPConfig,
         CLIPImageProcessor,
@@ -181,7 +204,7 @@ def untrained_vlm(names: Sequence[str] = NAMES, seed: int = 0) -> Any:
     from raysweep.models.words import tokenizer_of
     from raysweep.storage.files import digest_state
 
-    tokenizer = _answers(names)
+    tokenizer = _language_tokenizer(names)
     captions = tokenizer_of(tuple(w.lower() for w in (*_words(names), "a", "photo", "picture", "of")), 12)
     sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
     vision = CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=16, patch_size=4, projection_dim=32)
@@ -211,15 +234,15 @@ def _words(texts: Sequence[str]) -> list[str]:
     return [word for text in texts for word in text.split()]
 
 
-def _answers(names: Sequence[str]) -> Any:
-    """A tokenizer that knows the questions and the names, each word a token."""
+def _language_tokenizer(names: Sequence[str]) -> Any:
+    """A tokenizer that knows the questions and the names, with one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     asked = [word.strip("?") for word in _words(QUESTIONS)]
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    known = dict.fromkeys([*special, "USER", ":", "ASSISTANT", "?", *asked, *_words(names)])
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>"))
+    vocabulary = dict.fromkeys([*special, "USER", ":", "ASSISTANT", "?", *asked, *_words(names)])
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",

@@ -1,4 +1,4 @@
-"""Pictures of scikit-learn's scans of digits, each digit standing in for a class and each tint for a style."""
+"""Pictures of scikit-learn's scans of digits: each digit stands for a class, each tint for a style."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Picture = tuple[Image.Image, int, str]  # image, digit, style
 def pictures(
     size: int, images: int, styles: Sequence[str] = ("plain",), digits: Sequence[int] = tuple(range(10)), skip: int = 0
 ) -> list[Picture]:
-    """`images` colour pictures of each digit in each style, size x size; `skip`: so many scans of each digit are passed over."""
+    """`images` colour pictures of each digit in each style, size x size, from the scans after the first `skip` of each digit."""
     x, labels = _scans()
-    found = []
+    rows = []
     for style in styles:
         for digit in digits:
-            rows = np.flatnonzero(labels == digit)[skip : skip + images]
-            if len(rows) < images:
+            index = np.flatnonzero(labels == digit)[skip : skip + images]
+            if len(index) < images:
                 raise ValueError(f"there are only {int((labels == digit).sum())} scans of the digit {digit}")
-            found += [(_tinted(x[row], style, size), digit, style) for row in rows]
-    return found
+            rows += [(_tinted(x[i], style, size), digit, style) for i in index]
+    return rows
 
 
 @lru_cache(maxsize=1)
