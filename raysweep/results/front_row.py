@@ -25,7 +25,7 @@ OF_CANDIDATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class FrontRow:
-    """An audited candidate or an anchor; its fields are the columns of `storage.files.FRONT`, which describes them.
+    """An audited candidate or an anchor; its fields are the columns of `storage.schemas.FRONT`, which describes them.
 
     What only candidates have is None in an anchor.
     """

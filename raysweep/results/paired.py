@@ -35,7 +35,7 @@ def write_paired(folder: RunDir, context: Context, subjects: Mapping[str, str], 
 
 
 def _difference(metric: str, measured: Measured, references: Sequence[Measured]) -> dict[str, Any]:
-    """A metric minus its mean over `references`, as the rest of a row of `storage.files.ROWS`."""
+    """A metric minus its mean over `references`, as the rest of a row of `storage.schemas.ROWS`."""
     delta = measured.values[metric] - float(np.mean([model.values[metric] for model in references]))
     replicates = measured.replicates[metric] - np.mean([model.replicates[metric] for model in references], axis=0)
     se = lo = hi = None

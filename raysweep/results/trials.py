@@ -12,13 +12,13 @@ import numpy as np
 
 from raysweep.results import pareto
 from raysweep.rundir import RunDir
-from raysweep.search.searcher import open_study
+from raysweep.search.study import open_study
 from raysweep.storage.schemas import TRIALS, read_table, write_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One trial; its fields are the columns of `storage.files.TRIALS`, which describes them.
+    """One trial; its fields are the columns of `storage.schemas.TRIALS`, which describes them.
 
     residue, damage and their standard errors are the probe's, None unless the trial is complete.
     """

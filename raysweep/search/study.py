@@ -68,36 +68,6 @@ def config_of(trial: FrozenTrial) -> TrialConfig:
     return json.loads(trial.user_attrs["config"])
 
 
-def trial_rows(journal: Path, name: str) -> list[dict[str, Any]]:
-    """One row per trial, with the columns of `schemas.TRIALS`, in the order of the sweep.
-
-    Of a trial that was tried again, only the last attempt counts.
-    """
-    rows = {}
-    for t in open_study(journal, name).get_trials(deepcopy=False):
-        if "config" not in t.user_attrs:
-            continue
-        config = config_of(t)
-        result = json.loads(t.user_attrs.get("result", "{}"))
-        residue, damage = t.values if t.state == TrialState.COMPLETE else (None, None)
-        rows[config["place"]] = {
-            "trial": config["trial"],
-            "number": t.number,
-            "method": config["method"],
-            "source": config["source"],
-            "state": t.state.name,
-            "hyperparameters": json.dumps(config["hyperparameters"], sort_keys=True),
-            "seed": config["seed"],
-            "residue": residue,
-            "damage": damage,
-            **{k: result.get(k) for k in ("residue_se", "damage_se", "train_s", "audit_s")},
-            "digest": result.get("digest", ""),
-            "probe": result.get("probe", ""),
-            "reason": t.user_attrs.get("reason", ""),
-        }
-    return [rows[place] for place in sorted(rows)]
-
-
 class SweepStudy:
     """The trials of one sweep, by place; asks for new ones and records how they ended."""
 
