@@ -47,8 +47,10 @@ def write(path: Path, rows: int) -> None:
 
 def select(path: Path) -> dict[str, float]:
     """One pass: sorts rows into two samples of bounded size, as a task does."""
-    from raysweep.tasks.images import Sample, Selection, pixels
-    from raysweep.tasks.sources import ParquetSource, Tally
+    from raysweep.tasks.records import Tally
+    from raysweep.tasks.sampling import Sample, pixels
+    from raysweep.tasks.selecting import Selection
+    from raysweep.tasks.sources import ParquetSource
 
     source, wanted = ParquetSource(parquet=str(path), caption="caption"), Selection(captions=("fox",))
     forget, retain = Sample(1000, 0, repeats=True), Sample(2000, 0)

@@ -15,7 +15,8 @@ from raysweep.config.reader import load
 from raysweep.models.latent import LatentText
 from raysweep.storage.files import write_folder
 from raysweep.tasks.drawing import Drawing, by_label, by_prompt, draw, folder_of, sort_in_two
-from raysweep.tasks.sources import FolderSource, Tally
+from raysweep.tasks.records import Tally
+from raysweep.tasks.sources import FolderSource
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from raysweep.search.released import ReleasedError, Setting
 from raysweep.search.searcher import ParetoSearch
 from raysweep.search.spaces import SpaceError
 from raysweep.search.spaces import load as load_space
-from raysweep.tasks.images import ImagesTask, _sampling
+from raysweep.tasks.images import ImagesTask
 
 ALL = presets.names()
 CLAIM = re.compile(r"\b(papers?|released?|releases?|published|official|authors?)\b", re.IGNORECASE)
@@ -122,7 +122,9 @@ def test_a_preset_holds_what_its_table_states_of_base_data_and_sampler(name):
     data = load(presets.path_of(name), (), absent=True).resolved() | {"about": presets.about(name).model_dump()}
     stated = [table.presets[name] for table in released.tables().values() if name in table.presets]
     for key, value in (item for table in stated for item in table.items()):
-        assert at(data, key) == (pytest.approx(value.converted) if isinstance(value.converted, float) else value.converted), key
+        assert at(data, key) == (
+            pytest.approx(value.converted) if isinstance(value.converted, float) else value.converted
+        ), key
 
 
 def test_tables_name_presets_that_there_are():
@@ -239,9 +241,9 @@ def test_points_are_listed_resolved_beside_their_sources():
 
 def test_the_sampler_adds_noise_as_a_task_says():
     plain = {"base": "x/y", "train": {"folder": "a"}, "holdout": {"folder": "b"}, "forget": {"keys": ["k"]}}
-    assert _sampling(ImagesTask.model_validate(plain)) == {"steps": 50, "guidance": 1.0}
+    assert ImagesTask.model_validate(plain).sampling == {"steps": 50, "guidance": 1.0}
     noisy = ImagesTask.model_validate(plain | {"eta": 1.0, "steps": 1000, "guidance": 3.0})
-    assert _sampling(noisy) == {"steps": 1000, "guidance": 3.0, "eta": 1.0}
+    assert noisy.sampling == {"steps": 1000, "guidance": 3.0, "eta": 1.0}
 
 
 def test_the_search_tries_the_points_as_they_are_and_keeps_the_rest_as_released(tmp_path):

@@ -23,16 +23,16 @@ from raysweep.miniature.pictures import pictures
 from raysweep.models import families
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
-from raysweep.tasks.images import ImagesTask, Sample, pixels
+from raysweep.tasks.images import ImagesTask
 from raysweep.tasks.prompts import PromptError, PromptFile, PromptGrid, PromptMix
+from raysweep.tasks.records import SourceError, Tally
+from raysweep.tasks.sampling import Sample, pixels
 from raysweep.tasks.sources import (
     FolderSource,
     MixedSource,
     ParquetSource,
     ShardSource,
     Source,
-    SourceError,
-    Tally,
     TorchvisionSource,
 )
 
@@ -480,7 +480,7 @@ def test_starting_weights_and_their_recipe(tmp_path):
     base = class_conditional(tmp_path / "base")
     rows = {"base": base, "train": write_folder(tmp_path / "t", labelled(60)), "kind": "class",
             "holdout": write_folder(tmp_path / "h", labelled(60, 500)), "forget": {"labels": ["cat"]}}  # fmt: skip
-    with pytest.raises(ValidationError, match="base_steps: how long"):
+    with pytest.raises(ValidationError, match="base_steps: must be at least 1"):
         ImagesTask(**rows, trained=False)
     with pytest.raises(ValidationError, match="recipe: depth: not a setting of `retrain`"):
         ImagesTask(**rows, recipe={"depth": 3})

@@ -23,7 +23,7 @@ from raysweep.config.schema import ConfigError
 from raysweep.engine.cluster import RunFailed
 from raysweep.registry import TASKS
 from raysweep.rundir import RunDir
-from raysweep.tasks.images import OBJECTIVES
+from raysweep.tasks.base import OBJECTIVES
 
 TIER = load(None).audit.audit
 
@@ -35,7 +35,7 @@ def view(gap: float, se: float, metric: str = "reconstruction.correlation") -> V
 def test_every_metric_of_an_objective_names_what_decides_it():
     tasks = [load(None, (f"task={name}",)).task.build() for name in TASKS if name != "images"]
     metrics = {m for t in tasks for m in (*t.views, t.quality)}
-    metrics |= {m for o in OBJECTIVES.values() for m in (*o["views"], o["quality"])}
+    metrics |= {m for o in OBJECTIVES.values() for m in (*o.views, o.quality)}
     assert metrics - {"relearning.presence"} == set(DECIDED_BY)
     for metric in metrics:
         for kind in ("points", "class", "concept"):
@@ -94,7 +94,7 @@ def test_a_base_that_knows_less_than_the_oracles_has_nothing_to_forget(metric, s
 
 
 def test_every_view_of_a_task_has_a_side():
-    views = {m for o in OBJECTIVES.values() for m in o["views"]}
+    views = {m for o in OBJECTIVES.values() for m in o.views}
     views |= {m for name in TASKS if name != "images" for m in load(None, (f"task={name}",)).task.build().views}
     assert views == set(KNOWS)
 

@@ -1,13 +1,37 @@
-"""The base class of all tasks' settings, raysweep's and other packages'."""
+"""The base class of all tasks' settings, and the metrics that raysweep's tasks minimise."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from raysweep.tasks.task import Task
+
+
+class ObjectiveMetrics(NamedTuple):
+    """The metrics of a task's objectives, as CHECK.METRIC.
+
+    views: the worst of them is the residue; quality: the metric behind the damage; validity: the share of valid samples.
+    """
+
+    views: tuple[str, ...]
+    quality: str = "fidelity.frechet"
+    validity: str = "classifier.validity"
+
+
+# By what a diffusion model forgets (a concept counts as a class), or by the kind of contrastive model.
+OBJECTIVES = {
+    "points": ObjectiveMetrics(("reconstruction.correlation", "denoising.forget_log_loss", "generation.rate")),
+    "class": ObjectiveMetrics(("classifier.recognised", "classifier.leak", "relearning.presence")),
+    "contrastive": ObjectiveMetrics(
+        ("contrast.recognised", "contrast.forget_similarity"), "contrast.retain_loss", "contrast.validity"
+    ),
+    "answers": ObjectiveMetrics(
+        ("questions.forget_accuracy", "contrast.recognised"), "questions.retain_error", "questions.validity"
+    ),
+}
 
 
 class TaskSettings(BaseModel):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from raysweep.tasks.base import TaskSettings
+from raysweep.tasks.base import OBJECTIVES, TaskSettings
 from raysweep.tasks.digits_models import CLIP, SCHEDULER, STYLES, TEXT, UNET, WORDS
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class PictureTask(_DigitsTask):
             model={"unet": UNET, "scheduler": SCHEDULER, "null_label": None},
             recipe={"steps": self.base_steps},
             splits=picture_splits(self.photograph, self.row, self.column, self.images, self.copies, self.seed),
-            views=("reconstruction.correlation", "denoising.forget_log_loss", "generation.rate"),
-            quality="fidelity.frechet",
+            **OBJECTIVES["points"]._asdict(),
             base=self._base_folder,
             sensitive=False,
         )
@@ -113,8 +112,7 @@ class TextTask(_DigitsTask):
             model=TEXT,
             recipe={"steps": self.base_steps, "batch_size": 48, "ema": 0.98},
             splits=splits | {name: split for name, (split, _) in prompts.items()},
-            views=("classifier.recognised", "classifier.leak", "relearning.presence"),
-            quality="fidelity.frechet",
+            **OBJECTIVES["class"]._asdict(),
             sampling={"steps": 8, "guidance": 3.0},
             forget_class=forget_class,
             override_class=names.index(self.stand_in),
@@ -147,9 +145,7 @@ class ClipTask(_DigitsTask):
             model=CLIP,
             recipe={"steps": self.base_steps, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.05},
             splits=splits | {name: split for name, (split, _) in prompts.items()},
-            views=("contrast.recognised", "contrast.forget_similarity"),
-            quality="contrast.retain_loss",
-            validity="contrast.validity",
+            **OBJECTIVES["contrastive"]._asdict(),
             sampling={},
             forget_class=forget_class,
             base=self._base_folder,
@@ -188,8 +184,7 @@ class ClassTask(_DigitsTask):
             model={"unet": UNET | {"num_class_embeds": 11}, "scheduler": SCHEDULER, "null_label": 10},
             recipe={"steps": self.base_steps},
             splits=class_splits(self.forget, self.images, self.seed),
-            views=("classifier.recognised", "classifier.leak", "relearning.presence"),
-            quality="fidelity.frechet",
+            **OBJECTIVES["class"]._asdict(),
             sampling={"steps": 10, "guidance": 1.5},
             forget_class=self.forget,
             override_class=self.override,
