@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -22,70 +21,74 @@ from pydantic import (
 from raysweep.config import presets
 from raysweep.registry import EVALUATORS, UnknownName, attacks, checks_by_weights, names, resolve, suggest
 from raysweep.settings import ASIDE, BUDGET, TIMEOUT, asides
+from raysweep.storage.files import digest_of_files
 from raysweep.storage.places import Place
 from raysweep.storage.seeds import derive_seed
 from raysweep.storage.texts import dump_yaml
-from raysweep.tasks.base import StoredTask, TaskSettings
+from raysweep.tasks.base import HasObjectives, StoredTask, TaskSettings
 from raysweep.tasks.digits import PictureTask
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's in a configuration; the message says where, what, and what would be valid."""
+    """A configuration is invalid; the message says where, what is wrong, and what would be valid."""
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Aims(Protocol):
-    """The metrics that a task's objectives are made of."""
-
-    @property
-    def views(self) -> tuple[str, ...]: ...
-    @property
-    def quality(self) -> str: ...
-    @property
-    def validity(self) -> str: ...
-
-
 class Tier(_Model):
-    """What one tier of the audit measures, and on which seeds."""
+    """What one tier of the audit measures, with which sample sizes and seeds."""
 
     seed: int = Field(ge=0, description="seed of every random draw of the tier; tiers must differ")
-    judge: Literal["probe", "audit"] = Field(description="the judge, each trained on its own images")
-    checks: tuple[str, ...] | None = Field(None, description="evaluators, by name; null: what the objectives need")
-    groups: int = Field(10, ge=2, le=100, description="groups of the jackknife")
-    samples: int = Field(200, ge=20, description="samples of the retained content")
-    class_samples: int = Field(60, ge=10, description="samples under the forgotten label")
-    noises: int = Field(40, ge=2, description="noise draws of a reconstruction")
-    injection_t: int = Field(600, ge=1, description="step to which a reconstruction is noised")
-    injection_steps: int = Field(12, ge=1, description="steps of a reconstruction")
-    loss_noises: int = Field(10, ge=2, description="noises of the loss bank")
-    loss_images: int = Field(4, ge=1, description="images per split for denoising losses")
-    timesteps: int = Field(10, ge=1, description="equally spaced steps of a denoising loss")
+    judge: Literal["probe", "audit"] = Field(
+        description="the judge (classifier of this task's images) that is used; the two learn from disjoint images"
+    )
+    checks: tuple[str, ...] | None = Field(
+        None, description="evaluators, by name (`raysweep ls evaluators`); null: those that the objectives need"
+    )
+    groups: int = Field(10, ge=2, le=100, description="groups of units that the jackknife leaves out in turn, 2 to 100")
+    samples: int = Field(200, ge=20, description="samples of the retained content, at least `groups`")
+    class_samples: int = Field(60, ge=10, description="samples of the forgotten class or concept, at least `groups`")
+    noises: int = Field(40, ge=2, description="noise draws per reconstruction, at least `groups`")
+    injection_t: int = Field(600, ge=1, description="diffusion timestep to which an image is noised for reconstruction")
+    injection_steps: int = Field(12, ge=1, description="sampler steps of a reconstruction")
+    loss_noises: int = Field(10, ge=2, description="noise draws per image of a denoising loss, at least `groups`")
+    loss_images: int = Field(4, ge=1, description="images per split of denoising losses")
+    timesteps: int = Field(10, ge=1, description="number of equally spaced diffusion timesteps of a denoising loss")
     membership_t: tuple[int, ...] = Field(
-        (20, 50, 100, 200, 300), min_length=1, description="grid of steps of membership inference"
+        (20, 50, 100, 200, 300), min_length=1, description="diffusion timesteps at which membership is scored"
     )
-    membership_noises: int = Field(4, ge=1, description="noises per image and step of the membership score")
-    membership_images: int = Field(100, ge=2, description="images per population of membership inference")
-    relearn_steps: tuple[int, ...] = Field((5,), min_length=1, description="optimiser steps of relearning, each tried")
-    inversion_steps: int = Field(150, ge=1, description="optimiser steps of the inversion of a class embedding")
+    membership_noises: int = Field(4, ge=1, description="noise draws per image and timestep of the membership score")
+    membership_images: int = Field(
+        100, ge=2, description="images per population (forgotten, held out) of membership inference"
+    )
+    relearn_steps: tuple[int, ...] = Field(
+        (5,), min_length=1, description="optimiser steps after which relearning is measured, each value in turn"
+    )
+    inversion_steps: int = Field(
+        150,
+        ge=1,
+        description="optimiser steps of the inversion attack, which searches for an embedding of the forgotten class",
+    )
     recall_t: tuple[int, ...] = Field(
-        (100, 250, 400, 600, 800), min_length=1, description="steps of the reconstruction curve"
+        (100, 250, 400, 600, 800), min_length=1, description="diffusion timesteps of the reconstruction curve"
     )
-    recall_noises: int = Field(6, ge=2, description="noise draws per image and step of the reconstruction curve")
+    recall_noises: int = Field(6, ge=2, description="noise draws per image and timestep of the reconstruction curve")
     recall_images: int = Field(20, ge=1, description="images per population of the reconstruction curve")
-    likelihood_steps: int = Field(20, ge=2, description="steps of the likelihood's solver")
-    likelihood_probes: int = Field(5, ge=1, description="random directions per image of the likelihood's divergence")
-    weights: dict[Literal["sscd", "clip", "dino", "inception", "classifier", "detector"], Place] = Field(
-        default_factory=dict, description="files of outside networks; each adds the checks that it serves"
+    likelihood_steps: int = Field(20, ge=2, description="steps of the ODE solver of the likelihood")
+    likelihood_probes: int = Field(
+        5, ge=1, description="random directions per image that estimate the divergence in the likelihood"
     )
-    strips: int = Field(0, ge=0, le=32, description="samples kept as pictures for the report")
-    full_fidelity: bool = Field(True, description="KID, precision and recall besides the Frechet distance")
+    weights: dict[Literal["sscd", "clip", "dino", "inception", "classifier", "detector"], Place] = Field(
+        default_factory=dict, description="files of external networks, by kind; each adds the checks that need it"
+    )
+    strips: int = Field(0, ge=0, le=32, description="samples saved as pictures for the report, 0 to 32")
+    full_fidelity: bool = Field(True, description="measure KID, precision and recall besides the Frechet distance")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the network's passes when images are drawn; losses and scores of given images are fp32"
+        "fp32", description="precision of the network when images are generated; losses and scores always use fp32"
     )
 
     @field_validator("checks")
@@ -99,9 +102,9 @@ class Tier(_Model):
 
     @model_validator(mode="after")
     def _enough_units(self, info: ValidationInfo):
-        for brought, path in self.weights.items():
+        for kind, path in self.weights.items():
             if not path.exists() and not (info.context or {}).get("absent") and not _is_stored(info):
-                raise ValueError(f"weights.{brought}: {path} does not exist")
+                raise ValueError(f"weights.{kind}: {path} does not exist")
         for name in self.checks or ():
             key = checks_by_weights().get(name)
             if key is not None and key not in self.weights:
@@ -111,26 +114,26 @@ class Tier(_Model):
                 raise ValueError(f"{key}: {getattr(self, key)} units cannot form {self.groups} groups of the jackknife")
         return self
 
-    def checks_for(self, task: Aims) -> tuple[str, ...]:
-        """The checks of this tier on a task: the configured ones, or those that its objectives are made of."""
+    def checks_for(self, task: HasObjectives) -> tuple[str, ...]:
+        """The checks of this tier: the configured ones, or those that the task's objectives need; then those of `weights`."""
         needed = dict.fromkeys(metric.split(".")[0] for metric in (*task.views, task.quality, task.validity))
         chosen = self.checks if self.checks is not None else tuple(needed)
-        brought = (name for name, key in checks_by_weights().items() if key in self.weights)
-        return tuple(dict.fromkeys((*chosen, *brought)))
+        by_weights = (name for name, key in checks_by_weights().items() if key in self.weights)
+        return tuple(dict.fromkeys((*chosen, *by_weights)))
 
     @property
     def digest(self) -> str:
-        """Hash of every setting, and of what the weights' files hold."""
+        """Hash of every setting and of the contents of the weights' files."""
         settings = self.model_dump_json(exclude={"weights"}) + self.weights_digest
         return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     @property
     def weights_digest(self) -> str:
         """Hash of the contents of all weights' files."""
-        return ",".join(f"{key}={_digest_of_files(path)}" for key, path in sorted(self.weights.items()))
+        return ",".join(f"{key}={digest_of_files(path)}" for key, path in sorted(self.weights.items()))
 
     def sizes(self) -> dict[str, Any]:
-        """The numbers that evaluators read."""
+        """The settings that evaluators read."""
         return self.model_dump(exclude={"seed", "checks", "groups", "strips"})
 
 
@@ -155,33 +158,38 @@ def _durability() -> Tier:
 
 
 class AuditConfig(_Model):
-    """The two tiers, and how many candidates the second one re-measures."""
+    """The three tiers of checks, and how many candidates they measure."""
 
-    probe: Tier = Field(default_factory=_probe, description="cheap tier that steers the search")
-    audit: Tier = Field(default_factory=_audit, description="full tier for front candidates, base and oracle")
+    probe: Tier = Field(default_factory=_probe, description="cheap checks of every candidate, which steer the search")
+    audit: Tier = Field(default_factory=_audit, description="all checks, on candidates of the front, base and oracles")
     durability: Tier = Field(default_factory=_durability, description="attacks on the finalists, base and oracles")
     top: int = Field(
-        8, ge=1, description="at most this many candidates are audited, but always the best of each method"
+        8, ge=1, description="largest number of audited candidates; the best of each method is always audited"
     )
     rounds: int = Field(
         2,
         ge=1,
         le=50,
-        description="audits on fresh seeds, at most, of candidates whose place on the front is uncertain",
+        description="largest number of audits, each on new seeds, of a candidate whose place on the front is uncertain, 1 to 50",
     )
-    finalists: int = Field(3, ge=0, description="at most this many of the audited are attacked, the best first")
+    finalists: int = Field(
+        3, ge=0, description="largest number of audited candidates that are attacked, the best first"
+    )
     require: dict[str, str] = Field(
-        default_factory=dict, description="what a recommended candidate must show: check.metric -> '>= x' or '<= x'"
+        default_factory=dict,
+        description="requirements on the recommended candidate: check.metric -> '>= x' or '<= x'",
     )
-    attempts: Annotated[int, ASIDE] = Field(3, ge=1, description="tries per audit before it is recorded as failed")
+    attempts: Annotated[int, ASIDE] = Field(
+        3, ge=1, description="how often an audit is tried before it is recorded as failed"
+    )
     timeout_s: Annotated[float, ASIDE] = Field(600, gt=0, description="seconds after which an audit counts as hung")
 
-    def checks_for(self, task: Aims) -> tuple[str, ...]:
+    def checks_for(self, task: HasObjectives) -> tuple[str, ...]:
         """The checks of all tiers on a task, each once."""
         return tuple(dict.fromkeys(n for t in (self.probe, self.audit, self.durability) for n in t.checks_for(task)))
 
     def round(self, number: int) -> tuple[str, Tier]:
-        """(name, tier) of the audit's first or a later round, which has seeds of its own and keeps no pictures."""
+        """(name, tier) of a round of the audit, counted from 1; later rounds have new seeds and save no pictures."""
         if number == 1:
             return "audit", self.audit
         seed = derive_seed("audit round", self.audit.seed, number)
@@ -200,39 +208,46 @@ class AuditConfig(_Model):
 
 
 class SearchConfig(_Model):
-    """How hyperparameters are explored."""
+    """How hyperparameters are searched."""
 
-    trials: int = Field(36, ge=1, description="trials in all, shared equally between the methods")
-    sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna sampler")
+    trials: int = Field(36, ge=1, description="number of trials, shared equally between the methods")
+    sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna sampler: tpe, or random")
     batch: int = Field(
-        6, ge=1, description="trials suggested at once, from the results of all batches but the one that runs meanwhile"
+        6,
+        ge=1,
+        description="trials suggested at once, from the results of all batches but the previous one, which is still running",
     )
-    seed: int = Field(0, ge=0, description="seed of the sampler and, through it, of every trial")
-    min_validity: float = Field(0.2, ge=0, le=1, description="constraint: share of valid samples a candidate must keep")
+    seed: int = Field(0, ge=0, description="seed of the sampler and of every trial")
+    min_validity: float = Field(
+        0.2, ge=0, le=1, description="constraint of the search: smallest share of valid samples of a candidate, 0 to 1"
+    )
 
 
 class LoRA(_Model):
     """Low-rank adapters on the attention of a text-to-image U-Net, merged before the audit (needs the extra `lora`)."""
 
     rank: int = Field(4, ge=1, description="rank of the adapters")
-    alpha: int = Field(4, ge=1, description="their scale times the rank")
+    alpha: int = Field(4, ge=1, description="scale of the adapters, times the rank")
 
 
 class TrainConfig(_Model):
     """How trials are trained."""
 
     executor: Annotated[Literal["warm", "isolated"], ASIDE] = Field(
-        "warm", description="long-lived worker groups, or one per trial"
+        "warm",
+        description="warm: long-lived worker groups that train one trial after another; isolated: one group per trial",
     )
-    workers: Annotated[int, ASIDE] = Field(1, ge=1, le=512, description="data-parallel workers per trial")
+    workers: Annotated[int, ASIDE] = Field(1, ge=1, le=512, description="data-parallel workers per trial, 1 to 512")
     modules: tuple[str, ...] = Field(
         (),
         description="text-to-image models: the modules whose weights may change (unet, text_encoder, ...); empty: all",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the passes of a trial's training; weights and their updates are fp32 in either case"
+        "fp32", description="precision of forward and backward passes; weights and their updates always use fp32"
     )
-    lora: LoRA | None = Field(None, description="text-to-image models: train low-rank adapters instead of weights")
+    lora: LoRA | None = Field(
+        None, description="text-to-image models: train low-rank adapters instead of the weights; null: the weights"
+    )
     budget_s: Annotated[float, ASIDE] = Field(600, gt=0, description="seconds after which a trial counts as hung")
     checkpoint_s: Annotated[float, ASIDE] = Field(
         60, gt=0, description="seconds between the checkpoints of a running trial"
@@ -240,47 +255,58 @@ class TrainConfig(_Model):
 
 
 class ResourceConfig(_Model):
-    """What one worker takes; null: chosen from the cluster (see `raysweep run --dry-run`)."""
+    """CPUs and GPUs of train workers and auditors; null: chosen from the cluster (see `raysweep run --dry-run`)."""
 
     cpus_per_worker: float | None = Field(None, gt=0, description="CPUs per train worker")
     gpus_per_worker: float | None = Field(None, ge=0, description="GPUs per train worker")
     gpus_per_auditor: float | None = Field(
-        None, gt=0, description="GPUs per auditor; several for a vision-language model that one does not hold"
+        None, gt=0, description="GPUs per auditor; more than 1 for a vision-language model that does not fit on one GPU"
     )
-    slots: int | None = Field(None, ge=1, description="trials trained at the same time")
-    auditors: int | None = Field(None, ge=1, description="audit actors")
+    slots: int | None = Field(None, ge=1, description="number of trials trained at the same time")
+    auditors: int | None = Field(None, ge=1, description="number of auditors")
     cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray instance; null: all cores")
 
 
 class Sweep(_Model):
     """One sweep: a task, the methods that compete on it, and how they are searched, trained and audited."""
 
-    name: Annotated[str, ASIDE] = Field(
-        "digits-picture", description="name of the run; becomes a part of its directory"
+    name: Annotated[str, ASIDE] = Field("digits-picture", description="name of the run, and of its directory")
+    task: SerializeAsAny[TaskSettings] = Field(
+        default_factory=PictureTask, description="the task: its name (`raysweep ls tasks`) and its settings"
     )
-    task: SerializeAsAny[TaskSettings] = Field(default_factory=PictureTask)
     methods: tuple[str, ...] = Field(
-        ("finetune", "neggrad", "graddiff", "rgd", "siss", "siss_no_is"), min_length=1, description="methods, by name"
+        ("finetune", "neggrad", "graddiff", "rgd", "siss", "siss_no_is"),
+        min_length=1,
+        description="the methods that compete, by name (`raysweep ls methods`)",
     )
     spaces: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="overrides of search_spaces/<method>.yaml"
+        default_factory=dict, description="method -> overrides of search_spaces/METHOD.yaml"
     )
-    oracles: int = Field(2, ge=1, le=20, description="retrained models, each with a seed of its own")
+    oracles: int = Field(
+        2,
+        ge=1,
+        le=20,
+        description="number of oracles, models retrained without the forget set from different seeds, 1 to 20",
+    )
     oracle_models: tuple[Place, ...] = Field(
-        (), description="diffusers folders of retrained models; empty: trained here"
+        (), description="folders of retrained models; empty: train the oracles here"
     )
-    search: SearchConfig = Field(default_factory=SearchConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    audit: AuditConfig = Field(default_factory=AuditConfig)
-    resources: Annotated[ResourceConfig, ASIDE] = Field(default_factory=ResourceConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig, description="how hyperparameters are searched")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="how trials are trained")
+    audit: AuditConfig = Field(default_factory=AuditConfig, description="how candidates are measured")
+    resources: Annotated[ResourceConfig, ASIDE] = Field(
+        default_factory=ResourceConfig, description="CPUs and GPUs of workers and auditors"
+    )
     preset: Annotated[str | None, ASIDE] = Field(
-        None, description="the paper's experiment that this is (`raysweep ls presets`)"
+        None, description="the preset that a resolved config comes from (`raysweep ls presets`); set by raysweep"
     )
     scale: Annotated[presets.Scale | None, ASIDE] = Field(
-        None, description="paper, or tiny: on miniatures of its models and data"
+        None, description="scale of a preset: paper, or tiny, with miniatures of its models and data"
     )
     storage: Annotated[Place, ASIDE] = Field(
-        Path("runs"), validate_default=True, description="folder of run directories; shared by all nodes of a cluster"
+        Path("runs"),
+        validate_default=True,
+        description="folder of the run directories; on a cluster, on storage that all nodes share",
     )
     cache: Annotated[Place | None, ASIDE] = Field(
         None, description="folder of base models, oracles and judges; null: ~/.cache/raysweep"
@@ -340,7 +366,7 @@ class Sweep(_Model):
 
     @property
     def warnings(self) -> list[str]:
-        """What works and is still unwise, for people."""
+        """Non-fatal problems, to display."""
         return list(getattr(self.task, "warnings", ()))
 
     def resolved(self) -> dict[str, Any]:
@@ -348,7 +374,7 @@ class Sweep(_Model):
         return self.model_dump(mode="json")
 
     def recipe(self) -> str:
-        """Every setting as YAML, which reads as this sweep again."""
+        """Every setting as YAML, from which this very sweep can be read again."""
         return dump_yaml(self.resolved())
 
     def decisive(self) -> dict[str, Any]:
@@ -362,26 +388,10 @@ class Sweep(_Model):
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits of time that end a trial, by setting: one that failed by such a limit is tried again under a wider one."""
+        """The time limits that end a trial, in seconds, by setting; a trial that hit one is tried again if it is raised."""
         return {BUDGET: self.train.budget_s, TIMEOUT: self.audit.timeout_s}
 
 
 def _is_stored(info: ValidationInfo) -> bool:
-    """Whether a config is that of a run, which may be read where its packages and files are not."""
+    """Whether a config is read back from a run: packages and files that it names may be missing."""
     return bool((info.context or {}).get("stored"))
-
-
-def _digest_of_files(path: Path) -> str:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return _digest_of_contents(path, tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
-
-
-@lru_cache(maxsize=64)
-def _digest_of_contents(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hash of files by name and content, read once as long as they do not change."""
-    found = hashlib.sha256()
-    for file, _, size in files:
-        found.update(f"{file.relative_to(path)}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            found.update(hashlib.file_digest(stream, "sha256").digest())
-    return found.hexdigest()[:16]

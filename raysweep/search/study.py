@@ -7,8 +7,10 @@ the journal while the sweep runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -44,9 +46,7 @@ def _storage(journal: Path) -> JournalStorage:
 
 
 def _open(storage: JournalStorage, name: str) -> Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+    with _quiet():
         study = optuna.create_study(
             storage=storage, study_name=name, directions=["minimize"] * len(OBJECTIVES), load_if_exists=True
         )
@@ -54,12 +54,24 @@ def _open(storage: JournalStorage, name: str) -> Study:
     return study
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Mutes Optuna's messages about opened studies, and its warnings about experimental features."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
 def make_sampler(kind: str, seed: int, startup_trials: int) -> BaseSampler:
     """A sampler by its name in the config, `tpe` or `random`; startup_trials: how many TPE draws at random first."""
     if kind == "random":
         return RandomSampler(seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+    with _quiet():
         return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup_trials)
 
 

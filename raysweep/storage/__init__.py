@@ -1,1 +1,1 @@
-"""Files, folders and tables: atomic writes, content hashes, the cache, reading of foreign text and pickles."""
+"""Files and tables on disk: atomic writes, content hashes, schemas, the cache, reading of foreign text and pickles."""

@@ -16,6 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -157,3 +158,20 @@ def digest_state(state: dict[str, Any]) -> str:
 def digest_of(*parts: Any) -> str:
     """Hash of plain data."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def digest_of_files(path: Path) -> str:
+    """Hash of a file, or of all files below a folder, by name and content."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return _digest_of_contents(path, tuple((f, f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@lru_cache(maxsize=64)
+def _digest_of_contents(path: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash of files (path, time of change, size) by name and content; read again only if times or sizes differ."""
+    sha = hashlib.sha256()
+    for file, _, size in files:
+        sha.update(f"{file.relative_to(path)}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            sha.update(hashlib.file_digest(stream, "sha256").digest())
+    return sha.hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Where things are: paths made absolute once, and folders that can be written, or a sentence that says why not.
+"""Absolute paths, and checks that folders can be written.
 
-A relative path of a config or a command means one below the working directory of the command. It is made absolute when the
-config is read, because workers have working directories of their own.
+A relative path in a config or a command is relative to the working directory of the command. It is made absolute when the config
+is read, because workers have other working directories.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-SOCKET_BYTES = 107 if sys.platform.startswith("linux") else 103  # of a Unix socket's path
-# below its temporary folder; the number at the end is a process's
+SOCKET_BYTES = 107 if sys.platform.startswith("linux") else 103  # longest path of a Unix socket
+# The longest path of a socket below Ray's temporary folder; the last number is a process id.
 RAY_SOCKET = "ray/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 
 
@@ -24,24 +24,24 @@ class PlaceError(ValueError):
 
 
 def absolute(path: Path | str) -> Path:
-    """A path from the root, `~` replaced by the home it stands for; links stay as they are.
+    """An absolute path with `~` expanded; links are not resolved.
 
-    Raises PlaceError where there is no such home, or for what cannot be a path on this system.
+    Raises PlaceError if there is no such home folder, or if the system does not allow such a path.
     """
     try:
-        found = Path(path).expanduser().absolute()
+        result = Path(path).expanduser().absolute()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            found.lstat()
+            result.lstat()
     except RuntimeError as error:
         raise PlaceError(f"{path}: there is no home folder for '~'; write the path out") from error
-    except (OSError, ValueError) as error:  # a name that is too long, or that holds a zero byte
+    except (OSError, ValueError) as error:  # a name that is too long, or contains a zero byte
         reason = getattr(error, "strerror", None) or str(error)
         raise PlaceError(f"{str(path)[:60]!r}: cannot be a path ({reason})") from error
-    return found
+    return result
 
 
 def location(text: str) -> str:
-    """A path as by `absolute`, or a URI (s3://...) as it is."""
+    """An absolute path, or a URI (s3://...) unchanged."""
     return text if "://" in text else str(absolute(text))
 
 
@@ -50,7 +50,7 @@ Location = Annotated[str, AfterValidator(location)]
 
 
 def check_home() -> None:
-    """Raises PlaceError if the user has no home folder, as in a container whose user has no entry in passwd: Ray needs one."""
+    """Raises PlaceError if the user has no home folder, which Ray needs; container users may have no entry in passwd."""
     if os.path.expanduser("~") == "~":
         raise PlaceError(
             "this user has no home folder: set HOME to a folder that can be written, for example HOME=/tmp"
@@ -58,28 +58,31 @@ def check_home() -> None:
 
 
 def check_writable(folder: Path, remedy: str) -> None:
-    """Raises PlaceError unless the folder can be written, or made where it is not there yet; nothing is created."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise PlaceError(f"{folder}: cannot be made, {there} is not a folder; {remedy}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        below = "" if there == folder else f", because {there} cannot be written"
-        raise PlaceError(f"{folder}: cannot be {'made' if below else 'written'}{below}; {remedy}")
+    """Raises PlaceError unless the folder can be written, or created if it does not exist; creates nothing.
+
+    remedy: ends the message.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise PlaceError(f"{folder}: cannot be made, {existing} is not a folder; {remedy}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        because = "" if existing == folder else f", because {existing} cannot be written"
+        raise PlaceError(f"{folder}: cannot be {'made' if because else 'written'}{because}; {remedy}")
 
 
 def ray_folder() -> Path:
-    """The folder below which a local Ray keeps its sockets and logs: that of RAY_TMPDIR, else of TMPDIR, else /tmp.
+    """The folder in which a local Ray keeps its sockets and logs: RAY_TMPDIR, else TMPDIR, else /tmp.
 
     Raises PlaceError if it cannot be written, or if the sockets' paths would be longer than the system allows.
     """
-    chosen = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
-    folder = absolute(os.environ[chosen] if chosen else "/tmp")
-    said, length = f"{chosen}={folder}" if chosen else str(folder), len(os.fsencode(folder / RAY_SOCKET))
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
+    folder = absolute(os.environ[variable] if variable else "/tmp")
+    shown, length = f"{variable}={folder}" if variable else str(folder), len(os.fsencode(folder / RAY_SOCKET))
     if length > SOCKET_BYTES:
         raise PlaceError(
-            f"{said}: is too long for Ray, whose sockets below it would have paths of {length} bytes where {SOCKET_BYTES} are allowed; "
+            f"{shown}: is too long for Ray, whose sockets below it would have paths of {length} bytes where {SOCKET_BYTES} are allowed; "
             "set RAY_TMPDIR to a short one, for example RAY_TMPDIR=/tmp"
         )
     try:

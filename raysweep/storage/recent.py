@@ -1,4 +1,4 @@
-"""A few things kept by key, so that what a long-lived process keeps between two pieces of work cannot grow without end."""
+"""A small cache by key, for long-lived processes whose memory must not grow."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """The `most` entries that were asked for last."""
+    """Keeps the `most` entries that were used last."""
 
     def __init__(self, most: int):
         self.most = most
         self.entries: OrderedDict[Hashable, T] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The entry of `key`, made if it is not there. The oldest goes before a new one is made: both may not fit."""
+        """The entry of `key`, made on first use. The oldest entry is dropped before: there may be no memory for both."""
         if key not in self.entries:
             while len(self.entries) >= self.most:
                 self.entries.popitem(last=False)
-                gc.collect()  # models refer to themselves in circles, and hold a device's memory until they are found
+                gc.collect()  # models contain reference cycles, and hold device memory until they are collected
             self.entries[key] = make()
         self.entries.move_to_end(key)
         return self.entries[key]

@@ -1,4 +1,4 @@
-"""Text and YAML files as people's editors leave them: encodings, byte order marks, numbers such as 1e-5."""
+"""Reads text and YAML as editors write them: several encodings, byte order marks, numbers such as 1e-5."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 
 import yaml
 
-# Longest first: the mark of UTF-32 begins with that of UTF-16.
+# UTF-32 before UTF-16, whose mark is a prefix of the other.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
 )  # fmt: skip
-# A number with an exponent, as YAML 1.2 and every programming language write it; YAML 1.1 takes `1e-5` for text.
+# A number with an exponent, as in YAML 1.2 and every programming language; YAML 1.1 reads `1e-5` as text.
 EXPONENT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
 
 
 class TextError(ValueError):
-    """A file that cannot be read as text; the message names it, the place in it, and what to do. line: from 1; 0 if unknown."""
+    """A file cannot be read as text; the message names file and line, and says what to do. line: from 1; 0 if unknown."""
 
     def __init__(self, message: str, line: int = 0):
         super().__init__(message)
         self.line = line
 
 
-def decode(content: bytes, where: str) -> str:
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 if it begins with a byte order mark.
+def decode(content: bytes, source: str) -> str:
+    """Decodes UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
-        TextError: other bytes, such as those of a legacy Windows code page; the message begins with `where`.
+        TextError: other bytes, such as those of a legacy Windows code page; the message begins with `source`.
     """
     mark, encoding = next(((m, e) for m, e in MARKS if content.startswith(m)), (b"", "utf-8"))
     content = content[len(mark) :]
@@ -43,12 +43,12 @@ def decode(content: bytes, where: str) -> str:
         legacy = bytes([byte]).decode("cp1252", errors="ignore") if encoding == "utf-8" else ""
         guess = f", which is {legacy!r} in Windows' cp1252" if legacy.isprintable() and legacy else ""
         raise TextError(
-            f"{where}:{line}: not {encoding.upper()} text (byte 0x{byte:02x} at column {column}{guess}); "
+            f"{source}:{line}: not {encoding.upper()} text (byte 0x{byte:02x} at column {column}{guess}); "
             "save the file as UTF-8",
             line,
         ) from error
     if "\0" in text:
-        raise TextError(f"{where}: not text, or UTF-16 without a byte order mark; save the file as UTF-8")
+        raise TextError(f"{source}: not text, or UTF-16 without a byte order mark; save the file as UTF-8")
     return text
 
 
@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the numbers of YAML 1.2; a key that stands twice in a mapping is an error."""
+    """YAML 1.1 with the numbers of YAML 1.2, in which a repeated key of a mapping is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         first: dict[str, int] = {}
@@ -75,7 +75,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would otherwise read as a number."""
+    """Quotes texts that `_Loader` would read as numbers."""
 
 
 for _class in (_Loader, _Dumper):
@@ -83,8 +83,8 @@ for _class in (_Loader, _Dumper):
 
 
 def load_yaml(text: str) -> Any:
-    """Plain data of a YAML document; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+    """The plain data of a YAML document; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)  # safe: _Loader is a SafeLoader
 
 
 def dump_yaml(data: Any) -> str:

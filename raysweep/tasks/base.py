@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from raysweep.tasks.task import Task
+
+
+class HasObjectives(Protocol):
+    """A task, or another record of the metrics of its objectives (see `ObjectiveMetrics`)."""
+
+    @property
+    def views(self) -> tuple[str, ...]: ...
+    @property
+    def quality(self) -> str: ...
+    @property
+    def validity(self) -> str: ...
 
 
 class ObjectiveMetrics(NamedTuple):
