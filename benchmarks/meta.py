@@ -77,9 +77,9 @@ def study(kind: str, has: bool, number: int, without: tuple[str, ...] = ()) -> d
     subject.peers = g.__dict__["meta"]
     result = measure(subject, chosen)
     rows = {
-        f"{r['check']}.{r['name']}": {k: r[k] for k in ("value", "se", "status", "reason")}
+        f"{r.check}.{r.name}": {"value": r.value, "se": r.se, "status": r.status, "reason": r.reason}
         for r in result.rows
-        if "@" not in r["name"]
+        if "@" not in r.name
     }
     return {"has": has, "number": number, "width": width, "steps": steps, "rows": rows, "seconds": result.seconds}
 

@@ -1,4 +1,4 @@
-"""Scores of membership inference: how much does a model behave as if it had been trained on an image?
+"""Scores of membership inference: how much a model behaves as if it had been trained on an image.
 
 Each function maps a model and images (n, C, H, W) with their conditions to scores (n, len(times)), float64, one column per
 step t. Larger is meant to say "member", but the sign of an attack is not universal: on small models `secmi` and `pian`
@@ -6,6 +6,7 @@ come out inverted. `evaluators.membership` therefore calibrates it on images who
 
 Symbols: alpha_t the cumulative product, x_t = sqrt(alpha_t) x0 + sqrt(1 - alpha_t) eps, eps(x, t) the predicted noise.
 Norms are sums over the elements of an image, except in `loss`, which is a mean. Networks that predict v are read as eps.
+`batches` sets the rows at once; None starts with its default and halves it when memory runs out.
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluators.base import BATCHES
+from evaluators.batches import Batches
 
 
 def loss(
-    model: Any, x: torch.Tensor, cond: torch.Tensor | None, times: Sequence[int], noises: torch.Tensor
+    model: Any,
+    x: torch.Tensor,
+    cond: torch.Tensor | None,
+    times: Sequence[int],
+    noises: torch.Tensor,
+    batches: Batches | None = None,
 ) -> np.ndarray:
     """Minus the denoising loss, mean over elements and over a bank of noises (k, C, H, W) shared by all images and models.
 
@@ -37,10 +43,18 @@ def loss(
             columns.append(-total / len(noises))
         return columns
 
-    return _batched(model, x, cond, score)
+    return _batched(model, x, cond, score, batches)
 
 
-def secmi(model: Any, x: torch.Tensor, cond: torch.Tensor | None, times: Sequence[int], stride: int = 10) -> np.ndarray:
+def secmi(
+    model: Any,
+    x: torch.Tensor,
+    cond: torch.Tensor | None,
+    times: Sequence[int],
+    batches: Batches | None = None,
+    *,
+    stride: int = 10,
+) -> np.ndarray:
     """Minus ||x_t - psi(phi(x_t))||^2: x_t by deterministic DDIM inversion of x0 in strides, phi one stride up, psi back.
 
     Duan et al., "Are Diffusion Models Vulnerable to Membership Inference Attacks?", arXiv:2302.01316 (t-error). Steps are
@@ -50,17 +64,17 @@ def secmi(model: Any, x: torch.Tensor, cond: torch.Tensor | None, times: Sequenc
     last = len(model.alphas) - 1
 
     def score(x0: torch.Tensor, c: torch.Tensor | None) -> list[torch.Tensor]:
-        found: dict[int, torch.Tensor] = {}
+        errors: dict[int, torch.Tensor] = {}
         state, t = x0, 0
         while t <= max(grid):
             up = _ddim(model, state, t, min(t + stride, last), c)
             if t in grid:
                 back = _ddim(model, up, min(t + stride, last), t, c)
-                found[t] = -(state - back).double().square().flatten(1).sum(1)
+                errors[t] = -(state - back).double().square().flatten(1).sum(1)
             state, t = up, t + stride
-        return [found[t] for t in grid]
+        return [errors[t] for t in grid]
 
-    return _batched(model, x, cond, score)
+    return _batched(model, x, cond, score, batches)
 
 
 def pia(
@@ -68,6 +82,8 @@ def pia(
     x: torch.Tensor,
     cond: torch.Tensor | None,
     times: Sequence[int],
+    batches: Batches | None = None,
+    *,
     power: float = 4.0,
     normalised: bool = False,
 ) -> np.ndarray:
@@ -88,18 +104,24 @@ def pia(
             columns.append(-(first - second).double().abs().pow(power).flatten(1).sum(1))
         return columns
 
-    return _batched(model, x, cond, score)
+    return _batched(model, x, cond, score, batches)
 
 
 def sima(
-    model: Any, x: torch.Tensor, cond: torch.Tensor | None, times: Sequence[int], power: float = 4.0
+    model: Any,
+    x: torch.Tensor,
+    cond: torch.Tensor | None,
+    times: Sequence[int],
+    batches: Batches | None = None,
+    *,
+    power: float = 4.0,
 ) -> np.ndarray:
     """Minus ||eps(x0, t)||_p^p at the image itself, without noise; arXiv:2509.25003, p = 4. One pass per step."""
 
     def score(x0: torch.Tensor, c: torch.Tensor | None) -> list[torch.Tensor]:
         return [-model.eps(x0, _at(t, x0), c).double().abs().pow(power).flatten(1).sum(1) for t in times]
 
-    return _batched(model, x, cond, score)
+    return _batched(model, x, cond, score, batches)
 
 
 def clid(
@@ -109,17 +131,20 @@ def clid(
     reduced: Sequence[torch.Tensor],
     times: Sequence[int],
     noises: torch.Tensor,
+    batches: Batches | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(loss score, discrepancy), each (n, len(times)): minus the loss under the image's own condition, and by how much
-    `reduced` conditions make it worse, mean_j [l(x, c_j) - l(x, c)].
+    """(loss score, discrepancy), each (n, len(times)).
+
+    The score is minus the loss under the image's own condition, the discrepancy the increase of the loss under `reduced`
+    conditions, mean_j [l(x, c_j) - l(x, c)].
 
     Zhai et al., "Membership Inference on Text-to-Image Diffusion Models via Conditional Likelihood Discrepancy",
-    arXiv:2405.14800. reduced: captions with words left out and the empty one; for a class label, the null label alone. How
-    the two are combined is for the caller to calibrate (`robust_mix`).
+    arXiv:2405.14800. reduced: captions without some of their words and the empty one; for a class label, the null label
+    alone. The caller calibrates how the two are combined (`robust_mix`).
     """
-    own = loss(model, x, cond, times, noises)
-    others = [loss(model, x, c, times, noises) for c in reduced]
-    return own, np.mean([own - other for other in others], axis=0)
+    full = loss(model, x, cond, times, noises, batches)
+    others = [loss(model, x, c, times, noises, batches) for c in reduced]
+    return full, np.mean([full - other for other in others], axis=0)
 
 
 def robust_mix(a: np.ndarray, b: np.ndarray, weight: float, like: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -133,7 +158,7 @@ def robust_mix(a: np.ndarray, b: np.ndarray, weight: float, like: tuple[np.ndarr
 
 
 def lira_offline(scores: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """How far scores (n,) exceed those of models that never saw the images, out (n, k), in standard deviations.
+    """Excess of scores (n,) over those of models that never saw the images, out (n, k), in standard deviations.
 
     Carlini et al., "Membership Inference Attacks From First Principles", arXiv:2112.03570, the one-sided test, on the
     scale of its normal quantile. The deviation is pooled over images, since k is small.
@@ -144,7 +169,7 @@ def lira_offline(scores: np.ndarray, out: np.ndarray) -> np.ndarray:
 def lira_online(scores: np.ndarray, member: np.ndarray, out: np.ndarray) -> np.ndarray:
     """log N(s; member) - log N(s; out) for scores (n,), with models trained with (n, k) and without (n, l) each image.
 
-    arXiv:2112.03570; deviations pooled over images, one for either kind of model.
+    arXiv:2112.03570; deviations are pooled over images, separately for either kind of model.
     """
     from scipy import stats
 
@@ -161,8 +186,8 @@ def rmia(
 ) -> np.ndarray:
     """The share of population images z with ratio(x) / ratio(z) >= gamma, ratio = exp((s - s_reference) / tau).
 
-    Zarifzadeh et al., "Low-Cost High-Power Membership Inference Attacks", arXiv:2312.03262. s is minus a loss, so there is
-    no probability to divide: tau, the standard deviation of s - s_reference over the population, sets the scale.
+    Zarifzadeh et al., "Low-Cost High-Power Membership Inference Attacks", arXiv:2312.03262. s is minus a loss and no
+    probability; tau, the standard deviation of s - s_reference over the population, sets the scale.
     """
     gap, over = scores - reference, population - population_reference
     tau = max(float(over.std(ddof=1)), 1e-12)
@@ -172,11 +197,11 @@ def rmia(
 def expected_quantile(
     images: torch.Tensor, scores: np.ndarray, level: float = 0.9, bag: int = 5, steps: int = 200, seed: int = 0
 ) -> Callable[[torch.Tensor], np.ndarray]:
-    """What `level` quantile scores have for an image, learned on a population without members, (m, C, H, W) and (m,).
+    """The `level` quantile of scores as a function of images, learned on a population without members, (m, C, H, W) and (m,).
 
     Tang et al., "Membership Inference Attacks on Diffusion Models via Quantile Regression", arXiv:2312.05140: small
-    convolutional networks, each on a bootstrap of the population, regress it by the pinball loss; their mean is the
-    expectation, and what an image scores above it is the attack. No shadow models.
+    convolutional networks, each on a bootstrap of the population, regress it by the pinball loss, and their mean predicts
+    it. The attack's score is the excess over the prediction; it needs no shadow models.
     """
     from torch import nn
 
@@ -191,9 +216,9 @@ def expected_quantile(
                 nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 1),
             )  # fmt: skip
         optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
-        mine = torch.randint(len(x), (len(x),), generator=generator)
+        bootstrap = torch.randint(len(x), (len(x),), generator=generator)
         for _ in range(steps):
-            rows = mine[torch.randint(len(mine), (64,), generator=generator)]
+            rows = bootstrap[torch.randint(len(bootstrap), (64,), generator=generator)]
             error = target[rows] - net(x[rows])[:, 0]
             pinball = torch.maximum(level * error, (level - 1) * error).mean()
             optimizer.zero_grad()
@@ -210,7 +235,7 @@ def expected_quantile(
 
 
 def _pooled(values: np.ndarray) -> float:
-    """One standard deviation around each row's own mean, (n, k) -> scalar; needs two columns."""
+    """The standard deviation around the mean of each row, pooled over rows, of values (n, k), k >= 2."""
     if values.shape[1] < 2:
         raise ValueError("a spread over models needs at least two of them")
     return max(float(np.sqrt(values.var(1, ddof=1).mean())), 1e-12)
@@ -234,12 +259,13 @@ def _batched(
     x: torch.Tensor,
     cond: torch.Tensor | None,
     score: Callable[[torch.Tensor, torch.Tensor | None], list[torch.Tensor]],
+    batches: Batches | None,
 ) -> np.ndarray:
-    """(n, columns) of `score` over batches, on the model's device."""
+    """`score` (n, columns), computed in batches on the model's device."""
     model.net.eval()
 
     def part(rows: slice) -> torch.Tensor:
         c = None if cond is None else cond[rows].to(model.device)
         return torch.stack(score(x[rows].to(model.device, model.dtype), c), 1).double().cpu()
 
-    return torch.cat(BATCHES.map(part, len(x))).numpy()
+    return torch.cat((batches or Batches()).map(part, len(x))).numpy()

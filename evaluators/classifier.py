@@ -1,34 +1,36 @@
-"""What a classifier sees in the samples: is the class gone, are the others intact, is it still a picture of anything?
+"""Recognition of the forgotten and the retained classes in samples by the judge, and validity of the samples.
 
-For a class: `recognised` = share of samples under the forgotten label that the judge takes for it (1 - UA),
-`retain_accuracy` = RA, `leak` = share of samples of the unconditional branch that show the class. Unlearning accuracy
-alone is met by noise, so `validity` = share of the retained samples whose energy (log-sum-exp of the logits) is at least
-the 5 % quantile of real held-out images; real images score 0.95 by construction, and the destroyed model is the control.
-`energy` is the mean itself, minus that of real held-out images. `blank` is the share of samples that are one colour, such as
-the black ones that a safety checker or an overflow leaves.
+For a class: `recognised` is the share of samples under the forgotten label that the judge takes for it (1 - UA),
+`retain_accuracy` is RA, and `leak` the share of samples of the unconditional branch that show the class. Noise would also
+reach full unlearning accuracy. Therefore `validity` is the share of retained samples whose energy (log-sum-exp of the logits)
+is at least the 5 % quantile of real held-out images; real images score 0.95 by construction, and the destroyed model is the
+control. `energy` is the mean energy minus that of real held-out images. `blank` is the share of samples of a single colour,
+such as the black ones that a safety checker or an overflow leaves.
 
-Where the mass went: `goes_to@c` = share of samples under the forgotten label that the judge takes for class c. The judge errs,
-so `recognised_corrected` is the share of the forgotten class behind those shares, given how it errs on real held-out images.
+`goes_to@c` is the share of samples under the forgotten label that the judge takes for class c. `recognised_corrected` is the
+share of the forgotten class behind those shares, given the judge's errors on real held-out images.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import numpy as np
 import torch
 from scipy.special import logsumexp
 
-from evaluators.base import Direction, Evaluator, Metric, Scores, Subject, judged
-from evaluators.statistics import clopper_pearson, corrected_shares, jackknife_interval, t_interval
+from evaluators.base import Direction, Evaluator, Metric, Scores, Subject
+from evaluators.statistics import corrected_shares
 
 REAL_QUANTILE = 0.05
-BLANK = 0.01  # standard deviation over the pixels of an image, in [-1, 1], under which it is one colour
+BLANK = 0.01  # standard deviation over the pixels, in [-1, 1], below which an image counts as one colour
 
 
 class Classifier(Evaluator):
     """UA, RA, leak and validity by the judge; definitions of UnlearnCanvas (Zhang et al., arXiv:2402.11846)."""
 
     name = "classifier"
-    directions = {
+    directions: ClassVar[dict[str, Direction]] = {
         "validity": "max",
         "blank": "min",
         "recognised": "target",
@@ -39,47 +41,44 @@ class Classifier(Evaluator):
         "energy": "target",
     }
     needs = "judge; for a class its labels"
-    cost = "the shared samples; for a class, `class_samples` under its label and `samples` without a label"
+    cost = "the shared samples; for a class also `class_samples` under its label and `samples` without a label"
 
     def scores(self, subject: Subject) -> Scores:
         samples, classes = subject.samples()
-        logits = judged(subject.judge, samples)
+        logits = subject.logits(samples)
         scores: Scores = {"energy": logsumexp(logits, axis=1)}
         scores["blank"] = (samples.double().flatten(1).std(1) < BLANK).numpy().astype(float)
         if classes is not None:
             scores["retained_right"] = (logits.argmax(1) == classes.numpy()).astype(float)
-            scores["forget_class"] = judged(subject.judge, forget_samples(subject, "class samples")).argmax(1)
+            scores["forget_class"] = subject.logits(forget_samples(subject, "class samples")).argmax(1)
             n = subject.sizes["samples"]
             null = subject.model.unconditional(n)
             if null is not None:  # without an unconditional branch there is nothing to leak
-                free = subject.generate(null, subject.seeds("unconditional", n), guidance=1.0)
-                scores["free_class"] = judged(subject.judge, free).argmax(1)
+                unconditional = subject.generate(null, subject.seeds("unconditional", n), guidance=1.0)
+                scores["free_class"] = subject.logits(unconditional).argmax(1)
         return scores
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
-        found = {name: float(hits.mean()) for name, hits in _hits(scores, subject).items()}
-        found["energy"] = float(scores["energy"].mean() - _real(subject).mean())
+        values = {name: float(hits.mean()) for name, hits in _hits(scores, subject).items()}
+        values["energy"] = float(scores["energy"].mean() - _real_energy(subject).mean())
         if "forget_class" in scores:
             shares = np.bincount(scores["forget_class"].astype(int), minlength=len(confusion(subject)))
-            own = corrected_shares(shares / shares.sum(), confusion(subject))
-            found["recognised_corrected"] = float(own[subject.task.forget_class])
-        return found
+            corrected = corrected_shares(shares / shares.sum(), confusion(subject))
+            values["recognised_corrected"] = float(corrected[subject.task.forget_class])
+        return values
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
-        rows, values = [], self.values(scores, subject)
-        for name, hits in _hits(scores, subject).items():
-            lo, hi = clopper_pearson(int(hits.sum()), len(hits))
-            direction: Direction = self.directions.get(name, "target")
-            rows.append(Metric(name, values[name], len(hits), None, lo, hi, "clopper-pearson", direction))
-        se, lo, hi = t_interval(scores["energy"])
-        real = float(_real(subject).mean())
-        how = "student-t over samples"
-        rows.append(Metric("energy", values["energy"], len(scores["energy"]), se, lo - real, hi - real, how))
-        if "recognised_corrected" in values:
-            value, n = values["recognised_corrected"], len(scores["forget_class"])
-            se, lo, hi = jackknife_interval(value, replicates["recognised_corrected"])
-            how = "jackknife over samples"
-            rows.append(Metric("recognised_corrected", value, n, se, max(0.0, lo), min(1.0, hi), how))
+        values = self.values(scores, subject)
+        rows = [
+            Metric.share(name, values[name], len(hits), direction=self.directions.get(name, "target"))
+            for name, hits in _hits(scores, subject).items()
+        ]
+        real = float(_real_energy(subject).mean())
+        rows.append(Metric.mean("energy", values["energy"], scores["energy"], over="samples", offset=-real))
+        name = "recognised_corrected"
+        if name in values:
+            n = len(scores["forget_class"])
+            rows.append(Metric.jackknife(name, values[name], n, replicates[name], over="samples", bounds=(0.0, 1.0)))
         return rows
 
 
@@ -90,13 +89,15 @@ def forget_samples(subject: Subject, stream: str) -> torch.Tensor:
 
 
 def confusion(subject: Subject) -> np.ndarray:
-    """[i, j]: the share of real held-out images of class j that the judge takes for class i; a class without images as if
-    it never erred."""
+    """Shares [i, j] of real held-out images of class j that the judge takes for class i.
+
+    Of a class without such images the judge is assumed to make no errors.
+    """
 
     def make() -> np.ndarray:
         parts = [subject.task.splits[name] for name in ("holdout", "forget_holdout")]
         truth = np.concatenate([p.groups.numpy() for p in parts])
-        logits = np.concatenate([judged(subject.judge, p.x) for p in parts])
+        logits = np.concatenate([subject.logits(p.x) for p in parts])
         taken, classes = logits.argmax(1), logits.shape[1]
         table = np.zeros((classes, classes))
         np.add.at(table, (taken, truth), 1)
@@ -107,14 +108,14 @@ def confusion(subject: Subject) -> np.ndarray:
     return subject.keep("confusion", make)
 
 
-def _real(subject: Subject) -> np.ndarray:
-    """Energies of real held-out images."""
-    return subject.keep("energy", lambda: logsumexp(judged(subject.judge, subject.task.splits["holdout"].x), axis=1))
+def _real_energy(subject: Subject) -> np.ndarray:
+    """Energies (n,) of real held-out images."""
+    return subject.keep("energy", lambda: logsumexp(subject.logits(subject.task.splits["holdout"].x), axis=1))
 
 
 def _hits(scores: Scores, subject: Subject) -> dict[str, np.ndarray]:
-    """Metric -> outcome (0 or 1) per sample."""
-    threshold = float(np.quantile(_real(subject), REAL_QUANTILE))
+    """Metric -> outcome per sample, 0 or 1."""
+    threshold = float(np.quantile(_real_energy(subject), REAL_QUANTILE))
     hits = {"validity": scores["energy"] >= threshold, "blank": scores["blank"] > 0}
     if "forget_class" in scores:
         forgotten = scores["forget_class"] == subject.task.forget_class

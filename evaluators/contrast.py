@@ -1,9 +1,9 @@
-"""What a contrastive model (CLIP) makes of real images, asked by its own two encoders.
+"""Zero-shot recognition of real images by a contrastive model (CLIP) with its own two encoders.
 
 Source: zero-shot classification of Radford et al., arXiv:2103.00020, as Cai et al. (SLUG, ICML 2025, arXiv:2407.11867) use
 it: forget accuracy is the share of images of the forgotten class whose text is nearest (FA@1), or among the five nearest
-(FA@5). A class's text is the normalised mean of its prompts' normalised embeddings. Images are those of the tier's judge,
-which nothing was trained on by search or audit; prompts are the tier's, too.
+(FA@5). The text of a class is the normalised mean of its prompts' normalised embeddings. Images are those of the tier's
+judge, on which nothing was trained by search or audit; prompts are also the tier's.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from evaluators.base import BATCHES, Direction, Evaluator, Images, Metric, Scores, Subject
-from evaluators.statistics import clopper_pearson, t_interval
+from evaluators.base import Direction, Evaluator, Images, Metric, Scores, Subject
 
 
 class Contrast(Evaluator):
-    """Zero-shot accuracy on the forgotten class and on the others, and how near forgotten pairs still are; arXiv:2407.11867."""
+    """Zero-shot accuracy on the forgotten and the other classes, and similarity of forgotten pairs; arXiv:2407.11867."""
 
     name = "contrast"
     model_kinds = frozenset({"contrastive"})
@@ -35,15 +34,15 @@ class Contrast(Evaluator):
         split = subject.task.splits[f"judge_{subject.sizes['judge']}"]
         logits = subject.once("zero-shot", lambda: zero_shot(subject, split))
         truth = split.groups.numpy()
-        mine = truth == subject.task.forget_class
-        own = logits[np.arange(len(truth)), truth]
-        rank = (logits > own[:, None]).sum(1)
-        likelihood = own - np.logaddexp.reduce(logits, axis=1)
+        forgotten = truth == subject.task.forget_class
+        true_logits = logits[np.arange(len(truth)), truth]
+        rank = (logits > true_logits[:, None]).sum(1)
+        likelihood = true_logits - np.logaddexp.reduce(logits, axis=1)
         return {
-            "forget_rank": rank[mine],
-            "retain_rank": rank[~mine],
-            "retain_class": truth[~mine],
-            "retain_loss": -likelihood[~mine],
+            "forget_rank": rank[forgotten],
+            "retain_rank": rank[~forgotten],
+            "retain_class": truth[~forgotten],
+            "retain_loss": -likelihood[~forgotten],
             "similarity": similarities(subject, subject.task.splits["forget"].distinct()),
         }
 
@@ -62,23 +61,22 @@ class Contrast(Evaluator):
         }
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
-        values, rows = self.values(scores, subject), []
-        for name, value in values.items():
+        units = {"retain_loss": "retain_loss", "forget_similarity": "similarity"}
+        retained = ("retain_accuracy", "validity")
+        rows = []
+        for name, value in self.values(scores, subject).items():
             direction = self.directions[name]
-            if name in ("retain_loss", "forget_similarity"):
-                each = scores["retain_loss" if name == "retain_loss" else "similarity"]
-                se, lo, hi = t_interval(each)
-                rows.append(Metric(name, value, len(each), se, lo, hi, "student-t over images", direction))
-                continue
-            n = len(scores["retain_rank" if name in ("retain_accuracy", "validity") else "forget_rank"])
-            lo, hi = clopper_pearson(round(value * n), n)
-            rows.append(Metric(name, value, n, None, lo, hi, "clopper-pearson", direction))
+            if name in units:
+                rows.append(Metric.mean(name, value, scores[units[name]], over="images", direction=direction))
+            else:
+                n = len(scores["retain_rank" if name in retained else "forget_rank"])
+                rows.append(Metric.share(name, value, n, direction=direction))
         return rows
 
 
 @torch.no_grad()
 def zero_shot(subject: Subject, images: Images) -> np.ndarray:
-    """Scaled cosines (n, classes), float64, of images with the text of every class."""
+    """Scaled cosines, float64 (n, classes), of images with the text of every class."""
     model = subject.model
     model.net.eval()
     prompts = subject.task.splits[f"prompts_{subject.sizes['judge']}"]
@@ -90,12 +88,12 @@ def zero_shot(subject: Subject, images: Images) -> np.ndarray:
         x = images.x[rows].to(model.device, model.dtype)
         return (model.logit_scale * F.normalize(model.encode_image(x), dim=-1) @ means.T).double().cpu()
 
-    return torch.cat(BATCHES.map(part, len(images))).numpy()
+    return torch.cat(subject.batches.map(part, len(images))).numpy()
 
 
 @torch.no_grad()
 def similarities(subject: Subject, images: Images) -> np.ndarray:
-    """Cosine (n,), float64, of each image with its own caption."""
+    """Cosine, float64 (n,), of each image with its caption."""
     model = subject.model
     model.net.eval()
     assert images.cond is not None

@@ -7,18 +7,23 @@ below the oracle's; a loss above the oracle's is over-forgetting, not more forge
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 
-from evaluators.base import Evaluator, Images, Metric, Scores, Subject
-from evaluators.statistics import jackknife_interval, t_interval
+from evaluators.base import Direction, Evaluator, Images, Metric, Scores, Subject
 
 
 class Denoising(Evaluator):
     """Mean and log-mean denoising loss by split; the training objective of Ho et al., arXiv:2006.11239."""
 
     name = "denoising"
-    directions = {"forget_loss": "target", "forget_log_loss": "target", "retain_loss": "min"}
+    directions: ClassVar[dict[str, Direction]] = {
+        "forget_loss": "target",
+        "forget_log_loss": "target",
+        "retain_loss": "min",
+    }
     needs = "forget and retain sets"
     cost = "`loss_noises` x `timesteps` passes per image"
 
@@ -39,27 +44,22 @@ class Denoising(Evaluator):
         }
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
-        values = self.values(scores, subject)
-        rows = []
+        values, rows = self.values(scores, subject), []
         for key in ("forget", "retain"):
-            se, lo, hi = t_interval(scores[key].mean(1))
-            method = "student-t over noise draws"
-            name, n = f"{key}_loss", len(scores[key])
-            rows.append(Metric(name, values[name], n, se, lo, hi, method, self.directions[name]))
-        se, lo, hi = jackknife_interval(values["forget_log_loss"], replicates["forget_log_loss"])
-        n = len(scores["forget"])
-        rows.append(Metric("forget_log_loss", values["forget_log_loss"], n, se, lo, hi, "jackknife over noise draws"))
-        return rows
+            name, units = f"{key}_loss", scores[key].mean(1)
+            rows.append(Metric.mean(name, values[name], units, over="noise draws", direction=self.directions[name]))
+        name, n = "forget_log_loss", len(scores["forget"])
+        return [*rows, Metric.jackknife(name, values[name], n, replicates[name], over="noise draws")]
 
 
 def noise_by_step(subject: Subject, images: Images, limit: int) -> np.ndarray:
-    """Losses (loss_noises, timesteps), mean over at most `limit` images: the unit is a draw of noise."""
+    """Losses (loss_noises, timesteps), mean over at most `limit` images: the units are draws of noise."""
     return _losses(subject, images, limit).mean(2)
 
 
 @torch.no_grad()
 def _losses(subject: Subject, images: Images, limit: int) -> np.ndarray:
-    """(loss_noises, timesteps, images) losses on the shared noise bank."""
+    """Losses (loss_noises, timesteps, images) on the shared noise bank."""
     model, sizes = subject.model, subject.sizes
     steps = len(model.alphas)
     grid = [int((k + 0.5) * steps / sizes["timesteps"]) for k in range(sizes["timesteps"])]

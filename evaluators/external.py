@@ -1,6 +1,6 @@
 """Networks that users bring as files: CLIP, DINO, Inception, an image classifier, a detector, SSCD. Loaded once per process.
 
-A tier's `weights` name the file or folder of each; nothing is ever downloaded, and pickled code is never run.
+A tier's `weights` name the file or folder of each. Nothing is downloaded, and pickled code is never run.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evaluators.base import BATCHES, Inapplicable, Subject
+from evaluators.base import Inapplicable, Subject
+from evaluators.batches import Batches
 
-LONGEST = 400  # characters of a library's own message
+MESSAGE_LENGTH = 400  # characters shown of a library's message
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Unreadable(ValueError):
-    """A file of weights that cannot be used; the message names it and says what it should be."""
+    """A file of weights cannot be used; the message names it and what it should be."""
 
 
 def network(subject: Subject, key: str, kind: Callable[[Path, str], Any]) -> Any:
-    """`kind(path, device)` for the file or folder under `key`, from memory if it has not changed; raises Inapplicable."""
+    """`kind(path, device)` for the file or folder under `key` of the tier's weights, from memory if it has not changed.
+
+    Raises Inapplicable if the weights are not configured or missing, and Unreadable if they cannot be used.
+    """
     path = subject.sizes.get("weights", {}).get(key)
     if path is None:
         raise Inapplicable(f"weights.{key} is not set")
@@ -40,39 +44,41 @@ def network(subject: Subject, key: str, kind: Callable[[Path, str], Any]) -> Any
 @lru_cache(maxsize=8)
 def _loaded(kind: Callable[[Path, str], Any], path: Path, changed: int, device: str) -> Any:
     try:
-        made = kind(path, device)
-        net = getattr(made, "net", None)
-        odd = (
-            [n for n, t in net.named_parameters() if not bool(t.isfinite().all())] if isinstance(net, nn.Module) else []
-        )
-        if odd:
-            raise ValueError(f"{len(odd)} of its tensors hold numbers that are not finite ({odd[0]})")
-        return made
+        loaded = kind(path, device)
+        net = getattr(loaded, "net", None)
+        parameters = net.named_parameters() if isinstance(net, nn.Module) else ()
+        infinite = [name for name, tensor in parameters if not bool(tensor.isfinite().all())]
+        if infinite:
+            raise ValueError(f"{len(infinite)} of its tensors hold numbers that are not finite ({infinite[0]})")
+        return loaded
     except Exception as error:  # a foreign or truncated file surfaces as many different exceptions
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines)
-        shown = reason if len(reason) <= LONGEST else f"{reason[:LONGEST]}..."
+        shown = reason if len(reason) <= MESSAGE_LENGTH else f"{reason[:MESSAGE_LENGTH]}..."
         raise Unreadable(f"{path}: cannot be read as {kind.__name__}: {shown}") from error
 
 
 def check(key: str, path: Path) -> None:
-    """Raises Unreadable unless the file or folder under `key` of a tier's `weights` can be read; keeps nothing of it."""
+    """Raises Unreadable unless the file or folder under `key` of a tier's `weights` can be read; keeps nothing in memory."""
     _loaded.__wrapped__(KINDS[key], path, 0, "cpu")
 
 
 def _pretrained(auto: Any, path: Path) -> tuple[Any, set[str]]:
-    """(network, names of tensors that its files lack), safetensors alone; raises ValueError for tensors of other shapes."""
-    net, told = auto.from_pretrained(
+    """(network, names of tensors missing from its files), from safetensors alone.
+
+    Raises ValueError for tensors of other shapes than the network's.
+    """
+    net, info = auto.from_pretrained(
         path, local_files_only=True, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    if told["mismatched_keys"]:
-        name, held, needed = min(told["mismatched_keys"])
+    if info["mismatched_keys"]:
+        name, held, needed = min(info["mismatched_keys"])
         raise ValueError(f"its tensor {name} is {tuple(held)}, and the network's {tuple(needed)}")
-    return net, set(told["missing_keys"])
+    return net, set(info["missing_keys"])
 
 
-def _whole(auto: Any, path: Path) -> Any:
-    """The network; raises ValueError, naming them, if tensors are missing, which the library would draw at random."""
+def _complete(auto: Any, path: Path) -> Any:
+    """The network; raises ValueError if tensors are missing, which the library would fill with random numbers."""
     net, missing = _pretrained(auto, path)
     if missing:
         raise ValueError(f"{len(missing)} of its tensors are missing ({', '.join(sorted(missing)[:3])})")
@@ -80,7 +86,7 @@ def _whole(auto: Any, path: Path) -> Any:
 
 
 def rgb(images: torch.Tensor, size: int | tuple[int, int] | None = None) -> torch.Tensor:
-    """Images (n, 3, H, W) in [0, 1], resized to `size`, of images (n, 1 or 3, H, W) in [-1, 1]."""
+    """Images (n, 3, H, W) in [0, 1], resized to `size`, from images (n, 1 or 3, H, W) in [-1, 1]."""
     x = ((images.float() + 1) / 2).clamp(0, 1)
     if x.shape[1] == 1:
         x = x.expand(-1, 3, -1, -1)
@@ -91,18 +97,23 @@ def rgb(images: torch.Tensor, size: int | tuple[int, int] | None = None) -> torc
 
 
 class _Network(ABC):
-    """Images (n, C, H, W) in [-1, 1] -> rows of numbers, float64 (n, d), in batches."""
+    """A network from images (n, C, H, W) in [-1, 1] to features or logits, float64 (n, d)."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)
 
     @abstractmethod
     def one(self, x: torch.Tensor) -> torch.Tensor:
-        """One batch."""
+        """The output for one batch, on the network's device."""
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> np.ndarray:
-        return torch.cat(BATCHES.map(lambda r: self.one(images[r].to(self.device)).double().cpu(), len(images))).numpy()
+    def __call__(self, images: torch.Tensor, batches: Batches | None = None) -> np.ndarray:
+        """The output for all images; `batches` sets the rows at once."""
+
+        def part(rows: slice) -> torch.Tensor:
+            return self.one(images[rows].to(self.device)).double().cpu()
+
+        return torch.cat((batches or Batches()).map(part, len(images))).numpy()
 
 
 def _normalised(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -123,20 +134,21 @@ class SSCD(_Network):
 
 
 class CLIP(_Network):
-    """An open_clip folder (`open_clip_config.json` and weights, as its `save_pretrained` and the hub lay them out)."""
+    """An open_clip folder: `open_clip_config.json` and weights, as its `save_pretrained` and the hub lay them out."""
 
     def __init__(self, path: Path, device: str):
         import open_clip
 
         super().__init__(device)
         name = f"local-dir:{path}"
-        # the folder's own preprocessing is for PIL images; its size and statistics are what matters here
+        # only size and statistics of the folder's preprocessing are used: the rest is for PIL images
         self.net = open_clip.create_model(name, device=device, load_weights=True).eval()
         self.tokenizer = open_clip.get_tokenizer(name)
-        self.how = open_clip.get_model_preprocess_cfg(self.net)
+        self.preprocessing = open_clip.get_model_preprocess_cfg(self.net)
 
     def one(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net.encode_image(_normalised(rgb(x, self.how["size"]), self.how["mean"], self.how["std"]), True)
+        pixels = rgb(x, self.preprocessing["size"])
+        return self.net.encode_image(_normalised(pixels, self.preprocessing["mean"], self.preprocessing["std"]), True)
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> np.ndarray:
@@ -144,47 +156,47 @@ class CLIP(_Network):
         return self.net.encode_text(self.tokenizer(list(prompts)).to(self.device), True).double().cpu().numpy()
 
     def classes(self, names: Sequence[str]) -> np.ndarray:
-        """One unit vector per class name, (classes, d): the mean over OpenAI's ImageNet templates, as in CLIP's paper."""
+        """One unit vector per class name (classes, d), the mean over OpenAI's ImageNet templates as in CLIP's paper."""
         import open_clip
 
         templates = open_clip.OPENAI_IMAGENET_TEMPLATES
-        found = open_clip.build_zero_shot_classifier(self.net, self.tokenizer, names, templates, device=self.device)
-        return found.T.double().cpu().numpy()
+        vectors = open_clip.build_zero_shot_classifier(self.net, self.tokenizer, names, templates, device=self.device)
+        return vectors.T.double().cpu().numpy()
 
 
 class DINO(_Network):
-    """A folder of a self-supervised vision transformer that transformers' `AutoModel` reads; the pooled or class token."""
+    """A folder of a self-supervised vision transformer for transformers' `AutoModel`; gives the pooled or class token."""
 
     def __init__(self, path: Path, device: str):
         from transformers import AutoImageProcessor, AutoModel
 
         super().__init__(device)
-        how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        self.mean, self.std = how.image_mean, how.image_std
+        processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        self.mean, self.std = processor.image_mean, processor.image_std
         net, missing = _pretrained(AutoModel, path)
-        # DINO's first release has no pooler, for which the library would draw weights at random
+        # DINO's first release has no pooler; the library would give it random weights
         self.pools = not missing
         if any(not name.startswith("pooler.") for name in missing):
             raise ValueError(f"{len(missing)} of its tensors are missing ({', '.join(sorted(missing)[:3])})")
         self.net = net.to(device).eval()
-        self.size = _size(how)
+        self.size = _size(processor)
 
     def one(self, x: torch.Tensor) -> torch.Tensor:
-        found = self.net(pixel_values=_normalised(rgb(x, self.size), self.mean, self.std))
-        pooled = getattr(found, "pooler_output", None)
-        return found.last_hidden_state[:, 0] if pooled is None or not self.pools else pooled
+        output = self.net(pixel_values=_normalised(rgb(x, self.size), self.mean, self.std))
+        pooled = getattr(output, "pooler_output", None)
+        return output.last_hidden_state[:, 0] if pooled is None or not self.pools else pooled
 
 
 class ImageClassifier(_Network):
-    """A folder of an image classifier that transformers' `AutoModelForImageClassification` reads; logits."""
+    """A folder of an image classifier for transformers' `AutoModelForImageClassification`; gives logits."""
 
     def __init__(self, path: Path, device: str):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         super().__init__(device)
-        how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        self.mean, self.std, self.size = how.image_mean, how.image_std, _size(how)
-        net = _whole(AutoModelForImageClassification, path)
+        processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        self.mean, self.std, self.size = processor.image_mean, processor.image_std, _size(processor)
+        net = _complete(AutoModelForImageClassification, path)
         self.net = net.to(device).eval()
         self.labels = {str(name).lower(): int(k) for k, name in net.config.id2label.items()}
 
@@ -192,7 +204,7 @@ class ImageClassifier(_Network):
         return self.net(pixel_values=_normalised(rgb(x, self.size), self.mean, self.std)).logits
 
     def columns(self, names: Sequence[str]) -> list[int]:
-        """The logits that stand for class names; raises Unreadable for a name that the classifier does not know."""
+        """The columns of the logits for class names; raises Unreadable for a name that the classifier does not know."""
         missing = [n for n in names if n.lower() not in self.labels]
         if missing:
             known = ", ".join(list(self.labels)[:20])
@@ -201,27 +213,28 @@ class ImageClassifier(_Network):
 
 
 class ObjectDetector:
-    """A folder of a detector that transformers' `AutoModelForObjectDetection` reads, such as one of faces."""
+    """A folder of a detector, such as one of faces, for transformers' `AutoModelForObjectDetection`."""
 
-    THRESHOLD = 0.5  # transformers' own
+    THRESHOLD = 0.5  # score of a box, the default of transformers
 
     def __init__(self, path: Path, device: str):
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-        self.how = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-        self.net = _whole(AutoModelForObjectDetection, path).to(device).eval()
+        self.processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        self.net = _complete(AutoModelForObjectDetection, path).to(device).eval()
 
     @torch.no_grad()
     def __call__(self, image: torch.Tensor) -> list[tuple[int, int, int, int]]:
-        """Boxes (left, top, right, bottom), in pixels and not empty, of whatever is found in an image (C, H, W) in [-1, 1]."""
+        """Boxes (left, top, right, bottom), in pixels and not empty, of all detections in an image (C, H, W) in [-1, 1]."""
         height, width = image.shape[1:]
         pixels = (rgb(image[None]) * 255).round().to(torch.uint8)
-        outputs = self.net(
-            **self.how(images=pixels, return_tensors="pt", input_data_format="channels_first").to(self.net.device)
+        inputs = self.processor(images=pixels, return_tensors="pt", input_data_format="channels_first")
+        outputs = self.net(**inputs.to(self.net.device))
+        (detections,) = self.processor.post_process_object_detection(
+            outputs, self.THRESHOLD, target_sizes=[(height, width)]
         )
-        (found,) = self.how.post_process_object_detection(outputs, self.THRESHOLD, target_sizes=[(height, width)])
         boxes = []
-        for left, top, right, bottom in found["boxes"].round().int().tolist():
+        for left, top, right, bottom in detections["boxes"].round().int().tolist():
             box = (max(left, 0), max(top, 0), min(right, width), min(bottom, height))
             if box[0] < box[2] and box[1] < box[3]:
                 boxes.append(box)
@@ -235,9 +248,8 @@ class Inception(_Network):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__(device)
-        torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # refuses code, which torch-fidelity's own call does not
+        # refuses pickled code, which torch-fidelity would run
+        torch.load(path, map_location="cpu", weights_only=True)
         layers = ["2048", "logits_unbiased"]
         self.net = FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=str(path))
         self.net.to(device).eval()
@@ -247,9 +259,13 @@ class Inception(_Network):
 
 
 KINDS: dict[str, Callable[[Path, str], Any]] = {
-    "sscd": SSCD, "clip": CLIP, "dino": DINO, "inception": Inception, "classifier": ImageClassifier,
+    "sscd": SSCD,
+    "clip": CLIP,
+    "dino": DINO,
+    "inception": Inception,
+    "classifier": ImageClassifier,
     "detector": ObjectDetector,
-}  # fmt: skip
+}
 
 
 def _size(processor: Any) -> tuple[int, int]:

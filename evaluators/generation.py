@@ -1,7 +1,7 @@
-"""Does the model still generate a forgotten image from pure noise?
+"""Generation of a forgotten image from pure noise.
 
-The generation rate is the share of unconditional samples whose pixel correlation with a forgotten image exceeds 0.9.
-Its interval is exact (Clopper-Pearson): zero hits of n still leave 3/n possible.
+The generation rate is the share of samples whose pixel correlation with a forgotten image exceeds 0.9. Its interval is exact
+(Clopper-Pearson): after zero hits in n samples a rate up to about 3/n remains possible.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import torch
 
 from evaluators.base import Evaluator, Metric, Scores, Subject, correlation
 from evaluators.reconstruction import HIT
-from evaluators.statistics import clopper_pearson
 
 
 class Generation(Evaluator):
@@ -33,6 +32,4 @@ class Generation(Evaluator):
         return {"rate": float((scores["nearest"] > HIT).mean())}
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
-        k, n = int((scores["nearest"] > HIT).sum()), len(scores["nearest"])
-        lo, hi = clopper_pearson(k, n)
-        return [Metric("rate", k / n, n, None, lo, hi, "clopper-pearson")]
+        return [Metric.share("rate", self.values(scores, subject)["rate"], len(scores["nearest"]))]

@@ -1,4 +1,4 @@
-"""A small convolutional classifier, trained on real images only; its features carry the distances, too.
+"""A small convolutional classifier, trained on real images only; its features also serve distances.
 
 Two judges with disjoint training images and different seeds keep search and audit apart.
 """
@@ -16,7 +16,7 @@ FEATURES = 64
 
 
 class Judge(nn.Module):
-    """Images (n, channels, H, W) in [-1, 1] -> logits (n, classes); `features` gives the layer before, (n, 64)."""
+    """Images (n, channels, H, W) in [-1, 1] -> logits (n, classes); `features` gives the layer before them, (n, 64)."""
 
     def __init__(self, channels: int = 1, classes: int = 10, width: int = 32):
         super().__init__()
@@ -65,22 +65,22 @@ def train_judge(x: torch.Tensor, labels: torch.Tensor, seed: int, steps: int = 4
 
 
 def to_array(judge: Judge) -> np.ndarray:
-    """All weights and statistics of a judge in one array (n,), float64."""
+    """All weights and statistics of a judge in one array, float64 (n,)."""
     return np.concatenate([t.double().flatten().numpy() for t in judge.state_dict().values()])
 
 
 def from_array(array: np.ndarray, channels: int, classes: int) -> Judge:
-    """The judge that `to_array` was made of, in evaluation mode."""
+    """The judge behind the result of `to_array`, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         judge = Judge(channels, classes)
-    state, rest = judge.state_dict(), torch.from_numpy(array)
-    parts = rest.split([t.numel() for t in state.values()])
+    state = judge.state_dict()
+    parts = torch.from_numpy(array).split([t.numel() for t in state.values()])
     judge.load_state_dict({k: p.view(t.shape).to(t.dtype) for (k, t), p in zip(state.items(), parts, strict=True)})
     return judge.eval()
 
 
 def _augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rotations to 12 degrees, scales to 10 %, shifts to one pixel of eight, and a little noise."""
+    """Images (n, C, H, W) rotated by up to 12 degrees, scaled by up to 10 %, shifted by up to one pixel in eight, with noise."""
     n = len(x)
     u = torch.rand((n, 4), generator=generator) * 2 - 1
     angle, scale = u[:, 0] * math.radians(12), 1 + 0.1 * u[:, 1]

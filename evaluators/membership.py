@@ -1,14 +1,14 @@
-"""Membership inference: are forgotten images told from images that were never trained on?
+"""Membership inference: tells forgotten images from images that were never trained on.
 
-One evaluator per attack of `evaluators.attacks`, all reduced in the same way.
+One evaluator per attack of `evaluators.attacks`; all reduce scores to metrics in the same way.
 
-- Four populations: forgotten images against their own matched holdout, retained ones against theirs.
-- Steps and sign are never picked by the result. The whole grid of steps is kept in the scores; the step that is reported
-  and its sign are those at which the base model tells one half of the retained images best from one half of their holdout.
-  What is reported about retained images comes from the other halves.
-- An AUC below one half is not safe: the attacker flips the sign. `leak` = |AUC - 0.5|, and what counts is `gap`, the paired
-  difference to the mean of the oracles on the same images and noises: its error holds the images (DeLong) and the oracles'
-  own spread. `equivalence_p` is the p-value of "not within 0.05 of the oracles".
+- Four populations: forgotten images against their matched holdout, retained images against theirs.
+- Step and sign are never chosen by the result. The whole grid of steps is kept in the scores; the reported step and its sign
+  are those at which the base model best tells one half of the retained images from one half of their holdout. The metrics of
+  retained images come from the other halves.
+- An AUC below one half is not safe: the attacker flips the sign. `leak` = |AUC - 0.5|. What counts is `gap`, the paired
+  difference to the mean of the oracles on the same images and noises; its error covers the images (DeLong) and the spread of
+  the oracles. `equivalence_p` is the p-value of "not within 0.05 of the oracles".
 - True positive rates at 1 % and 0.1 % need 1,000 and 10,000 non-members; with fewer there is no number.
 """
 
@@ -34,16 +34,22 @@ from evaluators.statistics import (
     tpr_at_fpr,
 )
 
-MARGIN = 0.05  # of the AUC, within which a model counts as equivalent to the oracles
+MARGIN = 0.05  # difference in AUC within which a model counts as equivalent to the oracles
 
 
 class Attack(Evaluator):
-    """How raw scores become metrics, for all attacks; `raw` is the attack."""
+    """The reduction of raw scores to metrics, common to all attacks; subclasses define `raw`."""
 
     directions: ClassVar[dict[str, Direction]] = {
-        "auc": "target", "retain_auc": "target", "leak": "min", "gap": "target", "equivalence_p": "min",
-        "advantage": "target", "tpr_at_1": "target", "tpr_at_01": "target",
-    }  # fmt: skip
+        "auc": "target",
+        "retain_auc": "target",
+        "leak": "min",
+        "gap": "target",
+        "equivalence_p": "min",
+        "advantage": "target",
+        "tpr_at_1": "target",
+        "tpr_at_01": "target",
+    }
     needs = "forget and retain sets and the holdout of each; `gap` needs oracles"
 
     @abstractmethod
@@ -51,60 +57,44 @@ class Attack(Evaluator):
         """Scores (n, steps) of each of `populations`."""
 
     def calibration(self, subject: Subject) -> tuple[int, int]:
-        """(step, sign) at which the base tells the calibration halves apart best."""
+        """(step, sign) at which the base best tells the calibration halves apart."""
         base = self.raw(subject.peers.get("base", subject))
         return calibrate(base["retain_calibration"], base["holdout_calibration"])
 
     def scores(self, subject: Subject) -> Scores:
         step, sign = self.calibration(subject)
-        found = self.raw(subject) | {"calibration": np.array([[step, sign]], dtype=float)}
+        scores = self.raw(subject) | {"calibration": np.array([[step, sign]], dtype=float)}
         oracles = [self.raw(o) for o in subject.oracles()]
         if oracles:
             for name in ("forget", "forget_holdout"):
-                found[f"oracle_{name}"] = np.stack([o[name][:, step] for o in oracles], 1)
-        return found
+                scores[f"oracle_{name}"] = np.stack([o[name][:, step] for o in oracles], 1)
+        return scores
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
         pos, neg = _reported(scores, "forget"), _reported(scores, "forget_holdout")
         auc = delong(pos, neg)[0]
-        found = {"auc": auc, "leak": abs(auc - 0.5), "advantage": advantage(pos, neg)}
+        values = {"auc": auc, "leak": abs(auc - 0.5), "advantage": advantage(pos, neg)}
         if "retain" in scores:
-            found["retain_auc"] = delong(_reported(scores, "retain"), _reported(scores, "holdout"))[0]
+            values["retain_auc"] = delong(_reported(scores, "retain"), _reported(scores, "holdout"))[0]
         if "oracle_forget" in scores:
-            found["gap"] = paired_gap(pos, neg, *_oracles(scores))[0]
-        return found
+            values["gap"] = paired_gap(pos, neg, *_oracle_scores(scores))[0]
+        return values
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
         pos, neg = _reported(scores, "forget"), _reported(scores, "forget_holdout")
-        values = self.values(scores, subject)
-        rows = [_auc("auc", pos, neg)]
+        n, values, auc = len(pos), self.values(scores, subject), _auc("auc", pos, neg)
+        rows = [auc]
         if "retain" in scores:
             rows.append(_auc("retain_auc", _reported(scores, "retain"), _reported(scores, "holdout")))
-        low, high = rows[0].lo or 0.0, rows[0].hi or 0.0
-        least = 0.0 if low <= 0.5 <= high else min(abs(low - 0.5), abs(high - 0.5))
-        most = max(abs(low - 0.5), abs(high - 0.5))
-        n = len(pos)
-        rows.append(Metric("leak", values["leak"], n, rows[0].se, least, most, rows[0].interval, "min"))
+        rows.append(_leak(values["leak"], n, auc))
         rows.append(Metric("advantage", values["advantage"], n, reason="largest over thresholds, so above 0 by chance"))
         for name, rate in (("tpr_at_1", 0.01), ("tpr_at_01", 0.001)):
             value, reason = tpr_at_fpr(pos, neg, rate)
-            if value is None:
-                rows.append(Metric(name, None, n, status="skipped", reason=reason))
-            else:
-                lo, hi = clopper_pearson(round(value * n), n)
-                rows.append(Metric(name, value, n, None, lo, hi, "clopper-pearson"))
+            rows.append(Metric.absent(name, reason, n=n) if value is None else Metric.share(name, value, n))
         if "oracle_forget" in scores:
-            delta, se = paired_gap(pos, neg, *_oracles(scores))
-            lo, hi = normal_interval(delta, se)
-            method = "paired delong and spread of oracles"
-            rows.append(Metric("gap", delta, n, se, lo, hi, method))
-            p = equivalence(delta, se, MARGIN)
-            reason = f"small: within {MARGIN} of the oracles' AUC (two one-sided tests)"
-            rows.append(Metric("equivalence_p", p, n, direction="min", reason=reason))
-        else:
-            why = "there is no oracle to compare with, or none that is not a reference"
-            rows += [Metric(name, None, n, status="skipped", reason=why) for name in ("gap", "equivalence_p")]
-        return rows
+            return rows + _against_oracles(pos, neg, *_oracle_scores(scores))
+        reason = "there is no oracle to compare with, or none that is not a reference"
+        return rows + [Metric.absent(name, reason, n=n) for name in ("gap", "equivalence_p")]
 
 
 class Scored(Attack):
@@ -128,7 +118,9 @@ class Loss(Scored):
     cost = "`membership_noises` passes per image and step"
 
     def score(self, subject: Subject, images: Images) -> np.ndarray:
-        return attacks.loss(subject.model, images.x, images.cond, subject.sizes["membership_t"], bank(subject))
+        return attacks.loss(
+            subject.model, images.x, images.cond, subject.sizes["membership_t"], bank(subject), subject.batches
+        )
 
 
 class SecMI(Scored):
@@ -138,7 +130,7 @@ class SecMI(Scored):
     cost = "largest step / 10 + steps passes per image"
 
     def score(self, subject: Subject, images: Images) -> np.ndarray:
-        return attacks.secmi(subject.model, images.x, images.cond, subject.sizes["membership_t"])
+        return attacks.secmi(subject.model, images.x, images.cond, subject.sizes["membership_t"], subject.batches)
 
 
 class PIA(Scored):
@@ -149,8 +141,8 @@ class PIA(Scored):
     normalised: ClassVar[bool] = False
 
     def score(self, subject: Subject, images: Images) -> np.ndarray:
-        grid = subject.sizes["membership_t"]
-        return attacks.pia(subject.model, images.x, images.cond, grid, normalised=self.normalised)
+        times = subject.sizes["membership_t"]
+        return attacks.pia(subject.model, images.x, images.cond, times, subject.batches, normalised=self.normalised)
 
 
 class PIAN(PIA):
@@ -167,14 +159,14 @@ class SimA(Scored):
     cost = "one pass per image and step, no noise"
 
     def score(self, subject: Subject, images: Images) -> np.ndarray:
-        return attacks.sima(subject.model, images.x, images.cond, subject.sizes["membership_t"])
+        return attacks.sima(subject.model, images.x, images.cond, subject.sizes["membership_t"], subject.batches)
 
 
 class CLiD(Scored):
-    """Conditional likelihood discrepancy; arXiv:2405.14800. Its weight is picked on the calibration halves of the base.
+    """Conditional likelihood discrepancy; arXiv:2405.14800. Its weight is chosen on the calibration halves of the base.
 
-    Conditions that say less are those that the base's model gives (`reduced`): the null label of a class; captions without
-    their weightiest words, and none.
+    The base's model gives the reduced conditions (`reduced`): the null label for a class; for captions those without their
+    most important words, and the empty one.
     """
 
     name = "clid"
@@ -183,38 +175,44 @@ class CLiD(Scored):
     cost = "`membership_noises` passes per image, step and condition, own and reduced"
 
     def score(self, subject: Subject, images: Images) -> np.ndarray:
-        own, discrepancy = self._parts(subject, images)
-        weight, like = subject.peers.get("base", subject).once("clid.mix", lambda: self._mix(subject))
+        score, discrepancy = self._parts(subject, images)
+        base = subject.peers.get("base", subject)
+        weights, population = base.once("clid.mix", lambda: self._calibrated_weights(base))
         columns = [
-            attacks.robust_mix(own[:, t], discrepancy[:, t], weight[t], (like[0][:, t], like[1][:, t]))
-            for t in range(own.shape[1])
+            attacks.robust_mix(score[:, t], discrepancy[:, t], weights[t], (population[0][:, t], population[1][:, t]))
+            for t in range(score.shape[1])
         ]
         return np.stack(columns, 1)
 
     def _parts(self, subject: Subject, images: Images) -> tuple[np.ndarray, np.ndarray]:
+        """(loss score, discrepancy), each (n, steps)."""
         assert images.cond is not None
-        model = subject.model
-        reduced = subject.peers.get("base", subject).model.reduced(images.cond)  # one choice for all that are compared
-        return attacks.clid(model, images.x, images.cond, reduced, subject.sizes["membership_t"], bank(subject))
+        reduced = subject.peers.get("base", subject).model.reduced(images.cond)  # the base's, for all models alike
+        times = subject.sizes["membership_t"]
+        return attacks.clid(subject.model, images.x, images.cond, reduced, times, bank(subject), subject.batches)
 
-    def _mix(self, subject: Subject) -> tuple[list[float], tuple[np.ndarray, np.ndarray]]:
-        """Per step the weight in 0, 0.1, ..., 1 that tells the base's retained images best from their holdout."""
-        base = subject.peers.get("base", subject)
-        parts = (base.inputs(populations(base)[f"{name}_calibration"]) for name in ("retain", "holdout"))
-        halves = [self._parts(base, images) for images in parts]
+    def _calibrated_weights(self, base: Subject) -> tuple[list[float], tuple[np.ndarray, np.ndarray]]:
+        """(weight per step, parts of the calibration holdout, which set the scales).
+
+        The weight in 0, 0.1, ..., 1 is the one that best tells the base's retained images from their holdout.
+        """
+        images = populations(base)
+        retain, holdout = (
+            self._parts(base, base.inputs(images[f"{name}_calibration"])) for name in ("retain", "holdout")
+        )
         weights = []
-        for t in range(halves[0][0].shape[1]):
-            like = (halves[1][0][:, t], halves[1][1][:, t])
+        for t in range(retain[0].shape[1]):
+            scale = (holdout[0][:, t], holdout[1][:, t])
             auc = [
-                delong(*(attacks.robust_mix(own[:, t], other[:, t], w / 10, like) for own, other in halves))[0]
+                delong(*(attacks.robust_mix(s[:, t], d[:, t], w / 10, scale) for s, d in (retain, holdout)))[0]
                 for w in range(11)
             ]
             weights.append(int(np.argmax(np.abs(np.array(auc) - 0.5))) / 10)
-        return weights, halves[1]
+        return weights, holdout
 
 
 class Quantile(Attack):
-    """Excess of the loss score over the 90 % quantile that small networks expect; arXiv:2312.05140.
+    """Excess of the loss score over the 90 % quantile that small networks predict; arXiv:2312.05140.
 
     Step and sign are those of `loss`. The networks learn from the calibration half of the retained content's holdout.
     """
@@ -235,13 +233,14 @@ class Quantile(Attack):
 
 
 class _ByOracles(Attack):
-    """An attack that takes the oracles as models known not to have seen the forgotten images.
+    """An attack with the oracles as models known not to have seen the forgotten images.
 
-    Step and sign are those of `loss`. It says nothing about retained images, which the oracles have seen.
+    Step and sign are those of `loss`. It has no metrics of retained images, which the oracles have seen.
+    least: oracles that it needs besides the model itself.
     """
 
     least: ClassVar[int] = 1
-    cost = "that of `loss`, on the oracles too"
+    cost = "that of `loss`, also on the oracles"
 
     @abstractmethod
     def combine(self, own: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
@@ -256,19 +255,19 @@ class _ByOracles(Attack):
             raise Inapplicable(f"needs {self.least} oracles besides the model itself; there are {len(oracles)}")
         step, sign = self.calibration(subject)
         own, others = self.raw(subject), [self.raw(o) for o in oracles]
-        found = {"calibration": np.array([[0, 1.0]])}
+        scores = {"calibration": np.array([[0, 1.0]])}
         for name in ("forget", "forget_holdout"):
-            found[name] = self.combine(own, others, name, step, sign)[:, None]
+            scores[name] = self.combine(own, others, name, step, sign)[:, None]
             if len(others) > self.least:  # each oracle against the rest
                 columns = [
                     self.combine(o, others[:k] + others[k + 1 :], name, step, sign) for k, o in enumerate(others)
                 ]
-                found[f"oracle_{name}"] = np.stack(columns, 1)
-        return found
+                scores[f"oracle_{name}"] = np.stack(columns, 1)
+        return scores
 
 
 class LiRA(_ByOracles):
-    """Likelihood ratio, offline: against the oracles' scores of the same image; arXiv:2112.03570."""
+    """Offline likelihood ratio, against the oracles' scores of the same image; arXiv:2112.03570."""
 
     name = "lira"
     least = 2
@@ -280,8 +279,10 @@ class LiRA(_ByOracles):
 
 
 class RMIA(_ByOracles):
-    """Robust membership inference with the oracles as reference and the retained content's holdout as population;
-    arXiv:2312.03262."""
+    """Robust membership inference, arXiv:2312.03262.
+
+    The oracles are the reference and the holdout of the retained content is the population.
+    """
 
     name = "rmia"
     needs = "forget set, its holdout and the population; an oracle"
@@ -296,51 +297,77 @@ class RMIA(_ByOracles):
 
 
 def populations(subject: Subject) -> dict[str, Images]:
-    """The distinct images that attacks are made on, at most `membership_images` of each kind; of retained ones and their
-    holdout one half is for calibration."""
+    """The distinct images that attacks are made on, at most `membership_images` of each kind.
+
+    One half of the retained ones and one half of their holdout are for calibration.
+    """
     splits, limit = subject.task.splits, subject.sizes["membership_images"]
-    found = {}
+    images = {}
     for name in ("forget", "forget_holdout", "retain", "holdout"):
-        images = splits[name].distinct()
-        found[name] = images.take(torch.arange(min(limit, len(images))))
+        distinct = splits[name].distinct()
+        images[name] = distinct.take(torch.arange(min(limit, len(distinct))))
     for name in ("retain", "holdout"):
-        half = torch.arange(len(found[name])) % 2 == 0
-        found[f"{name}_calibration"], found[name] = found[name].take(half), found[name].take(~half)
-    return found
+        half = torch.arange(len(images[name])) % 2 == 0
+        images[f"{name}_calibration"], images[name] = images[name].take(half), images[name].take(~half)
+    return images
 
 
 def bank(subject: Subject) -> torch.Tensor:
-    """The noises (k, C, H, W) that all images and models of a tier share."""
+    """The noises (k, C, H, W) shared by all images and models of a tier."""
     return subject.model.noise(subject.seeds("membership", subject.sizes["membership_noises"]))
 
 
 def calibrate(members: np.ndarray, others: np.ndarray) -> tuple[int, int]:
     """(column, sign) at which scores (n, columns) of known members differ most from those of known non-members.
 
-    The sign is turned round only where members score lower beyond what the best of as many columns of noise would show: where a
-    model has memorised nothing, a sign picked by noise would be wrong for half of all models.
+    The sign is -1 only if members score lower by more than the largest difference that noise would give over that many
+    columns: where a model has memorised nothing, a sign chosen by noise would be wrong for half of all models.
     """
-    found = np.array([delong(members[:, t], others[:, t]) for t in range(members.shape[1])])
-    step = int(np.argmax(np.abs(found[:, 0] - 0.5)))
-    auc, se = found[step]
-    surely = norm.ppf(1 - 0.025 / len(found)) * se
-    return step, -1 if auc < 0.5 - surely else 1
+    results = np.array([delong(members[:, t], others[:, t]) for t in range(members.shape[1])])
+    step = int(np.argmax(np.abs(results[:, 0] - 0.5)))
+    auc, se = results[step]
+    margin = norm.ppf(1 - 0.025 / len(results)) * se
+    return step, -1 if auc < 0.5 - margin else 1
 
 
 def _reported(scores: Scores, name: str) -> np.ndarray:
+    """Scores (n,) of a population at the calibrated step, with the calibrated sign."""
     step, sign = scores["calibration"][0]
     return sign * scores[name][:, int(step)]
 
 
-def _oracles(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+def _oracle_scores(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """The oracles' scores of forgotten images and of their holdout, (n, oracles) and (m, oracles)."""
     sign = scores["calibration"][0][1]
     return sign * scores["oracle_forget"], sign * scores["oracle_forget_holdout"]
 
 
 def _auc(name: str, pos: np.ndarray, neg: np.ndarray) -> Metric:
     auc, se, lo, hi = auc_interval(pos, neg)
-    if len(pos) == 1:  # the rank of one image among the holdout: a proportion, its interval exact
+    if len(pos) == 1:  # the rank of one image among the holdout: a share, with an exact interval
         lo, hi = clopper_pearson(int((neg < pos[0]).sum()), len(neg))
-        reason = "one distinct forgotten image: uncertainty is over holdout images only"
-        return Metric(name, auc, 1, None, lo, hi, "clopper-pearson over holdout images", reason=reason)
-    return Metric(name, auc, len(pos), se, lo, hi, "delong")
+        method, reason = (
+            "clopper-pearson over holdout images",
+            "one distinct forgotten image: uncertainty is over holdout images only",
+        )
+        return Metric(name, auc, 1, lo=lo, hi=hi, interval=method, reason=reason)
+    return Metric(name, auc, len(pos), se=se, lo=lo, hi=hi, interval="delong")
+
+
+def _leak(value: float, n: int, auc: Metric) -> Metric:
+    """|AUC - 0.5|, with the interval that follows from that of the AUC."""
+    low, high = auc.lo or 0.0, auc.hi or 0.0
+    least = 0.0 if low <= 0.5 <= high else min(abs(low - 0.5), abs(high - 0.5))
+    most = max(abs(low - 0.5), abs(high - 0.5))
+    return Metric("leak", value, n, se=auc.se, lo=least, hi=most, interval=auc.interval, direction="min")
+
+
+def _against_oracles(pos: np.ndarray, neg: np.ndarray, pos_ref: np.ndarray, neg_ref: np.ndarray) -> list[Metric]:
+    """`gap` and `equivalence_p`; see `paired_gap` for shapes."""
+    delta, se = paired_gap(pos, neg, pos_ref, neg_ref)
+    lo, hi = normal_interval(delta, se)
+    reason = f"small: within {MARGIN} of the oracles' AUC (two one-sided tests)"
+    return [
+        Metric("gap", delta, len(pos), se=se, lo=lo, hi=hi, interval="paired delong and spread of oracles"),
+        Metric("equivalence_p", equivalence(delta, se, MARGIN), len(pos), direction="min", reason=reason),
+    ]

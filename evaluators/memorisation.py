@@ -1,6 +1,6 @@
-"""Does the model still copy: noised images rebuilt, samples too near to training images, known copies found by SSCD.
+"""Copies of training images: reconstructions from noise, samples too close to a training image, copies detected by SSCD.
 
-Every count has its control on images that were never trained on: what comes near to a held-out image comes near by chance.
+Every count has its control on images that were never trained on: a sample is close to a held-out image only by chance.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import torch
 from evaluators.base import Evaluator, Images, Metric, Scores, Subject, correlation
 from evaluators.classifier import forget_samples
 from evaluators.external import SSCD, network
-from evaluators.statistics import clopper_pearson, jackknife_interval, t_interval
 
 NEIGHBOURS = 50
 ALPHA = 0.5
 QUANTILE = 0.999
-FAR = 1e3  # the calibrated distance of an image that is not the nearest
+FAR = 1e3  # calibrated distance of an image that is not the nearest
 
 
 class Recall(Evaluator):
-    """Reconstruction over the whole range of noise levels, of forgotten images and of held-out ones of their kind.
+    """Reconstruction of forgotten images and of held-out images of the same kind, over the whole range of noise levels.
 
     After the injection protocol of SISS (arXiv:2503.01034), at every step of `recall_t` instead of one. `excess` is the mean
     over steps of the difference in correlation between the two kinds; `reach` is the largest step, as a share of all, from
@@ -48,36 +47,35 @@ class Recall(Evaluator):
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
         values, n = self.values(scores, subject), len(scores["forget"])
         per_draw = scores["forget"].mean((1, 2)) - scores["forget_holdout"].mean((1, 2))
-        se, lo, hi = t_interval(per_draw)
-        reason = "largest over steps, so without an interval"
         return [
-            Metric("excess", values["excess"], n, se, lo, hi, "student-t over noise draws"),
-            Metric("reach", values["reach"], n, reason=reason),
+            Metric.mean("excess", values["excess"], per_draw, over="noise draws"),
+            Metric("reach", values["reach"], n, reason="largest over steps, so without an interval"),
         ]
 
 
 def rebuilt(subject: Subject, images: Images) -> np.ndarray:
-    """Correlations (draws, steps, images) of `images` with what the model makes of noised copies of them."""
+    """Correlations (draws, steps, images) of `images` with the model's reconstructions of noised copies of them."""
     draws, count = subject.sizes["recall_noises"], len(images)
     seeds = subject.seeds("recall", draws)
-    grid, total = subject.sizes["recall_t"], len(subject.model.alphas)
-    out = np.empty((draws, len(grid), count))
-    mine, noise = images.take(torch.arange(count).repeat(draws)), seeds.repeat_interleave(count)
-    for column, t in enumerate(grid):
+    times, total = subject.sizes["recall_t"], len(subject.model.alphas)
+    correlations = np.empty((draws, len(times), count))
+    repeated, seeds = images.take(torch.arange(count).repeat(draws)), seeds.repeat_interleave(count)
+    for column, t in enumerate(times):
         steps = max(1, round(subject.task.sampling["steps"] * t / total))
-        again = subject.reconstruct(mine.x, noise, t, steps, mine.cond)
-        out[:, column] = correlation(again, mine.x).view(draws, count).numpy()
-    return out
+        reconstructions = subject.reconstruct(repeated.x, seeds, t, steps, repeated.cond)
+        correlations[:, column] = correlation(reconstructions, repeated.x).view(draws, count).numpy()
+    return correlations
 
 
 class Neighbours(Evaluator):
-    """How near samples come to training images; extraction after Carlini et al., arXiv:2301.13188.
+    """Distances of samples to training images; extraction after Carlini et al., arXiv:2301.13188.
 
-    A sample extracts an image when its pixel distance to it is under half of its mean distance to its 50 nearest training
-    images and no other training or held-out image is nearer. For a class the samples are those under the forgotten label. `extracted` counts forgotten images, `rate` samples
-    that extract one, `holdout_rate` samples that "extract" an image that was never trained on: what chance alone gives.
-    `log_ratio` is the mean log ratio of a retained sample's distance to the nearest retained image over that to the nearest
-    of as many held-out ones: below 0, samples lean towards what was trained on.
+    A sample extracts an image if its pixel distance to it is below half of its mean distance to its 50 nearest training
+    images and no other training or held-out image is nearer. For a class the samples are those under the forgotten label.
+    `extracted` counts forgotten images, `rate` is the share of samples that extract one, and `holdout_rate` the share that
+    "extract" an image that was never trained on, which only chance does. `log_ratio` is the mean log ratio of a retained
+    sample's distance to the nearest retained image over that to the nearest of as many held-out ones: below 0, samples
+    resemble what was trained on.
     """
 
     name = "neighbours"
@@ -95,7 +93,7 @@ class Neighbours(Evaluator):
         count = min(len(retain), len(holdout))
         near = [distances(samples, images.x[:count]).min(1) for images in (retain, holdout)]
         forget, other = (distances(aimed, splits[n].distinct().x) for n in ("forget", "forget_holdout"))
-        nearest = np.minimum(train.min(1), other.min(1))[:, None]  # of them only one can be what a sample copies
+        nearest = np.minimum(train.min(1), other.min(1))[:, None]  # a sample can copy one image only
         return {
             "forget": np.where(forget <= nearest, forget / (ALPHA * usual), np.inf).clip(max=FAR),
             "forget_holdout": np.where(other <= nearest, other / (ALPHA * usual), np.inf).min(1).clip(max=FAR),
@@ -114,21 +112,16 @@ class Neighbours(Evaluator):
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
         values, n = self.values(scores, subject), len(scores["forget"])
         reason = f"of {scores['forget'].shape[1]} forgotten images, by {n} samples: more samples can only find more"
-        rows = [Metric("extracted", values["extracted"], n, reason=reason)]
-        for name in ("rate", "holdout_rate"):
-            lo, hi = clopper_pearson(round(values[name] * n), n)
-            rows.append(Metric(name, values[name], n, None, lo, hi, "clopper-pearson", self.directions[name]))
-        se, lo, hi = t_interval(scores["log_ratio"])
-        rows.append(
-            Metric(
-                "log_ratio", values["log_ratio"], len(scores["log_ratio"]), se, lo, hi, "student-t over samples", "max"
-            )
-        )
-        return rows
+        return [
+            Metric("extracted", values["extracted"], n, reason=reason),
+            Metric.share("rate", values["rate"], n),
+            Metric.share("holdout_rate", values["holdout_rate"], n, direction="min"),
+            Metric.mean("log_ratio", values["log_ratio"], scores["log_ratio"], over="samples", direction="max"),
+        ]
 
 
 def distances(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
-    """Root mean square pixel differences (n, m), float64, of images (n, ...) and (m, ...)."""
+    """Root mean square pixel differences, float64 (n, m), of images (n, ...) and (m, ...)."""
     x, y = a.double().flatten(1), b.double().flatten(1)
     return (torch.cdist(x, y) / x.shape[1] ** 0.5).numpy()
 
@@ -136,10 +129,10 @@ def distances(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
 class CopyDetection(Evaluator):
     """Copies of forgotten images among samples and reconstructions, by SSCD (Pizzi et al., arXiv:2202.10261).
 
-    Needs the authors' TorchScript file. A copy is a cosine similarity above the 99.9 % quantile of what held-out images
-    reach with their most similar retained one, so that the threshold fits the data; the share above 0.5, which is common in
-    the literature, is given beside it. `rebuilt` is the mean similarity of forgotten images with what the model makes of
-    copies noised to `injection_t`, the SISS protocol.
+    Needs the authors' TorchScript file. A copy has a cosine similarity above the 99.9 % quantile of the similarities of
+    held-out images with their most similar retained one, a threshold that fits the data; `above_half` is the share above
+    0.5, which is common in the literature. `rebuilt` is the mean similarity of forgotten images with the model's
+    reconstructions of copies noised to `injection_t`, the SISS protocol.
     """
 
     name = "copy_detection"
@@ -148,40 +141,39 @@ class CopyDetection(Evaluator):
     cost = "the shared samples through a ResNet-50, and `noises` reconstructions per forgotten image"
 
     def scores(self, subject: Subject) -> Scores:
-        embed = network(subject, "sscd", SSCD)
+        sscd, batches = network(subject, "sscd", SSCD), subject.batches
         splits, sizes = subject.task.splits, subject.sizes
         forget = splits["forget"].distinct()
         aimed = forget_samples(subject, "class samples") if subject.classed else subject.samples()[0]
-        known = embed(forget.x)
-        usual = (embed(splits["holdout"].x) @ embed(splits["retain"].distinct().x).T).max(1)
+        known = sscd(forget.x, batches)
+        usual = (sscd(splits["holdout"].x, batches) @ sscd(splits["retain"].distinct().x, batches).T).max(1)
         seeds = subject.seeds("injection", sizes["noises"])
-        again = []
+        rebuilt = []
         for i in range(min(len(forget), sizes["recall_images"])):
             image = forget.take(torch.full((len(seeds),), i))
-            made = subject.reconstruct(image.x, seeds, sizes["injection_t"], sizes["injection_steps"], image.cond)
-            again.append(embed(made) @ known[i])
+            reconstructions = subject.reconstruct(
+                image.x, seeds, sizes["injection_t"], sizes["injection_steps"], image.cond
+            )
+            rebuilt.append(sscd(reconstructions, batches) @ known[i])
         return {
-            "similarity": (embed(aimed) @ known.T).max(1),
-            "rebuilt": np.stack(again, 1),
+            "similarity": (sscd(aimed, batches) @ known.T).max(1),
+            "rebuilt": np.stack(rebuilt, 1),
             "threshold": np.array([np.quantile(usual, QUANTILE, method="higher")]),
         }
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
-        found = scores["similarity"]
+        similarity = scores["similarity"]
         return {
-            "copies": float((found > scores["threshold"][0]).mean()),
-            "above_half": float((found > 0.5).mean()),
+            "copies": float((similarity > scores["threshold"][0]).mean()),
+            "above_half": float((similarity > 0.5).mean()),
             "rebuilt": float(scores["rebuilt"].mean()),
         }
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
-        values, rows, n = self.values(scores, subject), [], len(scores["similarity"])
-        for name, threshold in (("copies", scores["threshold"][0]), ("above_half", 0.5)):
-            lo, hi = clopper_pearson(round(values[name] * n), n)
-            reason = f"similarity above {threshold:.3f}"
-            rows.append(Metric(name, values[name], n, None, lo, hi, "clopper-pearson", reason=reason))
-        se, lo, hi = jackknife_interval(values["rebuilt"], replicates["rebuilt"])
+        values, n, draws = self.values(scores, subject), len(scores["similarity"]), len(scores["rebuilt"])
+        above = "similarity above {:.3f}".format
         return [
-            *rows,
-            Metric("rebuilt", values["rebuilt"], len(scores["rebuilt"]), se, lo, hi, "jackknife over noise draws"),
+            Metric.share("copies", values["copies"], n, reason=above(scores["threshold"][0])),
+            Metric.share("above_half", values["above_half"], n, reason=above(0.5)),
+            Metric.jackknife("rebuilt", values["rebuilt"], draws, replicates["rebuilt"], over="noise draws"),
         ]

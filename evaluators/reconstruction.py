@@ -1,7 +1,7 @@
-"""Noise injection: does the model rebuild a forgotten image from a noised copy of it?
+"""Noise injection: reconstruction of forgotten images from noised copies of them.
 
 Source: Alberti et al., "Data Unlearning in Diffusion Models", ICLR 2025, arXiv:2503.01034 (injection protocol): noise the
-forgotten image to step t, denoise it, compare with the original; here by the Pearson correlation of pixels.
+forgotten image to step t, denoise it, and compare with the original, here by the Pearson correlation of pixels.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from evaluators.base import Evaluator, Metric, Scores, Subject, correlation
-from evaluators.statistics import clopper_pearson, t_interval
 
-HIT = 0.9  # correlation from which on a reconstruction counts as the forgotten image
+HIT = 0.9  # correlation above which an image counts as the forgotten one
 
 
 class Reconstruction(Evaluator):
@@ -36,13 +35,9 @@ class Reconstruction(Evaluator):
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
         r = scores["correlation"]
-        values = self.values(scores, subject)
-        per_noise = r.mean(1)
-        se, lo, hi = t_interval(per_noise)
         # draws of noise are the independent units: a draw hits if it rebuilds any forgotten image
         hits = int((r > HIT).any(1).sum())
-        low, high = clopper_pearson(hits, len(r))
         return [
-            Metric("correlation", values["correlation"], len(r), se, lo, hi, "student-t over noise draws"),
-            Metric("hits", hits / len(r), len(r), None, low, high, "clopper-pearson"),
+            Metric.mean("correlation", self.values(scores, subject)["correlation"], r.mean(1), over="noise draws"),
+            Metric.share("hits", hits / len(r), len(r)),
         ]

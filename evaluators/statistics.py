@@ -1,6 +1,6 @@
-"""Intervals, tests, sample sizes and distances. NumPy arrays in, plain numbers out.
+"""Intervals, tests, sample sizes and distances, from NumPy arrays to plain numbers.
 
-SciPy and torch-fidelity are imported where they are used: the cheap functions here serve processes without torch, too.
+SciPy and torch-fidelity are imported inside functions, because processes without torch use the cheap ones.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ LEVEL = 0.95
 
 
 def clopper_pearson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Exact two-sided interval of a proportion, k successes of n.
+    """Exact two-sided interval of a proportion with k successes in n trials.
 
-    Where draws have rates of their own, as samples of several prompts in turn, it holds the mean of those rates at least as
+    If trials differ in their rates, like samples of several prompts in turn, it covers the mean of the rates at least as
     often (Hoeffding, "On the distribution of the number of successes in independent trials", 1956).
     """
     from scipy import stats
@@ -23,18 +23,18 @@ def clopper_pearson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]
 
 
 def corrected_shares(shares: np.ndarray, confusion: np.ndarray) -> np.ndarray:
-    """True class shares (c,) behind the shares that an erring classifier sees (Rogan and Gladen, 1978).
+    """True class shares (c,) given the shares that an imperfect classifier reports (Rogan and Gladen, 1978).
 
     confusion[i, j]: the share of real images of class j that it takes for class i. Solved by least squares within the
-    simplex, so that shares stay shares.
+    simplex, so the results are shares again.
     """
     from scipy import optimize
 
     n = confusion.shape[1]
-    weight = 1e3  # the shares sum to one: a row of its own, heavy enough to hold to 1e-6
+    weight = 1e3  # of an extra row, "the shares sum to one", which then holds to 1e-6
     a = np.vstack([confusion, np.full((1, n), weight)])
-    found, _ = optimize.nnls(a, np.append(np.asarray(shares, dtype=float), weight))
-    return found / found.sum()
+    solution, _ = optimize.nnls(a, np.append(np.asarray(shares, dtype=float), weight))
+    return solution / solution.sum()
 
 
 def equivalence(delta: float, se: float, margin: float) -> float:
@@ -47,7 +47,7 @@ def equivalence(delta: float, se: float, margin: float) -> float:
 
 
 def normal_interval(value: float, se: float, level: float = LEVEL) -> tuple[float, float]:
-    """value -+ z se."""
+    """(value - z se, value + z se)."""
     from scipy import stats
 
     z = float(stats.norm.ppf(0.5 + level / 2))
@@ -55,16 +55,16 @@ def normal_interval(value: float, se: float, level: float = LEVEL) -> tuple[floa
 
 
 def jackknife_interval(
-    value: float, replicates: np.ndarray, level: float = LEVEL, more: float = 0.0
+    value: float, replicates: np.ndarray, level: float = LEVEL, extra_se: float = 0.0
 ) -> tuple[float, float, float]:
     """(standard error, low, high) of a value from its leave-one-group-out values (G,), by Student's t with G - 1 degrees.
 
-    The error is itself estimated from G groups: a normal interval is too short for the ten or twenty that are usual. `more`: a
-    standard error from elsewhere, independent of the groups.
+    The error is itself estimated from G groups, so with the usual ten or twenty a normal interval would be too short.
+    extra_se: an independent standard error from elsewhere.
     """
     from scipy import stats
 
-    se = float(np.hypot(jackknife_se(replicates), more))
+    se = float(np.hypot(jackknife_se(replicates), extra_se))
     half = se * float(stats.t.ppf(0.5 + level / 2, len(replicates) - 1))
     return se, value - half, value + half
 
@@ -82,7 +82,7 @@ def t_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float, 
 def jackknife_se(replicates: np.ndarray) -> float:
     """Standard error from leave-one-group-out values (G,) or, by the same rule along axis 0, (G, ...).
 
-    Valid for the Frechet distance, where a naive bootstrap is not: resampled duplicates add bias.
+    Valid for the Frechet distance, unlike a naive bootstrap, whose duplicates add bias.
     """
     g = len(replicates)
     return float(np.sqrt((g - 1) / g * np.square(replicates - replicates.mean()).sum()))
@@ -100,7 +100,7 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
 def kid(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased squared MMD with the cubic polynomial kernel on all of (n, d) and (m, d), by torch-fidelity.
 
-    torch-fidelity takes equal numbers of both; the larger set is cut to the size of the smaller.
+    torch-fidelity takes equal numbers of both, so the larger set is cut to the size of the smaller.
     """
     import torch
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -112,28 +112,28 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """Shares of generated features (n, d) inside the manifold of the real ones (m, d), and the reverse, by torch-fidelity.
+    """Shares of generated features (n, d) inside the manifold of real ones (m, d) and the reverse, by torch-fidelity.
 
-    Kynkaanniemi et al., arXiv:1904.06991: balls around each point up to its third neighbour.
+    Kynkaanniemi et al., arXiv:1904.06991: the manifold is the union of balls around each point up to its third neighbour.
     """
     import torch
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     features = (torch.from_numpy(np.ascontiguousarray(f)) for f in (generated, real))
-    found = prc_features_to_metric(*features, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
-    return float(found["precision"]), float(found["recall"])
+    result = prc_features_to_metric(*features, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
+    return float(result["precision"]), float(result["recall"])
 
 
 def inception_score(logits: np.ndarray) -> float:
-    """exp of the mean divergence of each image's class distribution from their mean, (n, classes), by torch-fidelity.
+    """exp of the mean divergence of each image's class distribution from their mean, for logits (n, classes), by torch-fidelity.
 
-    On all images at once: averaging over ten parts, as is common, lowers it by an amount that depends on n.
+    Computed on all images at once: the usual mean over ten parts lowers it by an amount that depends on n.
     """
     import torch
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    found = isc_features_to_metric(torch.from_numpy(np.ascontiguousarray(logits)), splits=1, shuffle=False)
-    return float(found["inception_score_mean"])
+    result = isc_features_to_metric(torch.from_numpy(np.ascontiguousarray(logits)), splits=1, shuffle=False)
+    return float(result["inception_score_mean"])
 
 
 def diversity(features: np.ndarray) -> float:
@@ -144,7 +144,7 @@ def diversity(features: np.ndarray) -> float:
 
 
 def delong(pos: np.ndarray, neg: np.ndarray) -> tuple[float, float]:
-    """(AUC, standard error) that a positive scores above a negative, by DeLong; ties count one half.
+    """(AUC, standard error) by DeLong; the AUC is the probability that a positive scores above a negative, ties count one half.
 
     With a single positive the error is that of sampling negatives only.
     """
@@ -155,8 +155,8 @@ def delong(pos: np.ndarray, neg: np.ndarray) -> tuple[float, float]:
 def auc_interval(pos: np.ndarray, neg: np.ndarray, level: float = LEVEL) -> tuple[float, float, float, float]:
     """(AUC, standard error, low, high) by DeLong, within [0, 1].
 
-    Where the scores are wholly apart DeLong's error is 0, which would be a lie: the far end is then that of a proportion with
-    no failure among the smaller kind, exact.
+    For scores that do not overlap DeLong's error is 0, which understates the uncertainty: the interval is then the exact one
+    of a proportion without failures among the smaller kind.
     """
     auc, se = delong(pos, neg)
     low, high = normal_interval(auc, se, level)
@@ -168,13 +168,13 @@ def auc_interval(pos: np.ndarray, neg: np.ndarray, level: float = LEVEL) -> tupl
 def paired_gap(pos: np.ndarray, neg: np.ndarray, pos_ref: np.ndarray, neg_ref: np.ndarray) -> tuple[float, float]:
     """(AUC - mean AUC of reference models, standard error) on the same positives (n,) and negatives (m,).
 
-    pos_ref (n, k), neg_ref (m, k): scores by k references. The error holds what the images leave open (DeLong on the
-    paired placements) and, from two references on, what their own spread leaves open about the mean of such models.
+    pos_ref (n, k), neg_ref (m, k): scores by k references. The error covers the sampling of images (DeLong on the paired
+    placements) and, with two or more references, that of the references' mean, from their spread.
     """
-    own_pos, own_neg = _placements(pos, neg)
+    placed_pos, placed_neg = _placements(pos, neg)
     references = [_placements(pos_ref[:, k], neg_ref[:, k]) for k in range(pos_ref.shape[1])]
-    gap_pos = own_pos - np.mean([p for p, _ in references], axis=0)
-    gap_neg = own_neg - np.mean([n for _, n in references], axis=0)
+    gap_pos = placed_pos - np.mean([p for p, _ in references], axis=0)
+    gap_neg = placed_neg - np.mean([n for _, n in references], axis=0)
     spread = 0.0
     if len(references) > 1:
         spread = float(np.var([p.mean() for p, _ in references], ddof=1) / len(references))
@@ -182,10 +182,10 @@ def paired_gap(pos: np.ndarray, neg: np.ndarray, pos_ref: np.ndarray, neg_ref: n
 
 
 def tpr_at_fpr(pos: np.ndarray, neg: np.ndarray, fpr: float) -> tuple[float | None, str]:
-    """(true positive rate, "") at a false positive rate of at most `fpr`, or (None, why it cannot be told).
+    """(true positive rate, "") at a false positive rate of at most `fpr`, or (None, reason).
 
-    The threshold lets exactly floor(fpr m) of the m negatives pass, none by ties; no interpolation. With fewer than
-    10 / fpr negatives the realised rate may be several times as large as asked, so no number is given.
+    The threshold lets exactly floor(fpr m) of the m negatives pass, none by ties, without interpolation. With fewer than
+    10 / fpr negatives the realised rate may be several times `fpr`, so no number is returned.
     """
     needed = int(np.ceil(10 / fpr))
     if len(neg) < needed:
@@ -203,25 +203,27 @@ def advantage(pos: np.ndarray, neg: np.ndarray) -> float:
 
 
 def detectable_auc(positives: int, negatives: int, power: float = 0.8, level: float = LEVEL) -> float:
-    """The smallest |AUC - 0.5| that a two-sided test at `level` finds with `power`; scores without a difference have an
-    AUC with variance (n + m + 1) / (12 n m)."""
+    """The smallest |AUC - 0.5| that a two-sided test at `level` detects with `power`.
+
+    Without a difference, the AUC of n positives and m negatives has variance (n + m + 1) / (12 n m).
+    """
     return _units(power, level) * float(np.sqrt((positives + negatives + 1) / (12 * positives * negatives)))
 
 
 def detectable_proportion(n: int, rate: float, power: float = 0.8, level: float = LEVEL) -> float:
-    """The smallest difference between two proportions near `rate`, n samples each, found with `power`."""
+    """The smallest difference between two proportions near `rate`, n samples each, detected with `power`."""
     return _units(power, level) * float(np.sqrt(2 * max(rate * (1 - rate), 1 / (4 * n)) / n))
 
 
 def _units(power: float, level: float) -> float:
-    """Standard errors between no difference and one that is found with `power`."""
+    """Standard errors between no difference and one that is detected with `power`."""
     from scipy import stats
 
     return float(stats.norm.ppf(0.5 + level / 2) + stats.norm.ppf(power))
 
 
 def _placements(pos: np.ndarray, neg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each positive the share of negatives below it, for each negative the share of positives above it."""
+    """(share of negatives below each positive (n,), share of positives above each negative (m,))."""
     below = (pos[:, None] > neg[None, :]) + 0.5 * (pos[:, None] == neg[None, :])
     return below.mean(1), below.mean(0)
 

@@ -32,7 +32,6 @@ class Nudge(NegGrad):
 import numpy as np
 
 from evaluators.base import Evaluator, Metric
-from evaluators.statistics import jackknife_interval
 from oddments.numbers import SCALE
 
 
@@ -52,8 +51,7 @@ class Brightness(Evaluator):
 
     def rows(self, scores, subject, replicates):
         value = self.values(scores, subject)["mean"]
-        se, lo, hi = jackknife_interval(value, replicates["mean"])
-        return [Metric("mean", value, len(scores["mean"]), se, lo, hi, "jackknife over samples")]
+        return [Metric.jackknife("mean", value, len(scores["mean"]), replicates["mean"], over="samples")]
 
 
 class Brittle(Brightness):

@@ -10,7 +10,7 @@ from tiny import tiny_model, tiny_task
 
 from evaluators.judge import train_judge
 from raysweep.audit.auditor import Auditor
-from raysweep.audit.request import AuditRequest, rows_path
+from raysweep.audit.request import AuditRequest
 from raysweep.config.schema import Tier
 from raysweep.models import families
 from raysweep.storage.cache import save_tensors
@@ -64,7 +64,7 @@ def test_anchors_of_past_tiers_are_let_go_and_their_models_are_there_once(place,
     worker = auditor()
     for seed in range(6):
         for subject in ("candidate", "base"):
-            asked = worker._subject(request(place, tmp_path, seed, subject))
+            asked = worker.subject(request(place, tmp_path, seed, subject))
             subjects += [weakref.ref(peer) for peer in asked.peers.values()]
             arrays.append(weakref.ref(asked.reference_features()))
             del asked
@@ -79,9 +79,9 @@ def test_what_is_kept_does_not_change_what_is_measured(place, tmp_path):
 
     def rows(folder, worker, seed: int, subject: str) -> list[dict]:
         asked = request(place, folder, seed, subject)
-        answer = worker._measure(asked, rows_path(folder, asked.key))
+        answer = worker.measure(asked)
         assert answer["failed"] == []
-        return read_table(rows_path(folder, asked.key), ROWS).to_pylist()
+        return read_table(asked.rows_path, ROWS).to_pylist()
 
     order = [(1, "base"), (2, "candidate"), (1, "candidate"), (3, "candidate"), (1, "oracle-0"), (2, "base")]
     one, turns, alone = auditor(), tmp_path / "turns", tmp_path / "alone"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ class Court:
 
     def verdict(self, model):
         """By all attacks."""
-        rows = [{**r, "metric": r["name"], "paired_with": ""} for r in self.measured(model, ATTACK).rows]
+        rows = [{**asdict(r), "metric": r.name, "paired_with": ""} for r in self.measured(model, ATTACK).rows]
         validity = [self.measured(m, AUDIT).values["classifier.validity"] for m in (model, self.models["oracle-0"])]
         return verdict(rows, REACH, *validity)
 
@@ -131,7 +131,7 @@ def test_refusing_exactly_the_forgotten_label_is_found(court):
 
 def test_an_edit_that_rounding_removes_is_concealment(court):
     """Weights on the int4 grid, moved by less than half a step of it: rounding brings them back exactly."""
-    from evaluators.durability import changed, quantised
+    from evaluators.tampering import changed, quantised
 
     base = court.subject(court.models["base"], ATTACK)
     rounded = changed(base, lambda w: quantised(w, 4)).model
@@ -188,7 +188,7 @@ def test_tuning_on_the_seeds_of_the_probe_does_not_help_in_the_audit(court):
 
 
 def test_a_little_relearning_after_unlearning_is_residue(court):
-    from evaluators.durability import fine_tuned
+    from evaluators.tampering import fine_tuned
 
     oracle = court.subject(court.models["oracle-0"], AUDIT)
     forget = court.task.splits["forget"].distinct()

@@ -101,7 +101,7 @@ def test_checks_that_apply_run_and_the_others_say_why_not(trained):
     base = subject_of(model, task, None, TIER)
     base.peers = {"base": base, "oracle-0": subject_of(model.fresh(5), task, None, TIER)}
     result = measure(base, TIER)
-    status = {r["check"]: (r["status"], r["reason"]) for r in result.rows}
+    status = {r.check: (r.status, r.reason) for r in result.rows}
     for name in TIER.checks:
         applies = not unserved(resolve("evaluator", name), "clip")
         assert status[name][0] == ("ok" if applies else "skipped")

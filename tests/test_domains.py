@@ -23,24 +23,25 @@ def test_a_domain_that_suffers_is_told_from_one_that_does_not():
     task = TextTask(forget="three", images=300).build()
     training = task.splits["judge_audit"]
     judge = train_judge(training.x, training.groups, 0, steps=150)
-    one = Subject(None, task, judge, {"judge": "audit", "samples": 108, "class_samples": 20}, seeds)
-    one.once("second judge", lambda: to_array(train_judge(training.x, training.other, 0, steps=60)))
+    sizes = {"judge": "audit", "samples": 108, "class_samples": 20}
+    second = to_array(train_judge(training.x, training.other, 0, steps=60))
     prompts, real = task.splits["prompts_audit"], task.splits["judge_probe"]
     classes = torch.tensor([c for c in range(10) if c != 3])[torch.arange(108) % 9]
-    gone = torch.full((20,), 3)
+    forgotten = torch.full((20,), 3)
 
     def pictures(digits: torch.Tensor, styles: torch.Tensor) -> torch.Tensor:
-        found = [((real.groups == d) & (real.other == s)).nonzero()[:, 0] for d, s in zip(digits, styles, strict=True)]
-        return real.x[torch.stack([of[i % len(of)] for i, of in enumerate(found)])]
+        rows = [((real.groups == d) & (real.other == s)).nonzero()[:, 0] for d, s in zip(digits, styles, strict=True)]
+        return real.x[torch.stack([matching[i % len(matching)] for i, matching in enumerate(rows)])]
 
     def values(digits: torch.Tensor, styles: torch.Tensor) -> dict[str, float]:
-        one._cache = {k: v for k, v in one._cache.items() if k == "second judge"}
+        one = Subject(None, task, judge, sizes, seeds)
+        one.once("second judge", lambda: second)
         one.once("samples", lambda: (pictures(digits, styles), classes))
-        eights = pictures(torch.full((20,), 8), prompts.other[one.prompts(gone)])
+        eights = pictures(torch.full((20,), 8), prompts.other[one.prompts(forgotten)])
         one.once("forget samples class samples", lambda: eights)
         return Domains().values(Domains().scores(one), one)
 
-    asked = prompts.other[one.prompts(classes)]
+    asked = prompts.other[Subject(None, task, judge, sizes, seeds).prompts(classes)]
     assert set(asked.tolist()) == {0, 1}
     good = values(classes, asked)
     assert min(good["in_domain"], good["cross_domain"], good["second_judge"]) > 0.9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -22,12 +21,10 @@ from evaluators.durability import (
     Relearning,
     SamplerRemoval,
     WeightNoise,
-    changed,
-    fine_tuned,
     plain,
-    quantised,
 )
 from evaluators.judge import train_judge
+from evaluators.tampering import changed, fine_tuned, inverted, quantised
 from methods.retrain import Retrain, RetrainSettings
 
 SIZES = {"class_samples": 60, "noises": 10, "relearn_steps": (0, 3), "inversion_steps": 3}
@@ -118,18 +115,8 @@ def test_changes_keep_biases_and_norms(class_task, judge):
 
 def test_inversion_moves_one_embedding_only(class_task, judge):
     s = subject(class_task, judge, **SIZES)
-    seen = []
-    replaced = dataclasses.replace
-    Inversion().attacks(s)
-
-    def spy(made, **fields):
-        seen.append(fields["model"])
-        return replaced(made, **fields)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluators.durability.replace", spy)
-        Inversion().scores(s)
-    for (name, p), q in zip(s.model.net.named_parameters(), seen[0].net.parameters(), strict=True):
+    changed_model = inverted(s, s.sizes["inversion_steps"]).model
+    for (name, p), q in zip(s.model.net.named_parameters(), changed_model.net.parameters(), strict=True):
         moved = (p != q).flatten(1).any(1) if name == "class_embedding.weight" else (p != q).any()
         if name == "class_embedding.weight":
             assert moved.tolist() == [c == class_task.forget_class for c in range(len(p))]

@@ -147,7 +147,7 @@ def test_training_and_every_check():
         checks=("classifier", "denoising", "fidelity", "loss", "pia", "likelihood", "recall", "relearning", "latent_noise"),
     )  # fmt: skip
     result = measure(subject_of(model, task, Judge(1, 6), tier), tier)
-    assert {r["check"] for r in result.rows if r["status"] == "ok"} == set(tier.checks)
+    assert {r.check for r in result.rows if r.status == "ok"} == set(tier.checks)
 
 
 def test_without_a_null_class_nothing_leaks():

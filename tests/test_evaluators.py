@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from evaluators.base import Subject, correlation, judged, without_group
+from evaluators.base import Subject, correlation, without_group
+from evaluators.batches import Batches
 from evaluators.fidelity import Fidelity
 from evaluators.judge import Judge, train_judge
 from evaluators.statistics import frechet, precision_recall
@@ -52,21 +53,21 @@ def test_every_check_gives_rows_values_and_replicates(points_task, class_task, j
         # the small networks of `quantile` take as long as everything else together, and know no conditions
         tier = TIER.model_copy(update={"checks": tuple(n for n in CHECKS if n != "quantile" or task.kind == "points")})
         result = measure(one, tier)
-        checks = {(r["check"], r["status"]) for r in result.rows}
+        checks = {(r.check, r.status) for r in result.rows}
         for name in tier.checks:
             # it is sampled as usual; the detector is an extra
             applies = task.kind in resolve("evaluator", name).kinds and name not in ("sampler_removal", "nudenet")
             assert (name, "ok" if applies else "skipped") in checks
         assert all(len(r) == TIER.groups for r in result.replicates.values())
         for row in result.rows:
-            if row["status"] == "ok":
-                assert np.isfinite(row["value"])
-                assert row["n"] > 0
-                if row["interval"] == "none":
-                    assert row["reason"]
+            if row.status == "ok":
+                assert np.isfinite(row.value)
+                assert row.n > 0
+                if row.interval == "none":
+                    assert row.reason
                     continue
-                assert row["lo"] <= row["value"] + 1e-9
-                assert row["value"] <= row["hi"] + 1e-9
+                assert row.lo <= row.value + 1e-9
+                assert row.value <= row.hi + 1e-9
         for metric in (*task.views, task.quality, "classifier.validity"):
             assert metric in result.values
         assert any(name.startswith("strip.") for name in result.scores)
@@ -84,14 +85,10 @@ def test_a_check_that_raises_becomes_a_failed_row(points_task, judge, monkeypatc
 
     monkeypatch.setattr("evaluators.denoising.Denoising.values", broken)
     result = measure(subject_of(tiny_model(points_task), points_task, judge, QUICK), QUICK)
-    failed = [r for r in result.rows if r["status"] == "failed"]
-    assert {r["metric"] if "metric" in r else r["name"] for r in failed} == {
-        "forget_loss",
-        "forget_log_loss",
-        "retain_loss",
-    }
-    assert all("no weights" in r["reason"] and r["value"] is None for r in failed)
-    assert any(r["check"] == "fidelity" and r["status"] == "ok" for r in result.rows)
+    failed = [r for r in result.rows if r.status == "failed"]
+    assert {r.name for r in failed} == {"forget_loss", "forget_log_loss", "retain_loss"}
+    assert all("no weights" in r.reason and r.value is None for r in failed)
+    assert any(r.check == "fidelity" and r.status == "ok" for r in result.rows)
 
 
 def test_a_model_that_gives_nan_cannot_pass(points_task, judge):
@@ -99,7 +96,7 @@ def test_a_model_that_gives_nan_cannot_pass(points_task, judge):
     with torch.no_grad():
         next(model.net.parameters()).fill_(float("nan"))
     result = measure(subject_of(model, points_task, judge, QUICK), QUICK)
-    assert {r["status"] for r in result.rows if r["check"] in ("reconstruction", "denoising", "fidelity")} == {"failed"}
+    assert {r.status for r in result.rows if r.check in ("reconstruction", "denoising", "fidelity")} == {"failed"}
 
 
 def test_an_image_depends_on_its_seed_alone(points_task, class_task):
@@ -195,10 +192,10 @@ def test_features_follow_the_judge_and_a_set_is_like_itself(points_task, judge):
 
 
 def test_distance_grows_with_noise(points_task, judge):
-    reference = judged(judge.features, points_task.splits["retain"].x)
+    reference = Batches().evaluate(judge.features, points_task.splits["retain"].x)
     clean, g = points_task.splits["holdout"].x, torch.Generator().manual_seed(0)
     values = [
-        frechet(judged(judge.features, clean + s * torch.randn(clean.shape, generator=g)), reference)
+        frechet(Batches().evaluate(judge.features, clean + s * torch.randn(clean.shape, generator=g)), reference)
         for s in (0, 0.5, 1.5)
     ]
     assert values == sorted(values)
@@ -231,4 +228,4 @@ def test_judges_are_reproducible_and_good(points_task, judge):
     again = train_judge(split.x, split.groups, seed=0, steps=60)
     assert all(torch.equal(a, b) for a, b in zip(judge.state_dict().values(), again.state_dict().values(), strict=True))
     held = points_task.splits["holdout"]
-    assert (judged(judge, held.x).argmax(1) == held.groups.numpy()).mean() > 0.9
+    assert (Batches().evaluate(judge, held.x).argmax(1) == held.groups.numpy()).mean() > 0.9

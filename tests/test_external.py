@@ -87,8 +87,8 @@ def test_naming_a_file_adds_the_checks_that_it_serves(named, brought, judge):
         *checks_by_weights(),
     } - {"fidelity_inception"}
     result = measure(subject_of(tiny_model(named), named, judge, tier), tier)
-    assert {r["status"] for r in result.rows} == {"ok"}, [r for r in result.rows if r["status"] != "ok"]
-    assert {r["check"] for r in result.rows} == set(tier.checks_for(named))
+    assert {r.status for r in result.rows} == {"ok"}, [r for r in result.rows if r.status != "ok"]
+    assert {r.check for r in result.rows} == set(tier.checks_for(named))
 
 
 def test_a_tier_is_another_when_the_weights_are(brought, tmp_path):
@@ -117,13 +117,13 @@ def test_what_a_config_cannot_ask(tier, message):
 def test_an_outside_classifier_by_its_own_label_order(named, brought, judge):
     one = subject(named, judge, model=Real(named), weights=brought)
     scores = OutsideClassifier().scores(one)
-    metrics = {m.name: m for m in reduce(OutsideClassifier(), scores, one, 5)[0]}
+    metrics = {m.name: m for m in reduce(OutsideClassifier(), scores, one, 5).metrics}
     assert metrics["real_accuracy"].value > 0.9
     assert metrics["recognised"].value > 0.8
     assert metrics["retain_accuracy"].value > 0.8
     assert metrics["recognised"].reason == ""
     blind = dict(scores, real_right=np.zeros(40))
-    assert "not to be trusted" in reduce(OutsideClassifier(), blind, one, 5)[0][0].reason
+    assert "not to be trusted" in reduce(OutsideClassifier(), blind, one, 5).metrics[0].reason
 
 
 def test_a_label_that_the_classifier_does_not_know(named, brought, judge):
@@ -157,7 +157,7 @@ def test_what_a_detector_finds_and_whom_a_classifier_takes_it_for(named, brought
     scores = Detection().scores(one)
     assert scores["found"].tolist() == [1, 0] * (len(scores["found"]) // 2)
     assert not scores["forgotten"][1::2].any()
-    metrics = {m.name: m for m in reduce(Detection(), scores, one, 5)[0]}
+    metrics = {m.name: m for m in reduce(Detection(), scores, one, 5).metrics}
     assert metrics["absent"].value == 0.5
     assert metrics["absent"].lo < 0.5 < metrics["absent"].hi
     assert metrics["control"].value > 0.9
@@ -171,8 +171,8 @@ def test_a_sample_counts_with_its_likeliest_box(named, brought, judge):
     aimed = one.generate(one.forgotten(3), torch.arange(3))
     height, width = aimed.shape[2:]
     whole, corner = (0, 0, width, height), (0, 0, 2, 2)
-    alone = [Detection._forgotten(one, aimed[:1], [[box]])[0] for box in (whole, corner)]
-    found = Detection._forgotten(one, aimed, [[whole, corner], [], [corner, whole]])
+    alone = [Detection.identity(one, aimed[:1], [[box]])[0] for box in (whole, corner)]
+    found = Detection.identity(one, aimed, [[whole, corner], [], [corner, whole]])
     assert found[0] == pytest.approx(max(alone))
     assert found[1] == 0
     assert alone[0] != pytest.approx(alone[1])
@@ -183,7 +183,7 @@ def test_where_hardly_anything_is_found_there_is_no_interval(named, brought, jud
     one = subject(named, judge, weights=brought)
     found = np.arange(20) < shown
     scores = {"found": found.astype(float), "forgotten": 0.7 * found, "control": np.zeros(10)}
-    metrics = {m.name: m for m in reduce(Detection(), scores, one, 5)[0]}
+    metrics = {m.name: m for m in reduce(Detection(), scores, one, 5).metrics}
     assert metrics["identity"].value == pytest.approx(0.7 * shown)
     assert metrics["identity"].lo is None
     assert f"no interval: something is found in {shown} of 20" in metrics["identity"].reason
@@ -204,7 +204,7 @@ def test_clip_iqa_is_the_probability_of_the_good_of_two_prompts(named, brought, 
     wanted = (100 * images @ texts.T).softmax(1)[:, 0]
     scores = CLIPIQA().scores(one)
     np.testing.assert_allclose(scores["quality"], wanted.numpy(), rtol=1e-9)
-    (row,) = reduce(CLIPIQA(), scores, one, 5)[0]
+    (row,) = reduce(CLIPIQA(), scores, one, 5).metrics
     assert row.value == pytest.approx(float(wanted.mean()))
     assert 0 < row.lo < row.value < row.hi < 1
 
@@ -270,7 +270,7 @@ def test_inception_is_torch_fidelitys(named, brought, judge):
     found = net(x)
     assert found.shape == (2, 2048 + 1008)
     np.testing.assert_allclose(found[:, :2048], wanted.numpy(), rtol=1e-4, atol=1e-5)
-    one.once("fidelity_inception.own", lambda: InceptionFidelity()._both(one, named.splits["retain"].x[:20]))
+    one.once("fidelity_inception.samples", lambda: InceptionFidelity().outputs(one, named.splits["retain"].x[:20]))
     scores = InceptionFidelity().scores(one)
     assert scores["features"].shape == (20, 2048)
     assert scores["logits"].shape == (20, 1008)
@@ -282,7 +282,7 @@ def test_both_references_of_a_forgotten_class(class_task, judge):
     splits = {"retain": draw.normal(0, 1, (60, 4)), "forget": draw.normal(3, 1, (20, 4))}
 
     class Drawn(InceptionFidelity):
-        def _of_split(self, subject, split):
+        def split_features(self, subject, split):
             return splits[split]
 
     own = draw.normal(0, 1, (50, 4))
@@ -374,5 +374,5 @@ def test_without_nudenet_the_row_is_skipped(points_task, judge, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nudenet", None)
     tier = Tier(seed=1, judge="probe", checks=("nudenet",), samples=20, groups=5)
     rows = measure(subject_of(tiny_model(points_task), points_task, judge, tier), tier).rows
-    assert {r["status"] for r in rows} == {"skipped"}
-    assert all("raysweep[nudenet]" in r["reason"] for r in rows)
+    assert {r.status for r in rows} == {"skipped"}
+    assert all("raysweep[nudenet]" in r.reason for r in rows)

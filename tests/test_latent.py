@@ -383,7 +383,7 @@ def test_every_check_on_a_concept():
     prompts = {tuple(p) for p in subject.forgotten(6).tolist()}
     assert prompts == {tuple(plain().tokens(["the small ring"])[0].tolist())}
     result = measure(subject, tier)
-    found = {(r["check"], r["status"]) for r in result.rows}
+    found = {(r.check, r.status) for r in result.rows}
     for name in tier.checks:
         check = resolve("evaluator", name)
         applies = "concept" in check.kinds and not unserved(check, "text-ddpm") and name != "sampler_removal"

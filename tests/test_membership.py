@@ -12,7 +12,8 @@ from test_evaluators import overfitted, subject
 from tiny import tiny_model
 
 from evaluators import attacks
-from evaluators.base import BATCHES, Batches, Inapplicable
+from evaluators.base import Inapplicable
+from evaluators.batches import Batches
 from evaluators.judge import Judge
 from evaluators.membership import PIA, PIAN, RMIA, CLiD, LiRA, Loss, Quantile, SecMI, SimA, calibrate
 from evaluators.statistics import delong, paired_gap
@@ -88,12 +89,28 @@ def test_a_network_that_always_predicts_the_same_noise_is_inverted_without_error
 
 
 @pytest.mark.parametrize("attack", [Loss, SecMI, PIA, PIAN, SimA])
-def test_scores_do_not_depend_on_the_batch(points_task, judge, attack, monkeypatch):
+def test_scores_do_not_depend_on_the_batch(points_task, judge, attack):
     images = points_task.splits["retain"]
     whole = attack().score(subject(points_task, judge), images)
-    monkeypatch.setattr(BATCHES, "size", 1)
-    alone = attack().score(subject(points_task, judge), images.take(torch.tensor([7])))
+    one_by_one = subject(points_task, judge)
+    one_by_one.batches = Batches(1)
+    alone = attack().score(one_by_one, images.take(torch.tensor([7])))
     np.testing.assert_allclose(alone[0], whole[7], rtol=1e-4)
+
+
+@pytest.mark.parametrize("attack", [Loss, SecMI, PIA, PIAN, SimA, CLiD])
+def test_attacks_use_the_batches_of_the_subject(class_task, judge, attack):
+    sizes = []
+
+    class Recorded(Batches):
+        def map(self, function, count):
+            sizes.append(self.size)
+            return super().map(function, count)
+
+    small = subject(class_task, judge)
+    small.batches = Recorded(3)
+    attack().scores(small)
+    assert set(sizes) == {3}
 
 
 def test_only_the_loss_draws_noise(points_task, judge):

@@ -12,7 +12,8 @@ from test_evaluators import overfitted, subject
 from test_external import Real
 from tiny import tiny_model
 
-from evaluators.base import BATCHES, without_group
+from evaluators.base import without_group
+from evaluators.batches import Batches
 from evaluators.classifier import Classifier, confusion
 from evaluators.fidelity import Fidelity
 from evaluators.judge import Judge, train_judge
@@ -91,7 +92,7 @@ def test_the_noise_levels_between_steps(points_task):
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
 
-def test_remembered_images_are_likelier_and_batches_do_not_matter(memorised, judge, monkeypatch):
+def test_remembered_images_are_likelier_and_batches_do_not_matter(memorised, judge):
     task, model = memorised
     one = subject(task, judge, model=model, likelihood_steps=10, membership_images=18)
     scores = Likelihood().scores(one)
@@ -100,9 +101,8 @@ def test_remembered_images_are_likelier_and_batches_do_not_matter(memorised, jud
     assert values["excess"] == pytest.approx(scores["forget_holdout"].mean() - scores["forget"].mean())
     never = subject(task, judge, likelihood_steps=10, membership_images=18)
     assert abs(Likelihood().values(Likelihood().scores(never), never)["excess"]) < 0.1
-    monkeypatch.setattr(BATCHES, "size", 5)
     probes = one.model.noise(one.seeds("likelihood", one.sizes["likelihood_probes"])).sign()
-    again = bits_per_dimension(model, task.splits["forget"], probes, 10)
+    again = bits_per_dimension(model, task.splits["forget"], probes, 10, Batches(5))
     np.testing.assert_allclose(again, scores["forget"], rtol=1e-4)
 
 
@@ -151,7 +151,7 @@ def test_retained_classes_one_by_one(class_task, good_judge):
     assert values["worst_accuracy"] > 0.8
     classes = np.unique(class_task.splits["retain"].groups)
     assert {n for n in values if n.startswith("kid@")} == {f"kid@{c}" for c in classes}
-    near = PerClass()._nearest(real)
+    near = PerClass().nearest(real)
     assert len(near) == 2
     assert class_task.forget_class not in near
     # one class comes out as noise: that one, and no other, is seen to be hurt

@@ -1,10 +1,10 @@
-"""An audit actor: loads a candidate, measures it, and leaves its rows and scores on the run's storage."""
+"""An actor that audits models: loads a model, measures it, and writes its rows and scores to the run."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,22 +12,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from raysweep.audit.request import AuditRequest, rows_path, scores_path
+from evaluators.statistics import LEVEL
+from raysweep.audit.request import AuditRequest
 from raysweep.storage.files import StoreError, digest_of, write_bytes
 from raysweep.storage.recent import Recent
 from raysweep.storage.schemas import ROWS, SCORES, read_table, write_table
 
 if TYPE_CHECKING:
+    import torch
+
     from evaluators.base import Subject
+    from raysweep.audit.measure import Measurement
+    from raysweep.tasks.task import Task
 
 
-class Peers(Mapping[str, Any]):
-    """Anchors by name, loaded when a check first asks for them."""
+class Peers(Mapping[str, "Subject"]):
+    """Anchors by name, each loaded when a check first reads it."""
 
-    def __init__(self, makers: dict[str, Callable[[], Any]]):
+    def __init__(self, makers: dict[str, Callable[[], Subject]]):
         self.makers = makers
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Subject:
         return self.makers[name]()
 
     def __iter__(self) -> Iterator[str]:
@@ -38,8 +43,8 @@ class Peers(Mapping[str, Any]):
 
 
 @dataclass
-class OfTier:
-    """What an auditor keeps for a tier: its anchors, with what was computed for them, by digest; and arrays by name."""
+class TierCache:
+    """What an auditor keeps for one tier: anchors by digest, with all that was computed for them, and arrays by name."""
 
     anchors: dict[str, Subject] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
@@ -49,29 +54,34 @@ class OfTier:
 class Auditor:
     """Measures models one at a time; a restarted auditor starts empty and loads what it needs.
 
-    It keeps the anchors' models, once for all tiers, and what was computed for the last two tiers, which may take turns.
+    It keeps the models of the anchors, shared by all tiers, and the caches of the two most recent tiers, which may alternate.
     """
 
     def __init__(self) -> None:
-        self.tasks: Recent[Any] = Recent(1)
-        self.judges: Recent[Any] = Recent(2)
-        self.tiers: Recent[OfTier] = Recent(2)
+        from evaluators.batches import Batches
+
+        self.tasks: Recent[Task] = Recent(1)
+        self.judges: Recent[torch.nn.Module] = Recent(2)
+        self.tiers: Recent[TierCache] = Recent(2)
         self.models: dict[str, Any] = {}
+        self.batches = Batches()
 
     def measure(self, request: AuditRequest) -> dict[str, Any]:
-        """Does the audit, unless its parts are there already and no check failed in them; returns the seconds it took, the images
-        made and the failed checks."""
-        _one_thread()
-        path = rows_path(Path(request.run), request.key)
+        """Performs an audit; returns "seconds", "images" (generated) and "failed" (checks).
+
+        An audit that the run or the cache already holds without failed checks is not repeated.
+        """
+        _use_one_thread()
+        path = request.rows_path
         if not path.is_file() and request.cache and (Path(request.cache) / path.name).is_file():
-            _copy_parts(Path(request.cache), request)
-        if not path.is_file() or any(r["status"] == "failed" for r in read_table(path, ROWS).to_pylist()):
-            return self._measure(request, path)
-        return {"seconds": 0.0, "images": 0, "failed": []}
+            _copy_from_cache(Path(request.cache), request)
+        if path.is_file() and not any(r["status"] == "failed" for r in read_table(path, ROWS).to_pylist()):
+            return {"seconds": 0.0, "images": 0, "failed": []}
+        return self._measure(request)
 
     def train_judge(self, task: str, seed: int, split: str, out: str) -> str:
         """Trains a judge on a split of the task, saves it, and returns the hash of its weights."""
-        _one_thread()
+        _use_one_thread()
         from evaluators.judge import train_judge
         from raysweep.storage.cache import save_tensors
         from raysweep.storage.files import digest_state
@@ -83,7 +93,7 @@ class Auditor:
 
     def train_autoencoder(self, task: str, config: dict[str, Any], seed: int, out: str) -> str:
         """Trains the autoencoder of a latent model on a task's retained images, saves it, and returns its folder."""
-        _one_thread()
+        _use_one_thread()
         from raysweep.models.autoencoder import train_autoencoder
         from raysweep.storage.files import write_folder
 
@@ -91,94 +101,76 @@ class Auditor:
         write_folder(Path(out), lambda folder: vae.save_pretrained(folder, safe_serialization=True))
         return out
 
-    def _measure(self, request: AuditRequest, path: Path) -> dict[str, Any]:
-        from raysweep.audit.measure import measure
-
-        result = measure(self._subject(request), request.tier)
-        common = {
-            "subject": request.subject, "method": request.method, "subject_digest": request.digest,
-            "tier": request.tier_name, "paired_with": "", "level": 0.95, "seed": request.tier.seed,
-            "judge_digest": request.judge_digest, "task_digest": request.task_digest,
-            "tier_digest": request.tier.digest,
-        }  # fmt: skip
-        rows = []
-        for row in result.rows:
-            name = f"{row['check']}.{row['name']}"
-            rest = {k: v for k, v in row.items() if k != "name"}
-            rows.append(common | rest | {"metric": row["name"], "replicates": result.replicates.get(name)})
-        scores = [
-            {"subject": request.subject, "tier": request.tier_name, "score": name, "unit": i,
-             "values": array[i].ravel().tolist(), "shape": list(array[i].shape)}
-            for name, array in result.scores.items()
-            for i in range(len(array))
-        ]  # fmt: skip
-        write_table(scores_path(Path(request.run), request.key), scores, SCORES)
-        write_table(path, rows, ROWS)
-        if request.cache and not any(r["status"] == "failed" for r in rows):
-            write_bytes(
-                Path(request.cache) / f"scores-{path.name}", scores_path(Path(request.run), request.key).read_bytes()
-            )
-            write_bytes(Path(request.cache) / path.name, path.read_bytes())
-        return {
-            "seconds": result.seconds,
-            "images": result.images,
-            "failed": sorted({r["check"] for r in rows if r["status"] == "failed"}),
-        }
-
-    def _subject(self, request: AuditRequest) -> Subject:
-        """The model under audit with its peers: anchors keep what was computed for them, candidates do not stay."""
+    def subject(self, request: AuditRequest) -> Subject:
+        """The model to audit and its peers; of the subjects only the anchors stay in memory."""
         from raysweep.audit.measure import subject_of
         from raysweep.models import families
         from raysweep.storage.seeds import derive_seed
 
-        task, judge, tier = self._task(request.task), self._judge(request.judge), self._of_tier(request)
+        task, judge, cache = self._task(request.task), self._judge(request.judge), self._tier_cache(request)
         folders = {folder for _, folder, _ in request.anchors}
         self.models = {folder: model for folder, model in self.models.items() if folder in folders}
 
-        def made(model: Any) -> Subject:
-            subject = subject_of(model, task, judge, request.tier)
-            subject.peers, subject.kept = peers, partial(self._keep, request)
+        def subject(model: Any) -> Subject:
+            subject = subject_of(model, task, judge, request.tier, self.batches)
+            subject.peers, subject.kept = peers, partial(self._kept, request)
             return subject
 
         def anchor(folder: str, digest: str) -> Subject:
-            if digest not in tier.anchors:
+            if digest not in cache.anchors:
                 if folder not in self.models:
                     self.models[folder] = families.load(folder).to(_device())
-                tier.anchors[digest] = made(self.models[folder])
-            return tier.anchors[digest]
+                cache.anchors[digest] = subject(self.models[folder])
+            return cache.anchors[digest]
 
         peers = Peers({name: partial(anchor, folder, digest) for name, folder, digest in request.anchors})
-        own = next((folder for _, folder, digest in request.anchors if digest == request.digest), None)
-        if own is not None:
-            return anchor(own, request.digest)
-        if request.model is None:  # of the base's architecture, with its frozen parts
-            return made(families.load(request.anchors[0][1]).fresh(derive_seed("destroyed")).to(_device()))
-        return made(families.load(request.model).to(_device()))
+        same = next((folder for _, folder, digest in request.anchors if digest == request.digest), None)
+        if same is not None:
+            return anchor(same, request.digest)
+        if request.model is None:  # a fresh model of the base's architecture, with the base's frozen parts
+            return subject(families.load(request.anchors[0][1]).fresh(derive_seed("destroyed")).to(_device()))
+        return subject(families.load(request.model).to(_device()))
 
-    def _of_tier(self, request: AuditRequest) -> OfTier:
+    def _measure(self, request: AuditRequest) -> dict[str, Any]:
+        from raysweep.audit.measure import measure
+
+        result = measure(self.subject(request), request.tier)
+        rows = _table_rows(request, result)
+        failed = sorted({r["check"] for r in rows if r["status"] == "failed"})
+        write_table(request.scores_path, _table_scores(request, result), SCORES)
+        write_table(request.rows_path, rows, ROWS)
+        if request.cache and not failed:
+            _copy_to_cache(Path(request.cache), request)
+        return {"seconds": result.seconds, "images": result.images, "failed": failed}
+
+    def _tier_cache(self, request: AuditRequest) -> TierCache:
         digests = [digest for _, _, digest in request.anchors]
         parts = (request.tier.digest, request.judge_digest, request.task_digest, request.code, digests)
-        return self.tiers.get(digest_of(*parts), OfTier)
+        return self.tiers.get(digest_of(*parts), TierCache)
 
-    def _task(self, folder: str):
+    def _task(self, folder: str) -> Task:
         from raysweep.tasks.task import Task
 
         return self.tasks.get(folder, lambda: Task.load(Path(folder)))
 
-    def _keep(self, request: AuditRequest, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """An array that depends on task, judge, tier and code alone: from memory, else from the cache, else made and kept."""
+    def _judge(self, path: str) -> torch.nn.Module | None:
+        """The judge of a tier; None for models that are their own judge."""
+        return self.judges.get(path, lambda: load_judge(Path(path))) if path else None
+
+    def _kept(self, request: AuditRequest, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that depends only on task, judge, tier and code: from memory, from the cache, or made and stored."""
         from raysweep.storage.cache import load_tensors, save_tensors
 
         name = digest_of(key, request.tier.weights_digest, request.task_digest, request.judge_digest, request.code)
         path = None if request.references is None else Path(request.references) / f"{name}.safetensors"
-        arrays = self._of_tier(request).arrays
+        arrays = self._tier_cache(request).arrays
         if name not in arrays:
             array = None
             if path is not None and path.is_file():
-                with contextlib.suppress(StoreError, KeyError):  # cut short or foreign: made again
+                with contextlib.suppress(StoreError, KeyError):  # a truncated or foreign file is replaced
                     array = load_tensors(path)["array"].numpy()
             if array is None:
-                array = np.ascontiguousarray(make())  # as a file gives it back: sums depend on the order in memory
+                array = np.ascontiguousarray(make())  # as read from a file: sums depend on the order in memory
                 if path is not None:
                     import torch
 
@@ -186,14 +178,9 @@ class Auditor:
             arrays[name] = array
         return arrays[name]
 
-    def _judge(self, path: str):
-        if not path:  # the model is its own judge
-            return None
-        return self.judges.get(path, lambda: load_judge(Path(path)))
 
-
-def load_judge(path: Path):
-    """Reads a judge's weights."""
+def load_judge(path: Path) -> torch.nn.Module:
+    """Reads a judge from its weights; raises StoreError if they cannot be read."""
     from evaluators.judge import Judge
     from raysweep.storage.cache import load_tensors
 
@@ -203,14 +190,51 @@ def load_judge(path: Path):
     return judge.eval()
 
 
-def _copy_parts(cache: Path, request: AuditRequest) -> None:
-    """Takes an audit from the cache into the run, rows last: they are what says that it is there."""
-    rows, scores = rows_path(Path(request.run), request.key), scores_path(Path(request.run), request.key)
-    write_bytes(scores, (cache / f"scores-{rows.name}").read_bytes())
+def _table_rows(request: AuditRequest, result: Measurement) -> list[dict[str, Any]]:
+    """Rows of `ROWS`."""
+    common = {
+        "subject": request.subject,
+        "method": request.method,
+        "subject_digest": request.digest,
+        "tier": request.tier_name,
+        "paired_with": "",
+        "level": LEVEL,
+        "seed": request.tier.seed,
+        "judge_digest": request.judge_digest,
+        "task_digest": request.task_digest,
+        "tier_digest": request.tier.digest,
+    }
+    rows = []
+    for metric in result.rows:
+        fields = asdict(metric)
+        name = fields.pop("name")
+        rows.append(common | fields | {"metric": name, "replicates": result.replicates.get(f"{metric.check}.{name}")})
+    return rows
+
+
+def _table_scores(request: AuditRequest, result: Measurement) -> list[dict[str, Any]]:
+    """Rows of `SCORES`."""
+    common = {"subject": request.subject, "tier": request.tier_name}
+    return [
+        common | {"score": name, "unit": i, "values": array[i].ravel().tolist(), "shape": list(array[i].shape)}
+        for name, array in result.scores.items()
+        for i in range(len(array))
+    ]
+
+
+def _copy_to_cache(cache: Path, request: AuditRequest) -> None:
+    rows = request.rows_path
+    write_bytes(cache / f"scores-{rows.name}", request.scores_path.read_bytes())
+    write_bytes(cache / rows.name, rows.read_bytes())
+
+
+def _copy_from_cache(cache: Path, request: AuditRequest) -> None:
+    rows = request.rows_path
+    write_bytes(request.scores_path, (cache / f"scores-{rows.name}").read_bytes())
     write_bytes(rows, (cache / rows.name).read_bytes())
 
 
-def _one_thread() -> None:
+def _use_one_thread() -> None:
     import torch
 
     with contextlib.suppress(RuntimeError):
@@ -218,7 +242,7 @@ def _one_thread() -> None:
             torch.set_num_threads(1)
 
 
-def _device():
+def _device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

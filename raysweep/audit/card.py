@@ -163,8 +163,7 @@ def _recomputed(card: dict[str, Any], folder: Path, task: Any) -> list[Finding]:
             except RegistryError as error:
                 found.append(Finding(f"{tier_name}: {check}", None, str(error)))
                 continue
-            metrics, _, _ = reduce(evaluator, mine, subject, tier.groups)
-            again = {m.name: m for m in metrics}
+            again = {m.name: m for m in reduce(evaluator, mine, subject, tier.groups).metrics}
             wrong = [
                 f"{metric} {f[key]!r} is {getattr(again.get(metric), key, None)!r}"
                 for (c, metric), f in stated.items()

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
-from evaluators.base import ROWS
+from evaluators.batches import ROWS
 from methods.sld import SafetyGuidance
 from raysweep.models.folders import read_json
 from raysweep.models.handle import Handle

@@ -1,0 +1,107 @@
+"""Measurements with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
+
+import numpy as np
+
+from evaluators.statistics import clopper_pearson, jackknife_interval, t_interval
+
+Direction = Literal["min", "max", "target"]
+Status = Literal["ok", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measurement with its uncertainty.
+
+    value: None if it could not be computed; `reason` then says why.
+    n: independent units behind the value.
+    se: standard error; lo, hi: ends of the 95 % interval; None without one. interval: the method of both.
+    direction: which way is better; "target" means "like the oracle".
+    reason: why a value is missing, or what limits it.
+    check: the evaluator that measured it; the audit fills it in.
+    """
+
+    name: str
+    value: float | None
+    n: int
+    _: KW_ONLY
+    se: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+    interval: str = "none"
+    direction: Direction = "target"
+    status: Status = "ok"
+    reason: str = ""
+    check: str = ""
+
+    @classmethod
+    def share(
+        cls, name: str, value: float, n: int, *, over: str = "", direction: Direction = "target", reason: str = ""
+    ) -> Metric:
+        """A share of n independent units, with the exact interval of Clopper and Pearson for round(value n) hits."""
+        lo, hi = clopper_pearson(round(value * n), n)
+        method = f"clopper-pearson over {over}" if over else "clopper-pearson"
+        return cls(name, value, n, lo=lo, hi=hi, interval=method, direction=direction, reason=reason)
+
+    @classmethod
+    def mean(
+        cls,
+        name: str,
+        value: float,
+        units: np.ndarray,
+        *,
+        over: str,
+        offset: float = 0.0,
+        direction: Direction = "target",
+        reason: str = "",
+    ) -> Metric:
+        """A mean of independent units (n,), n >= 2, plus a constant `offset`, with the interval of Student's t."""
+        se, lo, hi = t_interval(units)
+        return cls(
+            name, value, len(units), se=se, lo=lo + offset, hi=hi + offset, interval=f"student-t over {over}",
+            direction=direction, reason=reason,
+        )  # fmt: skip
+
+    @classmethod
+    def jackknife(
+        cls,
+        name: str,
+        value: float,
+        n: int,
+        replicates: np.ndarray,
+        *,
+        over: str,
+        extra_se: float = 0.0,
+        bounds: tuple[float, float] = (-math.inf, math.inf),
+        direction: Direction = "target",
+        reason: str = "",
+    ) -> Metric:
+        """A function of n units, with the interval of the delete-a-group jackknife.
+
+        replicates: the value without each group of units in turn (groups,). extra_se: an independent standard error from
+        elsewhere. bounds: the range of the metric, at which the interval ends.
+        """
+        se, lo, hi = jackknife_interval(value, replicates, extra_se=extra_se)
+        return cls(
+            name, value, n, se=se, lo=max(bounds[0], lo), hi=min(bounds[1], hi), interval=f"jackknife over {over}",
+            direction=direction, reason=reason,
+        )  # fmt: skip
+
+    @classmethod
+    def absent(
+        cls,
+        name: str,
+        reason: str,
+        *,
+        n: int = 0,
+        status: Status = "skipped",
+        direction: Direction = "target",
+        check: str = "",
+    ) -> Metric:
+        """A metric without a value, and the reason."""
+        return cls(name, None, n, direction=direction, status=status, reason=reason, check=check)
