@@ -212,9 +212,14 @@ def expected_quantile(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + k)
             net = nn.Sequential(
-                nn.Conv2d(x.shape[1], 16, 3, 2, 1), nn.SiLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.SiLU(),
-                nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 1),
-            )  # fmt: skip
+                nn.Conv2d(x.shape[1], 16, 3, 2, 1),
+                nn.SiLU(),
+                nn.Conv2d(16, 16, 3, 2, 1),
+                nn.SiLU(),
+                nn.AdaptiveAvgPool2d(2),
+                nn.Flatten(),
+                nn.Linear(64, 1),
+            )
         optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
         bootstrap = torch.randint(len(x), (len(x),), generator=generator)
         for _ in range(steps):

@@ -24,9 +24,14 @@ class Contrast(Evaluator):
     model_kinds = frozenset({"contrastive"})
     kinds = frozenset({"concept"})
     directions: ClassVar[dict[str, Direction]] = {
-        "recognised": "target", "recognised_top5": "target", "unlearning_accuracy": "target", "retain_accuracy": "max",
-        "retain_loss": "min", "forget_similarity": "target", "validity": "max",
-    }  # fmt: skip
+        "recognised": "target",
+        "recognised_top5": "target",
+        "unlearning_accuracy": "target",
+        "retain_accuracy": "max",
+        "retain_loss": "min",
+        "forget_similarity": "target",
+        "validity": "max",
+    }
     needs = "labelled images of every class, prompts"
     cost = "two encoders, once"
 

@@ -63,9 +63,16 @@ class Metric:
         """A mean of independent units (n,), n >= 2, plus a constant `offset`, with the interval of Student's t."""
         se, lo, hi = t_interval(units)
         return cls(
-            name, value, len(units), se=se, lo=lo + offset, hi=hi + offset, interval=f"student-t over {over}",
-            direction=direction, reason=reason,
-        )  # fmt: skip
+            name,
+            value,
+            len(units),
+            se=se,
+            lo=lo + offset,
+            hi=hi + offset,
+            interval=f"student-t over {over}",
+            direction=direction,
+            reason=reason,
+        )
 
     @classmethod
     def jackknife(
@@ -88,9 +95,16 @@ class Metric:
         """
         se, lo, hi = jackknife_interval(value, replicates, extra_se=extra_se)
         return cls(
-            name, value, n, se=se, lo=max(bounds[0], lo), hi=min(bounds[1], hi), interval=f"jackknife over {over}",
-            direction=direction, reason=reason,
-        )  # fmt: skip
+            name,
+            value,
+            n,
+            se=se,
+            lo=max(bounds[0], lo),
+            hi=min(bounds[1], hi),
+            interval=f"jackknife over {over}",
+            direction=direction,
+            reason=reason,
+        )
 
     @classmethod
     def absent(

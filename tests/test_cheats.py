@@ -1,4 +1,4 @@
-"""Cheats that an audit must catch: models that look as if they had forgotten, and have not, or have lost everything."""
+"""Cheats that an audit must catch: models that seem to have forgotten, but still know the thing or have lost everything."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from test_durability import trained
 
 from evaluators.judge import train_judge
+from evaluators.tampering import changed, fine_tuned, quantised
 from raysweep.audit.measure import measure, subject_of
 from raysweep.audit.objectives import Anchors, Measured, assess_views, objectives
 from raysweep.audit.verdict import verdict
@@ -20,8 +21,18 @@ from raysweep.registry import attacks, reach_of
 from raysweep.storage.seeds import derive_seed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-SIZES = {"samples": 120, "class_samples": 100, "noises": 10, "loss_noises": 10, "timesteps": 4, "membership_images": 30,
-         "groups": 10, "membership_noises": 2, "membership_t": (50, 200), "full_fidelity": False}  # fmt: skip
+SIZES = {
+    "samples": 120,
+    "class_samples": 100,
+    "noises": 10,
+    "loss_noises": 10,
+    "timesteps": 4,
+    "membership_images": 30,
+    "groups": 10,
+    "membership_noises": 2,
+    "membership_t": (50, 200),
+    "full_fidelity": False,
+}
 PROBE = Tier(seed=1, judge="probe", **SIZES)
 AUDIT = Tier(seed=2, judge="audit", **SIZES)
 ATTACK = Tier(seed=3, judge="audit", checks=attacks(), relearn_steps=(10,), inversion_steps=20, **SIZES)
@@ -51,16 +62,16 @@ class Court:
         return subject_of(model, self.task, self.judges[tier.judge], tier)
 
     def measured(self, model, tier):
-        subject = next((p for p in self.peers[tier.seed].values() if p.model is model), None) or self.subject(
-            model, tier
-        )
+        peers = self.peers[tier.seed].values()
+        subject = next((p for p in peers if p.model is model), None) or self.subject(model, tier)
         subject.peers = self.peers[tier.seed]
         return measure(subject, tier)
 
-    def place(self, model, tier=AUDIT):
-        """Residue and damage."""
-        found = {n: self._values(m, tier) for n, m in (self.models | {"destroyed": self.destroyed}).items()}
-        anchors = Anchors(found["base"], (found["oracle-0"], found["oracle-1"]), found["destroyed"])
+    def placed(self, model, tier=AUDIT):
+        """The model's residue and damage."""
+        models = self.models | {"destroyed": self.destroyed}
+        values = {name: self._values(m, tier) for name, m in models.items()}
+        anchors = Anchors(values["base"], (values["oracle-0"], values["oracle-1"]), values["destroyed"])
         views = assess_views(anchors, self.task.views)
         return objectives(self._values(model, tier), anchors, views, self.task.quality, self.task.validity)
 
@@ -69,7 +80,7 @@ class Court:
         return Measured(result.values, {k: np.array(v) for k, v in result.replicates.items()})
 
     def verdict(self, model):
-        """By all attacks."""
+        """The verdict by all attacks."""
         rows = [{**asdict(r), "metric": r.name, "paired_with": ""} for r in self.measured(model, ATTACK).rows]
         validity = [self.measured(m, AUDIT).values["classifier.validity"] for m in (model, self.models["oracle-0"])]
         return verdict(rows, REACH, *validity)
@@ -89,9 +100,9 @@ def with_output(model, change):
     return other
 
 
-def test_the_anchors_themselves(court):
-    assert court.place(court.models["base"]).residue == pytest.approx(1, abs=0.05)
-    oracle = court.place(court.models["oracle-0"])
+def test_the_anchors(court):
+    assert court.placed(court.models["base"]).residue == pytest.approx(1, abs=0.05)
+    oracle = court.placed(court.models["oracle-0"])
     assert oracle.residue < 0.3
     assert oracle.damage < 0.3
     assert court.verdict(court.models["base"]).label == "remembers"
@@ -100,39 +111,37 @@ def test_the_anchors_themselves(court):
 
 def test_noise_is_damage_and_not_forgetting(court):
     noise = with_output(court.models["base"], lambda out, x, t, cond: 0 * out)
-    assert court.place(noise).damage > 0.8
+    assert court.placed(noise).damage > 0.8
     assert court.verdict(noise).label == "destroyed"
 
 
 def test_one_fixed_image_is_damage(court):
     base, picture = court.models["base"], court.task.splits["retain"].x[:1]
 
-    def fixed(out, x, t, cond):  # the v that leads from any x to the picture
+    def fixed(out, x, t, cond):  # the v that leads from any x to the image
         gamma, sigma = base.gamma_sigma(t)
         return (gamma * x - picture) / sigma.clamp(min=1e-4) + 0 * out
 
     one = with_output(base, fixed)
     samples = one.sample(torch.tensor([0, 1]), torch.arange(2), **court.task.sampling)
     assert (samples - picture).abs().max() < 0.05
-    assert court.place(one).damage > 0.7
+    assert court.placed(one).damage > 0.7
 
 
-def test_refusing_exactly_the_forgotten_label_is_found(court):
+def test_refusing_exactly_the_forgotten_label_is_detected(court):
     hiding = copy.copy(court.models["base"])
     hiding.net = copy.deepcopy(hiding.net)
     with torch.no_grad():
         hiding.net.class_embedding.weight[2] = hiding.net.class_embedding.weight[4]
     judged = court.measured(hiding, AUDIT).values
-    assert judged["classifier.recognised"] < 0.1  # it looks as if it had forgotten
-    found = court.verdict(hiding)
-    assert found.label == "merely avoided"
-    assert any("inversion" in by for by in found.by)
+    assert judged["classifier.recognised"] < 0.1  # it seems to have forgotten
+    result = court.verdict(hiding)
+    assert result.label == "merely avoided"
+    assert any("inversion" in by for by in result.by)
 
 
 def test_an_edit_that_rounding_removes_is_concealment(court):
     """Weights on the int4 grid, moved by less than half a step of it: rounding brings them back exactly."""
-    from evaluators.tampering import changed, quantised
-
     base = court.subject(court.models["base"], ATTACK)
     rounded = changed(base, lambda w: quantised(w, 4)).model
     hiding = copy.copy(rounded)
@@ -153,15 +162,15 @@ def test_an_edit_that_rounding_removes_is_concealment(court):
         optimizer.step()
         with torch.no_grad():
             for n, p in hiding.net.named_parameters():
-                if n in centre:  # the largest weight of each channel stays, so the scale of rounding stays
+                if n in centre:  # the largest weight of each channel stays, and with it the scale of rounding
                     largest = centre[n].abs() == centre[n].abs().flatten(1).amax(1).view_as(room[n])
                     p.copy_(torch.where(largest, centre[n], centre[n] + (p - centre[n]).clamp(-room[n], room[n])))
                 else:
                     p.copy_(dict(rounded.net.named_parameters())[n])
     values = court.measured(hiding, ATTACK).values
     assert values["quantisation.presence@none"] < 0.5 * values["quantisation.presence@int4"]
-    found = court.verdict(hiding)
-    assert found.label in ("concealed", "merely avoided")
+    result = court.verdict(hiding)
+    assert result.label in ("concealed", "merely avoided")
     assert values["quantisation.excess@int4"] > 0.3
 
 
@@ -177,22 +186,20 @@ def test_tuning_on_the_seeds_of_the_probe_does_not_help_in_the_audit(court):
     tuned = copy.copy(base)
 
     def sample(cond, seeds, *args, **kwargs):
-        mine = torch.tensor([s in known for s in seeds.tolist()])
-        return torch.where(mine.view(-1, 1, 1, 1), oracle.sample(cond, seeds, *args, **kwargs), base.sample(cond, seeds, *args, **kwargs))  # fmt: skip
+        from_probe = torch.tensor([s in known for s in seeds.tolist()]).view(-1, 1, 1, 1)
+        forgetting, remembering = (model.sample(cond, seeds, *args, **kwargs) for model in (oracle, base))
+        return torch.where(from_probe, forgetting, remembering)
 
     tuned.sample = sample
     probe, audit = (court.measured(tuned, tier).values["classifier.recognised"] for tier in (PROBE, AUDIT))
     assert probe < 0.2
     assert audit > 0.7
-    assert court.place(tuned, AUDIT).residue > 0.8
+    assert court.placed(tuned, AUDIT).residue > 0.8
 
 
 def test_a_little_relearning_after_unlearning_is_residue(court):
-    from evaluators.tampering import fine_tuned
-
     oracle = court.subject(court.models["oracle-0"], AUDIT)
     forget = court.task.splits["forget"].distinct()
     taught = fine_tuned(replace(oracle, peers={}), forget, (50,), "cheat")[50].model
-    place = court.place(taught)
-    assert place.residue > 0.3
+    assert court.placed(taught).residue > 0.3
     assert court.verdict(taught).label in ("remembers", "concealed", "merely avoided")

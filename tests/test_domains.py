@@ -18,8 +18,8 @@ def seeds(name: str, count: int) -> torch.Tensor:
     return torch.arange(count)
 
 
-def test_a_domain_that_suffers_is_told_from_one_that_does_not():
-    """Real digits in two styles stand in for samples; in some of them the style, or the digit, is not the one asked for."""
+def test_damage_to_one_domain_shows_in_its_accuracy_only():
+    """Real digits in two styles stand in for samples; in some the style, or the digit, is not the requested one."""
     task = TextTask(forget="three", images=300).build()
     training = task.splits["judge_audit"]
     judge = train_judge(training.x, training.groups, 0, steps=150)
@@ -53,33 +53,33 @@ def test_a_domain_that_suffers_is_told_from_one_that_does_not():
     assert all_threes["cross_domain"] > 0.9
 
 
-def test_without_a_second_domain_there_is_nothing_across():
+def test_without_a_second_domain_the_check_does_not_apply():
     task = TextTask(images=300).build()
     task = replace(task, splits={n: replace(s, other=None) for n, s in task.splits.items()})
     with pytest.raises(Inapplicable, match="one domain"):
         Domains().scores(Subject(None, task, None, {"judge": "audit"}, seeds))
 
 
-def test_a_judge_comes_back_from_an_array():
+def test_a_judge_survives_the_way_through_an_array():
     torch.manual_seed(0)
     judge = Judge(3, 4).train()
-    judge(torch.rand(8, 3, 8, 8))  # moves the statistics of its normalisation
-    again = from_array(to_array(judge), 3, 4)
+    judge(torch.rand(8, 3, 8, 8))  # changes the statistics of its normalisation
+    restored = from_array(to_array(judge), 3, 4)
     x = torch.rand(2, 3, 8, 8)
-    assert torch.equal(again(x), judge.eval()(x))
+    assert torch.equal(restored(x), judge.eval()(x))
 
 
 def test_accuracies_in_and_across_domains():
-    """Three styles by four objects, ten images each; style 1 is forgotten, and with it object 3 suffers in its pictures."""
+    """Three styles by four objects, ten images each; style 1 is forgotten, and object 3 suffers in images of that style."""
     style, thing = (a.ravel().repeat(10) for a in np.meshgrid(np.arange(3), np.arange(4), indexing="ij"))
     asked = {"style": style, "object": thing}
     seen = {"style": np.where(style == 1, 0, style), "object": thing.copy()}
     assert domain_accuracies(asked, seen, "style", 1) == {"unlearning_accuracy": 1, "in_domain": 1, "cross_domain": 1}
     seen["object"][(style == 1) & (thing == 3)] = 0
     assert domain_accuracies(asked, seen, "style", 1)["cross_domain"] == 1
-    found = domain_accuracies(asked, seen, "style", 1, with_forgotten=True)["cross_domain"]
-    assert found == pytest.approx((1 + 1 + 1 + 2 / 3) / 4)
+    across = domain_accuracies(asked, seen, "style", 1, with_forgotten=True)["cross_domain"]
+    assert across == pytest.approx((1 + 1 + 1 + 2 / 3) / 4)
     seen["style"][(style == 2) & (thing == 0)] = 0
     assert domain_accuracies(asked, seen, "style", 1)["in_domain"] == pytest.approx((1 + 3 / 4) / 2)
-    # what is forgotten of the other domain is told by its own classifier
+    # a forgotten member of the other domain is judged by that domain's classifier
     assert domain_accuracies(asked, {"style": style, "object": thing}, "object", 2)["unlearning_accuracy"] == 0

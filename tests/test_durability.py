@@ -1,4 +1,4 @@
-"""Attacks that bring the forgotten thing back: what they change and leave alone, their controls, and what they find."""
+"""Attacks that bring the forgotten thing back: what they change, their controls, and what they detect."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_attack_leaves_the_model_alone_and_repeats(class_task, judge, attack)
         np.testing.assert_array_equal(first[name], second[name])
 
 
-def test_no_attack_is_the_plain_presence(class_task, points_task, judge):
+def test_zero_steps_of_relearning_are_no_attack(class_task, points_task, judge):
     for task in (class_task, points_task):
         s = subject(task, judge, **SIZES)
         scores = Relearning().scores(s)
@@ -124,7 +124,7 @@ def test_inversion_moves_one_embedding_only(class_task, judge):
             assert not moved
 
 
-def test_attacks_that_do_not_apply_say_why(class_task, points_task, judge):
+def test_attacks_that_do_not_apply_give_the_reason(class_task, points_task, judge):
     with pytest.raises(Inapplicable, match="no base to move towards"):
         Interpolation().scores(subject(class_task, judge, **SIZES))
     with pytest.raises(Inapplicable, match="as its base is"):
@@ -132,10 +132,18 @@ def test_attacks_that_do_not_apply_say_why(class_task, points_task, judge):
     assert "points" not in Inversion.kinds
 
 
-def test_a_model_that_refuses_by_its_sampler_is_found_out(class_task, judge, base):
+def test_a_model_that_refuses_by_its_sampler_is_exposed(class_task, judge, base):
     hiding = copy.copy(base)
-    hiding.sampler = {"kind": "safe", "concept": 2, "mu": "at_least_one", "scale": 1.0, "threshold": 0.01, "momentum": 0.3,
-                      "beta": 0.4, "warmup": 0.0}  # fmt: skip
+    hiding.sampler = {
+        "kind": "safe",
+        "concept": 2,
+        "mu": "at_least_one",
+        "scale": 1.0,
+        "threshold": 0.01,
+        "momentum": 0.3,
+        "beta": 0.4,
+        "warmup": 0.0,
+    }
     s = subject(class_task, judge, hiding, **SIZES)
     values = SamplerRemoval().values(SamplerRemoval().scores(s), s)
     assert values["presence@removed"] > 0.5
@@ -143,22 +151,26 @@ def test_a_model_that_refuses_by_its_sampler_is_found_out(class_task, judge, bas
 
 
 def test_a_hidden_label_is_found_by_inversion_and_relearning(class_task, judge, base):
-    """The network knows the class still; only the embedding under the forgotten label was exchanged."""
+    """The network still knows the class; only the embedding of the forgotten label was replaced."""
     hiding = copy.copy(base)
     hiding.net = copy.deepcopy(base.net)
     with torch.no_grad():
         hiding.net.class_embedding.weight[2] = hiding.net.class_embedding.weight[4]
     oracle = trained(class_task, "retain", seed=1)
-    s = subject(class_task, judge, hiding, **SIZES | {"inversion_steps": 60, "relearn_steps": (20,)})
-    s.peers = {"base": subject(class_task, judge, base, **SIZES), "oracle-0": subject(class_task, judge, oracle, **SIZES | {"inversion_steps": 60, "relearn_steps": (20,)})}  # fmt: skip
-    found = Inversion().values(Inversion().scores(s), s)
-    assert found["presence@none"] < 0.2
-    assert found["presence@embedding"] > 0.6
+    sizes = SIZES | {"inversion_steps": 60, "relearn_steps": (20,)}
+    s = subject(class_task, judge, hiding, **sizes)
+    s.peers = {
+        "base": subject(class_task, judge, base, **SIZES),
+        "oracle-0": subject(class_task, judge, oracle, **sizes),
+    }
+    values = Inversion().values(Inversion().scores(s), s)
+    assert values["presence@none"] < 0.2
+    assert values["presence@embedding"] > 0.6
     back = Interpolation().values(Interpolation().scores(s), s)
     assert back["presence@0.5"] > back["presence@none"]
 
 
-def test_teaching_starts_where_the_model_is_and_has_an_effect(points_task, judge):
+def test_fine_tuning_starts_from_the_model_and_has_an_effect(points_task, judge):
     s = subject(points_task, judge, overfitted(points_task, 100), **SIZES)
     taught = fine_tuned(s, points_task.splits["forget"].distinct(), (0, 40), "relearning")
     assert torch.equal(whole(taught[0].model), whole(s.model))

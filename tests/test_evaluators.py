@@ -1,4 +1,4 @@
-"""Evaluators on tiny models: sanity statements of the audit reference, determinism, and checks that fail loudly."""
+"""Evaluators on tiny models: sanity checks, determinism, and checks that fail visibly."""
 
 from __future__ import annotations
 
@@ -18,14 +18,30 @@ from raysweep.models.noise import row_seeds
 from raysweep.registry import EVALUATORS, resolve
 from raysweep.storage.seeds import derive_seed
 
-CHECKS = tuple(
-    name for name in EVALUATORS if EVALUATORS[name].weights is None
-)  # those by brought networks: test_external.py
+# those with networks from users: test_external.py
+CHECKS = tuple(name for name in EVALUATORS if EVALUATORS[name].weights is None)
 TIER = Tier(
-    seed=1, judge="probe", checks=CHECKS, groups=5, samples=40, class_samples=20, noises=8, loss_noises=6,
-    loss_images=6, timesteps=4, membership_images=20, membership_t=(50, 150), membership_noises=2, relearn_steps=(1, 2), inversion_steps=2, injection_steps=4, recall_noises=4,
-    likelihood_steps=4, likelihood_probes=2, strips=3,
-)  # fmt: skip
+    seed=1,
+    judge="probe",
+    checks=CHECKS,
+    groups=5,
+    samples=40,
+    class_samples=20,
+    noises=8,
+    loss_noises=6,
+    loss_images=6,
+    timesteps=4,
+    membership_images=20,
+    membership_t=(50, 150),
+    membership_noises=2,
+    relearn_steps=(1, 2),
+    inversion_steps=2,
+    injection_steps=4,
+    recall_noises=4,
+    likelihood_steps=4,
+    likelihood_probes=2,
+    strips=3,
+)
 
 
 QUICK = TIER.model_copy(
@@ -40,7 +56,9 @@ def judge(points_task):
 
 
 def subject(task, judge, model=None, **sizes):
-    seeds = lambda stream, n: row_seeds(derive_seed(stream), 0, n)  # noqa: E731
+    def seeds(stream: str, count: int) -> torch.Tensor:
+        return row_seeds(derive_seed(stream), 0, count)
+
     return Subject(model or tiny_model(task), task, judge, TIER.sizes() | sizes, seeds)
 
 
@@ -50,12 +68,12 @@ def test_every_check_gives_rows_values_and_replicates(points_task, class_task, j
         one.peers = {"base": one} | {
             f"oracle-{k}": subject_of(tiny_model(task, seed=k + 1), task, judge, TIER) for k in range(2)
         }
-        # the small networks of `quantile` take as long as everything else together, and know no conditions
+        # `quantile` trains networks, takes as long as everything else together, and uses no conditions
         tier = TIER.model_copy(update={"checks": tuple(n for n in CHECKS if n != "quantile" or task.kind == "points")})
         result = measure(one, tier)
         checks = {(r.check, r.status) for r in result.rows}
         for name in tier.checks:
-            # it is sampled as usual; the detector is an extra
+            # the model has no sampler to remove; the detector is an extra
             applies = task.kind in resolve("evaluator", name).kinds and name not in ("sampler_removal", "nudenet")
             assert (name, "ok" if applies else "skipped") in checks
         assert all(len(r) == TIER.groups for r in result.replicates.values())
@@ -112,8 +130,8 @@ def test_an_image_depends_on_its_seed_alone(points_task, class_task):
         torch.testing.assert_close(shuffled, whole[order], atol=1e-5, rtol=0)
 
 
-def test_an_image_is_the_same_to_the_last_bit_in_any_company(points_task, class_task, judge):
-    """For any number of images that are asked for at once, in any order, also through requests cut in parts."""
+def test_images_are_bit_identical_for_any_batch_composition(points_task, class_task, judge):
+    """For any number of images requested at once, in any order, and for requests split in parts."""
     for task in (points_task, class_task):
         one = subject(task, judge)
         seeds = row_seeds(9, 0, 120)
@@ -126,12 +144,12 @@ def test_an_image_is_the_same_to_the_last_bit_in_any_company(points_task, class_
             part = one.generate(None if cond is None else cond[low:high], seeds[low:high])
             assert torch.equal(part, whole[low:high])
         x0 = task.splits["retain"].x[torch.arange(60) % 30]
-        again = one.reconstruct(x0, seeds[:60], 400, 3, None if cond is None else cond[:60])
+        rebuilt = one.reconstruct(x0, seeds[:60], 400, 3, None if cond is None else cond[:60])
         some = one.reconstruct(x0[5:9], seeds[5:9], 400, 3, None if cond is None else cond[5:9])
-        assert torch.equal(some, again[5:9])
+        assert torch.equal(some, rebuilt[5:9])
 
 
-def test_half_precision_is_for_drawing_alone(class_task, judge):
+def test_half_precision_is_for_sampling_only(class_task, judge):
     one, half = (subject(class_task, judge, precision=p) for p in ("fp32", "bf16"))
     cond, seeds = torch.arange(60) % 6, row_seeds(9, 0, 60)
     whole, drawn = one.generate(cond, seeds), half.generate(cond, seeds)
@@ -148,7 +166,7 @@ def test_half_precision_is_for_drawing_alone(class_task, judge):
     assert tiers[0].digest != tiers[1].digest
 
 
-def test_sampling_is_diffusers_own(points_task):
+def test_sampling_agrees_with_diffusers(points_task):
     from diffusers import DDIMPipeline
 
     model = tiny_model(points_task)
@@ -177,7 +195,7 @@ def test_correlation():
     torch.testing.assert_close(correlation(x, -x), -torch.ones(3, dtype=torch.float64))
 
 
-def test_features_follow_the_judge_and_a_set_is_like_itself(points_task, judge):
+def test_features_depend_on_the_judge_and_a_set_has_no_distance_to_itself(points_task, judge):
     one = subject(points_task, judge)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -206,10 +224,8 @@ def test_leaving_groups_out(points_task, judge):
     parts = [without_group(scores, g, 5) for g in range(5)]
     assert sum(len(p["a"]) for p in parts) == 4 * 12
     assert all(len(p["few"]) == 3 for p in parts)
-    assert (
-        Fidelity().values({"features": subject(points_task, judge).features()}, subject(points_task, judge))["frechet"]
-        > 0
-    )
+    one = subject(points_task, judge)
+    assert Fidelity().values({"features": one.features()}, one)["frechet"] > 0
 
 
 def overfitted(task, steps=250):
@@ -223,9 +239,9 @@ def overfitted(task, steps=250):
     return model
 
 
-def test_judges_are_reproducible_and_good(points_task, judge):
+def test_judges_are_reproducible_and_accurate(points_task, judge):
     split = points_task.splits["judge_probe"]
-    again = train_judge(split.x, split.groups, seed=0, steps=60)
-    assert all(torch.equal(a, b) for a, b in zip(judge.state_dict().values(), again.state_dict().values(), strict=True))
+    other = train_judge(split.x, split.groups, seed=0, steps=60)
+    assert all(torch.equal(a, b) for a, b in zip(judge.state_dict().values(), other.state_dict().values(), strict=True))
     held = points_task.splits["holdout"]
     assert (Batches().evaluate(judge, held.x).argmax(1) == held.groups.numpy()).mean() > 0.9

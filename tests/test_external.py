@@ -1,8 +1,11 @@
-"""Checks by networks that users bring: real formats, controls, caches by content, and files that cannot be used."""
+"""Checks with networks from users: real formats, controls, caches by content, and files that cannot be used."""
 
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -79,26 +82,26 @@ class Real:
         return torch.stack([x[p[i % len(p)]] for i, p in enumerate(picks)])
 
 
-def test_naming_a_file_adds_the_checks_that_it_serves(named, brought, judge):
-    tier = Tier(seed=1, judge="probe", checks=("per_class",), samples=40, class_samples=20, groups=5,
-                weights={k: v for k, v in brought.items() if k != "inception"})  # fmt: skip
-    assert set(tier.checks_for(named)) == {
-        "per_class",
-        *checks_by_weights(),
-    } - {"fidelity_inception"}
+def test_a_configured_file_adds_its_checks(named, brought, judge):
+    weights = {k: v for k, v in brought.items() if k != "inception"}
+    tier = Tier(seed=1, judge="probe", checks=("per_class",), samples=40, class_samples=20, groups=5, weights=weights)
+    assert set(tier.checks_for(named)) == {"per_class", *checks_by_weights()} - {"fidelity_inception"}
     result = measure(subject_of(tiny_model(named), named, judge, tier), tier)
     assert {r.status for r in result.rows} == {"ok"}, [r for r in result.rows if r.status != "ok"]
     assert {r.check for r in result.rows} == set(tier.checks_for(named))
 
 
-def test_a_tier_is_another_when_the_weights_are(brought, tmp_path):
+def test_the_digest_of_a_tier_depends_on_the_content_of_its_weights(brought, tmp_path):
     copy = sscd_file(tmp_path / "copy.pt")
-    make = lambda path: Tier(seed=1, judge="probe", weights={"sscd": path})  # noqa: E731
+
+    def digest(path):
+        return Tier(seed=1, judge="probe", weights={"sscd": path}).digest
+
     moved = tmp_path / "moved.pt"
     moved.write_bytes(copy.read_bytes())
-    assert make(copy).digest == make(moved).digest != Tier(seed=1, judge="probe").digest
+    assert digest(copy) == digest(moved) != Tier(seed=1, judge="probe").digest
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(moved))
-    assert make(copy).digest != make(moved).digest
+    assert digest(copy) != digest(moved)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +112,12 @@ def test_a_tier_is_another_when_the_weights_are(brought, tmp_path):
         ({"weights": {"resnet": "x"}}, "'sscd', 'clip'"),
     ],
 )
-def test_what_a_config_cannot_ask(tier, message):
+def test_invalid_weights_in_a_config(tier, message):
     with pytest.raises(ConfigError, match=message):
         validate({"audit": {"audit": tier}}, "sweep.yaml")
 
 
-def test_an_outside_classifier_by_its_own_label_order(named, brought, judge):
+def test_an_outside_classifier_with_another_order_of_labels(named, brought, judge):
     one = subject(named, judge, model=Real(named), weights=brought)
     scores = OutsideClassifier().scores(one)
     metrics = {m.name: m for m in reduce(OutsideClassifier(), scores, one, 5).metrics}
@@ -152,7 +155,7 @@ class HalfBlank(Real):
         return x
 
 
-def test_what_a_detector_finds_and_whom_a_classifier_takes_it_for(named, brought, judge):
+def test_detections_and_their_identity(named, brought, judge):
     one = subject(named, judge, model=HalfBlank(named), weights=brought)
     scores = Detection().scores(one)
     assert scores["found"].tolist() == [1, 0] * (len(scores["found"]) // 2)
@@ -166,23 +169,23 @@ def test_what_a_detector_finds_and_whom_a_classifier_takes_it_for(named, brought
     assert {m.reason for m in metrics.values()} == {""}
 
 
-def test_a_sample_counts_with_its_likeliest_box(named, brought, judge):
+def test_a_sample_counts_with_its_most_probable_box(named, brought, judge):
     one = subject(named, judge, model=Real(named), weights=brought)
     aimed = one.generate(one.forgotten(3), torch.arange(3))
     height, width = aimed.shape[2:]
     whole, corner = (0, 0, width, height), (0, 0, 2, 2)
     alone = [Detection.identity(one, aimed[:1], [[box]])[0] for box in (whole, corner)]
-    found = Detection.identity(one, aimed, [[whole, corner], [], [corner, whole]])
-    assert found[0] == pytest.approx(max(alone))
-    assert found[1] == 0
+    both = Detection.identity(one, aimed, [[whole, corner], [], [corner, whole]])
+    assert both[0] == pytest.approx(max(alone))
+    assert both[1] == 0
     assert alone[0] != pytest.approx(alone[1])
 
 
 @pytest.mark.parametrize("shown", [0, 1])
-def test_where_hardly_anything_is_found_there_is_no_interval(named, brought, judge, shown):
+def test_with_fewer_than_two_detections_there_is_no_interval(named, brought, judge, shown):
     one = subject(named, judge, weights=brought)
-    found = np.arange(20) < shown
-    scores = {"found": found.astype(float), "forgotten": 0.7 * found, "control": np.zeros(10)}
+    detected = np.arange(20) < shown
+    scores = {"found": detected.astype(float), "forgotten": 0.7 * detected, "control": np.zeros(10)}
     metrics = {m.name: m for m in reduce(Detection(), scores, one, 5).metrics}
     assert metrics["identity"].value == pytest.approx(0.7 * shown)
     assert metrics["identity"].lo is None
@@ -192,12 +195,12 @@ def test_where_hardly_anything_is_found_there_is_no_interval(named, brought, jud
     )
 
 
-def test_without_a_classifier_nobody_is_identified(named, brought, judge):
+def test_without_a_classifier_there_is_no_identity(named, brought, judge):
     one = subject(named, judge, weights={"detector": brought["detector"]})
     assert set(Detection().values(Detection().scores(one), one)) == {"absent", "control"}
 
 
-def test_clip_iqa_is_the_probability_of_the_good_of_two_prompts(named, brought, judge):
+def test_clip_iqa_is_the_probability_of_the_good_prompt(named, brought, judge):
     one = subject(named, judge, weights=brought)
     clip = network(one, "clip", CLIP)
     images, texts = (torch.from_numpy(e) for e in (clip(one.samples()[0]), clip.texts(["Good photo.", "Bad photo."])))
@@ -227,24 +230,24 @@ def test_clip_agrees_with_open_clip(named, brought, judge):
     ZeroShot().scores(one)
     alignment = Alignment().scores(one)
     assert np.abs(alignment["retain"]).max() <= 1 + 1e-9
-    assert network(one, "clip", CLIP) is clip  # kept warm
+    assert network(one, "clip", CLIP) is clip  # kept in memory
 
 
-def test_copies_are_found_and_chance_is_not(points_task, brought, judge):
+def test_copies_are_detected_and_chance_resemblance_is_not(points_task, brought, judge):
     clean, copying = (subject(points_task, judge, weights=brought) for _ in range(2))
     forget = points_task.splits["forget"].distinct().x
     holdout = points_task.splits["holdout"].x
     clean.once("samples", lambda: (holdout[torch.arange(40) % len(holdout)], None))
     copying.once("samples", lambda: (torch.cat([forget[:1].expand(10, -1, -1, -1), holdout[:30]]), None))
-    found = CopyDetection().values(CopyDetection().scores(copying), copying)
-    assert found["copies"] == pytest.approx(10 / 40)
+    values = CopyDetection().values(CopyDetection().scores(copying), copying)
+    assert values["copies"] == pytest.approx(10 / 40)
     assert CopyDetection().values(CopyDetection().scores(clean), clean)["copies"] <= 1 / 40
     sscd = network(clean, "sscd", SSCD)
     np.testing.assert_allclose((sscd(forget) ** 2).sum(1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("evaluator", [CLIPFidelity, DINOFidelity])
-def test_feature_spaces_of_brought_networks(named, brought, judge, evaluator):
+def test_fidelity_in_feature_spaces_of_user_networks(named, brought, judge, evaluator):
     real = named.splits["retain"].x
     one = subject(named, judge, weights=brought)
     one.once("samples", lambda: (real, None))
@@ -256,7 +259,7 @@ def test_feature_spaces_of_brought_networks(named, brought, judge, evaluator):
     assert evaluator().values(evaluator().scores(noise), noise)["frechet"] > values["frechet"] + 1e-3
 
 
-def test_inception_is_torch_fidelitys(named, brought, judge):
+def test_inception_agrees_with_torch_fidelity(named, brought, judge):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     one = subject(named, judge, weights=brought, samples=40)
@@ -267,9 +270,9 @@ def test_inception_is_torch_fidelitys(named, brought, judge):
     )
     with torch.no_grad():
         (wanted,) = plain.eval()((rgb(x) * 255).round().byte())
-    found = net(x)
-    assert found.shape == (2, 2048 + 1008)
-    np.testing.assert_allclose(found[:, :2048], wanted.numpy(), rtol=1e-4, atol=1e-5)
+    outputs = net(x)
+    assert outputs.shape == (2, 2048 + 1008)
+    np.testing.assert_allclose(outputs[:, :2048], wanted.numpy(), rtol=1e-4, atol=1e-5)
     one.once("fidelity_inception.samples", lambda: InceptionFidelity().outputs(one, named.splits["retain"].x[:20]))
     scores = InceptionFidelity().scores(one)
     assert scores["features"].shape == (20, 2048)
@@ -277,7 +280,7 @@ def test_inception_is_torch_fidelitys(named, brought, judge):
 
 
 def test_both_references_of_a_forgotten_class(class_task, judge):
-    """The published ones: with and without the class itself."""
+    """With and without the class itself, as published by different papers."""
     draw = np.random.default_rng(0)
     splits = {"retain": draw.normal(0, 1, (60, 4)), "forget": draw.normal(3, 1, (20, 4))}
 
@@ -285,10 +288,10 @@ def test_both_references_of_a_forgotten_class(class_task, judge):
         def split_features(self, subject, split):
             return splits[split]
 
-    own = draw.normal(0, 1, (50, 4))
-    values = Drawn().values({"features": own}, subject(class_task, judge, full_fidelity=0))
-    assert values["frechet"] == pytest.approx(frechet(own, splits["retain"]))
-    assert values["frechet_all"] == pytest.approx(frechet(own, np.concatenate(list(splits.values()))))
+    features = draw.normal(0, 1, (50, 4))
+    values = Drawn().values({"features": features}, subject(class_task, judge, full_fidelity=0))
+    assert values["frechet"] == pytest.approx(frechet(features, splits["retain"]))
+    assert values["frechet_all"] == pytest.approx(frechet(features, np.concatenate(list(splits.values()))))
     assert values["frechet_all"] > values["frechet"]
 
 
@@ -296,8 +299,6 @@ KINDS = {"sscd": SSCD, "clip": CLIP, "classifier": ImageClassifier, "detector": 
 
 
 def test_files_that_cannot_be_used(named, judge, tmp_path):
-    import pickle
-
     bad = tmp_path / "weights"
     bad.write_bytes(b"cut short")
     evil = tmp_path / "evil.pth"
@@ -318,10 +319,8 @@ def test_files_that_cannot_be_used(named, judge, tmp_path):
         network(subject(named, judge, weights={"clip": tmp_path / "gone"}), "clip", CLIP)
 
 
-def test_networks_whose_files_lack_tensors(brought, tmp_path):
-    """Their library would fill the gaps with random numbers; a message names what is missing."""
-    import shutil
-
+def test_files_without_some_tensors_are_refused(brought, tmp_path):
+    """The library would fill the gaps with random numbers; the message names the missing tensors."""
     from safetensors.torch import load_file, save_file
 
     for key, file in (
@@ -341,7 +340,7 @@ def test_networks_whose_files_lack_tensors(brought, tmp_path):
         check(key, brought[key])
 
 
-def test_a_first_dino_without_a_pooler_gives_its_class_token(tmp_path):
+def test_a_dino_without_a_pooler_gives_its_class_token(tmp_path):
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     torch.manual_seed(0)
@@ -350,10 +349,10 @@ def test_a_first_dino_without_a_pooler_gives_its_class_token(tmp_path):
     bare.save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
     x = torch.rand(3, 3, 8, 8) * 2 - 1
-    found = DINO(tmp_path, "cpu")
+    net = DINO(tmp_path, "cpu")
     with torch.no_grad():
         wanted = bare(x).last_hidden_state[:, 0]
-    np.testing.assert_allclose(found(x), wanted.numpy(), atol=1e-4)
+    np.testing.assert_allclose(net(x), wanted.numpy(), atol=1e-4)
 
 
 def test_tasks_without_names_are_skipped(class_task, brought, judge):
@@ -371,7 +370,7 @@ def test_nudenet_needs_its_extra(points_task, judge):
 
 
 def test_without_nudenet_the_row_is_skipped(points_task, judge, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "nudenet", None)
+    monkeypatch.setitem(sys.modules, "nudenet", None)
     tier = Tier(seed=1, judge="probe", checks=("nudenet",), samples=20, groups=5)
     rows = measure(subject_of(tiny_model(points_task), points_task, judge, tier), tier).rows
     assert {r.status for r in rows} == {"skipped"}

@@ -1,4 +1,4 @@
-"""Membership inference: the attacks' formulas and costs, calibration that never sees the forget set, gaps, power."""
+"""Membership inference: formulas and costs of the attacks, calibration without the forget set, gaps, power."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def judge():
 
 @pytest.fixture(scope="module")
 def few(points_task):
-    """A task with few retained images, so that a model can learn them by heart, and a large holdout."""
+    """A task with few retained images, which a model can memorise, and a large holdout."""
     splits = points_task.splits
     more = torch.cat([splits["judge_probe"].x, splits["judge_audit"].x, splits["holdout"].x])
     holdout = dataclasses.replace(splits["holdout"], x=more, groups=torch.zeros(len(more), dtype=torch.long))
@@ -43,7 +43,7 @@ def learned(few):
 
 
 def passes(model, work) -> int:
-    """Images that go through the network during `work`."""
+    """Number of images that pass through the network during `work`."""
     seen = []
     handle = model.net.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     work()
@@ -80,7 +80,7 @@ def test_formulas_by_hand(points_task):
 
 
 def test_a_network_that_always_predicts_the_same_noise_is_inverted_without_error(points_task):
-    """With constant eps the DDIM path is a straight line, so going up and back returns; proximal initialisation too."""
+    """With constant eps the DDIM path is a straight line, so a step up and back returns; so does proximal initialisation."""
     model, x = tiny_model(points_task), points_task.splits["retain"].x[:4]
     constant = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     model.eps = lambda x_t, t, cond: constant.expand_as(x_t)
@@ -142,7 +142,7 @@ def test_shuffled_labels_give_chance(few, judge, learned):
     assert abs(np.mean(aucs) - 0.5) < 0.03
 
 
-def test_the_sign_of_an_inverted_attack_is_found(few, judge, learned):
+def test_the_sign_of_an_inverted_attack_is_calibrated(few, judge, learned):
     class Inverted(Loss):
         name = "inverted"
 
@@ -166,17 +166,17 @@ def test_calibration_never_sees_the_forget_set(few, judge, learned):
 def test_the_base_calibrates_for_all(few, judge, learned):
     base, candidate = subject(few, judge, learned), subject(few, judge, tiny_model(few, seed=5))
     candidate.peers = {"base": base}
-    np.testing.assert_array_equal(
-        Loss().scores(candidate)["calibration"][0], calibrate(Loss().raw(base)["retain_calibration"], Loss().raw(base)["holdout_calibration"])
-    )  # fmt: skip
+    raw = Loss().raw(base)
+    expected = calibrate(raw["retain_calibration"], raw["holdout_calibration"])
+    np.testing.assert_array_equal(Loss().scores(candidate)["calibration"][0], expected)
 
 
-def test_a_sign_is_turned_round_only_by_evidence():
+def test_a_sign_is_flipped_only_by_evidence():
     rng = np.random.default_rng(0)
     members, others = rng.normal(size=(60, 6)), rng.normal(size=(60, 6))
     assert calibrate(members, others)[1] == 1
     signs = [calibrate(rng.normal(size=(40, 6)), rng.normal(size=(40, 6)))[1] for _ in range(200)]
-    assert signs.count(-1) <= 12  # at most 5 % one-sided over all columns, whatever the best column of noise says
+    assert signs.count(-1) <= 12  # at most 5 % one-sided over all columns together
     members[:, 2] -= 2
     assert calibrate(members, others) == (2, -1)
     members[:, 4] += 4
@@ -203,7 +203,7 @@ def test_no_rate_without_enough_non_members(points_task, judge):
     assert "needs 10,000" in rows["tpr_at_01"].reason
 
 
-def test_gap_error_holds_images_and_oracles():
+def test_the_error_of_the_gap_covers_images_and_oracles():
     rng = np.random.default_rng(0)
     pos, neg = rng.normal(0.5, 1, 200), rng.normal(0, 1, 200)
     same_pos, same_neg = np.stack([pos] * 3, 1), np.stack([neg] * 3, 1)
@@ -221,7 +221,7 @@ def test_the_gap_covers_zero_at_its_nominal_rate():
         pos = image_pos + models + 0.5 * rng.normal(size=(80, 4))
         neg = image_neg + 0.5 * rng.normal(size=(80, 4))
         delta, se = paired_gap(pos[:, 0], neg[:, 0], pos[:, 1:], neg[:, 1:])
-        # the candidate is itself a draw of such models: its own spread is not in the error of the mean, so put it there
+        # the candidate is itself a draw of such models, and the error of the mean lacks its spread
         aucs = [delong(pos[:, k], neg[:, k])[0] for k in range(1, 4)]
         covered += abs(delta) <= 1.96 * np.hypot(se, np.std(aucs, ddof=1))
     assert 0.85 <= covered / 400 <= 0.99
@@ -253,7 +253,7 @@ def test_rmia_by_hand():
     np.testing.assert_allclose(attacks.rmia(scores, reference, population, other), [2 / 3, 1 / 3])
 
 
-def test_attacks_by_oracles_say_what_they_need(points_task, judge):
+def test_attacks_with_oracles_state_how_many_they_need(points_task, judge):
     s = subject(points_task, judge)
     with pytest.raises(Inapplicable, match="needs 2 oracles besides the model itself; there are 0"):
         LiRA().scores(s)
@@ -267,10 +267,13 @@ def test_attacks_by_oracles_say_what_they_need(points_task, judge):
         assert "retain_auc" not in values
 
 
-def test_quantiles_take_out_what_a_picture_explains():
+def test_quantiles_remove_what_the_image_explains():
     g = torch.Generator().manual_seed(0)
     population, images = torch.rand(300, 1, 4, 4, generator=g), torch.rand(200, 1, 4, 4, generator=g)
-    brightness = lambda x: 8 * x.mean((1, 2, 3)).double().numpy()  # noqa: E731
+
+    def brightness(x):
+        return 8 * x.mean((1, 2, 3)).double().numpy()
+
     rng = np.random.default_rng(0)
     member = np.arange(200) < 100
     scores = brightness(images) + 0.3 * rng.normal(size=200) + 0.4 * member
@@ -289,13 +292,13 @@ def test_clid_compares_with_the_reduced_condition(class_task, judge):
     s = subject(class_task, judge)
     images, noises = class_task.splits["retain"], s.model.noise(torch.arange(3))
     null = s.model.reduced(images.cond)
-    own, gap = attacks.clid(s.model, images.x, images.cond, null, GRID, noises)
-    np.testing.assert_allclose(gap, own - attacks.loss(s.model, images.x, null[0], GRID, noises))
+    score, gap = attacks.clid(s.model, images.x, images.cond, null, GRID, noises)
+    np.testing.assert_allclose(gap, score - attacks.loss(s.model, images.x, null[0], GRID, noises))
     s = subject(class_task, judge, membership_images=1000)  # more than there are
     values = CLiD().values(CLiD().scores(s), s)
     assert 0 <= values["auc"] <= 1
     np.testing.assert_allclose(
-        attacks.robust_mix(own[:, 0], gap[:, 0], 0.0, (own[:, 0], gap[:, 0])).argsort(), own[:, 0].argsort()
+        attacks.robust_mix(score[:, 0], gap[:, 0], 0.0, (score[:, 0], gap[:, 0])).argsort(), score[:, 0].argsort()
     )
 
 

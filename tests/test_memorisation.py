@@ -37,7 +37,7 @@ def good_judge(class_task):
 
 @pytest.fixture(scope="module")
 def memorised(points_task):
-    """A task whose forgotten images are 18 digits that a model has learned by heart, and 18 of their kind that it has not."""
+    """A task whose forgotten images are 18 digits that a model has memorised, and 18 of the same kind that it never saw."""
     splits = points_task.splits
     learned = dataclasses.replace(
         points_task, splits=splits | {"retain": splits["retain"].take(torch.arange(0, 36, 2))}
@@ -45,7 +45,7 @@ def memorised(points_task):
     model = overfitted(learned, 300)
     known = splits | {"forget": learned.splits["retain"], "forget_holdout": splits["holdout"].take(torch.arange(18))}
     task = dataclasses.replace(points_task)
-    object.__setattr__(task, "splits", known)  # the overlap of forget and retain that a task refuses is wanted here
+    object.__setattr__(task, "splits", known)  # forget and retain overlap on purpose, which a task refuses
     return task, model
 
 
@@ -87,9 +87,9 @@ def test_the_noise_levels_between_steps(points_task):
             gamma, _ = model.gamma_sigma(times)
             x_t = model.add_noise(x0, eps, times)
             with torch.no_grad():
-                found = model.eps_at(x_t / gamma, float(model.levels()[t]), None)
-                wanted = model.eps(x_t, times, None)
-            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+                at_level = model.eps_at(x_t / gamma, float(model.levels()[t]), None)
+                at_step = model.eps(x_t, times, None)
+            torch.testing.assert_close(at_level, at_step, rtol=1e-6, atol=1e-7)
 
 
 def test_remembered_images_are_likelier_and_batches_do_not_matter(memorised, judge):
@@ -102,11 +102,11 @@ def test_remembered_images_are_likelier_and_batches_do_not_matter(memorised, jud
     never = subject(task, judge, likelihood_steps=10, membership_images=18)
     assert abs(Likelihood().values(Likelihood().scores(never), never)["excess"]) < 0.1
     probes = one.model.noise(one.seeds("likelihood", one.sizes["likelihood_probes"])).sign()
-    again = bits_per_dimension(model, task.splits["forget"], probes, 10, Batches(5))
-    np.testing.assert_allclose(again, scores["forget"], rtol=1e-4)
+    in_batches = bits_per_dimension(model, task.splits["forget"], probes, 10, Batches(5))
+    np.testing.assert_allclose(in_batches, scores["forget"], rtol=1e-4)
 
 
-def test_the_reconstruction_curve_of_images_known_by_heart(memorised, judge):
+def test_the_reconstruction_curve_of_memorised_images(memorised, judge):
     task, model = memorised
     known, unknown = subject(task, judge, model=model), subject(task, judge)
     scores = Recall().scores(known)
@@ -130,7 +130,7 @@ def test_extraction_counts_images_not_samples(points_task, judge):
     assert values["extracted"] == 1
     assert values["rate"] == pytest.approx(8 / 40)
     assert values["holdout_rate"] == 0
-    # whatever copies a forgotten image is near others of its kind, too, and does not copy those
+    # a copy of a forgotten image is also close to others of its kind, and does not copy those
     kin = dataclasses.replace(points_task)
     object.__setattr__(kin, "splits", splits | {"forget_holdout": dataclasses.replace(forget, x=forget.x * 0.9)})
     near = subject(kin, judge)
@@ -144,7 +144,7 @@ def test_extraction_counts_images_not_samples(points_task, judge):
     assert Neighbours().values(Neighbours().scores(away), away)["log_ratio"] > 1
 
 
-def test_retained_classes_one_by_one(class_task, good_judge):
+def test_each_retained_class(class_task, good_judge):
     real = subject(class_task, good_judge, model=Real(class_task), samples=60)
     scores = PerClass().scores(real)
     values = PerClass().values(scores, real)
@@ -154,11 +154,11 @@ def test_retained_classes_one_by_one(class_task, good_judge):
     near = PerClass().nearest(real)
     assert len(near) == 2
     assert class_task.forget_class not in near
-    # one class comes out as noise: that one, and no other, is seen to be hurt
-    place = classes.tolist().index(near[0])
+    # one class comes out as noise: only its metrics change
+    column = classes.tolist().index(near[0])
     hurt = {name: array.copy() for name, array in scores.items()}
-    hurt["right"][:, place] = 0
-    hurt["features"][:, place] = 5
+    hurt["right"][:, column] = 0
+    hurt["features"][:, column] = 5
     after = PerClass().values(hurt, real)
     assert after["worst_accuracy"] == after[f"accuracy@{near[0]}"] == 0
     assert after["nearest_kid"] > values["nearest_kid"] + 0.1
@@ -166,7 +166,7 @@ def test_retained_classes_one_by_one(class_task, good_judge):
     assert len(without_group(scores, 0, 5)["right"]) == len(scores["right"]) - math.ceil(len(scores["right"]) / 5)
 
 
-def test_where_the_mass_went(class_task, good_judge):
+def test_where_samples_of_the_forgotten_label_go(class_task, good_judge):
     real = subject(class_task, good_judge, model=Real(class_task), class_samples=40)
     scores = Classifier().scores(real)
     values = Classifier().values(scores, real)
@@ -184,9 +184,9 @@ def test_where_the_mass_went(class_task, good_judge):
     wrong = subject(class_task, good_judge, model=Real(class_task))
     wrong.once("confusion", lambda: table)
     mixed = scores | {"forget_class": np.array([0.0] * 32 + [float(forgotten)] * 8)}
-    found = Classifier().values(mixed, wrong)
-    assert found["recognised"] == pytest.approx(0.2)
-    assert found["recognised_corrected"] == pytest.approx(0, abs=1e-3)
+    values = Classifier().values(mixed, wrong)
+    assert values["recognised"] == pytest.approx(0.2)
+    assert values["recognised_corrected"] == pytest.approx(0, abs=1e-3)
 
 
 def test_inception_score_and_diversity(class_task, good_judge):

@@ -16,45 +16,48 @@ def measured(recall, loss, distance, noise=0.0, groups=10):
     return Measured(values, {k: v + noise * RNG.normal(size=groups) for k, v in values.items()})
 
 
-ANCHORS = Anchors(measured(1.0, -1.0, 4.0, 0.001), (measured(0.0, 1.0, 2.0, 0.001), measured(0.2, 1.0, 2.0, 0.001)),
-                  measured(0.3, 0.9, 32.0, 0.001))  # fmt: skip
+ANCHORS = Anchors(
+    base=measured(1.0, -1.0, 4.0, 0.001),
+    oracles=(measured(0.0, 1.0, 2.0, 0.001), measured(0.2, 1.0, 2.0, 0.001)),
+    destroyed=measured(0.3, 0.9, 32.0, 0.001),
+)
 VIEWS = assess_views(ANCHORS, ("r.recall", "d.loss"))
 
 
-def place(*values):
+def placed(*values):
     return objectives(measured(*values), ANCHORS, VIEWS, "f.frechet", VALIDITY)
 
 
-def test_anchors_are_at_their_places():
+def test_anchors_define_the_ends_of_the_scales():
     base = objectives(ANCHORS.base, ANCHORS, VIEWS, "f.frechet", VALIDITY)
     assert base.residue == pytest.approx(1.0)
     destroyed = objectives(ANCHORS.destroyed, ANCHORS, VIEWS, "f.frechet", VALIDITY)
     assert destroyed.damage == pytest.approx(1.0)
-    oracle = place(0.1, 1.0, 2.0)
+    oracle = placed(0.1, 1.0, 2.0)
     assert (oracle.residue, oracle.damage) == pytest.approx((0.0, 0.0))
 
 
 def test_residue_is_the_worst_view_and_damage_logarithmic():
-    one = place(0.1, 0.0, 8.0)
+    one = placed(0.1, 0.0, 8.0)
     assert one.views == pytest.approx({"r.recall": 0.0, "d.loss": 0.5})
     assert one.residue == pytest.approx(0.5)
     assert one.damage == pytest.approx(0.5)
 
 
 def test_beyond_the_oracle_is_damage_not_more_forgetting():
-    over = place(0.1, 2.0, 2.0)
+    over = placed(0.1, 2.0, 2.0)
     assert over.residue == pytest.approx(0.0)
     assert over.over_forgetting == pytest.approx(0.5)
     assert over.damage == pytest.approx(0.5)
 
 
 def test_over_forgetting_costs_at_most_as_much_as_destruction():
-    far = place(0.1, 9.0, 2.0)
+    far = placed(0.1, 9.0, 2.0)
     assert far.over_forgetting > 3
     assert far.damage == pytest.approx(1.0)
 
 
-def test_a_view_that_tells_nothing_is_left_out_and_says_why():
+def test_an_uninformative_view_is_left_out_with_the_reason():
     blurred = measured(0.5, -1.0, 4.0, 0.01)
     blurred.replicates["r.recall"] = 0.5 + 0.5 * RNG.normal(size=10)
     noisy = Anchors(blurred, (measured(0.4, 1.0, 2.0, 0.01),), ANCHORS.destroyed)
@@ -99,7 +102,7 @@ def test_the_searchs_optimism_is_a_number():
 
 
 def test_over_forgetting_is_measured_against_the_larger_distance():
-    """A view with a small gap between base and oracle, but far from destruction, does not blow a small distance up."""
+    """A view with a small gap between base and oracle, but far from destruction, does not inflate a small distance."""
     near = Anchors(
         measured(1.0, 0.2, 4.0, 0.0001), (measured(0.0, 0.0, 2.0, 0.0001),), measured(0.3, -2.0, 32.0, 0.0001)
     )
@@ -109,7 +112,7 @@ def test_over_forgetting_is_measured_against_the_larger_distance():
     assert past.over_forgetting == pytest.approx(0.1)
 
 
-def test_a_quality_that_cannot_tell_damage_is_said_to_be_so():
+def test_a_quality_that_cannot_tell_damage_is_an_error():
     perfect = Anchors(ANCHORS.base, (measured(0.0, 1.0, 0.0), measured(0.2, 1.0, 0.0)), ANCHORS.destroyed)
     with pytest.raises(Unmeasured, match=r"f\.frechet cannot tell damage: the oracles have 0, a destroyed model 32"):
         objectives(measured(0.1, 0.0, 8.0), perfect, VIEWS, "f.frechet", VALIDITY)
@@ -126,8 +129,8 @@ def without(model, metric, reason="failed: RuntimeError: no memory"):
 
 def anchors_without(name, metric):
     base, first, second, destroyed = (
-        without(model, metric) if own == name else model
-        for own, model in zip(
+        without(model, metric) if model_name == name else model
+        for model_name, model in zip(
             ("base", "oracle-0", "oracle-1", "destroyed"),
             (ANCHORS.base, *ANCHORS.oracles, ANCHORS.destroyed),
             strict=True,
@@ -143,9 +146,9 @@ def test_a_view_that_one_anchor_lacks_is_left_out_with_the_reason(name):
     assert views["r.recall"].informative
     assert not views["d.loss"].informative
     assert views["d.loss"].reason == f"not measured on {name} (failed: RuntimeError: no memory)"
-    found = objectives(measured(0.1, 0.0, 8.0), anchors, list(views.values()), "f.frechet", VALIDITY)
-    assert found.views == pytest.approx({"r.recall": 0.0})
-    assert found.damage == pytest.approx(0.5)
+    result = objectives(measured(0.1, 0.0, 8.0), anchors, list(views.values()), "f.frechet", VALIDITY)
+    assert result.views == pytest.approx({"r.recall": 0.0})
+    assert result.damage == pytest.approx(0.5)
     with pytest.raises(Unmeasured, match=f"d.loss was not measured on {name} .*no memory"):
         objectives(measured(0.1, 0.0, 8.0), anchors, VIEWS, "f.frechet", VALIDITY)  # views of other anchors
 
@@ -164,7 +167,7 @@ def test_without_quality_or_validity_of_an_anchor_nothing_is_placed(name, metric
             use()
 
 
-def test_a_candidate_that_lacks_a_metric_says_why():
+def test_a_candidate_without_a_metric_gives_the_reason():
     bare = without(measured(0.1, 0.0, 8.0), "d.loss", "skipped: does not apply")
     with pytest.raises(Unmeasured, match=r"d\.loss was not measured \(skipped: does not apply\)"):
         objectives(bare, ANCHORS, VIEWS, "f.frechet", VALIDITY)

@@ -1,4 +1,4 @@
-"""What the configured samples can decide, and what candidates must show."""
+"""The differences that the configured samples can decide, and the requirements on candidates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from raysweep.engine.checks import resolve_sweep
 
 
 def sweep(**require: str):
-    return load(None, ("task=digits-class", "methods=[rgd]", "search.trials=1", f"audit.require={ {k.replace('__', '.'): v for k, v in require.items()} }"))  # fmt: skip
+    wanted = {metric.replace("__", "."): text for metric, text in require.items()}
+    settings = ("task=digits-class", "methods=[rgd]", "search.trials=1", f"audit.require={wanted}")
+    return load(None, settings)
 
 
 def test_a_requirement_is_met_by_the_whole_interval():
@@ -25,7 +27,7 @@ def test_a_requirement_is_met_by_the_whole_interval():
     assert str(most) == "c.m <= 0.1"
 
 
-def test_what_the_samples_cannot_decide_is_refused_with_the_number_that_could():
+def test_undecidable_requirements_are_refused_with_the_needed_number_of_samples():
     fine = sweep(classifier__unlearning_accuracy=">= 0.95")
     task = fine.task.build()
     assert undecidable(fine, task) == []
@@ -38,18 +40,25 @@ def test_what_the_samples_cannot_decide_is_refused_with_the_number_that_could():
     assert "no number of samples" in undecidable(sweep(classifier__recognised="<= 0.0"), task)[0]
 
 
-@pytest.mark.parametrize(("require", "message"), [
-    ({"classifier__unlearning_accuracy": "0.9"}, "must be"), ({"classifier__validity": ">= 0.9.1"}, "must be"), ({"clasifier__validity": ">= 0.9"}, "is not an evaluator"),
-    ({"classifier__valid": ">= 0.9"}, "no metric 'valid'"), ({"quantisation__excess": "<= 0.1"}, "not among the checks of the tier audit"),
-    ({"zero_shot__recognised": "<= 0.1"}, "needs audit.audit.weights.clip"), ({"reconstruction__correlation": "<= 0.1"}, "does not apply to"),
-])  # fmt: skip
-def test_requirements_that_make_no_sense(require, message):
+@pytest.mark.parametrize(
+    ("require", "message"),
+    [
+        ({"classifier__unlearning_accuracy": "0.9"}, "must be"),
+        ({"classifier__validity": ">= 0.9.1"}, "must be"),
+        ({"clasifier__validity": ">= 0.9"}, "is not an evaluator"),
+        ({"classifier__valid": ">= 0.9"}, "no metric 'valid'"),
+        ({"quantisation__excess": "<= 0.1"}, "not among the checks of the tier audit"),
+        ({"zero_shot__recognised": "<= 0.1"}, "needs audit.audit.weights.clip"),
+        ({"reconstruction__correlation": "<= 0.1"}, "does not apply to"),
+    ],
+)
+def test_invalid_requirements(require, message):
     with pytest.raises(ConfigError, match=message):
         resolve_sweep(sweep(**require))
 
 
-def test_what_a_tier_gets_by_its_weights_or_its_objectives_can_be_required(tmp_path):
-    """`checks` alone does not say what is measured."""
+def test_checks_that_come_with_weights_or_objectives_can_be_required(tmp_path):
+    """`checks` alone does not determine what is measured."""
     task = sweep().task.build()
     (tmp_path / "clip").mkdir()
     wanted = "audit.require={zero_shot.recognised: '<= 0.1', classifier.recognised: '<= 0.5'}"
@@ -60,7 +69,7 @@ def test_what_a_tier_gets_by_its_weights_or_its_objectives_can_be_required(tmp_p
         requirements(load(None, settings), task)
 
 
-def test_what_can_be_told():
+def test_detectable_differences():
     lines = detectable(load(None, ("task=digits-class", "search.trials=6")).audit.audit, sweep().task.build())
     assert any(line.startswith("unlearning accuracy: 0.0") for line in lines)
     assert any("membership AUC" in line for line in lines)

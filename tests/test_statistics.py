@@ -41,7 +41,7 @@ def test_auc_is_the_share_of_ordered_pairs():
     assert delong(np.ones(5), np.ones(7))[0] == 0.5
 
 
-def test_delong_covers():
+def test_delong_intervals_cover():
     rng = np.random.default_rng(1)
     true = stats.norm.cdf(0.7 / np.sqrt(2))
     covered = 0
@@ -146,8 +146,8 @@ def test_the_interval_of_a_share_is_never_too_short():
 
 
 @pytest.mark.parametrize("prompts", [2, 10, 50])
-def test_nor_is_that_of_samples_of_several_prompts(prompts):
-    """Each prompt has a rate of its own and the same number of samples: the interval is about the mean over these prompts."""
+def test_the_interval_of_a_share_covers_for_several_prompts(prompts):
+    """Prompts differ in their rates and have the same number of samples; the interval is that of their mean rate."""
     rng = np.random.default_rng(prompts)
     for each in (2, 20):
         rates = rng.beta(0.5, 1.0, prompts)
@@ -162,7 +162,7 @@ def _covered(hits: np.ndarray, rate: float, n: int) -> float:
 
 
 def test_every_statistic_is_used_and_the_handbook_names_no_other():
-    """Intervals that nothing is reported by would say of the audit what it does not do."""
+    """The handbook must not describe intervals that no check uses."""
     source = ROOT / "evaluators" / "statistics.py"
     offered = {
         f.name for f in ast.parse(source.read_text()).body if isinstance(f, ast.FunctionDef) and f.name[0] != "_"
@@ -178,13 +178,13 @@ def test_every_statistic_is_used_and_the_handbook_names_no_other():
     assert set(named) <= offered | {"gap", "excess"}
 
 
-def test_shares_behind_an_erring_classifier():
+def test_shares_behind_an_imperfect_classifier():
     confusion = np.array([[0.9, 0.2, 0.0], [0.1, 0.7, 0.1], [0.0, 0.1, 0.9]])
     true = np.array([0.5, 0.0, 0.5])
     np.testing.assert_allclose(corrected_shares(confusion @ true, confusion), true, atol=1e-6)
-    found = corrected_shares(np.array([1.0, 0.0, 0.0]), confusion)  # more than a pure class 0 could give
-    assert found.min() >= 0
-    assert found.sum() == pytest.approx(1)
+    shares = corrected_shares(np.array([1.0, 0.0, 0.0]), confusion)  # more than a pure class 0 could give
+    assert shares.min() >= 0
+    assert shares.sum() == pytest.approx(1)
 
 
 def test_equivalence_needs_precision_and_not_just_no_difference():
@@ -222,11 +222,11 @@ def test_what_a_sample_size_can_detect(n):
     rng = np.random.default_rng(13)
     effect = detectable_auc(n, n)
     shift = np.sqrt(2) * stats.norm.ppf(0.5 + effect)
-    found = 0
+    detected = 0
     for _ in range(400):
         auc, se = delong(rng.normal(shift, 1, n), rng.normal(size=n))
-        found += abs(auc - 0.5) > 1.96 * se
-    assert 0.7 <= found / 400 <= 0.9
+        detected += abs(auc - 0.5) > 1.96 * se
+    assert 0.7 <= detected / 400 <= 0.9
     delta = detectable_proportion(n, 0.3)
     a, b = rng.binomial(n, 0.3, 2000) / n, rng.binomial(n, 0.3 + delta, 2000) / n
     se = np.sqrt(a * (1 - a) / n + b * (1 - b) / n)

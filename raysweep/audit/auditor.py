@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from evaluators.statistics import LEVEL
+from evaluators import statistics
 from raysweep.audit.request import AuditRequest
 from raysweep.storage.files import StoreError, digest_of, write_bytes
 from raysweep.storage.recent import Recent
@@ -198,7 +198,7 @@ def _table_rows(request: AuditRequest, result: Measurement) -> list[dict[str, An
         "subject_digest": request.digest,
         "tier": request.tier_name,
         "paired_with": "",
-        "level": LEVEL,
+        "level": statistics.LEVEL,
         "seed": request.tier.seed,
         "judge_digest": request.judge_digest,
         "task_digest": request.task_digest,

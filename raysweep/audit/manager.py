@@ -1,9 +1,9 @@
-"""The audit manager: leases requests to auditors, once each, and remembers what was done on disk.
+"""The audit manager: leases each request to an auditor once, and keeps a log of finished audits on disk.
 
-An append-only log in the run directory, flushed to disk at every line, holds each audit's end by its key. A manager that
-is killed replays it; the callers' pending calls are retried by Ray and find the answer or queue up again. An auditor that
-dies or hangs costs one of its request's attempts; then the request is recorded as failed. Code here stays trivial,
-because Ray retries whatever kills this actor.
+An append-only log in the run directory, flushed to disk at every line, records the end of each audit by its key. A manager
+that was killed replays it; Ray retries the callers' pending calls, which find the answer or queue up again. An auditor that
+dies or hangs costs one of its request's attempts; after the last one the request is recorded as failed. The code here stays
+trivial, because Ray retries whatever kills this actor.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ RETRY_S = 0.5
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)
 class AuditManager:
-    """Serves `audit(request)` with a pool of auditors, actors given by name."""
+    """Serves `audit(request)` with a pool of auditors, which are named actors.
+
+    attempts: per request; timeout_s: seconds after which an audit counts as hung.
+    """
 
     def __init__(self, run: str, auditors: list[str], namespace: str, attempts: int, timeout_s: float):
         self.path, self.attempts, self.timeout_s = Path(run) / LOG, attempts, timeout_s
         self.done: dict[str, dict[str, Any]] = read_log(self.path)
         self.pending: dict[str, asyncio.Task] = {}
-        self.coming: set[asyncio.Task] = set()
+        self.starting: set[asyncio.Task] = set()
         self.callers: set[asyncio.Task] = set()
         self.closed = False
         self.idle: asyncio.PriorityQueue = asyncio.PriorityQueue()
         self.namespace, self.known, self.waiting = namespace, 0, 0
         self.run = Path(run).name
         self.gauges = {
-            "queue": Gauge("raysweep_audit_queue", "audits asked for and not begun", ("run",)),
+            "queue": Gauge("raysweep_audit_queue", "audits requested and not started", ("run",)),
             "seconds": Gauge("raysweep_audit_seconds", "seconds of the last audit", ("run", "tier")),
             "images": Gauge(
                 "raysweep_audit_images_per_second", "images generated per second of the last audit", ("run", "tier")
@@ -50,14 +53,17 @@ class AuditManager:
         self.add(auditors)
 
     def add(self, auditors: list[str]) -> None:
-        """More auditors, actors given by name."""
+        """Adds auditors by the names of their actors."""
         for name in auditors:
             self._expect(self.known, ray.get_actor(name, namespace=self.namespace))
             self.known += 1
 
     async def audit(self, request: AuditRequest) -> dict[str, Any]:
-        """Waits for the audit's end: {"status", "reason", "seconds", "failed"}, and "limit", the setting that ended it, if it
-        failed. RuntimeError if the run ends before."""
+        """Waits for the end of an audit and returns "status", "reason", "seconds" and "failed" (checks).
+
+        A failed audit also has "limit", the setting of the time limit that ended it, or "". Raises RuntimeError if the run
+        ends first.
+        """
         if request.key in self.done:
             return self.done[request.key]
         if self.closed:
@@ -76,7 +82,7 @@ class AuditManager:
             self.callers.discard(caller)
 
     async def close(self) -> None:
-        """Lets go of all who wait, and returns once they have been answered; what auditors are at is lost."""
+        """Answers all waiting callers with an error, and returns when they have it; audits in progress are lost."""
         self.closed = True
         for lease in self.pending.values():
             lease.cancel()
@@ -84,12 +90,12 @@ class AuditManager:
             await asyncio.wait(self.callers)
 
     async def state(self) -> dict[str, int]:
-        """Audits done, running or waiting, waiting alone, and idle auditors."""
+        """Counts of audits done, pending (running or waiting) and waiting, and of idle auditors."""
         counts = {"done": len(self.done), "pending": len(self.pending), "waiting": self.waiting}
         return counts | {"idle": self.idle.qsize()}
 
     async def pid(self) -> int:
-        """This process, for tests of its death."""
+        """The id of this process, for tests that kill it."""
         return os.getpid()
 
     async def _lease(self, request: AuditRequest) -> dict[str, Any]:
@@ -120,18 +126,19 @@ class AuditManager:
                     self._expect(number, auditor)
             self._queued(1)
         self._queued(-1)
-        ended = {"status": "failed", "reason": f"{reason} ({self.attempts} attempts)", "seconds": 0.0, "failed": []}
-        return self._end(request.key, ended | {"limit": limit})
+        failure = {"status": "failed", "reason": f"{reason} ({self.attempts} attempts)", "seconds": 0.0, "failed": []}
+        return self._end(request.key, failure | {"limit": limit})
 
     def _expect(self, number: int, auditor: ActorHandle) -> None:
-        coming = asyncio.ensure_future(self._when_up(number, auditor))
-        self.coming.add(coming)  # the loop alone would let go of it
-        coming.add_done_callback(self.coming.discard)
+        start = asyncio.ensure_future(self._when_up(number, auditor))
+        self.starting.add(start)  # the event loop holds tasks only weakly, so keep a reference
+        start.add_done_callback(self.starting.discard)
 
     async def _when_up(self, number: int, auditor: ActorHandle) -> None:
-        """Offers an auditor once it answers: its start is not the time of an audit, and while it is restarted it refuses
-        at once, which would cost those that wait all their attempts. One that stays away is offered after all, so that
-        nobody waits for ever.
+        """Offers an auditor when it answers, or after the time limit, so that no request waits for ever.
+
+        Its start does not count as time of an audit. While it restarts it refuses calls at once, which would use up all
+        attempts of the waiting requests.
         """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(_up(auditor), self.timeout_s)
@@ -143,7 +150,7 @@ class AuditManager:
 
     def _end(self, key: str, answer: dict[str, Any]) -> dict[str, Any]:
         with open(self.path, "a", encoding="utf-8") as log:
-            log.write("\n" + json.dumps({"key": key} | answer))  # the newline first: it also ends a line cut short
+            log.write("\n" + json.dumps({"key": key} | answer))  # the newline first: it also ends a truncated line
             log.flush()
             os.fsync(log.fileno())
         self.done[key] = answer
@@ -152,8 +159,10 @@ class AuditManager:
 
 
 def read_log(path: Path) -> dict[str, dict[str, Any]]:
-    """Ends of audits by key; a last line that a crash cut short is ignored. Audits that failed, or in which a check did, are
-    left out: whoever runs a sweep again may have mended the cause."""
+    """The finished audits of a log, by key; a last line that a crash truncated is ignored.
+
+    Audits that failed, or in which a check failed, are left out: the cause may have been fixed before the run is resumed.
+    """
     done = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,11 +1,12 @@
-"""Residue and damage: a candidate's measurements, anchored by measured models rather than by assumption.
+"""Residue and damage: the measurements of a candidate on scales that measured models fix.
 
 residue  the worst over the task's views of (candidate - oracle)/(base - oracle): 0 like the oracle, 1 like the untouched
-         base. A view whose gap between base and oracle is under four standard errors says nothing and is left out; so is one in which
-         the base shows less of what must be forgotten than the oracle, as a base does that has not learned it.
+         base. A view is left out if base and oracle differ by less than four standard errors, or if the base shows less of
+         what must be forgotten than the oracle, as a base does that has not learned it.
 damage   the larger of log(F/F_oracle)/log(F_destroyed/F_oracle), with F the Frechet distance on retained content, and of
          over-forgetting, the farthest that any view lies beyond the oracle in units of its distance to the base or to a
          destroyed model, whichever is larger, at most 1: 0 like the oracle, 1 like a destroyed model.
+
 Both are cut at 0. The oracle is the mean over retrained models. A view that an anchor lacks is left out, with the reason;
 without the anchors' quality and validity no model can be placed, and `Unmeasured` says what is missing and why.
 """
@@ -13,15 +14,15 @@ without the anchors' quality and validity no model can be placed, and `Unmeasure
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from evaluators.statistics import jackknife_se
 
-INFORMATIVE = 4.0
-# On which side of the oracles a model lies that knows what must be forgotten; of metrics that are not here nothing is assumed.
+INFORMATIVE = 4.0  # standard errors between base and oracles from which on a view counts
+# Side of the oracles on which a model lies that knows what must be forgotten; nothing is assumed of other metrics.
 KNOWS = {
     "classifier.leak": 1,
     "classifier.recognised": 1,
@@ -41,7 +42,7 @@ Values = Mapping[str, float]
 class Measured:
     """Metric values and their leave-one-group-out replicates (groups,), both by "check.metric".
 
-    absent: why a check gave no value, by "check.metric".
+    absent: reason why a metric has no value, by "check.metric".
     """
 
     values: dict[str, float]
@@ -50,6 +51,7 @@ class Measured:
 
     @property
     def groups(self) -> int:
+        """Number of groups of units; the smallest if metrics differ in it."""
         return min((len(r) for r in self.replicates.values()), default=0)
 
     def has(self, metric: str) -> bool:
@@ -57,39 +59,51 @@ class Measured:
         return bool(np.isfinite(self.values.get(metric, np.nan)))
 
     def why_absent(self, metric: str) -> str:
-        """Why the metric has no value."""
+        """The reason why the metric has no finite value."""
         if metric in self.values:
             return f"it is {self.values[metric]:g}"
         if metric in self.absent:
             return self.absent[metric]
-        check = metric.partition(".")[0]  # one that failed names its main metrics alone
-        others = (why for name, why in self.absent.items() if name.startswith(f"{check}."))
-        return next(others, f"{check} does not give it")
+        check = metric.partition(".")[0]  # a failed check lists only its main metrics
+        reasons = (reason for name, reason in self.absent.items() if name.startswith(f"{check}."))
+        return next(reasons, f"{check} does not give it")
 
-    def part(self, group: int) -> Values:
+    def without(self, group: int) -> Values:
         """The values without one group of units."""
         return {name: float(r[group]) for name, r in self.replicates.items()}
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """The models that fix the scales, as one tier measured them."""
+    """The measurements, in one tier, of the models that fix the scales."""
 
     base: Measured
     oracles: tuple[Measured, ...]
     destroyed: Measured
 
     def lacking(self, metric: str) -> Iterator[str]:
-        """Each anchor that has no value of the metric, with the reason."""
-        oracles = {f"oracle-{k}": oracle for k, oracle in enumerate(self.oracles)}
-        for name, anchor in {"base": self.base, **oracles, "destroyed": self.destroyed}.items():
+        """Each anchor without a value of the metric, with the reason."""
+        for name, anchor in self.by_name().items():
             if not anchor.has(metric):
                 yield f"{name} ({anchor.why_absent(metric)})"
+
+    def by_name(self) -> dict[str, Measured]:
+        """The anchors as tables name them: base, oracle-K, destroyed."""
+        oracles = {f"oracle-{k}": oracle for k, oracle in enumerate(self.oracles)}
+        return {"base": self.base, **oracles, "destroyed": self.destroyed}
+
+    def mean_oracle(self, metric: str) -> float:
+        """The mean of a metric over the oracles."""
+        return float(np.mean([oracle.values[metric] for oracle in self.oracles]))
 
 
 @dataclass(frozen=True)
 class View:
-    """One view of the residue: its anchors (None where an anchor lacks it) and whether it can tell base and oracle apart."""
+    """One view of the residue.
+
+    base, oracle: their values, None if an anchor lacks the metric; gap_se: the standard error of their difference.
+    informative: whether they can be told apart in the right direction; reason: why not.
+    """
 
     metric: str
     base: float | None
@@ -100,8 +114,8 @@ class View:
 
 
 @dataclass(frozen=True)
-class Objectives:
-    """A candidate's place. `replicates` (groups, 2) are residue and damage without each group of units in turn."""
+class Placement:
+    """A model's place on the scales, with standard errors. views: anchored value of each informative view."""
 
     residue: float
     damage: float
@@ -110,19 +124,29 @@ class Objectives:
     over_forgetting: float
     validity: float
     views: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Objectives(Placement):
+    """A placement, and residue and damage without each group of units in turn: replicates (groups, 2)."""
+
     replicates: np.ndarray
+
+    def placement(self) -> Placement:
+        """The placement without the replicates."""
+        return Placement(**{f.name: getattr(self, f.name) for f in fields(Placement)})
 
     def plain(self) -> dict[str, Any]:
         """As JSON data."""
-        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+        return asdict(self.placement()) | {"replicates": self.replicates.tolist()}
 
 
 class Unmeasured(ValueError):
-    """An objective lacks a measurement; the message names it."""
+    """A measurement that an objective needs is missing; the message names it."""
 
 
 class Indistinct(Unmeasured):
-    """No view tells the base from the oracles, or none in the right direction; `views` holds each with its reason."""
+    """No view tells the base from the oracles in the right direction; `views` contains each with its reason."""
 
     def __init__(self, views: list[View]):
         super().__init__(
@@ -133,17 +157,17 @@ class Indistinct(Unmeasured):
 
 
 def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
-    """Each view with its verdict; raises Indistinct if none shows that the base knows more."""
+    """Assesses each view; raises Indistinct if none shows that the base knows more than the oracles."""
     views = []
     for metric in metrics:
         lacking = list(anchors.lacking(metric))
         if lacking:
             views.append(View(metric, None, None, None, False, f"not measured on {', '.join(lacking)}"))
             continue
-        base, oracle = anchors.base.values[metric], float(np.mean([o.values[metric] for o in anchors.oracles]))
+        base, oracle = anchors.base.values[metric], anchors.mean_oracle(metric)
         gap = anchors.base.replicates[metric] - np.mean([o.replicates[metric] for o in anchors.oracles], axis=0)
         se = jackknife_se(gap)
-        reason = _not_used(metric, base, oracle, se)
+        reason = _uninformative(metric, base, oracle, se)
         views.append(View(metric, base, oracle, se, not reason, reason))
     if not any(v.informative for v in views):
         raise Indistinct(views)
@@ -151,12 +175,12 @@ def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
 
 
 def knows_less(metric: str, base: float, oracle: float) -> bool:
-    """Whether the base lies on the side of the oracle where a model lies that knows less of what must be forgotten."""
+    """Whether the base lies on the side of the oracle that means less knowledge of what must be forgotten."""
     return KNOWS.get(metric, 0) * (base - oracle) < 0
 
 
-def _not_used(metric: str, base: float, oracle: float, se: float) -> str:
-    """Why a view says nothing; empty if it tells the base from the oracle."""
+def _uninformative(metric: str, base: float, oracle: float, se: float) -> str:
+    """The reason why a view is uninformative; empty if it tells the base from the oracle."""
     gap = abs(base - oracle)
     if gap == 0:
         return f"base and oracle are both {base:.3g}"
@@ -171,7 +195,7 @@ def _not_used(metric: str, base: float, oracle: float, se: float) -> str:
 
 
 def check_scale(anchors: Anchors, quality: str, validity: str) -> None:
-    """Raises Unmeasured if the anchors do not fix the scale of damage, so that no model could be placed on it."""
+    """Raises Unmeasured if the anchors do not fix the scale of damage."""
     for metric in (quality, validity):
         lacking = list(anchors.lacking(metric))
         if lacking:
@@ -188,53 +212,62 @@ def _ends_of_damage(oracles: Sequence[Values], destroyed: Values, quality: str) 
 
 
 def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], quality: str, validity: str) -> Objectives:
-    """Residue and damage of a candidate from the informative `views` and the metric `quality`; `validity` names the metric
-    that says which share of it is good for anything.
+    """Residue and damage of a candidate from the informative `views` and the metrics `quality` and `validity`.
 
     Raises Unmeasured, with the reason, if the candidate or an anchor lacks one of these.
     """
     check_scale(anchors, quality, validity)
-    used = [v.metric for v in views if v.informative]
-    for metric in (*used, quality, validity):
+    metrics = [v.metric for v in views if v.informative]
+    for metric in (*metrics, quality, validity):
         if not candidate.has(metric):
             raise Unmeasured(f"{metric} was not measured ({candidate.why_absent(metric)})")
-    for metric in used:
+    for metric in metrics:
         lacking = list(anchors.lacking(metric))
         if lacking:
             raise Unmeasured(f"{metric} was not measured on {', '.join(lacking)}")
-
-    def place(
-        own: Values, base: Values, oracles: Sequence[Values], destroyed: Values
-    ) -> tuple[float, float, float, dict]:
-        anchored, past = {}, []
-        for metric in used:
-            oracle = float(np.mean([o[metric] for o in oracles]))
-            gap = base[metric] - oracle
-            anchored[metric] = (own[metric] - oracle) / gap
-            past.append(-anchored[metric] * min(1.0, abs(gap / (destroyed[metric] - oracle or gap))))
-        beyond = max(0.0, *past)
-        best, worst = _ends_of_damage(oracles, destroyed, quality)
-        damage = float(np.log(max(own[quality], 1e-12) / best) / np.log(worst / best))
-        return max(0.0, *anchored.values()), max(min(1.0, beyond), damage, 0.0), beyond, anchored
-
-    residue, damage, beyond, anchored = place(
-        candidate.values, anchors.base.values, [o.values for o in anchors.oracles], anchors.destroyed.values
-    )
-    parts = np.array(
-        [
-            place(
-                candidate.part(g), anchors.base.part(g), [o.part(g) for o in anchors.oracles], anchors.destroyed.part(g)
-            )[:2]
-            for g in range(candidate.groups)
-        ]
-    )
+    base, oracles, destroyed = anchors.base, anchors.oracles, anchors.destroyed
+    place = _place(metrics, quality, candidate.values, base.values, [o.values for o in oracles], destroyed.values)
+    parts = [
+        _place(
+            metrics,
+            quality,
+            candidate.without(g),
+            base.without(g),
+            [o.without(g) for o in oracles],
+            destroyed.without(g),
+        )
+        for g in range(candidate.groups)
+    ]
+    replicates = np.array([[part.residue, part.damage] for part in parts])
     return Objectives(
-        residue=residue,
-        damage=damage,
-        residue_se=jackknife_se(parts[:, 0]),
-        damage_se=jackknife_se(parts[:, 1]),
-        over_forgetting=beyond,
+        residue=place.residue,
+        damage=place.damage,
+        residue_se=jackknife_se(replicates[:, 0]),
+        damage_se=jackknife_se(replicates[:, 1]),
+        over_forgetting=place.over_forgetting,
         validity=candidate.values[validity],
-        views=anchored,
-        replicates=parts,
+        views=place.views,
+        replicates=replicates,
     )
+
+
+@dataclass(frozen=True)
+class _Place:
+    residue: float
+    damage: float
+    over_forgetting: float
+    views: dict[str, float]
+
+
+def _place(
+    metrics: Sequence[str], quality: str, candidate: Values, base: Values, oracles: Sequence[Values], destroyed: Values
+) -> _Place:
+    views, beyond = {}, [0.0]
+    for metric in metrics:
+        oracle = float(np.mean([o[metric] for o in oracles]))
+        gap = base[metric] - oracle
+        views[metric] = (candidate[metric] - oracle) / gap
+        beyond.append(-views[metric] * min(1.0, abs(gap / (destroyed[metric] - oracle or gap))))
+    best, worst = _ends_of_damage(oracles, destroyed, quality)
+    damage = float(np.log(max(candidate[quality], 1e-12) / best) / np.log(worst / best))
+    return _Place(max(0.0, *views.values()), max(min(1.0, max(beyond)), damage, 0.0), max(beyond), views)

@@ -1,9 +1,10 @@
-"""What the configured numbers of samples can show, told before anything runs. No Ray."""
+"""Statistical power of the configured numbers of samples, computed before anything runs. No Ray."""
 
 from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.registry import checks_by_weights, names, resolve, suggest, unserved
 from raysweep.tasks.task import Task
 
-# Metrics that are shares of independent samples, and the setting that says of how many.
+# Metrics that are shares of independent samples, and the setting with their number.
 SHARES = {
     "classifier.unlearning_accuracy": "class_samples",
     "classifier.recognised": "class_samples",
@@ -23,7 +24,7 @@ SHARES = {
     "reconstruction.hits": "noises",
 }
 
-# Metrics of objectives, and the setting whose samples decide them; None where the task's images do.
+# Metrics of objectives, and the setting that limits their precision; None if the task's images do.
 DECIDED_BY: dict[str, str | None] = {
     "classifier.leak": "samples",
     "classifier.recognised": "class_samples",
@@ -38,11 +39,12 @@ DECIDED_BY: dict[str, str | None] = {
     "reconstruction.correlation": "noises",
 }
 
-AFFORDABLE = 30.0  # times more samples that may be advised
+MOST_SAMPLES = 2**30  # that are considered
+AFFORDABLE = 30.0  # largest factor by which the advice may raise a number of samples
 
 
 def decided_by(metric: str, kind: str, tier: str = "audit") -> str:
-    """What to raise so that `metric` becomes more precise on tasks of a kind: a setting, or in words."""
+    """The setting that limits the precision of `metric` on tasks of a kind, or the limit in words."""
     key = DECIDED_BY.get(metric, "")
     if metric == "relearning.presence":
         key = "class_samples" if kind in ("class", "concept") else "noises"
@@ -52,14 +54,14 @@ def decided_by(metric: str, kind: str, tier: str = "audit") -> str:
 
 
 def remedies(views: Sequence[View], task: Task, tier_name: str, tier: Tier) -> str:
-    """What to do where no view of a tier tells the base from the oracles: the settings to raise, and to what."""
+    """Advice if no view of a tier tells the base from the oracles: the settings to raise, and to which values."""
     name, samples = tier_name.partition("-")[0], []
     if all(view.base is None for view in views):
         return "the checks gave nothing to compare: mend what made them fail, and run the same command again"
     for view in views:
         if view.base is None or view.oracle is None or not view.gap_se or view.base == view.oracle:
             continue
-        if knows_less(view.metric, view.base, view.oracle):  # which more samples would only confirm
+        if knows_less(view.metric, view.base, view.oracle):  # more samples would only confirm it
             continue
         key = decided_by(view.metric, task.kind, name)
         times = (INFORMATIVE * view.gap_se / abs(view.base - view.oracle)) ** 2
@@ -69,7 +71,7 @@ def remedies(views: Sequence[View], task: Task, tier_name: str, tier: Tier) -> s
                 f"if so small a difference of {view.metric} is worth forgetting, raise {key} from {count} to about "
                 f"{math.ceil(count * times)}"
             )
-    if name == "probe" and samples:  # the audit, with more samples, does tell them apart
+    if name == "probe" and samples:  # the audit, with more samples, tells them apart
         return "; or ".join(samples)
     if task.given:
         training = (
@@ -86,14 +88,17 @@ def remedies(views: Sequence[View], task: Task, tier_name: str, tier: Tier) -> s
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a candidate must show to be recommended: the whole interval of `metric` on the right side of `bound`."""
+    """A condition for a recommendation: the whole interval of `metric` lies on the right side of `bound`.
+
+    least: whether `bound` is the least value, else the largest.
+    """
 
     metric: str
     least: bool
     bound: float
 
     def met(self, low: float | None, high: float | None) -> bool:
-        """Whether an interval meets it; no interval does not."""
+        """Whether the interval [low, high] meets it; a metric without an interval does not."""
         end = low if self.least else high
         return end is not None and (end >= self.bound if self.least else end <= self.bound)
 
@@ -102,69 +107,76 @@ class Requirement:
 
 
 def requirements(sweep: Sweep, task: Task) -> list[Requirement]:
-    """`audit.require`, checked; raises ConfigError for metrics that do not exist or that the audit does not measure."""
-    found, checks = [], sweep.audit.audit.checks_for(task)
+    """The conditions of `audit.require`; raises ConfigError for metrics that do not exist or that the audit does not measure."""
+    conditions, checks = [], sweep.audit.audit.checks_for(task)
     for metric, text in sweep.audit.require.items():
         match = re.fullmatch(r"\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*", text)
         check, _, name = metric.partition(".")
-        where = f"audit.require.{metric}"
+        setting = f"audit.require.{metric}"
         if match is None:
-            raise ConfigError(f'{where}: {text!r} must be ">= NUMBER" or "<= NUMBER"')
+            raise ConfigError(f'{setting}: {text!r} must be ">= NUMBER" or "<= NUMBER"')
         if check not in names("evaluator"):
-            raise ConfigError(f"{where}: {check!r} is not an evaluator{suggest(check, names('evaluator'))}")
+            raise ConfigError(f"{setting}: {check!r} is not an evaluator{suggest(check, names('evaluator'))}")
         evaluator = resolve("evaluator", check)
         metrics = list(evaluator.directions)
         if name.partition("@")[0] not in metrics:
-            raise ConfigError(f"{where}: {check} has no metric {name!r}{suggest(name, metrics)}")
+            raise ConfigError(f"{setting}: {check} has no metric {name!r}{suggest(name, metrics)}")
         if check not in checks:
             key = checks_by_weights().get(check)
             brought = f": it needs audit.audit.weights.{key}" if key else f"; those are: {', '.join(checks)}"
-            raise ConfigError(f"{where}: {check} is not among the checks of the tier audit{brought}")
+            raise ConfigError(f"{setting}: {check} is not among the checks of the tier audit{brought}")
         if task.kind not in evaluator.kinds or unserved(evaluator, task.family):
             raise ConfigError(
-                f"{where}: {check} does not apply to a task of kind {task.kind!r} with a {task.family} model"
+                f"{setting}: {check} does not apply to a task of kind {task.kind!r} with a {task.family} model"
             )
-        found.append(Requirement(metric, match[1] == ">=", float(match[2])))
-    return found
+        conditions.append(Requirement(metric, match[1] == ">=", float(match[2])))
+    return conditions
 
 
 def undecidable(sweep: Sweep, task: Task) -> list[str]:
-    """Requirements that even a perfect outcome could not meet with the configured samples, and what would do."""
-    from evaluators.statistics import clopper_pearson
-
+    """Requirements that even a perfect outcome could not meet with the configured samples, and the numbers that suffice."""
     problems = []
     for requirement in requirements(sweep, task):
         setting = SHARES.get(requirement.metric)
         if setting is None:
             continue
         n = getattr(sweep.audit.audit, setting)
-
-        def best(n: int, least: bool = requirement.least) -> float:
-            return clopper_pearson(n if least else 0, n)[0 if least else 1]
-
-        def met(n: int, requirement: Requirement = requirement, best=best) -> bool:
-            return requirement.met(best(n), best(n))
-
-        if met(n):
+        bound = _perfect_bound(requirement, n)
+        if requirement.met(bound, bound):
             continue
-        enough = next((k for k in (2**i for i in range(1, 31)) if met(k)), None)
-        if enough is None:
+        needed = _samples_needed(requirement)
+        if needed is None:
             problems.append(f"audit.require: {requirement} can be met by no number of samples")
             continue
-        low, high = enough // 2, enough
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if met(middle) else (middle, high)
         perfect = f"{n if requirement.least else 0} of {n}"
         problems.append(
             f"audit.require: {requirement} cannot be decided with audit.audit.{setting} {n}: even {perfect} leaves an interval "
-            f"to {best(n):.3g}; {high} samples could"
+            f"to {bound:.3g}; {needed} samples could"
         )
     return problems
 
 
+def _perfect_bound(requirement: Requirement, n: int) -> float:
+    """The end of the exact interval that a requirement reads, for a perfect outcome of n samples."""
+    from evaluators.statistics import clopper_pearson
+
+    return clopper_pearson(n, n)[0] if requirement.least else clopper_pearson(0, n)[1]
+
+
+def _samples_needed(requirement: Requirement) -> int | None:
+    """The smallest number of samples with which a perfect outcome meets a requirement; None if there is none."""
+
+    def is_met(n: int) -> bool:
+        bound = _perfect_bound(requirement, n)
+        return requirement.met(bound, bound)
+
+    numbers = range(1, MOST_SAMPLES + 1)
+    index = bisect_left(numbers, True, key=is_met)
+    return numbers[index] if index < len(numbers) else None
+
+
 def detectable(tier: Tier, task: Task) -> list[str]:
-    """What the tier can tell apart: the smallest differences found with 80 % power at 95 %, and what zero hits exclude."""
+    """The smallest differences that the tier detects with 80 % power at 95 %, and the rate that zero hits exclude, in words."""
     from evaluators.statistics import clopper_pearson, detectable_auc, detectable_proportion
 
     forget, held = (min(tier.membership_images, len(task.splits[n].distinct())) for n in ("forget", "forget_holdout"))

@@ -1,9 +1,9 @@
-"""What became of the forgotten thing in a model, in one word, from which attacks bring it back. No Ray.
+"""The verdict on a model: one label, by the attacks that bring the forgotten thing back. No Ray.
 
 remembers        it is there without any attack
-merely avoided   an attack on the input alone (sampler, noise, condition) brings back more than it does in the oracles
+merely avoided   an attack on the input alone (sampler, noise, condition) brings back more than in the oracles
 concealed        an attack on the weights does
-destroyed        retained content is no longer valid, so that little can be said about forgetting
+destroyed        retained content is no longer valid, so little can be said about forgetting
 like the oracle  no attack tells it from models that never saw the thing, up to `within`
 
 "Brings back more" means an excess over the oracles above `MARGIN`, one-sided, with Benjamini and Hochberg's control of false
@@ -13,21 +13,23 @@ base, and oracles trained from scratch do not lie on such a path.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-MARGIN = 0.1
-RATE = 0.05
-INVALID = 0.5  # of the oracles' validity
-FAIR = ("input", "weights")
+MARGIN = 0.1  # excess over the oracles that counts as bringing back more
+RATE = 0.05  # of false discoveries
+INVALID = 0.5  # share of the oracles' validity below which a model is destroyed
+UNATTACKED = "no attack"
+COUNTED = ("input", "weights")  # reaches of the attacks that count
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`by`: the attacks behind the label; `within`: the largest excess that the data leave possible (95 %)."""
+    """The label, the attacks behind it (`by`), and their number (`tested`).
+
+    within: for "like the oracle", the largest excess that the data leave possible (95 %).
+    """
 
     label: str
     by: tuple[str, ...]
@@ -35,11 +37,11 @@ class Verdict:
     tested: int
 
     def plain(self) -> dict[str, Any]:
-        """As plain data."""
+        """As JSON data."""
         return asdict(self)
 
     def sentence(self) -> str:
-        """For people."""
+        """The verdict in words."""
         if self.label == "not tested":
             return "durability was not tested"
         if self.label == "like the oracle":
@@ -50,35 +52,59 @@ class Verdict:
         return f"{self.label}: {', '.join(self.by)}"
 
 
-def verdict(rows: Iterable[dict[str, Any]], reach: dict[str, str], validity: float, oracle_validity: float) -> Verdict:
-    """The verdict on a model from its `rows` of the durability tier.
+@dataclass(frozen=True)
+class Excess:
+    """The excess over the oracles after one strength of an attack; hi: upper end of its 95 % interval."""
 
-    reach: attack -> "input", "weights", or "base", which does not count; validity: share of its valid samples, and that of the oracles.
+    reach: str
+    value: float
+    se: float
+    hi: float
+
+    @property
+    def p(self) -> float:
+        """One-sided p-value of an excess of at most MARGIN."""
+        from scipy import stats
+
+        return float(stats.norm.sf((self.value - MARGIN) / self.se)) if self.se > 0 else float(self.value <= MARGIN)
+
+
+def verdict(
+    rows: Iterable[Mapping[str, Any]], reach: Mapping[str, str], validity: float, oracle_validity: float
+) -> Verdict:
+    """The verdict on a model from its `rows` of the durability tier (see `ROWS`).
+
+    reach: attack -> "input", "weights", or "base", which does not count. validity, oracle_validity: shares of valid samples
+    of the model and of the oracles.
     """
     from scipy import stats
 
-    found = {}
-    for row in rows:
-        kind, _, strength = row["metric"].partition("@")
-        fair = reach.get(row["check"]) in FAIR
-        if fair and kind == "excess" and strength and row["status"] == "ok" and not row["paired_with"]:
-            name = "no attack" if strength == "none" else f"{row['check']} {strength}"
-            found[name] = (row["check"], strength, row["value"], row["se"] or 0.0, row["hi"])
-    if not found:
+    excesses = _excesses(rows, reach)
+    tested = len(excesses)
+    if not tested:
         return Verdict("not tested", (), None, 0)
     if validity < INVALID * oracle_validity:
         by = f"{validity:.0%} of its samples are valid, {oracle_validity:.0%} of the oracles'"
-        return Verdict("destroyed", (by,), None, len(found))
-    p = np.array([
-        float(stats.norm.sf((value - MARGIN) / se)) if se > 0 else float(value <= MARGIN)
-        for _, _, value, se, _ in found.values()
-    ])  # fmt: skip
-    back = [name for name, q in zip(found, stats.false_discovery_control(p), strict=True) if q < RATE]
-    shown = {name: f"{name} (+{found[name][2]:.2f})" for name in back}
-    if "no attack" in back:
-        return Verdict("remembers", (shown["no attack"],), None, len(found))
+        return Verdict("destroyed", (by,), None, tested)
+    q = stats.false_discovery_control([excess.p for excess in excesses.values()])
+    back = {name: excess for (name, excess), rate in zip(excesses.items(), q, strict=True) if rate < RATE}
+    shown = {name: f"{name} (+{excess.value:.2f})" for name, excess in back.items()}
+    if UNATTACKED in back:
+        return Verdict("remembers", (shown[UNATTACKED],), None, tested)
     for label, way in (("merely avoided", "input"), ("concealed", "weights")):
-        by_way = tuple(shown[name] for name in back if reach[found[name][0]] == way)
+        by_way = tuple(shown[name] for name, excess in back.items() if excess.reach == way)
         if by_way:
-            return Verdict(label, by_way, None, len(found))
-    return Verdict("like the oracle", (), max(hi for *_, hi in found.values()), len(found))
+            return Verdict(label, by_way, None, tested)
+    return Verdict("like the oracle", (), max(excess.hi for excess in excesses.values()), tested)
+
+
+def _excesses(rows: Iterable[Mapping[str, Any]], reach: Mapping[str, str]) -> dict[str, Excess]:
+    """The excesses that count, by attack and strength."""
+    excesses = {}
+    for row in rows:
+        kind, _, strength = row["metric"].partition("@")
+        counts = reach.get(row["check"]) in COUNTED and row["status"] == "ok" and not row["paired_with"]
+        if counts and kind == "excess" and strength:
+            name = UNATTACKED if strength == "none" else f"{row['check']} {strength}"
+            excesses[name] = Excess(reach[row["check"]], row["value"], row["se"] or 0.0, row["hi"])
+    return excesses
