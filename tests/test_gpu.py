@@ -164,9 +164,7 @@ def test_checks_run_and_agree_with_those_of_a_cpu(kind, points_task, class_task)
     here, there = measured(CPU), measured(GPU)
     failed = [(r.check, r.reason) for r in there.rows if r.status == "failed"]
     assert not failed
-    assert [(r.check, r.name, r.status) for r in here.rows] == [
-        (r.check, r.name, r.status) for r in there.rows
-    ]
+    assert [(r.check, r.name, r.status) for r in here.rows] == [(r.check, r.name, r.status) for r in there.rows]
     for metric in ("denoising.forget_loss", "denoising.retain_loss", "loss.auc", "contrast.retain_loss"):
         if metric in here.values:
             assert there.values[metric] == pytest.approx(here.values[metric], rel=1e-2), metric
