@@ -1,4 +1,4 @@
-"""Seeded mutations of what users write: trees of settings, text, bytes, folders. The same seed gives the same mutation."""
+"""Seeded mutations of user input: nested settings, text, bytes, folders. The same seed gives the same mutation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 
 ANSWER_S = 120
 MEMORY = 12 << 30  # bytes of address space
-# what ends up in a field by mistake: nothing, another kind of thing, an extreme, a number or a switch as text, odd text
+# values that a field may hold by mistake: none, another type, extremes, numbers or switches as text, odd text
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3, 10**6, 10**30, 0.0, -0.5, 0.37, 1e-300, 1e300, float("nan"), float("inf"), -float("inf"),
     "", " ", "0", "1e-5", "1e400", "yes", "null", ".", "..", "~", "/", "/nowhere/at/all", "~nobody/x", "s3://bucket/key",
@@ -37,10 +37,10 @@ def seeds(count: int, shard: int, shards: int) -> list[int]:
 
 
 def wrong_of(error: BaseException) -> str:
-    """An exception that no user should see, and where it came from."""
+    """An exception that no user should see, and the last frames of its traceback."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
-    where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
-    return f"{type(error).__name__}: {str(error)[:200]} ({where})"
+    frames_shown = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+    return f"{type(error).__name__}: {str(error)[:200]} ({frames_shown})"
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def answering() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Makes a block that asks for more than `MEMORY` raise MemoryError, before the system kills its process or another."""
+    """A block that allocates more than `MEMORY` raises MemoryError, before the system kills this or another process."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, before[1]))
     try:
@@ -70,7 +70,7 @@ def bounded() -> Iterator[None]:
 
 
 def check(failures: dict[int, str], answers: list[int]) -> None:
-    """Fails with every seed whose answer was wrong; and if nothing was refused, since then nothing was tried."""
+    """Fails if the answer of a seed was wrong, or if no mutation was refused, which would mean that nothing was tested."""
     assert not failures, "\n".join(f"seed {seed}: {wrong}" for seed, wrong in failures.items())
     if len(answers) > 20:
         assert 2 in answers
@@ -204,9 +204,9 @@ def mutated_tensors(tensors: dict[str, Any], rng: np.random.Generator) -> dict[s
 
 
 def mutate_folder(folder: Path, rng: np.random.Generator, removing: bool = True) -> str:
-    """Changes one thing in a folder of files, in a way that suits what the file holds; returns what.
+    """Changes one file of a folder, in a way that suits its format; returns a description.
 
-    removing: files and folders may be taken away, too.
+    removing: files and folders may be removed, too.
     """
     from safetensors.torch import load_file, save_file
 

@@ -38,18 +38,31 @@ def test_overrides_win_over_the_file(tmp_path):
 
 def leaves(data, prefix=""):
     """Every setting of a config as plain data, by its dotted key."""
-    found = {}
+    settings = {}
     for key, value in data.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
+        settings |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return settings
 
 
-ASIDE = {  # where, how fast, for how long, how it is shown
-    "name": "another", "storage": "elsewhere", "cache": "elsewhere", "preset": "rgd-cifar10-edm", "scale": "tiny",
-    "resources.cpus_per_worker": 2, "resources.gpus_per_worker": 1, "resources.gpus_per_auditor": 2, "resources.slots": 1,
-    "resources.auditors": 1, "resources.cpus": 1, "train.executor": "isolated", "train.workers": 2, "train.budget_s": 7200,
-    "train.checkpoint_s": 5, "audit.attempts": 1, "audit.timeout_s": 7200,
-}  # fmt: skip
+ASIDE = {  # settings of location, speed, time limits and display
+    "name": "another",
+    "storage": "elsewhere",
+    "cache": "elsewhere",
+    "preset": "rgd-cifar10-edm",
+    "scale": "tiny",
+    "resources.cpus_per_worker": 2,
+    "resources.gpus_per_worker": 1,
+    "resources.gpus_per_auditor": 2,
+    "resources.slots": 1,
+    "resources.auditors": 1,
+    "resources.cpus": 1,
+    "train.executor": "isolated",
+    "train.workers": 2,
+    "train.budget_s": 7200,
+    "train.checkpoint_s": 5,
+    "audit.attempts": 1,
+    "audit.timeout_s": 7200,
+}
 
 
 def test_digest_ignores_where_and_how_fast_and_for_how_long():
@@ -66,7 +79,7 @@ def test_digest_ignores_where_and_how_fast_and_for_how_long():
         assert load(None, (other,)).digest != one.digest, other
 
 
-def test_how_pictures_are_shown_makes_no_other_run(tmp_path):
+def test_the_digest_ignores_how_pictures_are_shown(tmp_path):
     base = {
         "name": "images",
         "base": "x",
@@ -148,24 +161,32 @@ GRID = {"template": "a {what}", "slots": {"what": ["cat", "dog"]}, "label": "wha
         ),
     ],
 )  # fmt: skip
-def test_a_mistake_in_a_source_or_in_prompts_is_told_of_its_own_kind(tmp_path, settings, messages):
+def test_a_mistake_in_a_source_or_in_prompts_is_explained_for_its_own_kind(tmp_path, settings, messages):
     import yaml
 
-    task = {"name": "images", "kind": "concept", "base": str(tmp_path), "train": FOLDER, "holdout": FOLDER,
-            "forget": {"labels": ["cat"]}, "search_prompts": FILE, "audit_prompts": GRID}  # fmt: skip
+    task = {
+        "name": "images",
+        "kind": "concept",
+        "base": str(tmp_path),
+        "train": FOLDER,
+        "holdout": FOLDER,
+        "forget": {"labels": ["cat"]},
+        "search_prompts": FILE,
+        "audit_prompts": GRID,
+    }
     with pytest.raises(ConfigError) as error:
         load(write(tmp_path, yaml.safe_dump({"task": task | settings})))
-    said = [line.split(": ", 1)[1] for line in str(error.value).splitlines()]
-    assert len(said) == len(messages)
-    assert all(line.startswith(message) for line, message in zip(said, messages, strict=True)), said
+    messages_read = [line.split(": ", 1)[1] for line in str(error.value).splitlines()]
+    assert len(messages_read) == len(messages)
+    assert all(line.startswith(message) for line, message in zip(messages_read, messages, strict=True)), messages_read
 
 
-def test_what_an_alias_repeats_changes_alone(tmp_path):
+def test_an_override_changes_one_use_of_an_alias(tmp_path):
     path = write(tmp_path, "methods: [rgd, siss]\nspaces:\n  rgd: &both {batch_size: 8}\n  siss: *both\n")
     assert load(path, ("spaces.rgd.batch_size=4",)).spaces["siss"]["batch_size"] == 8
 
 
-def test_a_place_in_a_list_can_be_set(tmp_path):
+def test_an_override_can_set_an_item_of_a_list(tmp_path):
     sweep = load(write(tmp_path, "methods: [rgd, siss]\n"), ("methods.1=neggrad",))
     assert sweep.methods == ("rgd", "neggrad")
 

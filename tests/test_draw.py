@@ -1,4 +1,4 @@
-"""Images that a model draws as data for a task: by prompt, by seed, and sorted into what is memorised and what is not."""
+"""Images that a model draws as data for a task: by prompt, by seed, and sorted into memorised and other ones."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ def test_a_task_reads_what_was_drawn(folder, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert result.output.endswith(f"{tmp_path / 'out'}  3 images in each of 2 folders\n")
-    found = list(FolderSource(folder=tmp_path / "out").records(Tally()))
-    assert [r.label for r in found] == ["a ring"] * 3 + ["the small box"] * 3
-    assert [r.caption for r in found] == [r.label for r in found]
-    assert all(r.open().size == (8, 8) for r in found)
+    records = list(FolderSource(folder=tmp_path / "out").records(Tally()))
+    assert [r.label for r in records] == ["a ring"] * 3 + ["the small box"] * 3
+    assert [r.caption for r in records] == [r.label for r in records]
+    assert all(r.open().size == (8, 8) for r in records)
 
 
 def test_an_image_depends_on_prompt_seed_and_number_alone(model, tmp_path):
     few, many, other = (Drawing(2, 5, 2, 3.0), Drawing(11, 5, 2, 3.0), Drawing(2, 6, 2, 3.0))
-    told: list[tuple[int, int]] = []
-    for name, prompts, how in (
+    ticks: list[tuple[int, int]] = []
+    for name, prompts, drawing in (
         ("few", ["a ring"], few),
         ("many", ["a dot", "a ring"], many),
         ("other", ["a ring"], other),
     ):
-        draw(model, by_prompt(prompts), how, tmp_path / name, lambda *done: told.append(done))
-    assert told[-1] == (2, 2)
+        draw(model, by_prompt(prompts), drawing, tmp_path / name, lambda *done: ticks.append(done))
+    assert ticks[-1] == (2, 2)
     for number in ("00000", "00001"):
         image = (tmp_path / "few" / "a ring" / f"{number}.png").read_bytes()
         assert image == (tmp_path / "many" / "a ring" / f"{number}.png").read_bytes()
@@ -68,8 +68,8 @@ def test_prompts_of_a_label_take_turns(model, tmp_path):
     rows = [("a ring", "ring", None), ("a box", "box", None), ("the small ring", "ring", None)]
     assert by_label(rows) == {"ring": ["a ring", "the small ring"], "box": ["a box"]}
     draw(model, by_label(rows), Drawing(3, 0, 2, 1.0), tmp_path / "out", lambda *_: None)
-    told = [p.read_text() for p in sorted((tmp_path / "out" / "ring").glob("*.txt"))]
-    assert told == ["a ring", "the small ring", "a ring"]
+    captions = [p.read_text() for p in sorted((tmp_path / "out" / "ring").glob("*.txt"))]
+    assert captions == ["a ring", "the small ring", "a ring"]
     images = [p.read_bytes() for p in sorted((tmp_path / "out" / "ring").glob("*.png"))]
     assert len(set(images)) == 3
 
@@ -78,10 +78,10 @@ def test_the_prompts_of_a_preset_are_drawn(folder, tmp_path):
     out = tmp_path / "out"
     result = call(folder, out, "--for", "rgd-sd-artist", "--count", "2", "--steps", "1")
     assert result.exit_code == 0, result.output
-    found = list(FolderSource(folder=out).records(Tally()))
+    records = list(FolderSource(folder=out).records(Tally()))
     prompts = load(path_of("rgd-sd-artist"), (), absent=True).task.search_prompts.rows()
-    assert {r.label for r in found} == {label for _, label, _ in prompts}
-    assert {(r.caption, r.label) for r in found} <= {(text, label) for text, label, _ in prompts}
+    assert {r.label for r in records} == {label for _, label, _ in prompts}
+    assert {(r.caption, r.label) for r in records} <= {(text, label) for text, label, _ in prompts}
 
 
 def pictures(folder, memorised: int, others: int) -> None:
@@ -107,7 +107,7 @@ def test_the_more_alike_are_memorised(tmp_path, name):
     assert {p.name for p in tmp_path.iterdir()} == {"memorised", "other"}
 
 
-def test_what_cannot_be_sorted(tmp_path):
+def test_too_few_or_equal_images_cannot_be_sorted(tmp_path):
     pictures(tmp_path / "few", 2, 1)
     with pytest.raises(ValueError, match="3 images are too few"):
         sort_in_two(tmp_path / "few")

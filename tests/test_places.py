@@ -1,4 +1,4 @@
-"""Paths: relative ones, homes, links, folders that cannot be written, temporary folders that are too long, runs that moved."""
+"""Paths: relative ones, home folders, links, unwritable folders, long temporary folders, moved run directories."""
 
 from __future__ import annotations
 
@@ -47,11 +47,20 @@ def project(tmp_path, monkeypatch) -> Path:
     pictures(tmp_path / "held", 100)
     sscd_file(tmp_path / "weights.pt")
     config = {
-        "name": "here", "methods": ["neggrad"], "search": {"trials": 1}, "oracle_models": ["oracle"], "cache": "cache",
-        "task": {"name": "images", "base": "base", "train": {"folder": "train", "label": None}, "forget": {"keys": ["000.png"]},
-                 "holdout": {"folder": "held", "label": None}},
+        "name": "here",
+        "methods": ["neggrad"],
+        "search": {"trials": 1},
+        "oracle_models": ["oracle"],
+        "cache": "cache",
+        "task": {
+            "name": "images",
+            "base": "base",
+            "train": {"folder": "train", "label": None},
+            "forget": {"keys": ["000.png"]},
+            "holdout": {"folder": "held", "label": None},
+        },
         "audit": {"probe": TIER, "audit": TIER | {"weights": {"sscd": "weights.pt"}}, "durability": TIER},
-    }  # fmt: skip
+    }
     (tmp_path / "c.yaml").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAYSWEEP_CACHE", raising=False)
@@ -68,14 +77,14 @@ def every_path(data: object) -> list[str]:
     return [data] if isinstance(data, str) and "/" in data and data.rsplit("/", 1)[-1] in known else []
 
 
-def test_relative_paths_are_those_of_the_commands_working_directory_for_all_processes(project, monkeypatch):
+def test_relative_paths_mean_the_same_in_every_process(project, monkeypatch):
     sweep = load(Path("c.yaml"))
     task, _ = resolve_sweep(sweep)
     monkeypatch.chdir("/")  # as a worker's
     stored = validate(sweep.resolved(), "stored", stored=True)
     assert stored == sweep
-    found = every_path(sweep.resolved())
-    assert sorted(found) == [str(project / n) for n in ("base", "cache", "held", "oracle", "train", "weights.pt")]
+    paths = every_path(sweep.resolved())
+    assert sorted(paths) == [str(project / n) for n in ("base", "cache", "held", "oracle", "train", "weights.pt")]
     assert task.base == str(project / "base")
     assert resolve_sweep(stored)[0].digest == task.digest
 
@@ -83,15 +92,21 @@ def test_relative_paths_are_those_of_the_commands_working_directory_for_all_proc
 def test_sources_prompts_and_caches_are_absolute_too(project, monkeypatch):
     prompts = {"file": "p.csv"}
     task = {
-        "name": "images", "kind": "concept", "base": "base", "forget": {"labels": ["a"]}, "search_prompts": prompts,
+        "name": "images",
+        "kind": "concept",
+        "base": "base",
+        "forget": {"labels": ["a"]},
+        "search_prompts": prompts,
         "train": {"mix": [{"parquet": "p"}, {"shards": "d/{0..1}.tar"}, {"torchvision": "MNIST", "root": "r"}]},
-        "holdout": {"parquet": "s3://bucket/p"}, "audit_prompts": {"mix": [prompts]}, "clip": "openai/clip",
-    }  # fmt: skip
-    found = validate({"task": task}, "here").task
-    assert [str(s) for s in found.train.mix][:2] == [str(project / "p"), str(project / "d/{0..1}.tar")]
-    assert found.train.mix[2].root == project / "r"
-    assert (found.holdout.parquet, found.clip) == ("s3://bucket/p", "openai/clip")
-    assert found.search_prompts.file == found.audit_prompts.mix[0].file == project / "p.csv"
+        "holdout": {"parquet": "s3://bucket/p"},
+        "audit_prompts": {"mix": [prompts]},
+        "clip": "openai/clip",
+    }
+    settings = validate({"task": task}, "here").task
+    assert [str(s) for s in settings.train.mix][:2] == [str(project / "p"), str(project / "d/{0..1}.tar")]
+    assert settings.train.mix[2].root == project / "r"
+    assert (settings.holdout.parquet, settings.clip) == ("s3://bucket/p", "openai/clip")
+    assert settings.search_prompts.file == settings.audit_prompts.mix[0].file == project / "p.csv"
     monkeypatch.setenv("RAYSWEEP_CACHE", "kept")
     assert cache_folder(None) == project / "kept"
     monkeypatch.setenv("HOME", str(project))
@@ -106,18 +121,18 @@ def test_links_stay_links(project):
     resolve_sweep(sweep)
 
 
-def test_a_home_that_there_is_not(monkeypatch):
+def test_a_missing_home_folder_is_reported(monkeypatch):
     with pytest.raises(ConfigError, match=r"storage: ~nobody-here/x: there is no home folder"):
         validate({"storage": "~nobody-here/x"}, "here")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and an entry in passwd
-    found = CliRunner().invoke(main, ["ls", "methods"])
-    assert (found.exit_code, found.output.splitlines()) == (
+    result = CliRunner().invoke(main, ["ls", "methods"])
+    assert (result.exit_code, result.output.splitlines()) == (
         2,
         ["error: this user has no home folder: set HOME to a folder that can be written, for example HOME=/tmp"],
     )
 
 
-def test_folders_that_cannot_be_written_are_told_before_anything_starts(project, monkeypatch):
+def test_folders_that_cannot_be_written_are_reported_before_anything_starts(project, monkeypatch):
     (project / "file").write_text("")
     for key in ("storage", "cache"):
         sweep = load(Path("c.yaml"), (f"{key}={project / 'file' / 'x'}",))
@@ -138,7 +153,7 @@ def test_folders_that_cannot_be_written_are_told_before_anything_starts(project,
     assert stat.S_ISDIR(closed.stat().st_mode)
 
 
-def test_temporary_folders_that_are_too_long_for_sockets(monkeypatch):
+def test_temporary_folders_too_long_for_sockets_are_refused(monkeypatch):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/tmp/" + "x" * 50)
     with pytest.raises(PlaceError, match=r"TMPDIR=/tmp/x+: is too long for Ray, .* RAY_TMPDIR=/tmp"):
@@ -147,7 +162,7 @@ def test_temporary_folders_that_are_too_long_for_sockets(monkeypatch):
     assert ray_folder() == Path("/tmp")
 
 
-def test_steps_that_the_models_schedule_does_not_have(project):
+def test_timesteps_beyond_the_models_schedule_are_refused(project):
     PixelDDPM.build(tiny_config() | {"scheduler": tiny_config()["scheduler"] | {"num_train_timesteps": 100}}, 0).save(
         project / "base"
     )
@@ -162,19 +177,19 @@ def test_steps_that_the_models_schedule_does_not_have(project):
         resolve_sweep(load(Path("c.yaml"), (*fitting, "task.steps=101")))
 
 
-def test_outside_networks_are_looked_at_before_anything_starts(project):
+def test_external_networks_are_checked_before_anything_starts(project):
     (project / "weights.pt").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"^audit.audit.weights.sscd: .*weights.pt: cannot be read as SSCD"):
         resolve_sweep(load(Path("c.yaml")))
 
 
-def test_oracles_are_looked_at_before_anything_starts(project):
+def test_oracles_are_checked_before_anything_starts(project):
     with pytest.raises(ConfigError, match=f"^oracle_models: {project / 'none'}: not a diffusers pipeline folder"):
         resolve_sweep(load(Path("c.yaml"), ("oracle_models=[none]",)))
 
 
 @pytest.mark.parametrize(("classes", "fits"), [(6, False), (7, True)])
-def test_an_embedding_for_no_class_is_needed_beside_the_tasks_classes(tmp_path, classes, fits):
+def test_a_model_needs_a_null_class_besides_the_tasks_classes(tmp_path, classes, fits):
     from raysweep.engine.prepare import check_model
 
     config = tiny_config()
@@ -190,12 +205,21 @@ def test_an_embedding_for_no_class_is_needed_beside_the_tasks_classes(tmp_path, 
         check_model(str(tmp_path / "m"), task)
 
 
-def test_a_run_that_was_moved_finds_itself(tmp_path):
+def test_a_moved_run_directory_is_read_from_its_new_path(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     context = Context(
-        run=str(old), run_id="r", task_digest="t", quality="q", validity="v", base="b", base_digest="d", oracles={}, judges={},
-        prepared={}, cache="c",
-    )  # fmt: skip
+        run=str(old),
+        run_id="r",
+        task_digest="t",
+        quality="q",
+        validity="v",
+        base="b",
+        base_digest="d",
+        oracles={},
+        judges={},
+        prepared={},
+        cache="c",
+    )
     context.save()
     old.rename(new)
     assert Context.load(str(new)).folder.path == new
@@ -220,7 +244,7 @@ def test_notes_about_folders_are_shown_once_and_plainly(capsys):
 
 
 @pytest.mark.parametrize("name", ["é" * 300, "a" * 5000, "x/" * 3000, "a\0b", "b" * 300 + "/model"])
-def test_what_cannot_be_a_path_is_told(name):
+def test_names_that_cannot_be_paths_are_refused(name):
     assert not is_hub_id(name)
     with pytest.raises(PlaceError, match="cannot be a path"):
         absolute(name)

@@ -1,4 +1,4 @@
-"""The papers' experiments: complete, planned before their files are there, and run on miniatures of them."""
+"""Presets of the papers' experiments: complete, planned without their files, and run on miniatures."""
 
 from __future__ import annotations
 
@@ -29,11 +29,18 @@ def at_paper_scale(name: str) -> Sweep:
     return load(presets.path_of(name), (), absent=True)
 
 
+def setting(data, key: str):
+    """The value at a dotted key of a config as plain data; a number is an index into a list."""
+    for part in key.split("."):
+        data = data[int(part)] if isinstance(data, list) else data[part]
+    return data
+
+
 def call(*arguments: str):
     return CliRunner().invoke(main, list(arguments))
 
 
-def test_every_paper_is_there():
+def test_every_paper_has_presets():
     assert {name.split("-")[0] for name in ALL} == set(PAPERS)
     listed = json.loads(call("ls", "presets", "--json").output)
     assert [row["name"] for row in listed] == ALL
@@ -41,7 +48,7 @@ def test_every_paper_is_there():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_preset_is_whole(name):
+def test_a_preset_is_complete(name):
     about, sweep = presets.about(name), at_paper_scale(name)
     assert (sweep.name, sweep.preset, sweep.scale) == (name, name, "paper")
     assert about.protocol
@@ -53,36 +60,34 @@ def test_a_preset_is_whole(name):
             assert all("scaled" not in point.source for point in space.points), "the settings of the embedded models"
     data = sweep.resolved()
     for bring in about.bring:
-        assert forecast._at(data, bring.key)[0], f"{bring.key} is not a setting of {name}"
+        assert setting(data, bring.key), f"{bring.key} is not a setting of {name}"
         value = "[brought]" if bring.key == "oracle_models" else "brought"
-        there, _ = forecast._at(
-            load(presets.path_of(name), (f"{bring.key}={value}",), absent=True).resolved(), bring.key
-        )
-        assert "brought" in str(there), f"{bring.key} cannot be set"
-    mine = {
+        changed = load(presets.path_of(name), (f"{bring.key}={value}",), absent=True).resolved()
+        assert "brought" in str(setting(changed, bring.key)), f"{bring.key} cannot be set"
+    needed = {
         "task.base",
         "task.train",
         "task.holdout",
         *(f"audit.audit.weights.{w}" for w in data["audit"]["audit"]["weights"]),
     }
-    told = {bring.key for bring in about.bring}
-    assert all(any(key.startswith(m) for key in told) for m in mine)
+    brought = {bring.key for bring in about.bring}
+    assert all(any(key.startswith(prefix) for key in brought) for prefix in needed)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_plan_before_anything_is_there(name, tmp_path, monkeypatch):
+def test_a_dry_run_needs_none_of_the_files(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("run", name, "--dry-run")
     assert result.exit_code == 0, result.output
     lines = [line.split(None, 1) for line in result.output.splitlines()]
-    told: dict[str, list[str]] = {}
+    plan: dict[str, list[str]] = {}
     for topic, *text in lines:
-        told.setdefault(topic, []).append(" ".join(text))
-    assert len(told["missing"]) == len(presets.about(name).bring)
-    assert "cluster.yaml: 24 trials at once" in told["cluster"][0]
-    assert "of an H100" in told["cost"][0]
-    assert "GB" in told["memory"][0]
-    assert "GB of candidates" in told["disk"][0]
+        plan.setdefault(topic, []).append(" ".join(text))
+    assert len(plan["missing"]) == len(presets.about(name).bring)
+    assert "cluster.yaml: 24 trials at once" in plan["cluster"][0]
+    assert "of an H100" in plan["cost"][0]
+    assert "GB" in plan["memory"][0]
+    assert "GB of candidates" in plan["disk"][0]
     assert not list(tmp_path.iterdir())
     refused = call("validate", name)
     assert refused.exit_code == 2
@@ -98,26 +103,26 @@ def test_a_copy_of_a_preset_is_planned_as_well(tmp_path, monkeypatch):
     assert "missing   task.base" in result.output
 
 
-def test_a_mistake_in_what_a_copy_says_of_itself(tmp_path):
+def test_a_mistake_in_the_description_of_a_copy(tmp_path):
     text = presets.path_of("siss-mnist-tshirt").read_text(encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(text.replace('{key: task.base, what: "', '{key: task.base, wath: "'))
     with pytest.raises(ConfigError, match=r"mine.yaml:11: about\.bring\.0\.wath: unknown key; did you mean 'what'\?"):
         load(tmp_path / "mine.yaml", (), absent=True)
 
 
-def test_only_presets_are_planned_without_what_they_name(tmp_path, monkeypatch):
+def test_only_presets_are_planned_without_their_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("run", "audit.audit.weights.sscd=none.pt", "--dry-run")
     assert result.exit_code == 2
     assert f"weights.sscd: {tmp_path / 'none.pt'} does not exist" in result.output
 
 
-def test_what_is_there_is_not_missing(tmp_path, monkeypatch):
+def test_existing_files_are_not_reported_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "MNIST").mkdir(parents=True)
     sweep = at_paper_scale("siss-mnist-tshirt")
-    gone = {bring.key for bring, _ in forecast.missing(sweep, presets.about(sweep.preset))}
-    assert gone == {"task.base", "task.train.mix.1.root"}
+    missing = {bring.key for bring, _ in forecast.missing(sweep, presets.about(sweep.preset))}
+    assert missing == {"task.base", "task.train.mix.1.root"}
 
 
 def test_cost_grows_with_the_work():
@@ -145,7 +150,7 @@ def test_nodes_of_the_launcher_file():
     assert nodes.count(Node(16.0, 0.0, "control")) == 1
 
 
-def test_a_cluster_of_ones_own(tmp_path, monkeypatch):
+def test_a_users_own_launcher_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     types = {"head": {"resources": {"CPU": 8}}, "gpus": {"resources": {"CPU": 64, "GPU": 4}, "min_workers": 2}}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"head_node_type": "head", "available_node_types": types}))
@@ -156,7 +161,7 @@ def test_a_cluster_of_ones_own(tmp_path, monkeypatch):
     assert "cluster.yaml: not a launcher file" in result.output
 
 
-def test_scales_are_for_presets_alone(tmp_path):
+def test_only_presets_have_a_scale(tmp_path):
     with pytest.raises(ConfigError, match="only presets have one"):
         load(None, ("scale=tiny",))
     text = presets.path_of("siss-mnist-tshirt").read_text(encoding="utf-8")
@@ -191,7 +196,7 @@ def test_a_preset_runs_to_its_report(tmp_path: Path, cache: Path, name: str):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         ({"x": {"tree": {"syles": []}}}, "tiny.make.x: tree cannot work with"),
         ({"x": {"forest": None}}, "tiny.make.x: takes one of"),
@@ -199,9 +204,9 @@ def test_a_preset_runs_to_its_report(tmp_path: Path, cache: Path, name: str):
         ({"x": {"files": {"images": "many"}}}, "tiny.make.x: files cannot work with"),
     ],
 )
-def test_miniatures_that_cannot_be_made_are_told_by_their_key(make, told, tmp_path):
+def test_mistakes_in_miniatures_are_named_by_their_key(make, message, tmp_path):
     data = yaml.safe_load(presets.path_of("siss-celebahq").read_text())
     data["tiny"]["make"] = make
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         load(tmp_path / "mine.yaml", ("scale=tiny", f"cache={tmp_path}"))

@@ -1,4 +1,4 @@
-"""The resolved config that a run directory and a report hold reads as the very sweep again."""
+"""The resolved config of a run directory or a report reads back as the same sweep."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_presets_recipe_is_the_sweep_again(name, tmp_path, monkeypatch):
         load(tmp_path / f"{name}.yaml", ("scale=tiny",), absent=True)
 
 
-def test_a_recipe_of_a_preset_of_ones_own_is_planned_as_any_config(tmp_path, monkeypatch):
+def test_the_recipe_of_a_users_preset_is_planned_as_any_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = yaml.safe_load(load(None).recipe()) | {"preset": "mine", "scale": "paper"}
     data["spaces"] = {method: {"released": None} for method in data["methods"]}

@@ -1,4 +1,4 @@
-"""Released values are whole, are carried by every point that names them, and come from nowhere else."""
+"""Tables of released values are complete, and every point that names a release has its values."""
 
 from __future__ import annotations
 
@@ -47,15 +47,17 @@ def at(data, key: str):
     return data
 
 
-def test_every_table_gives_every_hyperparameter_a_value_and_its_place():
+def test_every_table_gives_every_hyperparameter_a_value_and_its_source():
     tables = released.tables()
     assert {"rgd", "siss", "sfd", "slug"} <= set(tables)
     for table in tables.values():
         for setting in table.settings.values():
             for point in setting.points():
-                given = {k: v for k, v in released.converted(point).items() if k not in setting.unused}
-                read = resolve("method", setting.method).Hyperparameters(**given).model_dump()
-                assert all(math.isclose(read[k], v) if isinstance(v, float) else read[k] == v for k, v in given.items())
+                values = {k: v for k, v in released.converted(point).items() if k not in setting.unused}
+                read = resolve("method", setting.method).Hyperparameters(**values).model_dump()
+                assert all(
+                    math.isclose(read[k], v) if isinstance(v, float) else read[k] == v for k, v in values.items()
+                )
             assert len({s.title for s in table.settings.values()}) == len(table.settings)
 
 
@@ -107,7 +109,12 @@ def test_a_preset_says_where_every_value_of_its_points_is_from(name):
             told = origins(space, point)
             if point.stated:
                 assert {k for k, v in told.items() if v["searched"] or v["from"].startswith("default of")} == set()
-                differs = {k for k, s in point.stated.items() if told[k]["value"] not in (s.converted, tuple(s.converted) if isinstance(s.converted, list) else s.converted)}  # fmt: skip
+                differs = {
+                    k
+                    for k, s in point.stated.items()
+                    if told[k]["value"]
+                    not in (s.converted, tuple(s.converted) if isinstance(s.converted, list) else s.converted)
+                }
                 assert differs == set(point.because), (
                     f"{space.method}: {differs} differ from the release without a reason"
                 )
@@ -127,11 +134,11 @@ def test_a_preset_holds_what_its_table_states_of_base_data_and_sampler(name):
         ), key
 
 
-def test_tables_name_presets_that_there_are():
+def test_tables_name_existing_presets():
     assert {name for table in released.tables().values() for name in table.presets} <= set(ALL)
 
 
-# The values that were wrong once, written down here a second time from the sources.
+# Values that were wrong once, copied a second time from the sources.
 RIGHT = [
     ("sfd_two_stage", "sfd-cifar10", {"fake_forget": 0.01, "forget_batch_size": 128, "ema": 0.9999, "lr_fake": 3e-5, "alpha": 1.2}),
     ("sfd_two_stage", "sfd-stl10", {"fake_forget": 0.01, "forget_batch_size": 64, "ema": 0.9999, "lr_fake": 3e-5, "alpha": 1.2}),
@@ -208,14 +215,18 @@ def test_a_space_that_names_a_release_takes_nothing_from_the_embedded_one():
         ({"released": None, "enqueue": [{"released": "nothing"}]}, "enqueue: 'nothing' is not a released setting"),
     ],
 )
-def test_mistakes_in_what_a_space_starts_from(space, message):
+def test_mistakes_in_the_release_of_a_space(space, message):
     with pytest.raises(SpaceError, match=message):
         load_space("sfd", space)
 
 
 def test_no_method_of_a_preset_inherits_the_embedded_space():
     with pytest.raises(ConfigError, match=r"spaces\.finetune\.released: missing"):
-        load(presets.path_of("sfd-cifar10"), ("methods=[sfd, finetune]", "search.trials=4", "spaces={sfd: {released: null}}"), True)  # fmt: skip
+        load(
+            presets.path_of("sfd-cifar10"),
+            ("methods=[sfd, finetune]", "search.trials=4", "spaces={sfd: {released: null}}"),
+            True,
+        )
     more = load(presets.path_of("sfd-cifar10"), ("methods=[sfd]", "spaces={sfd: {released: null}}"), True)
     assert more.spaces == {"sfd": {"released": None}}
 
@@ -232,14 +243,17 @@ def test_points_are_listed_resolved_beside_their_sources():
         r"^    fake_forget +0\.01 +DDPM/configs/\*_sfd\*\.yml, distill\.sg_forget_coef$", text, re.MULTILINE
     )
     assert re.search(r"^    lr_fake +3e-05 +the rate of all other configs of DDPM; released: 1e-05", text, re.MULTILINE)
-    assert "Selective Amnesia's released config, CIFAR-10; but" in CliRunner().invoke(main, ["ls", "spaces", "selective_amnesia"]).output  # fmt: skip
+    assert (
+        "Selective Amnesia's released config, CIFAR-10; but"
+        in CliRunner().invoke(main, ["ls", "spaces", "selective_amnesia"]).output
+    )
     wrong = CliRunner().invoke(main, ["ls", "spaces", "sfd-cifar"])
     assert wrong.exit_code == 2
     assert "not a preset, a config or a method; valid: rgd-cifar10-edm" in wrong.output
     assert CliRunner().invoke(main, ["ls", "runs", "sfd-cifar10"]).exit_code == 2
 
 
-def test_the_sampler_adds_noise_as_a_task_says():
+def test_a_task_sets_the_noise_of_the_sampler():
     plain = {"base": "x/y", "train": {"folder": "a"}, "holdout": {"folder": "b"}, "forget": {"keys": ["k"]}}
     assert ImagesTask.model_validate(plain).sampling == {"steps": 50, "guidance": 1.0}
     noisy = ImagesTask.model_validate(plain | {"eta": 1.0, "steps": 1000, "guidance": 3.0})

@@ -1,4 +1,4 @@
-"""What a task says of its data: names that nothing has, classes that a source numbers, and the account of what was left out."""
+"""Selections without a match, class indices, and accounts of records and prompts that were left out."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ def folder(path: Path, kinds=KINDS, per: int = 8, first: int = 0) -> Path:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """A base that knows three classes, images to train on, and held-out ones."""
-    place = tmp_path_factory.mktemp("rows")
+    root = tmp_path_factory.mktemp("rows")
     config = tiny_config(3)
     config["unet"] |= {"sample_size": 8, "in_channels": 3, "out_channels": 3}
-    PixelDDPM.build(config, 0).save(place / "base")
-    return {"base": str(place / "base"), "train": {"folder": folder(place / "t")},
-            "holdout": {"folder": folder(place / "h", first=500)}}  # fmt: skip
+    PixelDDPM.build(config, 0).save(root / "base")
+    return {
+        "base": str(root / "base"),
+        "train": {"folder": folder(root / "t")},
+        "holdout": {"folder": folder(root / "h", first=500)},
+    }
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def rows(tmp_path_factory):
         ({"captions": ["a cat"]}, r"forget.captions: no caption has 'a cat'; captions are for example: none, no record has one"),
     ],
 )  # fmt: skip
-def test_what_nothing_is_called_is_refused_with_what_there_is(rows, forget, message):
+def test_selections_without_a_match_are_refused_with_the_valid_names(rows, forget, message):
     with pytest.raises(SourceError, match=message):
         ImagesTask(**rows, forget=forget).build()
 
@@ -64,15 +67,16 @@ def test_a_forgotten_record_that_cannot_be_read_is_refused(rows, tmp_path):
     task = ImagesTask(**rows | {"train": {"folder": train}}, kind="class", forget={"labels": ["cat"]}).build()
     train_account, holdout = task.accounts
     assert {r["reason"].split(",")[0]: r["first"] for r in train_account["left_out"]} == {
-        "no label": ["loose.png"], "not a picture in a format that is read (PNG": ["cat/3.png"]
-    }  # fmt: skip
+        "no label": ["loose.png"],
+        "not a picture in a format that is read (PNG": ["cat/3.png"],
+    }
     assert train_account["kept"] == {"to forget": 15, "to retain": 32}
     assert holdout["kept"] == {"held out": 16, "of the forgotten class": 8}
     assert any(line.startswith("train: 47 of 49 records of") for line in data_lines(task))
     json.dumps(task.accounts)
 
 
-def test_repeats_and_what_finds_no_room_are_told(rows, tmp_path):
+def test_repeats_and_images_beyond_the_sample_size_are_counted(rows, tmp_path):
     train = folder(tmp_path / "t", per=16)
     (train / "dog" / "again.png").write_bytes((train / "dog" / "4.png").read_bytes())
     config = ImagesTask(**rows | {"train": {"folder": train}}, forget={"labels": ["cat"]}, retain_images=20)
@@ -82,14 +86,14 @@ def test_repeats_and_what_finds_no_room_are_told(rows, tmp_path):
     assert config.build().digest == config.build().digest
 
 
-def test_too_few_pictures_are_one_sentence(rows, tmp_path):
+def test_too_few_pictures_are_refused(rows, tmp_path):
     one = folder(tmp_path / "one", ("cat",), 1)
     for part in ("train", "holdout"):
         with pytest.raises(SourceError, match=r"(retain|holdout) set|to be forgotten"):
             ImagesTask(**rows | {part: {"folder": one}}, forget={"keys": ["cat/0.png"]}).build()
 
 
-def test_validate_tells_what_is_left_out(rows, tmp_path):
+def test_validate_reports_records_that_are_left_out(rows, tmp_path):
     train = folder(tmp_path / "t", per=16)
     (train / "dog" / "0.png").write_bytes(b"none")
     task = {**rows, "name": "images", "train": {"folder": train}, "forget": {"keys": ["cat/0.png"]}, "base_steps": 2}
@@ -156,7 +160,7 @@ DIFFATK = ",case_number,prompt,evaluation_seed,evaluation_guidance\n0,142,a pain
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "how", "expected"),
+    ("name", "content", "settings", "expected"),
     [
         ("i2p.csv", I2P, {"label": "categories"},
          [('a "quoted", long prompt', "violence"), ("two\r\nlines", "nudity"), ("caf\u00e9", "nudity")]),
@@ -171,12 +175,12 @@ DIFFATK = ",case_number,prompt,evaluation_seed,evaluation_guidance\n0,142,a pain
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_prompt_files_as_they_are_published(tmp_path, name, content, how, expected, encoding):
+def test_prompt_files_as_they_are_published(tmp_path, name, content, settings, expected, encoding):
     (tmp_path / name).write_bytes(content.encode(encoding))
-    assert PromptFile(file=tmp_path / name, **how).rows() == [(*row, None) for row in expected]
+    assert PromptFile(file=tmp_path / name, **settings).rows() == [(*row, None) for row in expected]
 
 
-def test_prompts_that_are_left_out_are_named(tmp_path):
+def test_unusable_prompts_are_counted_and_named(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text("prompt,label\n" + "".join(f"prompt {n},x\n" for n in range(50)) + "prompt 1,x\n,x\na,b,x\n")
     tally = Tally()

@@ -1,4 +1,4 @@
-"""Users' images in every format, made by the libraries that own it; what cannot be read; tasks cut from them."""
+"""Image sources in every format, written by the formats' own libraries; unreadable records; tasks cut from them."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_torchvision(tmp_path, name, split):
     assert float((mine - torch.from_numpy(three)).abs().mean((1, 2)).min()) < 0.05
 
 
-def test_a_long_table_is_not_held(tmp_path):
+def test_a_long_table_is_streamed(tmp_path):
     """Of forty row groups of 200 kB, pyarrow holds a few at most at any row."""
     schema = pa.schema([("image", pa.binary())])
     draw = np.random.default_rng(0)
@@ -282,7 +282,7 @@ def test_a_shard_that_is_cut_short_is_counted(tmp_path):
         (lambda p: ShardSource(shards=str(p / "{0..2}.tar")), r"0.tar: no such shard \(3 of 3 are missing\)"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path, make, message):
+def test_missing_sources_are_named(tmp_path, make, message):
     write_parquet(tmp_path / "p.parquet", labelled(3))
     with pytest.raises(SourceError, match=message):
         list(make(tmp_path).records(Tally()))
@@ -323,10 +323,14 @@ def class_conditional(folder: Path, classes: int = 3) -> str:
 def test_a_class_of_a_users_model(tmp_path):
     base = class_conditional(tmp_path / "base")
     config = ImagesTask(
-        kind="class", base=base, train=write_parquet(tmp_path / "train.parquet", labelled(60)),
-        forget={"labels": ["dog"]}, holdout=write_folder(tmp_path / "held", labelled(30, 1000)), override="fox",
+        kind="class",
+        base=base,
+        train=write_parquet(tmp_path / "train.parquet", labelled(60)),
+        forget={"labels": ["dog"]},
+        holdout=write_folder(tmp_path / "held", labelled(30, 1000)),
+        override="fox",
         retain_images=30,
-    )  # fmt: skip
+    )
     task = config.build()
     assert task.family == "pixel-ddpm"
     assert (task.forget_class, task.override_class, task.class_names) == (1, 2, KINDS)
@@ -345,9 +349,11 @@ def test_a_class_of_a_users_model(tmp_path):
 def test_pictures_of_a_captioned_model(tmp_path):
     LatentText.build(LATENT, 0).save(tmp_path / "base")
     config = ImagesTask(
-        base=str(tmp_path / "base"), train=write_shards(tmp_path / "train", labelled(30)), forget={"captions": ["dog"]},
+        base=str(tmp_path / "base"),
+        train=write_shards(tmp_path / "train", labelled(30)),
+        forget={"captions": ["dog"]},
         holdout=write_folder(tmp_path / "held", labelled(40, 1000)),
-    )  # fmt: skip
+    )
     task = config.build()
     assert task.family == "text-ddpm"
     assert len(task.splits["forget"]) == 10
@@ -360,8 +366,11 @@ def test_pictures_of_a_captioned_model(tmp_path):
 
 def test_selections_that_cannot_work(tmp_path):
     base = class_conditional(tmp_path / "base")
-    rows = {"base": base, "train": write_folder(tmp_path / "t", labelled(30)),
-            "holdout": write_folder(tmp_path / "h", labelled(30, 500))}  # fmt: skip
+    rows = {
+        "base": base,
+        "train": write_folder(tmp_path / "t", labelled(30)),
+        "holdout": write_folder(tmp_path / "h", labelled(30, 500)),
+    }
     with pytest.raises(ValidationError, match="name what must be forgotten"):
         ImagesTask(**rows, forget={})
     with pytest.raises(ValidationError, match="a class is named by exactly one label"):
@@ -437,8 +446,12 @@ def test_grids_that_do_not_fit():
 def test_a_concept_of_a_users_model(tmp_path):
     LatentText.build(LONG, 0).save(tmp_path / "base")
     search, audit = write_prompts(tmp_path)
-    rows = {"base": str(tmp_path / "base"), "train": write_parquet(tmp_path / "t.parquet", labelled(60)),
-            "holdout": write_parquet(tmp_path / "h.parquet", labelled(30, 700)), "forget": {"labels": ["dog"]}}  # fmt: skip
+    rows = {
+        "base": str(tmp_path / "base"),
+        "train": write_parquet(tmp_path / "t.parquet", labelled(60)),
+        "holdout": write_parquet(tmp_path / "h.parquet", labelled(30, 700)),
+        "forget": {"labels": ["dog"]},
+    }
     task = ImagesTask(**rows, kind="concept", search_prompts=search, audit_prompts=audit).build()
     assert (task.kind, task.forget_class, task.thing) == ("concept", 1, "the concept 'dog'")
     assert task.texts["prompts_probe"] == tuple(CAPTIONS[k] for k in KINDS)  # of a wolf there is no image
@@ -464,8 +477,12 @@ def test_a_model_on_the_hub(tmp_path, monkeypatch):
     class_conditional(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    rows = {"train": write_folder(tmp_path / "t", labelled(40)), "holdout": write_folder(tmp_path / "h", labelled(40, 500)),
-            "kind": "class", "forget": {"labels": ["cat"]}}  # fmt: skip
+    rows = {
+        "train": write_folder(tmp_path / "t", labelled(40)),
+        "holdout": write_folder(tmp_path / "h", labelled(40, 500)),
+        "kind": "class",
+        "forget": {"labels": ["cat"]},
+    }
     pinned = ImagesTask(**rows, base="someone/tiny", revision=commit)
     assert pinned.warnings == []
     assert Path(pinned.build().base) == repository / "snapshots" / commit
@@ -478,8 +495,13 @@ def test_a_model_on_the_hub(tmp_path, monkeypatch):
 
 def test_starting_weights_and_their_recipe(tmp_path):
     base = class_conditional(tmp_path / "base")
-    rows = {"base": base, "train": write_folder(tmp_path / "t", labelled(60)), "kind": "class",
-            "holdout": write_folder(tmp_path / "h", labelled(60, 500)), "forget": {"labels": ["cat"]}}  # fmt: skip
+    rows = {
+        "base": base,
+        "train": write_folder(tmp_path / "t", labelled(60)),
+        "kind": "class",
+        "holdout": write_folder(tmp_path / "h", labelled(60, 500)),
+        "forget": {"labels": ["cat"]},
+    }
     with pytest.raises(ValidationError, match="base_steps: must be at least 1"):
         ImagesTask(**rows, trained=False)
     with pytest.raises(ValidationError, match="recipe: depth: not a setting of `retrain`"):
@@ -503,11 +525,14 @@ def test_styles_besides_objects(tmp_path):
     grid = {"slots": {"what": ("ring", "bar", "dot"), "style": ("Photo", "Monet")}, "label": "style", "other": "what"}
     folders = {"label": "grandparent", "other": "parent", "captioned": "a {other} in {label} style"}
     config = ImagesTask(
-        kind="concept", base=str(tmp_path / "base"), forget={"labels": ["Monet"]},
-        train={"folder": tmp_path / "train", **folders}, holdout={"folder": tmp_path / "held", **folders},
+        kind="concept",
+        base=str(tmp_path / "base"),
+        forget={"labels": ["Monet"]},
+        train={"folder": tmp_path / "train", **folders},
+        holdout={"folder": tmp_path / "held", **folders},
         search_prompts={"template": "a {what} in {style} style", **grid},
         audit_prompts={"template": "the {what} in {style} style", **grid},
-    )  # fmt: skip
+    )
     task = config.build()
     assert task.class_names == ("Monet", "Photo")
     assert task.forget_class == 0
@@ -526,8 +551,11 @@ def test_duplicates_of_a_forgotten_image_go_with_it(tmp_path):
     smooth.save(train / "dog" / "copy.png")
     smooth.save(train / "fox" / "again.jpg", quality=80)
     config = ImagesTask(
-        base=base, train={"folder": train}, forget={"keys": ["cat/named.png"]}, holdout=write_folder(tmp_path / "h", labelled(40, 900)),
-    )  # fmt: skip
+        base=base,
+        train={"folder": train},
+        forget={"keys": ["cat/named.png"]},
+        holdout=write_folder(tmp_path / "h", labelled(40, 900)),
+    )
     task = config.build()
     assert len(task.splits["forget"]) == 3
     assert len(task.splits["forget"].distinct()) == 2

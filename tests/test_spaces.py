@@ -1,4 +1,4 @@
-"""Search spaces and the searcher: conditional spaces, enqueued points, states, shares, resumption, determinism."""
+"""Search spaces and the searcher: conditions, enqueued points, trial states, equal shares, resumption, determinism."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_batch_runs_while_the_next_waits_for_the_one_before_it(tmp_path):
     assert isinstance(search.suggest("g"), dict)
 
 
-def test_a_result_that_was_held_back_at_a_kill_is_asked_for_again(tmp_path):
+def test_a_trial_whose_result_was_held_back_at_a_kill_is_suggested_again(tmp_path):
     search = searcher(tmp_path, trials=6, batch=2)
     configs = {k: search.suggest(k) for k in "abcd"}
     search.on_trial_complete("c", value(configs["c"]))
@@ -164,7 +164,7 @@ def test_a_result_that_was_held_back_at_a_kill_is_asked_for_again(tmp_path):
         (None, True, TrialState.FAIL, "ended with an error"),
     ],
 )
-def test_states(tmp_path, final, error, state, reason):
+def test_results_and_errors_become_states(tmp_path, final, error, state, reason):
     search = searcher(tmp_path)
     config = search.suggest("a")
     search.on_trial_complete("a", final, error)
@@ -187,7 +187,7 @@ def test_restore_suggests_the_unfinished_again_and_nothing_twice(tmp_path):
     assert len(again.study.trials) == 8
 
 
-def test_what_a_limit_ended_is_tried_again_under_a_wider_one_and_nothing_else_is(tmp_path):
+def test_only_trials_ended_by_a_limit_are_retried_under_a_wider_one(tmp_path):
     def limited(seconds):
         return ParetoSearch(
             tmp_path / "study.journal", "s", [CONDITIONAL, PLAIN], 4, 4, 0, limits={"train.budget_s": seconds}
@@ -204,7 +204,7 @@ def test_what_a_limit_ended_is_tried_again_under_a_wider_one_and_nothing_else_is
     assert wider.left() == 0
     assert wider.retry() == ["000-siss"]
     assert wider.left() == 1
-    killed = limited(20)  # before it ended: found again as it was
+    killed = limited(20)  # before it ended: it is suggested again unchanged
     assert killed.retry() == []
     again = killed.suggest("e")
     assert again == configs[0] | {"number": 4}
@@ -217,7 +217,7 @@ def test_what_a_limit_ended_is_tried_again_under_a_wider_one_and_nothing_else_is
     assert [r.state for r in rows] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
-def test_broken_off_while_suggesting_keeps_the_shares(tmp_path):
+def test_an_interrupted_suggestion_keeps_the_shares(tmp_path):
     study = open_study(tmp_path / "study.journal", "s")
     study.enqueue_trial({"siss.rho": 0.1})
     study.ask()  # killed before the config was written
@@ -229,7 +229,7 @@ def test_broken_off_while_suggesting_keeps_the_shares(tmp_path):
     assert TrialState.RUNNING not in states
 
 
-def test_others_can_open_the_journal(tmp_path):
+def test_optuna_and_its_dashboard_open_the_journal(tmp_path):
     drain(searcher(tmp_path))
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -255,7 +255,7 @@ def test_constraint_reaches_the_study(tmp_path):
 
 
 def test_the_end_of_a_trial_that_an_earlier_process_asked_for_is_recorded_whole(tmp_path):
-    """By what Optuna offers to everybody: a journal opened elsewhere shows attributes, reason and constraint."""
+    """Read through Optuna's public interface: a journal opened elsewhere shows attributes, reason and constraint."""
     first = searcher(tmp_path, trials=4)
     configs = [first.suggest(k) for k in "abcd"]
     again = searcher(tmp_path, trials=4)
@@ -273,7 +273,7 @@ def test_the_end_of_a_trial_that_an_earlier_process_asked_for_is_recorded_whole(
     assert ended[0].constraints == {"validity": 0.3}
 
 
-def test_survives_pickling(tmp_path):
+def test_a_searcher_can_be_pickled(tmp_path):
     from ray import cloudpickle
 
     search = searcher(tmp_path)

@@ -1,4 +1,4 @@
-"""Atomic writes, schema, artifacts and the run directory."""
+"""Atomic writes, schemas of the tables, tensors and models on disk, and the run directory."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "c" / "a").read_text() == "a"
 
 
-def test_writers_of_one_name_do_not_meet(tmp_path, monkeypatch):
+def test_concurrent_writers_of_one_name_do_not_interfere(tmp_path, monkeypatch):
     """On two hosts, or in two containers, processes have equal ids: what one is writing is not the other's."""
     monkeypatch.setattr(os, "getpid", lambda: 7)
     path, names = tmp_path / "a.json", set()
@@ -116,7 +116,7 @@ def test_writers_of_one_name_do_not_meet(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a.json", "c"]
 
 
-def test_what_a_killed_writer_of_a_folder_left_goes_with_the_next(tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed_by_the_next(tmp_path):
     """As `export` and `draw` write where nothing else is cleared: a name with odd letters, and another's left alone."""
     left, young, other = (tmp_path / name for name in (".[a] b.0123.tmp", ".[a] b.4567.tmp", ".c.0123.tmp"))
     for folder in (left, young, other):
@@ -127,7 +127,7 @@ def test_what_a_killed_writer_of_a_folder_left_goes_with_the_next(tmp_path):
     assert (left.exists(), young.exists(), other.exists()) == (False, True, True)
 
 
-def test_a_folder_is_there_whole_while_many_write_it(tmp_path):
+def test_a_folder_stays_complete_while_many_write_it(tmp_path):
     """Sixteen writers at once: none fails, one of them wins, and its folder is complete."""
     files = [f"{k}.bin" for k in range(20)]
 
@@ -145,7 +145,7 @@ def test_a_folder_is_there_whole_while_many_write_it(tmp_path):
     assert os.listdir(tmp_path) == ["c"]
 
 
-def test_tensors_only_as_safetensors(tmp_path):
+def test_tensors_are_read_from_safetensors_only(tmp_path):
     save_tensors(tmp_path / "t.safetensors", {"a": torch.arange(3)})
     assert load_tensors(tmp_path / "t.safetensors")["a"].tolist() == [0, 1, 2]
     data = (tmp_path / "t.safetensors").read_bytes()
@@ -182,8 +182,11 @@ def test_models_are_diffusers_folders_and_never_pickles(tmp_path, points_task, c
 
 def test_the_audit_log_survives_a_torn_line(tmp_path):
     log = tmp_path / "audits.jsonl"
-    ended = [{"key": "a", "status": "ok", "failed": []}, {"key": "b", "status": "failed", "failed": []},
-             {"key": "d", "status": "ok", "failed": ["loss"]}]  # fmt: skip
+    ended = [
+        {"key": "a", "status": "ok", "failed": []},
+        {"key": "b", "status": "failed", "failed": []},
+        {"key": "d", "status": "ok", "failed": ["loss"]},
+    ]
     log.write_text("".join("\n" + json.dumps(e) for e in ended) + '\n{"key": "c", "sta')
     assert list(read_log(log)) == ["a"]
 
@@ -211,7 +214,7 @@ def test_a_run_directory_belongs_to_one_config_and_one_process(tmp_path):
         RunDir.of(stuff).check(stuff)
 
 
-def test_a_run_goes_on_with_other_limits_and_under_a_newer_raysweep(tmp_path, monkeypatch):
+def test_a_run_resumes_with_other_limits_and_under_a_newer_raysweep(tmp_path, monkeypatch):
     sweep = load(None, (f"storage={tmp_path}",))
     folder = RunDir.of(sweep)
     with folder.claim(sweep, {}):
@@ -228,7 +231,7 @@ def test_a_run_goes_on_with_other_limits_and_under_a_newer_raysweep(tmp_path, mo
         folder.check(patient)
 
 
-def test_a_run_does_not_go_on_with_other_data(tmp_path):
+def test_a_run_does_not_resume_with_other_data(tmp_path):
     """It keeps the task of its beginning: what is measured on that must not be taken for a measurement on the new one."""
     sweep = load(None, (f"storage={tmp_path}",))
     folder = RunDir.of(sweep)
@@ -247,7 +250,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
     assert folder.manifest.read_text() == text
 
 
-def test_what_killed_writes_left_is_cleared_away(tmp_path):
+def test_leftovers_of_killed_writes_are_removed(tmp_path):
     cache = tmp_path / "cache"
     sweep = load(None, (f"storage={tmp_path / 'runs'}", f"cache={cache}"))
     folder = RunDir.of(sweep)

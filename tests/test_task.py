@@ -16,8 +16,11 @@ from raysweep.tasks.task import Task, concat
 def test_the_embedded_tasks():
     task = load(None).task.build()
     assert {n: len(task.splits[n]) for n in ("forget", "retain", "train", "holdout")} == {
-        "forget": 6, "retain": 150, "train": 156, "holdout": 300,
-    }  # fmt: skip
+        "forget": 6,
+        "retain": 150,
+        "train": 156,
+        "holdout": 300,
+    }
     assert len(task.splits["forget"].distinct()) == 1
     assert len(task.splits["forget_holdout"]) > 50
     assert torch.bincount(task.splits["retain"].groups).tolist() == [15] * 10
@@ -29,7 +32,7 @@ def test_the_embedded_tasks():
     assert len(labelled.splits["forget_holdout"]) >= 20
 
 
-def test_picture_is_nothing_like_a_digit():
+def test_the_foreign_picture_correlates_with_no_digit():
     task = load(None).task.build()
     from evaluators.base import correlation
 
@@ -68,7 +71,7 @@ def test_save_and_load(points_task, class_task, tmp_path):
 
 @pytest.mark.parametrize("draw", [Draw(10), Draw(10, balanced=True), Draw(None), Draw(9, per_group=2)])
 @pytest.mark.parametrize("world", [2, 3])
-def test_shares_of_workers_make_up_the_batch(points_task, draw, world):
+def test_the_parts_of_all_ranks_make_up_the_batch(points_task, draw, world):
     for step in (0, 7):
         whole = points_task.batch({"retain": draw}, 5, step)["retain"]
         shares = [points_task.batch({"retain": draw}, 5, step, r, world)["retain"] for r in range(world)]
@@ -78,7 +81,7 @@ def test_shares_of_workers_make_up_the_batch(points_task, draw, world):
         assert len(set(whole.seeds.tolist())) == len(whole.seeds)
 
 
-def test_balanced_batches_and_passes(points_task):  # T21, T23
+def test_balanced_batches_hold_equal_groups_and_a_pass_serves_every_row_once(points_task):
     groups = points_task.splits["retain"].groups
     ids = {image.numpy().tobytes(): int(g) for image, g in zip(points_task.splits["retain"].x, groups, strict=True)}
     for step in range(5):
@@ -88,15 +91,15 @@ def test_balanced_batches_and_passes(points_task):  # T21, T23
     one_pass = [points_task.batch({"retain": Draw(12)}, 1, s)["retain"].x for s in range(3)]
     assert len({x.numpy().tobytes() for batch in one_pass for x in batch}) == 36
     other = points_task.batch({"retain": Draw(12)}, 2, 0)["retain"].x
-    assert not torch.equal(one_pass[0], other)  # R1: the order depends on the seed
+    assert not torch.equal(one_pass[0], other)  # the order depends on the seed
 
 
-def test_the_forgotten_never_appears_among_the_retained(points_task):  # R4
+def test_no_forgotten_image_is_among_the_retained(points_task):
     forgotten = set(points_task.splits["forget"].ids)
     assert not forgotten & set(points_task.splits["retain"].ids)
 
 
-def test_rows_of_noise_are_functions_of_their_seeds():
+def test_noise_of_a_row_depends_on_its_seed_alone():
     seeds = row_seeds(3, 0, 2000)
     assert torch.equal(row_seeds(3, 500, 10), seeds[500:510])
     noise, u = normal_rows(seeds, (1, 4, 4)), uniform_rows(seeds, 2)

@@ -1,4 +1,4 @@
-"""Text and YAML as editors leave them: encodings, numbers with exponents, keys that stand twice."""
+"""Text and YAML as editors write them: encodings, numbers with exponents, repeated keys."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from raysweep.search.spaces import SpaceError
 from raysweep.search.spaces import load as load_space
 from raysweep.storage.texts import TextError, decode, dump_yaml, load_yaml, read_text
 
-FEW = settings(max_examples=50, deadline=None)  # a busy machine keeps no time
+FEW = settings(max_examples=50, deadline=None)  # no deadline: the machine may be busy
 
 
 @FEW
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff")))
-def test_every_encoding_that_names_itself_is_read(text):
+def test_encodings_with_a_byte_order_mark_are_read(text):
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         assert decode(text.encode(encoding), "f") == text
     assert decode(b"\xfe\xff" + text.encode("utf-16-be"), "f") == text
@@ -26,7 +26,7 @@ def test_every_encoding_that_names_itself_is_read(text):
 
 @FEW
 @given(st.binary(max_size=40))
-def test_other_bytes_are_refused_by_name(content):
+def test_other_bytes_are_refused_with_the_files_name(content):
     message = "notes.txt:1: read; save the file as UTF-8"
     try:
         decode(content, "notes.txt")
@@ -36,7 +36,7 @@ def test_other_bytes_are_refused_by_name(content):
     assert message.endswith("save the file as UTF-8")
 
 
-def test_the_place_of_a_strange_byte_is_told(tmp_path):
+def test_the_message_names_line_and_column_of_an_undecodable_byte(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_bytes("name: a\n# un caf\u00e9\n".encode("cp1252"))
     with pytest.raises(
@@ -54,7 +54,7 @@ def test_the_place_of_a_strange_byte_is_told(tmp_path):
 
 @FEW
 @given(st.floats(allow_nan=False, allow_infinity=False), st.sampled_from(["{:e}", "{:.0e}", "{:g}", "{!r}"]))
-def test_numbers_as_programs_write_them(number, form):
+def test_numbers_are_read_in_every_format_of_programs(number, form):
     text = form.format(number)
     assert float(load_yaml(text)) == float(text)
     assert isinstance(load_yaml(text), int | float)
@@ -67,7 +67,7 @@ def test_exponents_are_numbers(text):
 
 @FEW
 @given(st.recursive(st.text() | st.floats(allow_nan=False) | st.integers() | st.booleans() | st.none(), st.lists))
-def test_what_is_written_is_read_back(data):
+def test_yaml_round_trip(data):
     assert load_yaml(dump_yaml({"a": data})) == {"a": data}
     assert load_yaml(dump_yaml({"key": "1e5"})) == {"key": "1e5"}
 
@@ -86,7 +86,7 @@ def test_numbers_with_exponents_in_configs_and_on_the_command_line(tmp_path):
             load_space("neggrad", load(path, (f"spaces.neggrad.lr={{log: {ends}}}",)).spaces["neggrad"])
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path):
+def test_a_repeated_key_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("search: {trials: 12}\nname: a\nsearch: {trials: 24}\n")
     with pytest.raises(ConfigError, match=r"c\.yaml:3: not valid YAML: the key 'search' stands twice, first in line 1"):
@@ -96,7 +96,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
         load_yaml("a: [")
 
 
-def test_text_that_yaml_takes_for_something_else(tmp_path):
+def test_text_that_yaml_reads_as_a_number_or_a_truth_value_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     for value in ("12e4", "007", "no"):
         path.write_text(f"name: {value}\n")

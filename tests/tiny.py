@@ -16,17 +16,26 @@ from raysweep.tasks.task import Split, Task, concat
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULER = {
-    "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction",
-    "clip_sample": True, "timestep_spacing": "trailing",
-}  # fmt: skip
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "clip_sample": True,
+    "timestep_spacing": "trailing",
+}
 
 
 def tiny_config(classes: int | None = None, prediction: str = "v_prediction") -> dict:
     unet = {
-        "sample_size": 4, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8), "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4, "attention_head_dim": 4,
-    }  # fmt: skip
+        "sample_size": 4,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+    }
     if classes:
         unet["num_class_embeds"] = classes + 1
     return {"unet": unet, "scheduler": SCHEDULER | {"prediction_type": prediction}, "null_label": classes}
@@ -56,13 +65,25 @@ def tiny_task(kind: str = "points", seed: int = 0) -> Task:
         forget_holdout = Split(torch.rand((12, 1, 4, 4), generator=g).round() * 2 - 1, None, torch.full((12,), 6))
         views = ("reconstruction.correlation", "denoising.forget_log_loss", "generation.rate")
     return Task(
-        name=f"tiny-{kind}", kind=kind, model=tiny_config(6 if kind == "class" else None), recipe={"steps": 20},
-        splits={"train": concat(retain, forget), "forget": forget, "retain": retain, "holdout": holdout,
-                "forget_holdout": forget_holdout, "judge_probe": judge_a, "judge_audit": judge_b},
-        views=views, quality="fidelity.frechet", forget_class=2 if kind == "class" else None,
+        name=f"tiny-{kind}",
+        kind=kind,
+        model=tiny_config(6 if kind == "class" else None),
+        recipe={"steps": 20},
+        splits={
+            "train": concat(retain, forget),
+            "forget": forget,
+            "retain": retain,
+            "holdout": holdout,
+            "forget_holdout": forget_holdout,
+            "judge_probe": judge_a,
+            "judge_audit": judge_b,
+        },
+        views=views,
+        quality="fidelity.frechet",
+        forget_class=2 if kind == "class" else None,
         override_class=4 if kind == "class" else None,
         sampling={"steps": 4, "guidance": 1.5 if kind == "class" else 1.0},
-    )  # fmt: skip
+    )
 
 
 def tiny_model(task: Task, seed: int = 0, dtype: torch.dtype = torch.float32) -> PixelDDPM:
@@ -92,14 +113,30 @@ class TinyText(PixelDDPM):
 
         torch.manual_seed(seed)
         text = CLIPTextModel(
-            CLIPTextConfig(vocab_size=12, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                           max_position_embeddings=4, bos_token_id=0, eos_token_id=11, pad_token_id=11)
-        )  # fmt: skip
+            CLIPTextConfig(
+                vocab_size=12,
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=4,
+                bos_token_id=0,
+                eos_token_id=11,
+                pad_token_id=11,
+            )
+        )
         unet = UNet2DConditionModel(
-            sample_size=4, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=8, attention_head_dim=4,
-        )  # fmt: skip
+            sample_size=4,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=8,
+            attention_head_dim=4,
+        )
         net = torch.nn.ModuleDict({"unet": unet, "text_encoder": text}).to(dtype)
         return cls(net, DDIMScheduler(**SCHEDULER), None)
 
@@ -157,7 +194,7 @@ def text_task(seed: int = 0) -> Task:
 
 
 class Pairs:
-    """Images with captions for TinyClip, as `Method.prepare` and batches want them: six captions, the second is to go."""
+    """Images with six captions for TinyClip, in the form of a task; the second caption is the concept to forget."""
 
     def __init__(self, per_caption: int = 6, seed: int = 0):
         g = torch.Generator().manual_seed(seed)
@@ -166,8 +203,10 @@ class Pairs:
         centres = torch.rand((6, 3, 8, 8), generator=g) * 2 - 1
         labels = torch.arange(6).repeat_interleave(per_caption)
         x = (centres[labels] + 0.1 * torch.randn((len(labels), 3, 8, 8), generator=g)).clamp(-1, 1)
-        self.rows = {"forget": (x[labels == 1], captions[labels[labels == 1]]),
-                     "retain": (x[labels != 1], captions[labels[labels != 1]])}  # fmt: skip
+        self.rows = {
+            "forget": (x[labels == 1], captions[labels[labels == 1]]),
+            "retain": (x[labels != 1], captions[labels[labels != 1]]),
+        }
         self.goal = Goal("concept", concept=tuple(captions[1].tolist()))
 
     def all_rows(self, split: str, seed: int) -> Rows:
@@ -204,17 +243,46 @@ def vlm_pairs(dtype: torch.dtype = torch.float32) -> tuple[Pairs, VisionLanguage
 WORDS = ("dot", "bar", "ring", "box")
 LATENT = {
     "words": ("a", "the", "small", *WORDS),
-    "text_encoder": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                     "max_position_embeddings": 6},
-    "unet": {"sample_size": 4, "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 8), "layers_per_block": 1,
-             "norm_num_groups": 4, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 16, "attention_head_dim": 4},
-    "vae": {"in_channels": 3, "out_channels": 3, "latent_channels": 2, "block_out_channels": (4, 8), "norm_num_groups": 4,
-            "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "sample_size": 8,
-            "layers_per_block": 1},
-    "scheduler": {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-                  "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
-}  # fmt: skip
+    "text_encoder": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 6,
+    },
+    "unet": {
+        "sample_size": 4,
+        "in_channels": 2,
+        "out_channels": 2,
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+    },
+    "vae": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 2,
+        "block_out_channels": (4, 8),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "sample_size": 8,
+        "layers_per_block": 1,
+    },
+    "scheduler": {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    },
+}
 
 
 def latent_task(seed: int = 0, model: LatentText | None = None) -> Task:
@@ -240,22 +308,44 @@ def latent_task(seed: int = 0, model: LatentText | None = None) -> Task:
 
     seen, held = draw(6), draw(6)
     return Task(
-        name="tiny-latent", kind="concept", model=LATENT, recipe={"steps": 20}, family="text-ddpm", forget_class=2, override_class=0,
-        splits={"forget": part(seen, True), "retain": part(seen, False), "train": concat(part(seen, False), part(seen, True)),
-                "holdout": part(held, False), "forget_holdout": part(held, True), "judge_probe": draw(8),
-                "judge_audit": draw(8), "prompts_probe": prompts("a {}"), "prompts_audit": prompts("the small {}")},
-        views=("classifier.recognised", "classifier.leak", "relearning.presence"), quality="fidelity.frechet",
-        sampling={"steps": 3, "guidance": 2.0}, class_names=WORDS,
-        texts={"prompts_probe": tuple(f"a {w}" for w in WORDS), "prompts_audit": tuple(f"the small {w}" for w in WORDS)},
-    )  # fmt: skip
+        name="tiny-latent",
+        kind="concept",
+        model=LATENT,
+        recipe={"steps": 20},
+        family="text-ddpm",
+        forget_class=2,
+        override_class=0,
+        splits={
+            "forget": part(seen, True),
+            "retain": part(seen, False),
+            "train": concat(part(seen, False), part(seen, True)),
+            "holdout": part(held, False),
+            "forget_holdout": part(held, True),
+            "judge_probe": draw(8),
+            "judge_audit": draw(8),
+            "prompts_probe": prompts("a {}"),
+            "prompts_audit": prompts("the small {}"),
+        },
+        views=("classifier.recognised", "classifier.leak", "relearning.presence"),
+        quality="fidelity.frechet",
+        sampling={"steps": 3, "guidance": 2.0},
+        class_names=WORDS,
+        texts={
+            "prompts_probe": tuple(f"a {w}" for w in WORDS),
+            "prompts_audit": tuple(f"the small {w}" for w in WORDS),
+        },
+    )
 
 
 CLIP = {
-    "model_cfg": {"embed_dim": 16, "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8},
-                  "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}},
+    "model_cfg": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 8, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    },
     "preprocess_cfg": {"size": [8, 8], "mean": [0.5] * 3, "std": [0.5] * 3},
     "fixed": ["token_embedding"],
-}  # fmt: skip
+}
 
 
 def clip_model(seed: int = 0) -> Contrastive:
@@ -268,11 +358,24 @@ def clip_task(seed: int = 0) -> Task:
 
     task, tokenizer = latent_task(seed), clip_model().tokens
     splits = {
-        name: Split(s.x, tokenizer(list(task.texts[name]) if name in task.texts else [f"a {WORDS[c]}" for c in s.groups]), s.groups)
+        name: Split(
+            s.x,
+            tokenizer(list(task.texts[name]) if name in task.texts else [f"a {WORDS[c]}" for c in s.groups]),
+            s.groups,
+        )
         for name, s in task.splits.items()
-    }  # fmt: skip
-    return replace(task, name="tiny-clip", family="clip", model=CLIP, splits=splits, sampling={}, quality="contrast.retain_loss",
-                   views=("contrast.recognised", "contrast.forget_similarity"), validity="contrast.validity")  # fmt: skip
+    }
+    return replace(
+        task,
+        name="tiny-clip",
+        family="clip",
+        model=CLIP,
+        splits=splits,
+        sampling={},
+        quality="contrast.retain_loss",
+        views=("contrast.recognised", "contrast.forget_similarity"),
+        validity="contrast.validity",
+    )
 
 
 def edm_model(seed: int = 0, classes: int | None = 6) -> EDM:

@@ -26,11 +26,18 @@ SMALL: dict[str, Any] = {
     "audit.timeout_s": 600,
     "audit.probe": {"samples": 60, "class_samples": 30, "noises": 20, "groups": 5},
     "audit.audit": {
-        "samples": 100, "class_samples": 40, "noises": 20, "loss_noises": 10, "membership_images": 30, "groups": 5,
-        "recall_images": 4, "recall_noises": 4, "strips": 8,
+        "samples": 100,
+        "class_samples": 40,
+        "noises": 20,
+        "loss_noises": 10,
+        "membership_images": 30,
+        "groups": 5,
+        "recall_images": 4,
+        "recall_noises": 4,
+        "strips": 8,
     },
     "audit.durability": {"class_samples": 30, "noises": 20, "groups": 5, "relearn_steps": [5], "inversion_steps": 20},
-}  # fmt: skip
+}
 
 
 class PresetError(ValueError):

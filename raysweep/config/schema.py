@@ -8,15 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from raysweep.config import presets
 from raysweep.registry import EVALUATORS, UnknownName, attacks, checks_by_weights, names, resolve, suggest
@@ -145,16 +137,30 @@ def _audit() -> Tier:
     left_out = {*attacks(), *checks_by_weights(), *(n for n, check in EVALUATORS.items() if check.costly)}
     left_out.remove("relearning")  # a view of tasks about a class
     return Tier(
-        seed=2, judge="audit", checks=tuple(sorted(set(EVALUATORS) - left_out)), groups=20, samples=800,
-        class_samples=200, noises=60, loss_noises=20, loss_images=10, strips=8,
-    )  # fmt: skip
+        seed=2,
+        judge="audit",
+        checks=tuple(sorted(set(EVALUATORS) - left_out)),
+        groups=20,
+        samples=800,
+        class_samples=200,
+        noises=60,
+        loss_noises=20,
+        loss_images=10,
+        strips=8,
+    )
 
 
 def _durability() -> Tier:
     return Tier(
-        seed=3, judge="audit", checks=attacks(), groups=10, class_samples=100, noises=40, relearn_steps=(5, 25),
+        seed=3,
+        judge="audit",
+        checks=attacks(),
+        groups=10,
+        class_samples=100,
+        noises=40,
+        relearn_steps=(5, 25),
         full_fidelity=False,
-    )  # fmt: skip
+    )
 
 
 class AuditConfig(_Model):
@@ -176,8 +182,7 @@ class AuditConfig(_Model):
         3, ge=0, description="largest number of audited candidates that are attacked, the best first"
     )
     require: dict[str, str] = Field(
-        default_factory=dict,
-        description="requirements on the recommended candidate: check.metric -> '>= x' or '<= x'",
+        default_factory=dict, description="requirements on the recommended model: check.metric -> '>= x' or '<= x'"
     )
     attempts: Annotated[int, ASIDE] = Field(
         3, ge=1, description="how often an audit is tried before it is recorded as failed"
@@ -304,9 +309,7 @@ class Sweep(_Model):
         None, description="scale of a preset: paper, or tiny, with miniatures of its models and data"
     )
     storage: Annotated[Place, ASIDE] = Field(
-        Path("runs"),
-        validate_default=True,
-        description="folder of the run directories; on a cluster, on storage that all nodes share",
+        Path("runs"), validate_default=True, description="folder of run directories, on storage that all nodes share"
     )
     cache: Annotated[Place | None, ASIDE] = Field(
         None, description="folder of base models, oracles and judges; null: ~/.cache/raysweep"

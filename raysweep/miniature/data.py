@@ -62,8 +62,12 @@ def celeba(out: Path, images: int = 40) -> None:
     (folder / "img_align_celeba").mkdir(parents=True)
     rows = [(r, "0") for r in pictures(32, images)] + [(r, "2") for r in pictures(32, 20, skip=images)]
     names = (
-        "identity_CelebA", "list_eval_partition", "list_attr_celeba", "list_bbox_celeba", "list_landmarks_align_celeba",
-    )  # fmt: skip
+        "identity_CelebA",
+        "list_eval_partition",
+        "list_attr_celeba",
+        "list_bbox_celeba",
+        "list_landmarks_align_celeba",
+    )
     lists: dict[str, list[list[str]]] = {name: [] for name in names}
     for number, ((image, digit, _), part) in enumerate(rows, 1):
         name = f"{number:06}.jpg"

@@ -105,8 +105,13 @@ def _train_clip(model: Any, rows: Sequence[tuple[Image.Image, str]], out: Path) 
     encoder, processor = model.net["text_encoder"], CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
     text = encoder.config.to_dict() | {"num_hidden_layers": encoder.config.num_hidden_layers + 1, "projection_dim": 32}
     vision = CLIPVisionConfig(
-        hidden_size=48, intermediate_size=96, num_attention_heads=4, num_hidden_layers=2, image_size=16, patch_size=4,
-    )  # fmt: skip
+        hidden_size=48,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        image_size=16,
+        patch_size=4,
+    )
     net = drawn(lambda: CLIPModel(CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=32)), 0)
     mean, std = (torch.tensor(getattr(processor, k)).view(1, 3, 1, 1) for k in ("image_mean", "image_std"))
     pixels = ((tensors([image for image, _ in rows]) + 1) / 2 - mean) / std
@@ -209,12 +214,24 @@ def untrained_vlm(names: Sequence[str] = NAMES, seed: int = 0) -> Any:
     sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
     vision = CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=16, patch_size=4, projection_dim=32)
     text = CLIPTextConfig(
-        **sizes, num_hidden_layers=2, vocab_size=len(captions), max_position_embeddings=12, projection_dim=32,
-        bos_token_id=captions.bos_token_id, eos_token_id=captions.eos_token_id, pad_token_id=captions.pad_token_id,
-    )  # fmt: skip
+        **sizes,
+        num_hidden_layers=2,
+        vocab_size=len(captions),
+        max_position_embeddings=12,
+        projection_dim=32,
+        bos_token_id=captions.bos_token_id,
+        eos_token_id=captions.eos_token_id,
+        pad_token_id=captions.pad_token_id,
+    )
     language = LlamaConfig(
-        **sizes, num_key_value_heads=4, num_hidden_layers=2, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        **sizes,
+        num_key_value_heads=4,
+        num_hidden_layers=2,
+        vocab_size=len(tokenizer),
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     net = drawn(
         lambda: CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=32)),
         seed,
@@ -223,9 +240,13 @@ def untrained_vlm(names: Sequence[str] = NAMES, seed: int = 0) -> Any:
     whole: Any = drawn(lambda: LlavaForConditionalGeneration(config), seed)
     images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor = LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=4, vision_feature_select_strategy="default",
-        image_token="<image>", num_additional_image_tokens=1,
-    )  # fmt: skip
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
     rest = {n: t for n, t in whole.state_dict().items() if "vision_tower" not in n}
     return VisionLanguage(net.eval(), Around(whole.eval(), processor, captions, images, digest_state(rest)))
 
@@ -245,6 +266,11 @@ def _language_tokenizer(names: Sequence[str]) -> Any:
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        additional_special_tokens=["<image>"], padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )

@@ -33,9 +33,12 @@ MD5 = re.compile(r"[0-9a-f]{32}")
 URL = re.compile(r"(https?|s3|gs)://[\w./+=%~,:{}-]+")
 # The folder of each dataset below torchvision's root.
 TORCHVISION = {
-    "CIFAR10": "cifar-10-batches-py", "STL10": "stl10_binary", "MNIST": "MNIST", "FashionMNIST": "FashionMNIST",
+    "CIFAR10": "cifar-10-batches-py",
+    "STL10": "stl10_binary",
+    "MNIST": "MNIST",
+    "FashionMNIST": "FashionMNIST",
     "CelebA": "celeba",
-}  # fmt: skip
+}
 
 
 class _Source(BaseModel, ABC):

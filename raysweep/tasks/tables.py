@@ -201,9 +201,16 @@ def _is_plain(kind: DataType) -> bool:
     if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _is_plain(kind.value_type)
     checks = (
-        types.is_string, types.is_large_string, types.is_string_view, types.is_integer, types.is_floating, types.is_boolean,
-        types.is_decimal, types.is_null, _is_binary,
-    )  # fmt: skip
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_integer,
+        types.is_floating,
+        types.is_boolean,
+        types.is_decimal,
+        types.is_null,
+        _is_binary,
+    )
     return any(check(kind) for check in checks)
 
 

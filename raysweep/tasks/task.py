@@ -34,8 +34,11 @@ _PLAIN = (
 )  # fmt: skip
 # Pairs of splits that must not share an image.
 DISJOINT = (
-    ("forget", "retain"), ("train", "holdout"), ("train", "forget_holdout"), ("judge_probe", "judge_audit"),
-)  # fmt: skip
+    ("forget", "retain"),
+    ("train", "holdout"),
+    ("train", "forget_holdout"),
+    ("judge_probe", "judge_audit"),
+)
 PROMPTS = ("prompts_probe", "prompts_audit")  # splits of a concept task that hold prompts and no images
 NEAR = 0.05  # images in [-1, 1] with a smaller root mean square difference count as near duplicates
 
