@@ -22,7 +22,7 @@ from raysweep.audit.measure import Measurement, measure, subject_of
 from raysweep.audit.objectives import Anchors, Measured, Objectives, View, assess_views, objectives
 from raysweep.config.reader import load
 from raysweep.config.schema import Sweep, Tier
-from raysweep.engine.prepare import judge_files, prepares, retrain_jobs
+from raysweep.engine.cached_jobs import judge_files, prepares, retrain_jobs
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
 from raysweep.storage.cache import load_tensors, save_tensors

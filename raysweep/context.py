@@ -1,4 +1,4 @@
-"""What every process of a run has to know, on the run's storage: where the task, the models and the judges are."""
+"""The context of a run, kept on its storage for all its processes: where task, models and judges are, and their hashes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from raysweep.train.jobs import Job
 
 @dataclass(frozen=True)
 class Context:
-    """Paths and digests that do not change during a run."""
+    """Paths and digests that do not change during a run.
+
+    run, run_id: the run's directory, and the name of its study, actors and jobs.
+    quality, validity, views: metrics of damage, of valid samples, and of residue.
+    base, base_digest; oracles: folder and hash of the models; judges: tier's judge -> (file, hash).
+    prepared: method -> {"by": settings that its preparation depends on, with their defaults, "files": {key: file}}.
+    cache: folder of the anchors' audits. clip_digest: hash of the CLIP model that a task names beside its base; "" for none.
+    """
 
     run: str
     run_id: str
@@ -30,12 +37,12 @@ class Context:
     validity: str
     base: str
     base_digest: str
-    oracles: dict[str, tuple[str, str]]  # name -> (folder, digest)
-    judges: dict[str, tuple[str, str]]  # probe, audit -> (file, digest)
-    prepared: dict[str, dict[str, Any]]  # method -> {"by": what it depends on and its defaults, "files": {key: file}}
-    cache: str  # folder of the anchors' audits
-    views: tuple[str, ...] = ()  # metrics of the residue
-    clip_digest: str = ""  # of the CLIP model that a task names beside its base
+    oracles: dict[str, tuple[str, str]]
+    judges: dict[str, tuple[str, str]]
+    prepared: dict[str, dict[str, Any]]
+    cache: str
+    views: tuple[str, ...] = ()
+    clip_digest: str = ""
 
     def save(self) -> None:
         write_json(RunDir(Path(self.run)).context, asdict(self))
@@ -75,8 +82,8 @@ class Context:
 
     def inputs(self, method: str) -> dict[str, str]:
         """Content hashes of what a method's work on the base depends on besides its settings."""
-        found = {"task": self.task_digest, "base": self.base_digest, "code": method_code(method)}
-        return found | ({"clip": self.clip_digest} if self.clip_digest else {})
+        hashes = {"task": self.task_digest, "base": self.base_digest, "code": method_code(method)}
+        return hashes | ({"clip": self.clip_digest} if self.clip_digest else {})
 
     def prepared_file(self, method: str, hyperparameters: dict[str, Any]) -> str | None:
         """The prepared tensors that belong to a trial's settings; None for a method that prepares nothing."""
@@ -101,7 +108,7 @@ class Context:
             subject=subject, method=method, model=model, digest=digest, tier_name=tier_name, tier=tier, judge=judge,
             judge_digest=judge_digest, task=str(self.folder.task), task_digest=self.task_digest, run=self.run,
             code=audit_code(tier.checks_for(self)), cache=cache, references=str(Path(self.cache).parent / "references"),
-            anchors=(("base", self.base, self.base_digest), *((n, *where) for n, where in sorted(self.oracles.items()))),
+            anchors=(("base", self.base, self.base_digest), *((n, *model) for n, model in sorted(self.oracles.items()))),
         )  # fmt: skip
 
     def anchor_requests(self, tier_name: str, tier: Tier) -> dict[str, AuditRequest]:
@@ -109,18 +116,18 @@ class Context:
         subjects: dict[str, tuple[str | None, str]] = {"base": (self.base, self.base_digest)}
         subjects |= self.oracles
         subjects["destroyed"] = (None, "fresh")
-        return {name: self.request(tier_name, tier, name, "", *where, self.cache) for name, where in subjects.items()}
+        return {name: self.request(tier_name, tier, name, "", *model, self.cache) for name, model in subjects.items()}
 
     def control_requests(self, tier_name: str, tier: Tier) -> dict[str, AuditRequest]:
         """The audits of the base and the oracles, the controls of an attack."""
         return {n: r for n, r in self.anchor_requests(tier_name, tier).items() if n != "destroyed"}
 
     def load_anchors(self, tier_name: str) -> tuple[Anchors, list[View]]:
-        """A tier's anchors and views, as `save_anchors` left them."""
+        """A tier's anchors and views, as `save_anchors` wrote them."""
         data = json.loads(self.folder.anchors(tier_name).read_text())
-        found = {name: load_measured(self.folder.path, key) for name, key in data["keys"].items()}
-        oracles = tuple(m for name, m in found.items() if name.startswith("oracle"))
-        return Anchors(found["base"], oracles, found["destroyed"]), [View(**v) for v in data["views"]]
+        measured = {name: load_measured(self.folder.path, key) for name, key in data["keys"].items()}
+        oracles = tuple(m for name, m in measured.items() if name.startswith("oracle"))
+        return Anchors(measured["base"], oracles, measured["destroyed"]), [View(**v) for v in data["views"]]
 
     def save_anchors(self, tier_name: str, keys: dict[str, str], views: list[View]) -> None:
         write_json(self.folder.anchors(tier_name), {"keys": keys, "views": [asdict(v) for v in views]})
@@ -132,7 +139,7 @@ def prepared_key(defaults: dict[str, Any], hyperparameters: dict[str, Any]) -> s
 
 
 def load_measured(run: Path, key: str) -> Measured:
-    """Values and replicates of one audit, from its rows, and why others are absent."""
+    """Values and replicates of one audit, from its rows, and the reasons for those that are absent."""
     values, replicates, absent = {}, {}, {}
     for row in read_table(rows_path(run, key), ROWS).to_pylist():
         name = f"{row['check']}.{row['metric']}"

@@ -144,7 +144,7 @@ class RunDir:
                 write_bytes(self.config, text)
             if not self.exists():
                 write_json(self.manifest, _manifest(sweep, digests, checks))
-            self.update(state="running", pid=os.getpid(), resumed_at=_now())
+            self.update(state="running", pid=os.getpid(), resumed_at=now())
             yield
         finally:
             clear_temporaries(self.path)  # also what processes of a killed run were at when this one began
@@ -194,7 +194,7 @@ def _manifest(sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...]) ->
         "versions": versions(),
         "plugins": used(sweep.methods, checks, sweep.task.name),
         "commit": git_commit(),
-        "created_at": _now(),
+        "created_at": now(),
         "state": "new",
     }
 
@@ -205,5 +205,6 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
 
 
-def _now() -> str:
+def now() -> str:
+    """The local time in ISO format, with the offset from UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

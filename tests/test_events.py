@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from raysweep.config.reader import load
-from raysweep.engine import run
+from raysweep.engine import tuning
 from raysweep.rundir import RunDir
 from raysweep.search.searcher import FINAL, ParetoSearch
 from raysweep.search.spaces import Parameter, Space
@@ -28,13 +30,13 @@ class Gauge:
 
 @pytest.fixture
 def counted(monkeypatch):
-    monkeypatch.setattr(run, "Gauge", Gauge)
+    monkeypatch.setattr(tuning, "Gauge", Gauge)
     monkeypatch.setattr(Gauge, "seen", {})
     return lambda state: Gauge.seen.get(("raysweep_trials", ("run", "r"), ("state", state)))
 
 
 def test_counts_go_on_where_they_were(tmp_path, counted):
-    sweep, told = load(None, (f"storage={tmp_path}", "methods=[rgd]", "search.trials=5")), []
+    sweep, said = load(None, (f"storage={tmp_path}", "methods=[rgd]", "search.trials=5")), []
     folder = RunDir.of(sweep)
     folder.path.mkdir()
     search = ParetoSearch(folder.journal, "r", [LR], 5, 5, 0)
@@ -42,7 +44,8 @@ def test_counts_go_on_where_they_were(tmp_path, counted):
     for k in "ab":
         search.on_trial_complete(k, {"reason": "diverged", FINAL: True})
     search.on_trial_complete("c", {"residue": 0.5, "damage": 0.5, FINAL: True})
-    events = run._Events(folder, "r", sweep, lambda *a: told.append(a), lambda *a: None)
+    shown = SimpleNamespace(say=lambda *event: said.append(event), tick=lambda *_: None)
+    events = tuning.TrialEvents(folder, "r", sweep, shown)
     assert (counted("failed"), counted("ended")) == (2, 3)
     left = checkpoint_path(folder.candidates / configs[3]["trial"])
     left.parent.mkdir()
@@ -52,5 +55,5 @@ def test_counts_go_on_where_they_were(tmp_path, counted):
     assert not left.exists()  # a trial that ended does not go on from its checkpoint
     events.ended(configs[4], {"residue": 0.1, "damage": 0.2, "train_s": 1.0, "audit_s": 2.0})
     assert (counted("failed"), counted("ended")) == (3, 5)
-    assert [kind for kind, _ in told] == ["failed", "trial"]
-    assert told[1][1].endswith("5/5")
+    assert [kind for kind, _ in said] == ["failed", "trial"]
+    assert said[1][1].endswith("5/5")

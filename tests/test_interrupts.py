@@ -12,7 +12,7 @@ import pytest
 from small import SMALL, log, start
 from tiny import ROOT
 
-from raysweep.engine.cluster import own_handlers
+from raysweep.engine.tuning import restored_interrupts
 
 WAITS = """
 import signal, sys, time
@@ -41,7 +41,7 @@ def test_sigterm_ends_what_a_script_started_in_the_background(handler):
 
 def test_the_handler_of_sigint_is_ours_again_after_tune():
     before = signal.getsignal(signal.SIGINT)
-    with own_handlers():
+    with restored_interrupts():
         signal.signal(signal.SIGINT, lambda *_: None)
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -22,7 +22,8 @@ from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.engine.audit_model import audit_model
 from raysweep.engine.checks import resolve_sweep
-from raysweep.engine.prepare import check_oracles
+from raysweep.engine.events import Silent
+from raysweep.engine.model_checks import check_oracles
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import RECENT, Embeddings
@@ -261,7 +262,7 @@ def test_models_that_are_compared_share_their_autoencoder(tmp_path):
     with pytest.raises(ConfigError, match=f"^oracle_models: .*{refused}"):
         check_oracles(sweep_with("other"), sweep.task.build())
     with pytest.raises(ConfigError, match=f"^{tmp_path / 'other'} has another autoencoder"):
-        audit_model(tmp_path / "other", sweep, lambda *_: None, lambda *_: None)
+        audit_model(tmp_path / "other", sweep, Silent())
 
 
 def test_latents_are_kept_by_content(tmp_path):

@@ -190,7 +190,7 @@ def test_oracles_are_checked_before_anything_starts(project):
 
 @pytest.mark.parametrize(("classes", "fits"), [(6, False), (7, True)])
 def test_a_model_needs_a_null_class_besides_the_tasks_classes(tmp_path, classes, fits):
-    from raysweep.engine.prepare import check_model
+    from raysweep.engine.model_checks import check_model
 
     config = tiny_config()
     config["unet"]["num_class_embeds"] = classes

@@ -11,7 +11,8 @@ from tiny import tiny_model, tiny_task
 import methods.slug
 from raysweep.config.schema import Tier
 from raysweep.context import Context, prepared_key
-from raysweep.engine.prepare import _defaults, open_choices, prepares
+from raysweep.engine.cached_jobs import preparation_defaults, prepares
+from raysweep.engine.prepare import open_choices
 from raysweep.registry import METHODS, resolve
 from raysweep.search import spaces
 from raysweep.search.spaces import Parameter, Point, Space, SpaceError
@@ -98,7 +99,7 @@ def test_every_shipped_space_prepares_what_its_trials_ask_for():
         method, space = resolve("method", name), spaces.load(name)
         if not prepares(method):
             continue
-        defaults = _defaults(method)
+        defaults = preparation_defaults(method)
         made = {prepared_key(defaults, v) for v in space.variants(method.prepared_by)}
         for point in space.points:
             assert prepared_key(defaults, space.fixed | point.values) in made
@@ -109,7 +110,7 @@ def test_choices_come_from_the_prepared_model(place):
     assert any(p.open for p in space.parameters)
     prepared = job(place, "prepare", "slug", "p.safetensors", hyperparameters={"passes": 2, "batch_size": 64})
     assert run(prepared, Resident()).status == "ok"
-    defaults = _defaults(resolve("method", "slug"))
+    defaults = preparation_defaults(resolve("method", "slug"))
     files = {prepared_key(defaults, {"passes": 2, "batch_size": 64}): prepared.out}
     context = Context(
         run=str(place), run_id="r", task_digest="", quality="", validity="", base="", base_digest="", oracles={}, judges={},

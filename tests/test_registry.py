@@ -17,8 +17,8 @@ from evaluators.durability import Durability
 from methods.base import Method
 from raysweep.config.presets import path_of
 from raysweep.config.reader import load
+from raysweep.engine.cached_jobs import prepares
 from raysweep.engine.checks import refusals
-from raysweep.engine.prepare import prepares
 from raysweep.models import families
 from raysweep.registry import EVALUATORS, FAMILIES, METHODS, TASKS, UnknownName, attacks, names, resolve
 from raysweep.storage.code_digests import code_digest, training_code

@@ -19,6 +19,7 @@ from raysweep.context import Context
 from raysweep.engine import audit_model as single
 from raysweep.engine.audit_model import audit_model, subject_name, write_card
 from raysweep.engine.cluster import RunFailed
+from raysweep.engine.events import Silent
 from raysweep.rundir import RunDir
 
 TIER = Tier(seed=1, judge="audit")
@@ -44,7 +45,7 @@ def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, called):
             for kind in ("rows", "scores"):
                 (path := folder.path / kind / f"{request.key}.parquet").parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b"")
-        made = write_card(sweep, tiny_task(), context, folder, name, str(model), digest, requests, place, [])
+        made = write_card(sweep, tiny_task(), context, requests, place, [])
         models = json.loads(made.read_text())["models"]
         assert {n: (m["folder"], m["digest"]) for n, m in models.items()} == ANCHORS | {name: (str(model), digest)}
         found[digest] = (name, made, *(r.key for r in requests.values()))
@@ -73,8 +74,8 @@ def test_a_reason_of_an_audit_before_is_not_told_of_the_next(tmp_path, monkeypat
     monkeypatch.setattr(single, "resolve_sweep", lambda _: (tiny_task(), []))
     monkeypatch.setattr(single, "check_model", lambda *_: "1" * 16)
     for error, state, reason in ((RunFailed("no Ray"), "failed", "no Ray"), (KeyboardInterrupt(), "interrupted", "")):
-        monkeypatch.setattr(single, "connected", lambda _, error=error: ends(error))
+        monkeypatch.setattr("raysweep.engine.engine.connected", lambda _, error=error: ends(error))
         with pytest.raises(type(error)):
-            audit_model(tmp_path / "model", sweep, lambda *_: None, lambda *_: None)
+            audit_model(tmp_path / "model", sweep, Silent())
         manifest = RunDir(tmp_path / "x-audits").read_manifest()
         assert (manifest["state"], manifest["reason"]) == (state, reason)

@@ -14,13 +14,15 @@ from click.testing import CliRunner
 from finished import run as finished
 from small import SMALL, log, start
 
-import raysweep.engine.run as engine
 from raysweep.audit.objectives import KNOWS, Anchors, Indistinct, Measured, Unmeasured, View, assess_views
 from raysweep.audit.power import AFFORDABLE, DECIDED_BY, decided_by, remedies
 from raysweep.cli import main
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
+from raysweep.engine import run
 from raysweep.engine.cluster import RunFailed
+from raysweep.engine.engine import Engine
+from raysweep.engine.events import Silent
 from raysweep.registry import TASKS
 from raysweep.rundir import RunDir
 from raysweep.tasks.base import OBJECTIVES
@@ -105,26 +107,16 @@ def without_ray(monkeypatch):
     called: list[str] = []
 
     @contextlib.contextmanager
-    def nothing(*_, **__):
-        yield types.SimpleNamespace(nodes=[], dashboard="")
+    def opened(folder, sweep, task, events, spaces):
+        yield Engine(sweep, task, spaces, folder, folder.run_id, events, *4 * [None])
 
-    class Plan:
-        describe = staticmethod(lambda: "none")
-
-    class Context:
-        oracles = ("oracle-0",)
-
-    monkeypatch.setattr(engine, "connected", nothing)
-    monkeypatch.setattr(engine, "urls", lambda *_: [])
-    monkeypatch.setattr(engine, "pool", nothing)
-    monkeypatch.setattr(engine, "make_plan", lambda *_: Plan())
-    monkeypatch.setattr(engine, "has_trial_slots", lambda: True)
-    monkeypatch.setattr(engine, "make_executor", lambda *_: None)
-    monkeypatch.setattr(engine, "prepare", lambda *_: called.append("prepare") or Context())
-    monkeypatch.setattr(engine, "measure_anchors", lambda *a: called.append(f"anchors {a[3]}") or [])
-    monkeypatch.setattr(engine, "prepare_methods", lambda *_: called.append("methods"))
-    monkeypatch.setattr(engine, "open_choices", lambda space, _: space)
-    monkeypatch.setattr(engine, "search", lambda *_: called.append("search"))
+    context = types.SimpleNamespace(oracles=("oracle-0",))
+    monkeypatch.setattr(run.Engine, "open", opened)
+    monkeypatch.setattr(run, "prepare", lambda _: called.append("prepare") or context)
+    monkeypatch.setattr(run, "measure_anchors", lambda *a: called.append(f"anchors {a[2]}") or [])
+    monkeypatch.setattr(run, "prepare_methods", lambda *_: called.append("methods"))
+    monkeypatch.setattr(run, "open_choices", lambda space, _: space)
+    monkeypatch.setattr(run, "run_trials", lambda *_: called.append("search"))
     return called
 
 
@@ -136,16 +128,16 @@ def sweep(tmp_path):
 
 def test_the_base_is_checked_by_the_audits_samples_before_methods_and_search(tmp_path, monkeypatch, without_ray):
     with pytest.raises(RunFailed, match="all 0 trials failed"):  # since no trial was made
-        engine.run_sweep(sweep(tmp_path), lambda *_: None, lambda *_: None)
+        run.run_sweep(sweep(tmp_path), Silent())
     assert without_ray == ["prepare", "anchors audit", "anchors probe", "methods", "search"]
     without_ray.clear()
 
     def indistinct(*arguments):
-        raise Unmeasured(f"{arguments[3]}: base and oracle differ by 0.03")
+        raise Unmeasured(f"{arguments[2]}: base and oracle differ by 0.03")
 
-    monkeypatch.setattr(engine, "measure_anchors", indistinct)
+    monkeypatch.setattr(run, "measure_anchors", indistinct)
     with pytest.raises(RunFailed, match=r"audit: base and oracle differ by 0\.03"):
-        engine.run_sweep(sweep(tmp_path), lambda *_: None, lambda *_: None)
+        run.run_sweep(sweep(tmp_path), Silent())
     assert without_ray == ["prepare"]
 
 
@@ -162,10 +154,10 @@ def test_a_run_that_fails_leaves_a_report_that_says_why(tmp_path, monkeypatch, w
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(engine, "search", fails)
+    monkeypatch.setattr(run, "run_trials", fails)
     said = []
     with pytest.raises(type(error) if isinstance(error, ConfigError | ZeroDivisionError) else RunFailed):
-        engine.run_sweep(sweep(tmp_path), lambda *told: said.append(told), lambda *_: None)
+        run.run_sweep(sweep(tmp_path), types.SimpleNamespace(say=lambda *event: said.append(event)))
     folder = RunDir(tmp_path / "failing")
     assert folder.read_manifest()["state"] == "failed"
     html = folder.report.read_text()
@@ -180,18 +172,22 @@ def test_a_run_that_fails_leaves_a_report_that_says_why(tmp_path, monkeypatch, w
 def test_a_reason_of_an_attempt_before_is_not_told_of_the_next(tmp_path, monkeypatch, without_ray):
     made = finished(tmp_path / "failing", None, state="failed", reason="Ray did not start", incomplete=["x"])
     made.update(digests={"task": made.sweep().task.build().digest})
-    monkeypatch.setattr(engine, "_with_ray", lambda *_: engine.Result(made, None, [], []))
-    engine.run_sweep(made.sweep(), lambda *_: None, lambda *_: None)
+    monkeypatch.setattr(
+        run,
+        "FinalAudit",
+        types.SimpleNamespace(of=lambda *_: types.SimpleNamespace(conclude=lambda: None, incomplete=[])),
+    )
+    run.run_sweep(made.sweep(), Silent())
     status = json.loads(CliRunner().invoke(main, ["status", str(made.path), "--json"]).output)
     assert (status["state"], status["reason"], status["incomplete"]) == ("done", "", [])
 
 
 def test_the_report_names_the_commits_that_a_run_was_resumed_at(tmp_path, monkeypatch, without_ray):
     for commit in ("a" * 40, "a" * 40, "b" * 40):
-        monkeypatch.setattr(engine, "git_commit", lambda commit=commit: commit)
+        monkeypatch.setattr("raysweep.engine.attempt.git_commit", lambda commit=commit: commit)
         monkeypatch.setattr("raysweep.rundir.git_commit", lambda commit=commit: commit)
         with pytest.raises(RunFailed):
-            engine.run_sweep(sweep(tmp_path), lambda *_: None, lambda *_: None)
+            run.run_sweep(sweep(tmp_path), Silent())
     assert f"at commit {'a' * 40}, resumed at {'b' * 40}." in RunDir(tmp_path / "failing").report.read_text()
 
 

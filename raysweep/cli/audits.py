@@ -51,7 +51,7 @@ def audit(
     if oracles:
         overrides = (*overrides, f"oracle_models={json.dumps(list(oracles))}")
     with run_display("none" if as_json else None) as display:
-        path, card = audit_model(Path(model_dir), load_sweep(config, overrides), display.say, display.tick)
+        path, card = audit_model(Path(model_dir), load_sweep(config, overrides), display)
     if as_json:
         print_json(card)
     else:
@@ -101,7 +101,7 @@ def shadows(run: str, trial: str, models: int, as_json: bool) -> int:
     from raysweep.engine.shadows import run_shadows
 
     with run_display("none" if as_json else None) as display:
-        path, content = run_shadows(open_run(run), trial, models, display.say)
+        path, content = run_shadows(open_run(run), trial, models, display)
     if as_json:
         print_json(content)
         return OK

@@ -86,7 +86,9 @@ def _searched(parameter: Parameter) -> str:
 
 def _origin(space: Space, point: Point, name: str, value: Any) -> str:
     stated = point.stated.get(name)
-    if stated is not None and (value == stated.converted or (isinstance(value, tuple) and list(value) == stated.converted)):
+    if stated is not None and (
+        value == stated.converted or (isinstance(value, tuple) and list(value) == stated.converted)
+    ):
         return str(stated)
     if stated is not None:
         return f"{point.because.get(name, 'set here')}; released: {shown(stated.converted)} ({stated})"

@@ -59,11 +59,12 @@ def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
 
         about = presets.about_of(config_path(config), sweep.preset) if config and sweep.scale == "paper" else None
         return _plan_sweep(sweep) if about is None else _plan_preset(sweep, about)
-    from raysweep.engine.run import Interrupted, run_sweep
+    from raysweep.engine.attempt import Interrupted
+    from raysweep.engine.run import run_sweep
 
     with run_display() as display:
         try:
-            result = run_sweep(sweep, display.say, display.tick)
+            result = run_sweep(sweep, display)
         except Interrupted:
             raise KeyboardInterrupt from None
         _say_answer(result, display.say)

@@ -1,4 +1,4 @@
-"""Does everything that a sweep names fit together? Task, model, methods, spaces, training and checks, before anything starts."""
+"""Validates a sweep as a whole before anything starts: task, model, methods, spaces, training, checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from methods.base import Method
 from raysweep.audit.power import undecidable
 from raysweep.config.schema import ConfigError, Sweep
-from raysweep.engine.prepare import check_fits, check_oracles, prepares
+from raysweep.engine.cached_jobs import prepares
+from raysweep.engine.model_checks import check_fits, check_oracles
 from raysweep.models import families
 from raysweep.registry import external, resolve, unserved
 from raysweep.search.spaces import Space, SpaceError

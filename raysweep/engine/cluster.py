@@ -1,4 +1,4 @@
-"""The actors of a run: audit manager and auditors, and the broker with its warm groups; made, found again, taken down."""
+"""Connects to a cluster, or starts Ray on this machine, and holds the actors of a run: audit manager, auditors, job broker."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ ENVIRONMENT = {
     "RAY_worker_maximum_startup_concurrency": str(max(4, os.cpu_count() or 1)),
 }
 MEGABYTE = 1024 * 1024
-LEAVE_S = 20.0
+AUDITORS_S = 120.0
 CLOSE_S = 5.0
+LEAVE_S = 20.0
 REACH_S = 10.0
 
 
@@ -66,7 +67,23 @@ def connected(sweep: Sweep) -> Iterator[Cluster]:
     Raises ConfigError if no cluster answers at that address, RunFailed if no local Ray starts.
     """
     missing = {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
-    os.environ.update(missing)
+    with _environment(missing), _sigterm_interrupts():
+        context = _init(sweep, missing)
+        try:
+            nodes = [
+                Node(
+                    n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0), n.get("Labels", {}).get("role", "")
+                )
+                for n in ray.nodes()
+                if n["Alive"]
+            ]
+            yield Cluster(nodes, context.dashboard_url or "")
+        finally:
+            ray.shutdown()
+
+
+def _init(sweep: Sweep, missing: dict[str, str]) -> Any:
+    """Connects or starts Ray; `missing` are variables that its processes need and this process did not have."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
     path = os.pathsep.join([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
     if os.environ.get("RAY_ADDRESS"):
@@ -93,20 +110,35 @@ def connected(sweep: Sweep) -> Iterator[Cluster]:
             ray.shutdown()
             reason = " ".join(str(error).split()) or type(error).__name__
             busy = ", which may be too busy" if "timed out" in reason else ""
-            where = f" (temporary files in {folder})" if isinstance(error, OSError) else ""
-            raise RunFailed(f"Ray did not start on this machine{busy}{where}: {reason}") from error
+            files = f" (temporary files in {folder})" if isinstance(error, OSError) else ""
+            raise RunFailed(f"Ray did not start on this machine{busy}{files}: {reason}") from error
     if threading.current_thread() is threading.main_thread():
-        # ray.init puts a handler of its own in place, which aborts the process
-        signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)  # ray.init has put a handler in place that aborts the process
+    return context
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables for the time of a block: processes that Ray starts inherit them."""
+    os.environ.update(variables)
     try:
-        nodes = [
-            Node(n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0), n.get("Labels", {}).get("role", ""))
-            for n in ray.nodes()
-            if n["Alive"]
-        ]
-        yield Cluster(nodes, context.dashboard_url or "")
+        yield
     finally:
-        ray.shutdown()
+        for name in variables:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM interrupts inside the block; its handler before is restored afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not set by Python
 
 
 def _reach(address: str) -> None:
@@ -121,21 +153,10 @@ def _reach(address: str) -> None:
 
 
 def interrupt(*_: Any) -> None:
-    """Does on SIGTERM, which `ray job stop` and schedulers send, what SIGINT does, on which Tune stops gracefully."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for what a script starts in the background
+    """Handles SIGTERM, which `ray job stop` and schedulers send, as SIGINT, on which Tune stops gracefully."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in what a script starts in the background
         raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
-
-
-@contextlib.contextmanager
-def own_handlers() -> Iterator[None]:
-    """Puts the handler of SIGINT back afterwards: Tune leaves its own, which nobody listens to any more."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 def has_trial_slots() -> bool:
@@ -145,28 +166,31 @@ def has_trial_slots() -> bool:
 
 @dataclass
 class Pool:
-    """A run's actors: the audit manager and its auditors, the broker and the threads that hold its groups."""
+    """A run's actors: the audit manager and its auditors, the job broker and the threads that hold its worker groups.
 
-    name: str  # of an auditor, without its number
+    name: of an auditor, without its number. reserved: the auditors' placement groups. ending: threads that still shut down.
+    """
+
+    name: str
     plan: Plan
     manager: ActorHandle
     auditors: list[ActorHandle]
     broker: ActorHandle
     groups: list[threading.Thread]
-    places: list[PlacementGroup]
-    leaving: list[threading.Thread] = field(default_factory=list)
+    reserved: list[PlacementGroup]
+    ending: list[threading.Thread] = field(default_factory=list)
 
     @contextlib.contextmanager
     def waiting(self, executor: Executor) -> Iterator[ThreadPoolExecutor]:
-        """Threads that wait for jobs and actors. Whoever is interrupted does not wait for them: they end with the pool."""
+        """Threads that wait for jobs and actors. An interrupt does not wait for them: they end with the pool."""
         threads = ThreadPoolExecutor(max_workers=16)
         try:
             yield threads
         except BaseException:
             executor.stop()
-            leaving = threading.Thread(target=threads.shutdown, kwargs={"cancel_futures": True}, daemon=True)
-            leaving.start()
-            self.leaving.append(leaving)
+            ending = threading.Thread(target=threads.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+            ending.start()
+            self.ending.append(ending)
             raise
         threads.shutdown()
 
@@ -179,31 +203,33 @@ class Pool:
         self.stop_training()
         if not self.plan.late_auditors:
             return
-        names, auditors, place = _start_auditors(self.name, self.plan, len(self.auditors), self.plan.late_auditors)
+        names, auditors, group = _start_auditors(self.name, self.plan, len(self.auditors), self.plan.late_auditors)
         self.auditors += auditors
-        self.places.append(place)
+        self.reserved.append(group)
         ray.get(self.manager.add.remote(names))
 
     def close(self) -> None:
         """Ends everything."""
         self.stop_training()
-        with contextlib.suppress(ray.exceptions.RayError):  # else Ray prints that what still waits will be tried again
+        with contextlib.suppress(ray.exceptions.RayError):  # else Ray prints that pending calls will be retried
             ray.get(self.manager.close.remote(), timeout=CLOSE_S)
         for actor in (self.manager, self.broker, *self.auditors):
             ray.kill(actor)
-        for place in self.places:
-            remove_placement_group(place)
-        for thread in self.leaving:  # one that is still inside Ray while Ray is shut down takes the process with it
+        for group in self.reserved:
+            remove_placement_group(group)
+        for thread in self.ending:  # one that is inside Ray while Ray shuts down would abort the process
             thread.join(LEAVE_S)
 
 
 @contextlib.contextmanager
 def pool(run: Path, run_id: str, sweep: Sweep, plan: Plan) -> Iterator[Pool]:
-    """Starts auditors (their placement group first, so that trials cannot take their place), manager and groups."""
+    """Starts auditors (their placement group first, so that trials cannot take their resources), manager and worker groups."""
     name = actor_name("auditor", run, run_id)
-    names, auditors, place = _start_auditors(name, plan, 0, plan.auditors)
-    if not place.wait(120):
-        raise ConfigError("resources: the auditors found no place within 120 s; see `ray status`")
+    names, auditors, group = _start_auditors(name, plan, 0, plan.auditors)
+    if not group.wait(AUDITORS_S):
+        raise ConfigError(
+            f"resources: the cluster had no room for the auditors within {AUDITORS_S:g} s; see `ray status`"
+        )
     manager = AuditManager.options(name=actor_name("audits", run, run_id)).remote(  # type: ignore[attr-defined]
         str(run), names, NAMESPACE, sweep.audit.attempts, sweep.audit.timeout_s
     )
@@ -212,7 +238,7 @@ def pool(run: Path, run_id: str, sweep: Sweep, plan: Plan) -> Iterator[Pool]:
     if sweep.train.executor == "warm":
         storage = str(run / "tune" / "train")
         groups = [start_group(broker, slot, scaling(plan), storage) for slot in range(plan.slots)]
-    actors = Pool(name, plan, manager, auditors, broker, groups, [place])
+    actors = Pool(name, plan, manager, auditors, broker, groups, [group])
     try:
         yield actors
     finally:
@@ -225,14 +251,14 @@ def _start_auditors(
     """(names, handles, placement group) of `count` auditors, called `name` and numbered from `first`."""
     bundle = {"CPU": plan.auditor_cpus} | ({"GPU": plan.auditor_gpus} if plan.auditor_gpus else {})
     selector = [{"role": "audit"}] * count if plan.roles and first == 0 else None
-    place = placement_group([bundle] * count, strategy="SPREAD", bundle_label_selector=selector)
+    group = placement_group([bundle] * count, strategy="SPREAD", bundle_label_selector=selector)
     options = {
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(place),
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group),
         "num_cpus": plan.auditor_cpus,
         "num_gpus": plan.auditor_gpus,
     }
     names = [f"{name}-{i}" for i in range(first, first + count)]
-    return names, [Auditor.options(name=n, **options).remote() for n in names], place  # type: ignore[attr-defined]
+    return names, [Auditor.options(name=n, **options).remote() for n in names], group  # type: ignore[attr-defined]
 
 
 def _in_job() -> bool:

@@ -1,6 +1,6 @@
-"""How a cluster is shared out between training and auditing, and the check that it all fits before anything starts.
+"""Plans how training and auditing share a cluster, and checks that everything fits before anything starts.
 
-What does not fit would not fail by itself: Ray would wait for ever, silently, for resources that other parts hold.
+A plan that does not fit would not fail by itself: Ray would wait for ever, silently, for resources that other parts hold.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from raysweep.config.schema import ConfigError, Sweep
 
-TRIAL_SLOT = "trial_slot"  # held by trial functions, so that they never take what workers need
-AUDIT_SHARE = 4  # one GPU in so many audits
+TRIAL_SLOT = "trial_slot"  # resource that trial functions hold instead of CPUs, which workers need
+AUDIT_SHARE = 4  # one of so many GPUs audits
 CPU_SHARE = 0.4  # CPUs per process where there are no GPUs: training and audits take turns on the cores
 MAX_CPU_SLOTS = 4  # each slot and each auditor without a GPU is a process of some 0.7 GB
 
 
 @dataclass(frozen=True)
 class Node:
-    """What a node offers."""
+    """Resources of a node. role: its label `role`, "" without one."""
 
     cpus: float
     gpus: float = 0.0
@@ -27,7 +27,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who gets what. Numbers of CPUs and GPUs are per worker and per auditor."""
+    """The share of each part of a run. Numbers of CPUs and GPUs are per worker and per auditor."""
 
     slots: int
     workers: int
@@ -68,27 +68,27 @@ def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> 
     With GPUs: a quarter of them audits (or all on nodes labelled role=audit), the rest trains. Without: training and
     audits share the cores.
     """
-    wanted, workers = sweep.resources, sweep.train.workers
+    asked, workers = sweep.resources, sweep.train.workers
     gpus, cpus = sum(n.gpus for n in nodes), sum(n.cpus for n in nodes)
-    per_gpu = 1.0 if wanted.gpus_per_worker is None else wanted.gpus_per_worker
+    per_gpu = 1.0 if asked.gpus_per_worker is None else asked.gpus_per_worker
     if gpus and per_gpu:
         labelled = sum(n.gpus for n in nodes if n.role == "audit")
         for_audit = labelled or max(1, int(gpus) // AUDIT_SHARE) if gpus > 1 else 0.5
-        auditor_gpus = wanted.gpus_per_auditor or (1.0 if gpus > 1 else 0.5)
-        auditors = wanted.auditors or max(1, int(for_audit / auditor_gpus))
+        auditor_gpus = asked.gpus_per_auditor or (1.0 if gpus > 1 else 0.5)
+        auditors = asked.auditors or max(1, int(for_audit / auditor_gpus))
         train_gpus = per_gpu if gpus > 1 else min(per_gpu, 0.5)
-        slots = wanted.slots or int((gpus - auditors * auditor_gpus) / (train_gpus * workers))
+        slots = asked.slots or int((gpus - auditors * auditor_gpus) / (train_gpus * workers))
         plan = Plan(
-            slots=slots, workers=workers, worker_cpus=wanted.cpus_per_worker or min(8.0, cpus / gpus / 2),
+            slots=slots, workers=workers, worker_cpus=asked.cpus_per_worker or min(8.0, cpus / gpus / 2),
             worker_gpus=train_gpus, auditors=auditors, auditor_cpus=min(8.0, cpus / gpus / 2),
             auditor_gpus=auditor_gpus, late_auditors=max(1, int(slots * workers * train_gpus / auditor_gpus)),
             trial_slots=trial_slots, roles=bool(labelled),
         )  # fmt: skip
     else:
-        share = wanted.cpus_per_worker or (CPU_SHARE if cpus >= 2 else cpus / 4)
-        slots = wanted.slots or max(1, min(MAX_CPU_SLOTS, int(cpus / 2 / (share * workers))))
+        share = asked.cpus_per_worker or (CPU_SHARE if cpus >= 2 else cpus / 4)
+        slots = asked.slots or max(1, min(MAX_CPU_SLOTS, int(cpus / 2 / (share * workers))))
         auditor_cpus = CPU_SHARE if cpus >= 2 else cpus / 4
-        auditors = wanted.auditors or max(1, min(MAX_CPU_SLOTS, int(cpus)))
+        auditors = asked.auditors or max(1, min(MAX_CPU_SLOTS, int(cpus)))
         late = max(0, min(MAX_CPU_SLOTS, int(cpus)) - auditors)
         plan = Plan(slots, workers, share, 0.0, auditors, auditor_cpus, 0.0, late, trial_slots)
     preflight(plan, nodes)

@@ -1,4 +1,4 @@
-"""The function that Ray Tune runs for each trial: train a candidate, have it probed, report both objectives once."""
+"""The function that Ray Tune runs for each trial: trains a candidate, has it probed, reports both objectives once."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from raysweep.train.executors import NAMESPACE, Executor, Isolated, Warm, actor_
 
 
 def trial(config: dict[str, Any]) -> None:
-    """One trial. A method's failure is a reported result with a reason, never an exception."""
+    """Runs one trial. A method's failure is reported as a result with a reason, never raised."""
     run = config["run"]
-    context, sweep = _of_run(run)
+    context, sweep = _load(run)
     executor = make_executor(run, context.run_id, sweep, Plan(**config["plan"]))
     outcome = executor.run(context.job(sweep, config))
     if outcome.status != "ok":
@@ -40,29 +40,27 @@ def trial(config: dict[str, Any]) -> None:
         return
     try:
         anchors, views = context.load_anchors("probe")
-        place = objectives(load_measured(Path(run), request.key), anchors, views, context.quality, context.validity)
+        measured = load_measured(Path(run), request.key)
+        result = objectives(measured, anchors, views, context.quality, context.validity)
     except Unmeasured as error:
         _report(reason=f"probe: {error}", probe=request.key, **costs)
         return
-    oracle = sum(o.values[context.validity] for o in anchors.oracles) / len(anchors.oracles)
-    plain = {k: v for k, v in place.plain().items() if k != "replicates"}
-    constraint = sweep.search.min_validity * oracle - place.validity
-    tune.report(
-        plain
-        | costs
-        | {"digest": outcome.digest, "probe": request.key, "constraint": constraint, "reason": "", FINAL: True}
-    )
+    validity = sum(o.values[context.validity] for o in anchors.oracles) / len(anchors.oracles)
+    values = {k: v for k, v in result.plain().items() if k != "replicates"}
+    constraint = sweep.search.min_validity * validity - result.validity
+    provenance = {"digest": outcome.digest, "probe": request.key}
+    tune.report(values | costs | provenance | {"constraint": constraint, "reason": "", FINAL: True})
 
 
 def make_executor(run: str, run_id: str, sweep: Sweep, plan: Plan) -> Executor:
-    """The executor that the sweep asks for."""
+    """The sweep's executor of train jobs."""
     if sweep.train.executor == "warm":
         return Warm(ray.get_actor(actor_name("broker", run, run_id), namespace=NAMESPACE))
     return Isolated(scaling(plan), str(Path(run) / "tune" / "train"))
 
 
 def scaling(plan: Plan) -> ScalingConfig:
-    """What a worker group takes."""
+    """The resources of a worker group."""
     resources = {"CPU": plan.worker_cpus} | ({"GPU": plan.worker_gpus} if plan.worker_gpus else {})
     return ScalingConfig(
         num_workers=plan.workers,
@@ -74,16 +72,16 @@ def scaling(plan: Plan) -> ScalingConfig:
 
 
 def ask_audit(run_id: str, request: AuditRequest) -> dict[str, Any]:
-    """Waits for the manager's answer."""
+    """Has a model audited; the manager's answer."""
     manager = ray.get_actor(actor_name("audits", request.run, run_id), namespace=NAMESPACE)
     return ray.get(manager.audit.remote(request))
 
 
 @cache
-def _of_run(run: str) -> tuple[Context, Sweep]:
+def _load(run: str) -> tuple[Context, Sweep]:
     return Context.load(run), RunDir(Path(run)).sweep()
 
 
-def _report(reason: str, limit: str = "", **known: Any) -> None:
+def _report(reason: str, limit: str = "", **values: Any) -> None:
     """Reports a failure; limit: the setting that ended the trial, if one did."""
-    tune.report(dict.fromkeys(OBJECTIVES, math.nan) | known | {"reason": reason, "limit": limit, FINAL: True})
+    tune.report(dict.fromkeys(OBJECTIVES, math.nan) | values | {"reason": reason, "limit": limit, FINAL: True})

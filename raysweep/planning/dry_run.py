@@ -12,7 +12,7 @@ import torch
 from methods.base import Method
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config.schema import Sweep
-from raysweep.engine.prepare import cached
+from raysweep.engine.cached_jobs import cached
 from raysweep.engine.resources import Plan
 from raysweep.models import families
 from raysweep.registry import EVALUATORS, attacks, checks_by_weights, names, resolve

@@ -1,0 +1,58 @@
+"""One attempt at a run: claims its directory, and records there what the attempt works on and how it failed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+
+from raysweep.audit.objectives import Unmeasured
+from raysweep.config.schema import ConfigError, Sweep
+from raysweep.engine.cluster import RunFailed
+from raysweep.rundir import RunDir, git_commit
+from raysweep.storage.files import write_folder, write_json
+from raysweep.tasks.task import Task
+
+
+class Interrupted(RuntimeError):
+    """A run was asked to stop. Its state is on disk, and the same command resumes it."""
+
+
+@contextlib.contextmanager
+def attempt(folder: RunDir, sweep: Sweep, task: Task, on_failure: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds the run directory for one attempt at the run. The caller records how an attempt that did not fail ended.
+
+    on_failure: called once the manifest says why the attempt failed. Raises ConfigError if the directory cannot be claimed, and
+    RunFailed in place of Unmeasured; other errors of the block pass.
+    """
+    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}, sweep.audit.checks_for(task)):
+        commits, commit = folder.commits, git_commit()
+        folder.update(
+            data=list(task.accounts),
+            commits=commits if commits[-1] == commit else [*commits, commit],
+            reason="",  # this and the next may be an earlier attempt's
+            incomplete=[],
+        )
+        save_task(folder, task)
+        try:
+            yield
+        except (Interrupted, KeyboardInterrupt):
+            folder.update(state="interrupted")
+            raise
+        except Exception as error:
+            expected = isinstance(error, RunFailed | Unmeasured | ConfigError)
+            folder.update(state="failed", reason=str(error) if expected else f"{type(error).__name__}: {error}")
+            on_failure()
+            if isinstance(error, Unmeasured):
+                raise RunFailed(str(error)) from error
+            raise
+
+
+def save_task(folder: RunDir, task: Task) -> None:
+    """Writes the task for the workers and the report unless it is there; only how it is shown may have changed since."""
+    file = folder.task / "task.json"
+    if not file.is_file():
+        write_folder(folder.task, task.save)
+    stored = json.loads(file.read_text())
+    if stored["sensitive"] != task.sensitive:
+        write_json(file, stored | {"sensitive": task.sensitive})

@@ -1,0 +1,67 @@
+"""The engine: a sweep at work, with everything that its phases share, opened in one place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from raysweep.config.schema import Sweep
+from raysweep.engine.cluster import Pool, connected, has_trial_slots, pool
+from raysweep.engine.events import Events
+from raysweep.engine.resources import Plan, make_plan
+from raysweep.engine.trial import make_executor
+from raysweep.rundir import RunDir
+from raysweep.search.spaces import Space
+from raysweep.tasks.task import Task
+from raysweep.train.executors import Executor
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A sweep at work on a cluster.
+
+    sweep, task, spaces: what is to be done; spaces are empty where nothing is searched.
+    folder, run_id: the run's directory, which this process has claimed, and the name of its study, actors and jobs.
+    plan: what of the cluster trains and what audits. actors: audit manager, auditors and job broker. executor: runs train jobs.
+    dashboard: HOST:PORT of Ray's dashboard; "" without one.
+    """
+
+    sweep: Sweep
+    task: Task
+    spaces: tuple[Space, ...]
+    folder: RunDir
+    run_id: str
+    events: Events
+    plan: Plan
+    actors: Pool
+    executor: Executor
+    dashboard: str
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(
+        cls, folder: RunDir, sweep: Sweep, task: Task, events: Events, spaces: tuple[Space, ...] = ()
+    ) -> Iterator[Engine]:
+        """Connects to a cluster or starts one, and starts the run's actors; they end with the block.
+
+        Raises:
+            ConfigError: no cluster answers, or the sweep does not fit it.
+            RunFailed: no local Ray starts.
+        """
+        run_id = folder.run_id
+        with connected(sweep) as cluster:
+            plan = make_plan(cluster.nodes, sweep, has_trial_slots())
+            events.say("plan", plan.describe())
+            if cluster.dashboard:
+                events.say("url", f"Ray dashboard  http://{cluster.dashboard}")
+            with pool(folder.path, run_id, sweep, plan) as actors:
+                executor = make_executor(str(folder.path), run_id, sweep, plan)
+                yield cls(sweep, task, spaces, folder, run_id, events, plan, actors, executor, cluster.dashboard)
+
+    @contextlib.contextmanager
+    def threads(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads that wait for jobs and audits. On an interrupt nobody waits for them: they end with the actors."""
+        with self.actors.waiting(self.executor) as threads:
+            yield threads
