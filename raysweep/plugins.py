@@ -1,7 +1,7 @@
-"""What other packages offer through entry points: whose it is, and the hash of its code.
+"""The origin of what other packages offer through entry points, and hashes of its code for cache keys.
 
-A package that offers a method, an evaluator or a task is hashed whole (bytecode aside), because nothing says which of its
-files a result depends on. Where it imports `methods`, those files count, too, with what they import in turn.
+A package is hashed whole (bytecode aside), because nothing says which of its files a result depends on. The files of `methods`
+that it imports are hashed with it, and what these import in turn.
 """
 
 from __future__ import annotations
@@ -27,31 +27,37 @@ def method_code(name: str) -> str:
     return _digest(package_digest(points[0]), *(code_digests.training_code(m) for m in _methods_behind(points[0])))
 
 
+def family_code(name: str) -> str:
+    """Hash of the code that handles the models of another package's family; "" for raysweep's own, which other hashes cover."""
+    points = external("family").get(name)
+    return package_digest(points[0]) if points else ""
+
+
 def audit_code(checks: Iterable[str]) -> str:
     """Hash of the code that measuring by `checks` depends on.
 
     Raises UnknownName if the package of a check is not installed.
     """
-    installed, asked = external("evaluator"), sorted(set(checks))
-    for name in asked:
+    installed, names = external("evaluator"), sorted(set(checks))
+    for name in names:
         module_of("evaluator", name)
-    packages = {name: package_digest(installed[name][0]) for name in asked if name in installed}
+    packages = {name: package_digest(installed[name][0]) for name in names if name in installed}
     return _digest(code_digests.audit_code(), packages) if packages else code_digests.audit_code()
 
 
-def used(methods: Iterable[str], checks: Iterable[str], task: str) -> dict[str, str]:
-    """The packages behind those names that are not raysweep's own: "method NAME" -> "PACKAGE VERSION"."""
-    asked = [*(("method", m) for m in methods), *(("evaluator", c) for c in checks), ("task", task)]
+def used(**names: Iterable[str]) -> dict[str, str]:
+    """The packages behind those names, by kind, that are not raysweep's own: "method NAME" -> "PACKAGE VERSION"."""
     return {
         f"{kind} {name}": provider(external(kind)[name][0])
-        for kind, name in dict.fromkeys(asked)
+        for kind in names
+        for name in dict.fromkeys(names[kind])
         if name in external(kind)
     }
 
 
 def package_digest(point: EntryPoint) -> str:
-    """Hash of the files of the package that offers an entry point: of its outermost folder that is no namespace, or of its
-    module, and of what the installed distribution lists."""
+    """Hash of the files of the package that offers an entry point: of its outermost folder that is no namespace (or its
+    module), and of those that the installed distribution lists."""
     return _files_digest(point.module, tuple(sorted(_listed(point).items())))
 
 
@@ -85,13 +91,13 @@ def _sources(module: str) -> dict[str, Path]:
 
 
 def _listed(point: EntryPoint) -> dict[str, Path]:
-    """The files that the distribution of an entry point says it has, without what installing made; {} if it does not say."""
+    """The files that the distribution of an entry point lists, without its metadata; {} if it lists none."""
     distribution = getattr(point, "dist", None)
     files = (distribution.files or []) if distribution is not None else []
-    named = {file.as_posix(): Path(str(file.locate())) for file in files}
+    paths = {file.as_posix(): Path(str(file.locate())) for file in files}
     return {
         name: path
-        for name, path in named.items()
+        for name, path in paths.items()
         if ".dist-info/" not in name and path.suffix not in BYTECODE and path.is_file()
     }
 

@@ -1,4 +1,4 @@
-"""Names of methods, evaluators, model families and tasks: literal tables, resolved lazily, open to other packages by entry points."""
+"""Names of methods, evaluators, model families, tasks and samplers: literal tables, resolved lazily, open to other packages."""
 
 from __future__ import annotations
 
@@ -6,66 +6,11 @@ import difflib
 import importlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-ModelKind = Literal["diffusion", "contrastive"]
-Condition = Literal["label", "caption"]
-Reach = Literal["input", "weights", "base"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """Facts about an evaluator that configs need before its module, and with it torch, is imported.
-
-    Args:
-        target: "module:class" of the evaluator.
-        reach: of an attack, what an attacker needs (see `evaluators.base.Evaluator`); None for a check that does not attack.
-        costly: whether the default checks leave it out for its cost; any config may name it.
-        weights: the key of a tier's `weights` under which the user names the file that it needs, which adds the check; None
-            for a check that needs no file.
-    """
-
-    target: str
-    reach: Reach | None = None
-    costly: bool = False
-    weights: str | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of models: all that differs between families, but for the handle itself.
-
-    Args:
-        handle: "module:class" of the handle, a subclass of `raysweep.models.handle.Handle`. It is imported when a model of the
-            family is: the libraries of the others would take every process of a run seconds to load.
-        model_kind: "diffusion" for models that draw images, "contrastive" for models that compare images with captions.
-        conditions: the kinds of conditions that its networks take.
-        abilities: what its models offer besides what all models of their kind do: "answers" (to questions about images), "safe
-            sampling" (guidance away from a concept), "retraining" (a model can be trained from scratch on the task's images).
-        library: the library that reads its folders, as model hubs name it.
-        loading: the line of Python that reads a folder, which stands there as FOLDER. {NAME} stands for the class of the part
-            NAME in the folder's model_index.json.
-        pipelines: names of the diffusers pipelines whose folders hold such a model.
-        marks: files by which its other folders are recognised, and what these JSON files must say ({}: nothing in particular).
-    """
-
-    handle: str
-    model_kind: ModelKind
-    conditions: frozenset[Condition]
-    abilities: frozenset[str]
-    library: str
-    loading: str
-    pipelines: tuple[str, ...] = ()
-    marks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def text_to_image(self) -> bool:
-        """Whether its models draw images from captions."""
-        return self.model_kind == "diffusion" and "caption" in self.conditions
-
+from raysweep.records import Check, Family, ModelKind, Reach
 
 METHODS = {
     "bernoulli": "methods.bernoulli:Bernoulli",
@@ -146,7 +91,7 @@ FAMILIES = {
         handle="raysweep.models.edm:EDM",
         model_kind="diffusion",
         conditions=frozenset({"label"}),
-        abilities=frozenset({"retraining"}),
+        abilities=frozenset({"retraining", "free steps"}),
         library="diffusers",
         loading='{unet}.from_pretrained(FOLDER, subfolder="unet")',
         pipelines=("EDMPipeline",),
@@ -180,6 +125,11 @@ FAMILIES = {
     ),
 }
 
+SAMPLERS = {
+    "random": "raysweep.search.samplers:random",
+    "tpe": "raysweep.search.samplers:tpe",
+}
+
 TASKS = {
     "digits-class": "raysweep.tasks.digits:ClassTask",
     "digits-clip": "raysweep.tasks.digits:ClipTask",
@@ -193,6 +143,8 @@ _TABLES: dict[str, Mapping[str, str | Check | Family]] = {
     "evaluator": EVALUATORS,
     "family": FAMILIES,
     "task": TASKS,
+    "sampler": SAMPLERS,
+    "section": {},
 }
 # Where other packages offer each kind.
 _GROUPS = {
@@ -200,6 +152,8 @@ _GROUPS = {
     "evaluator": "raysweep.evaluators",
     "family": "raysweep.families",
     "task": "raysweep.tasks",
+    "sampler": "raysweep.samplers",
+    "section": "raysweep.sections",
 }
 # The classes that offered methods, evaluators and tasks must derive from.
 _BASES = {
@@ -214,15 +168,15 @@ _RENAMED = {
 
 
 class RegistryError(ValueError):
-    """A name that does not lead to what it should; the message is for people."""
+    """A name that cannot be resolved."""
 
 
 class UnknownName(RegistryError):
-    """A name that no table holds; the message lists the nearest valid ones."""
+    """A name that no table holds; the message suggests the nearest valid one and lists all."""
 
 
 class PluginError(RegistryError):
-    """What another package offers under a name cannot be used; the message names the package and the fault."""
+    """An extension of another package that cannot be used; the message names the package and the fault."""
 
 
 def external(kind: str) -> dict[str, tuple[EntryPoint, ...]]:
@@ -246,12 +200,13 @@ def provider(point: EntryPoint) -> str:
 
 
 def names(kind: str) -> list[str]:
-    """All names of a kind ("method", "evaluator", "family", "task"), sorted."""
+    """All names of a kind ("method", "evaluator", "family", "task", "sampler", "section"), sorted."""
     return sorted({**external(kind), **_TABLES[kind]})
 
 
 def resolve(kind: str, name: str) -> Any:
-    """The class (of a family: the record) of that name; raises UnknownName with a suggestion, or PluginError."""
+    """The class, record (of a family) or function (sampler, section) of that name; raises UnknownName with a suggestion, or
+    PluginError."""
     entry, points = _TABLES[kind].get(name), external(kind).get(name, ())
     if entry is None and not points:
         raise UnknownName(f"{name!r} is not a known {kind}{suggest(name, names(kind))}")
@@ -309,7 +264,12 @@ def _load(kind: str, name: str, point: EntryPoint) -> Any:
         offered: Any = point.load()
     except Exception as error:  # a foreign module may raise anything
         raise PluginError(f"{label} cannot be imported: {type(error).__name__}: {error}") from error
-    fault = _fault_of_family(offered) if kind == "family" else _fault_of_class(kind, name, offered)
+    if kind == "family":
+        fault = _fault_of_family(offered)
+    elif kind in _BASES:
+        fault = _fault_of_class(kind, name, offered)
+    else:
+        fault = "" if callable(offered) else "is not a function"
     if fault:
         raise PluginError(f"{label} {fault}")
     return offered
@@ -370,7 +330,7 @@ def _fault_of_attack(offered: Any) -> str:
 
 
 def module_of(kind: str, name: str) -> str:
-    """The module that `name` stands for, without importing it; raises UnknownName."""
+    """The module of the extension `name`, which is not imported; raises UnknownName."""
     if name in _TABLES[kind]:
         return _target(_TABLES[kind][name]).split(":")[0]
     if name not in external(kind):

@@ -192,7 +192,7 @@ def _manifest(sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...]) ->
         "digests": digests,
         "seeds": {"search": sweep.search.seed, "probe": sweep.audit.probe.seed, "audit": sweep.audit.audit.seed},
         "versions": versions(),
-        "plugins": used(sweep.methods, checks, sweep.task.name),
+        "plugins": used(method=sweep.methods, evaluator=checks, task=[sweep.task.name], sampler=[sweep.search.sampler]),
         "commit": git_commit(),
         "created_at": now(),
         "state": "new",

@@ -114,6 +114,7 @@ def install(folder: Path, files: dict[str, str] = FILES, points: str = POINTS, n
     for made in (package, info):
         made.mkdir(parents=True)
     for file, text in files.items():
+        (package / file).parent.mkdir(exist_ok=True)
         (package / file).write_text(text)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
     (info / "entry_points.txt").write_text(points)

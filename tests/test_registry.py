@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -17,8 +18,9 @@ from evaluators.durability import Durability
 from methods.base import Method
 from raysweep.config.presets import path_of
 from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
 from raysweep.engine.cached_jobs import prepares
-from raysweep.engine.checks import refusals
+from raysweep.engine.checks import check_training, refusals
 from raysweep.models import families
 from raysweep.registry import EVALUATORS, FAMILIES, METHODS, TASKS, UnknownName, attacks, names, resolve
 from raysweep.storage.code_digests import code_digest, training_code
@@ -137,6 +139,12 @@ def test_a_method_for_other_models_is_refused_with_every_reason(class_task):
         "it forgets concept, and the task is of kind 'class'",
         "it needs the prompts set",
     ]
+
+
+def test_oracles_of_models_that_cannot_be_retrained_must_be_given(class_task):
+    task = replace(class_task, family="vlm")
+    with pytest.raises(ConfigError, match=r"oracle_models: .* offers retraining, and vlm models do not; name folders"):
+        check_training(load(None, ()), task, None)
 
 
 def test_every_pattern_of_a_code_digest_matches_files():

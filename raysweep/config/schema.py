@@ -216,7 +216,7 @@ class SearchConfig(_Model):
     """How hyperparameters are searched."""
 
     trials: int = Field(36, ge=1, description="number of trials, shared equally between the methods")
-    sampler: Literal["tpe", "random"] = Field("tpe", description="Optuna sampler: tpe, or random")
+    sampler: str = Field("tpe", description="sampler of hyperparameters: tpe, random, or one of another package")
     batch: int = Field(
         6,
         ge=1,
@@ -226,6 +226,13 @@ class SearchConfig(_Model):
     min_validity: float = Field(
         0.2, ge=0, le=1, description="constraint of the search: smallest share of valid samples of a candidate, 0 to 1"
     )
+
+    @field_validator("sampler")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        if value not in names("sampler") and not _is_stored(info):
+            raise ValueError(f"{value!r} is not a sampler{suggest(value, names('sampler'))}")
+        return value
 
 
 class LoRA(_Model):

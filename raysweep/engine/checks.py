@@ -62,6 +62,7 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
         reasons = misfits(spaces[-1], task, model)
         if reasons:
             raise ConfigError("\n".join(f"spaces.{name}: {reason}" for reason in reasons))
+    resolve("sampler", sweep.search.sampler)  # a fault of another package is told now and not by the search
     for tier_name in ("probe", "audit", "durability"):
         checks = getattr(sweep.audit, tier_name).checks_for(task)
         for name in checks:
@@ -96,7 +97,8 @@ def check_steps(sweep: Sweep, task: Task, model: Any) -> None:
                 raise ConfigError(
                     f"audit.{tier_name}.{key}: {max(steps)} is no step of the model's noise schedule; valid: 0 to {total - 1}"
                 )
-    if model.family != "edm" and task.sampling.get("steps", 1) > total:
+    free = "free steps" in resolve("family", task.family).abilities
+    if not free and task.sampling.get("steps", 1) > total:
         raise ConfigError(
             f"task.steps: {task.sampling['steps']} is more than the {total} steps of the model's noise schedule"
         )
@@ -120,6 +122,12 @@ def check_weights(sweep: Sweep) -> None:
 def check_training(sweep: Sweep, task: Task, model: Any) -> None:
     """Raises ConfigError if the modules or adapters that are to be trained do not fit the task's model and the methods."""
     train = sweep.train
+    reasons = [] if task.given and sweep.oracle_models else refusals(resolve("method", "retrain"), task)
+    if reasons:
+        raise ConfigError(
+            f"oracle_models: base and oracles of the task {task.name} cannot be trained here: {'; '.join(reasons)}; name folders of "
+            "retrained models"
+        )
     if (train.modules or train.lora) and not resolve("family", task.family).text_to_image:
         key = "modules" if train.modules else "lora"
         raise ConfigError(

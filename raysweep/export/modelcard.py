@@ -1,4 +1,4 @@
-"""The README of an exported candidate: what it is, what its audit found, and what that does not show."""
+"""The README of an exported candidate: its origin, how to load it, what its audit found, and the limits of that."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import yaml
 from raysweep.models.diffusion import SAMPLER
 from raysweep.models.folders import INDEX, read_json
 from raysweep.models.song import SongUNet
-from raysweep.registry import Family, resolve
+from raysweep.records import Family
+from raysweep.registry import resolve
 from raysweep.results.choice import MEANING, told
-from raysweep.results.front_row import FrontRow
+from raysweep.results.front_row import OBJECTIVES, FrontRow
 from raysweep.rundir import RunDir
+
+LIMITS = (
+    "These are figures of the checks that were made, on the task's data, judges and seeds; they are not a proof of erasure. "
+    "Adversarial prompts were not tried. Residue counts what is left relative to models retrained without the forgotten "
+    "data, so it says nothing about what the base itself knows beyond the task."
+)
 
 
 def page(folder: RunDir, card: dict[str, Any]) -> str:
@@ -22,26 +29,14 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
     task = json.loads((folder.task / "task.json").read_text())
     family: Family = resolve("family", task["family"])
     front = json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {}
-    point = next((FrontRow(**p) for p in front.get("points", ()) if p["trial"] == card["trial"]), None)
-    verdict = front.get("verdicts", {}).get(card["trial"], {}).get("sentence")
-    standing = front.get("standing", {}).get(card["trial"])
-    audited = (
-        f"{told(point, 'residue').capitalize()}: {MEANING['residue']}. {told(point, 'damage').capitalize()}: {MEANING['damage']}."
-        if point
-        else "This candidate was not audited: only the search has probed it."
-    )
     candidate = folder.candidates / card["trial"]
-    own = (candidate / SAMPLER).is_file()
-    sampler = f" It is drawn from by a sampler of its own (`{SAMPLER}`), which raysweep knows." if own else ""
     matter = {"library_name": family.library, "tags": ["machine-unlearning", "raysweep", card["method"]]}
-    thing = (
-        task["class_names"][task["forget_class"]] if task["class_names"] and task["forget_class"] is not None else None
+    sampler = (
+        f" It is drawn from by a sampler of its own (`{SAMPLER}`), which raysweep knows."
+        if (candidate / SAMPLER).is_file()
+        else ""
     )
-    what = (
-        f"{task['kind']} {thing!r}"
-        if thing
-        else {"points": "images"}.get(task["kind"], f"class {task['forget_class']}")
-    )
+    source = f", settings of {card['source']}" if card.get("source") else ""
     return "\n".join(
         [
             "---",
@@ -49,39 +44,50 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
             "---",
             f"# {card['trial']}: {task['name']} unlearned by {card['method']}",
             "",
-            f"Made by raysweep from the base model with hash `{card['base_digest']}`, to forget {what} of the task "
+            f"Made by raysweep from the base model with hash `{card['base_digest']}`, to forget {_forgotten(task)} of the task "
             f"{task['name']} (hash `{card['task_digest']}`). Weights: hash `{card['outcome']['digest']}`.{sampler}",
             "",
             f"    {loading_line(family, candidate)}",
             "",
             "## Settings",
-            f"Method `{card['method']}`, seed {card['seed']}"
-            + (f", settings of {card['source']}" if card.get("source") else "")
-            + ":",
+            f"Method `{card['method']}`, seed {card['seed']}{source}:",
             "",
             *(f"- `{name}`: {value}" for name, value in sorted(card["hyperparameters"].items())),
             "",
             "## What its audit found",
-            *([f"By the run's answer this candidate is {standing}.", ""] if standing else []),
-            audited,
-            "",
-            *(
-                [f"Under attack: {verdict}."]
-                if verdict
-                else ["It was not attacked, so whether the forgotten thing comes back is unknown."]
-            ),
+            *_findings(front, card["trial"]),
             "",
             "## Limits",
-            "These are figures of the checks that were made, on the task's data, judges and seeds; they are not a proof of erasure. "
-            "Adversarial prompts were not tried. Residue counts what is left relative to models retrained without the forgotten "
-            "data, so it says nothing about what the base itself knows beyond the task.",
+            LIMITS,
             "",
         ]
     )
 
 
+def _forgotten(task: dict[str, Any]) -> str:
+    """What the task must forget, in words."""
+    index = task["forget_class"]
+    if task["class_names"] and index is not None:
+        return f"{task['kind']} {task['class_names'][index]!r}"
+    return "images" if task["kind"] == "points" else f"class {index}"
+
+
+def _findings(front: dict[str, Any], trial: str) -> list[str]:
+    """Lines on a candidate's place in the answer, its objectives and its verdict under attack, from front.json."""
+    standing = front.get("standing", {}).get(trial)
+    lines = [f"By the run's answer this candidate is {standing}.", ""] if standing else []
+    row = next((FrontRow(**p) for p in front.get("points", ()) if p["trial"] == trial), None)
+    if row is None:
+        lines.append("This candidate was not audited: only the search has probed it.")
+    else:
+        lines.append(" ".join(f"{told(row, o).capitalize()}: {MEANING[o]}." for o in OBJECTIVES))
+    verdict = front.get("verdicts", {}).get(trial, {}).get("sentence")
+    unknown = "It was not attacked, so whether the forgotten thing comes back is unknown."
+    return [*lines, "", f"Under attack: {verdict}." if verdict else unknown]
+
+
 def write(folder: RunDir, card: dict[str, Any], out: Path) -> None:
-    """Puts the page into an exported folder."""
+    """Writes the page into an exported folder."""
     (out / "README.md").write_text(page(folder, card), encoding="utf-8")
 
 

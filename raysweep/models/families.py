@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysweep.models.folders import INDEX, pipeline_class, read_json
-from raysweep.registry import FAMILIES, Family, PluginError, external, imported, resolve
+from raysweep.records import Family
+from raysweep.registry import FAMILIES, PluginError, external, imported, resolve
 
 if TYPE_CHECKING:
     from raysweep.models.latent import LatentText

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from raysweep.registry import external, provider, resolve
 from raysweep.report import figures
 from raysweep.report.data import gather, page_context
 from raysweep.rundir import RunDir
@@ -29,11 +31,26 @@ def build(folder: RunDir) -> Path:
         lstrip_blocks=True,
     )  # fmt: skip
     html = environment.get_template("report.html.j2").render(
-        page_context(data) | {name: embed(figure) for name, figure in drawn.items()}, plotly=Markup(get_plotlyjs())
+        page_context(data) | {name: embed(figure) for name, figure in drawn.items()},
+        plotly=Markup(get_plotlyjs()),
+        added_sections=added_sections(folder),
     )
     write_bytes(folder.report, html.encode())
     figures.write_pngs(data, folder.figures)
     return folder.report
+
+
+def added_sections(folder: RunDir) -> list[dict[str, Any]]:
+    """The sections of other packages, by name: functions of the run's directory that return HTML, "" to show nothing."""
+    sections = []
+    for name, points in sorted(external("section").items()):
+        try:
+            html = resolve("section", name)(folder)
+        except Exception as error:  # a foreign function may raise anything, and the rest of the report stands
+            html = escape(f"It could not be made: {type(error).__name__}: {error}")
+        if html:
+            sections.append({"name": name, "provider": provider(points[0]), "html": Markup(html)})
+    return sections
 
 
 def embed(figure: go.Figure) -> Markup:

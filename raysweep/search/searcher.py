@@ -15,8 +15,9 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from raysweep.registry import resolve
 from raysweep.search.spaces import Space
-from raysweep.search.study import OBJECTIVES, SweepStudy, TrialConfig, config_of, make_sampler
+from raysweep.search.study import OBJECTIVES, SweepStudy, TrialConfig, config_of
 from raysweep.storage.seeds import derive_seed
 
 FINAL = "raysweep_final"  # key of a trial's last result; a trial that ends without it was stopped early
@@ -153,7 +154,7 @@ class ParetoSearch(Searcher):
         searched = {p.name for p in space.parameters}
         sampler_seed = derive_seed("sampler", self.seed, place) % 2**32
         trial = self.study.ask(
-            make_sampler(self.sampler, sampler_seed, startup_trials=2 * len(self.spaces)),
+            resolve("sampler", self.sampler)(sampler_seed, self.spaces),
             {f"{space.method}.{k}": v for k, v in values.items() if k in searched},
         )
         config = TrialConfig(

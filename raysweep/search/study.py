@@ -1,4 +1,4 @@
-"""The Optuna study of a sweep, on a journal file in its run directory. No other module knows Optuna.
+"""The Optuna study of a sweep, on a journal file in its run directory. Only this module and `samplers` know Optuna.
 
 A trial's place in the sweep and its config are user attributes of the study's trial. States say exactly what happened: COMPLETE
 with finite objectives, PRUNED if stopped early, FAIL with a reason otherwise. `optuna.load_study` and optuna-dashboard can open
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
@@ -46,7 +46,7 @@ def _storage(journal: Path) -> JournalStorage:
 
 
 def _open(storage: JournalStorage, name: str) -> Study:
-    with _quiet():
+    with quiet():
         study = optuna.create_study(
             storage=storage, study_name=name, directions=["minimize"] * len(OBJECTIVES), load_if_exists=True
         )
@@ -55,7 +55,7 @@ def _open(storage: JournalStorage, name: str) -> Study:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Mutes Optuna's messages about opened studies, and its warnings about experimental features."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -65,14 +65,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
-
-
-def make_sampler(kind: str, seed: int, startup_trials: int) -> BaseSampler:
-    """A sampler by its name in the config, `tpe` or `random`; startup_trials: how many TPE draws at random first."""
-    if kind == "random":
-        return RandomSampler(seed=seed)
-    with _quiet():
-        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup_trials)
 
 
 def config_of(trial: FrozenTrial) -> TrialConfig:

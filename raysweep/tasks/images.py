@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raysweep.models.folders import is_hub_id, located, no_model
-from raysweep.registry import Family, resolve
+from raysweep.records import Family
+from raysweep.registry import resolve
 from raysweep.settings import ASIDE
 from raysweep.storage.places import location
 from raysweep.tasks.base import OBJECTIVES, ObjectiveMetrics, TaskSettings

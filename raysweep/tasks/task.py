@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from methods.base import SEEDS, Batch, Draw, Goal, Rows
 from raysweep.models.noise import row_seeds
+from raysweep.plugins import family_code
 from raysweep.registry import resolve
 from raysweep.storage.cache import load_tensors, save_tensors
 from raysweep.storage.files import StoreError
@@ -214,6 +215,7 @@ class Task:
     def digest(self) -> str:
         """Content hash of everything that a result can depend on; `sensitive`, which only affects the report, is left out."""
         parts = [json.dumps({k: getattr(self, k) for k in _PLAIN if k != "sensitive"}, sort_keys=True)]
+        parts += [code] if (code := family_code(self.family)) else []
         for name, split in sorted(self.splits.items()):
             labels = "" if split.cond is None else repr(split.cond.tolist())
             parts += [name, "".join(split.ids), labels, repr(split.groups.tolist())]
