@@ -58,15 +58,15 @@ class PromptFile(_Prompts):
         tally = Tally() if tally is None else tally
         rows: dict[PromptRow, None] = {}
         try:
-            for place, row in textfiles.records(self.file, self.prompt, self.label, tally):
+            for location, row in textfiles.records(self.file, self.prompt, self.label, tally):
                 tally.seen += 1
                 try:
                     new = self._row(row)
                 except Unreadable as error:
-                    tally.skip(str(error), place)
+                    tally.skip(str(error), location)
                     continue
                 if new in rows:
-                    tally.ignore("a prompt that is there already", place)
+                    tally.ignore("a prompt that is there already", location)
                 rows[new] = None
             tally.check(self.file, "prompts")
         except (SourceError, TextError) as error:

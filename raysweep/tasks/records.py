@@ -25,12 +25,12 @@ class SourceError(ValueError):
 class Unreadable(ValueError):
     """Bytes that are no usable picture or caption; the message is a reason that many records can share.
 
-    place: file and line for messages, if not the record itself.
+    location: file and line for messages, if not the record itself.
     """
 
-    def __init__(self, reason: str, place: str = ""):
+    def __init__(self, reason: str, location: str = ""):
         super().__init__(reason)
-        self.place = place
+        self.location = location
 
 
 def plain(name: str) -> str:
@@ -51,7 +51,7 @@ def listed(names: Iterable[str]) -> str:
 class Record:
     """One image and its labels.
 
-    key: its name within the source; other: its label in a second domain; place: its file and position for messages, if not the
+    key: its name within the source; other: its label in a second domain; location: its file and position for messages, if not the
     key. `open` raises Unreadable.
     """
 
@@ -60,7 +60,7 @@ class Record:
     label: str | None = None
     caption: str | None = None
     other: str | None = None
-    place: str = ""
+    location: str = ""
 
 
 @dataclass
@@ -136,9 +136,9 @@ class Tally:
     hint: str = ""
     prefix: str = ""
 
-    def skip(self, reason: str, key: str, count: int = 1, place: str = "") -> None:
-        """Counts records that could not be used; place: name of the first of them for messages, if not its key."""
-        self.bad.setdefault(reason, Reason()).add(self.prefix + (place or key), count)
+    def skip(self, reason: str, key: str, count: int = 1, location: str = "") -> None:
+        """Counts records that could not be used; location: name of the first of them for messages, if not its key."""
+        self.bad.setdefault(reason, Reason()).add(self.prefix + (location or key), count)
         if key in self.wanted:
             self.lost[key] = reason
 

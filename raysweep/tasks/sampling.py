@@ -83,7 +83,7 @@ def pixels(
                 _check_complete(record, required, tally)
                 image = flat(record.open(), channels, partial(_note, tally, record))
             except Unreadable as error:
-                tally.skip(str(error), record.key, place=record.place)
+                tally.skip(str(error), record.key, location=record.location)
                 continue
             fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
             array = np.asarray(fitted, dtype=np.float32).reshape(height, width, channels)
@@ -100,4 +100,4 @@ def _check_complete(record: Record, required: Collection[str], tally: Tally) -> 
 
 
 def _note(tally: Tally, record: Record, change: str) -> None:
-    tally.note(change, record.place or record.key)
+    tally.note(change, record.location or record.key)

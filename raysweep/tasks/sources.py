@@ -127,7 +127,7 @@ class FolderSource(_Source):
             try:
                 caption = picture.caption()
             except Unreadable as error:
-                tally.skip(str(error), picture.key, place=error.place)
+                tally.skip(str(error), picture.key, location=error.location)
                 continue
             label, other = (self._name_of(picture.path, folder) for folder in (self.label, self.other))
             yield Record(picture.key, partial(_read, picture.path), label, caption, other)
@@ -163,7 +163,7 @@ class ParquetSource(_Source):
         columns = tables.Columns(self.image, self.caption, self.label, self.other)
         for row in tables.rows(self.parquet, self.split, columns, tally):
             key, image = f"row {row.number}", partial(opened, row.content)
-            yield Record(key, image, row.label, row.caption, row.other, row.place)
+            yield Record(key, image, row.label, row.caption, row.other, row.location)
 
 
 class ShardSource(_Source):
@@ -206,9 +206,9 @@ class ShardSource(_Source):
             try:
                 label, caption, other = (_text_of(sample, e) for e in (self.label, self.caption, self.other))
             except TextError:
-                tally.skip("a caption or label that is not UTF-8 text", sample.key, place=sample.place)
+                tally.skip("a caption or label that is not UTF-8 text", sample.key, location=sample.location)
                 continue
-            yield Record(sample.key, partial(opened, sample.content), label, caption, other, sample.place)
+            yield Record(sample.key, partial(opened, sample.content), label, caption, other, sample.location)
 
 
 class TorchvisionSource(_Source):
@@ -349,4 +349,4 @@ def _identity(image: Image.Image) -> Image.Image:
 def _text_of(sample: tars.Sample, extension: str | None) -> str | None:
     """The member of a sample with this extension as text, if there is one; raises TextError."""
     content = None if extension is None else sample.beside.get(extension.lower().removeprefix("."))
-    return None if content is None else decode(content, sample.place).strip()
+    return None if content is None else decode(content, sample.location).strip()

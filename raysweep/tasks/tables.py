@@ -46,10 +46,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Row:
-    """The encoded image of a row, and its text columns. place: file and row number, for messages."""
+    """The encoded image of a row, and its text columns. location: file and row number, for messages."""
 
     number: int
-    place: str
+    location: str
     content: bytes
     caption: str | None
     label: str | None
@@ -88,8 +88,8 @@ def rows(source: str, split: str | None, columns: Columns, tally: Tally) -> Iter
             batches = group.to_batches(columns=in_file, batch_size=BATCH_ROWS, batch_readahead=0, fragment_readahead=0)
             while (batch := _next(batches, tally, file.name, numbers, expected - read)) is not None:
                 for cells in batch.to_pylist():
-                    place = f"{file.name}: row {numbers}"
-                    row = _row(numbers, place, file.partition | cells, columns, classes, tally)
+                    location = f"{file.name}: row {numbers}"
+                    row = _row(numbers, location, file.partition | cells, columns, classes, tally)
                     numbers, read = numbers + 1, read + 1
                     if row is not None:
                         yield row
@@ -237,7 +237,12 @@ def _next(batches: Iterator[Any], tally: Tally, name: str, number: int, left: in
 
 
 def _row(
-    number: int, place: str, cells: dict[str, Any], columns: Columns, classes: dict[str, tuple[str, ...]], tally: Tally
+    number: int,
+    location: str,
+    cells: dict[str, Any],
+    columns: Columns,
+    classes: dict[str, tuple[str, ...]],
+    tally: Tally,
 ) -> Row | None:
     """A row with an image and readable texts; counts any other as skipped and gives None."""
     tally.seen += 1
@@ -247,16 +252,16 @@ def _row(
             return None
         value = cells[column]
         if isinstance(value, list) and field == "caption" and len(value) > 1:
-            tally.note(f"several captions in column {column!r}, of which the first is used", place)
+            tally.note(f"several captions in column {column!r}, of which the first is used", location)
         return _cell_text(field, column, value, classes.get(column, ()))
 
     try:
         content = _content(cells[columns.image])
         texts = text("caption", columns.caption), text("label", columns.label), text("other", columns.other)
     except Unreadable as error:
-        tally.skip(str(error), f"row {number}", place=place)
+        tally.skip(str(error), f"row {number}", location=location)
         return None
-    return Row(number, place, content, *texts)
+    return Row(number, location, content, *texts)
 
 
 def _content(cell: Any) -> bytes:

@@ -22,10 +22,10 @@ KINDS = tuple(s.removeprefix(".") for s in (*SUFFIXES, *UNREAD))
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and its companion members, by extension in lower case. place: shard and member, for messages."""
+    """A picture and its companion members, by extension in lower case. location: shard and member, for messages."""
 
     key: str
-    place: str
+    location: str
     content: bytes
     suffix: str
     beside: dict[str, bytes]

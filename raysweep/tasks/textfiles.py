@@ -16,9 +16,9 @@ SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 
 
 def records(path: Path, prompt: str, label: str, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, row) of every prompt of a file, whose suffix gives the format.
+    """Yields (location, row) of every prompt of a file, whose suffix gives the format.
 
-    prompt, label: names of the columns; texts without columns become the column `prompt`. place: file and line or row, for
+    prompt, label: names of the columns; texts without columns become the column `prompt`. location: file and line or row, for
     messages. Raises SourceError or TextError for a file that is not in its format.
     """
     suffix = path.suffix.lower()
@@ -32,19 +32,19 @@ def records(path: Path, prompt: str, label: str, tally: Tally) -> Iterator[tuple
     else:
         # not splitlines(): prompts may contain Unicode's other line separators
         for number, line in enumerate(text.split("\n"), 1):
-            place = f"{path}:{number}"
+            location = f"{path}:{number}"
             if not line.strip():
                 continue
             if suffix == ".jsonl":
-                yield place, _row(place, _loads(place, line), prompt)
+                yield location, _row(location, _loads(location, line), prompt)
             elif line.lstrip().startswith("#"):
-                tally.ignore("a comment", place)
+                tally.ignore("a comment", location)
             else:
-                yield place, {prompt: line}
+                yield location, {prompt: line}
 
 
 def table(path: Path, text: str, separator: str, needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, row) of a table with a header.
+    """Yields (location, row) of a table with a header.
 
     If the header lacks the column `needed`, other separators are tried: Excel writes semicolons in locales with a decimal
     comma. A row that is longer than the header has the rest under None. Raises SourceError for unclosed quotes.
@@ -74,19 +74,19 @@ def _json(path: Path, text: str, prompt: str, label: str) -> Iterator[tuple[str,
         yield f"{path}: row {number}", _row(f"{path}: row {number}", row, prompt)
 
 
-def _row(place: str, value: Any, prompt: str) -> dict[str, Any]:
+def _row(location: str, value: Any, prompt: str) -> dict[str, Any]:
     if isinstance(value, str):
         return {prompt: value}
     if not isinstance(value, dict):
-        raise SourceError(f"{place}: must be a text or an object, not {value!r:.60}")
+        raise SourceError(f"{location}: must be a text or an object, not {value!r:.60}")
     return value
 
 
-def _loads(place: str, text: str) -> Any:
+def _loads(location: str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = place if error.lineno == 1 and ":" in place else f"{place}:{error.lineno}"
+        line = location if error.lineno == 1 and ":" in location else f"{location}:{error.lineno}"
         raise SourceError(f"{line}: not valid JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits; lists nested too deep
-        raise SourceError(f"{place}: not valid JSON: {error}") from error
+        raise SourceError(f"{location}: not valid JSON: {error}") from error

@@ -120,8 +120,8 @@ def _read(path: Path) -> str:
     try:
         return read_text(path).strip()
     except TextError as error:
-        place = plain(f"{path}:{error.line}" if error.line else str(path))
-        raise Unreadable(NOT_TEXT, place) from error
+        location = plain(f"{path}:{error.line}" if error.line else str(path))
+        raise Unreadable(NOT_TEXT, location) from error
 
 
 def _metadata(path: Path, caption_key: str | None, tally: Tally) -> _Metadata:
@@ -133,18 +133,18 @@ def _metadata(path: Path, caption_key: str | None, tally: Tally) -> _Metadata:
         raise SourceError(str(error)) from error
     captions: dict[str, str | None] = {}
     keys = dict[str, None]()
-    for place, row in rows:
+    for location, row in rows:
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
             shown = ", ".join(str(k) for k in row)
-            raise SourceError(f"{place}: no file_name, the path of a picture relative to this file; it has: {shown}")
+            raise SourceError(f"{location}: no file_name, the path of a picture relative to this file; it has: {shown}")
         keys |= dict.fromkeys(k for k in row if isinstance(k, str))
         name = posixpath.normpath(plain(name.replace("\\", "/")))
         if name in captions:
             tally.note(f"{path.name} names a picture twice, and the last line counts", name)
         value = row.get(caption_key) if caption_key else row.get("text") or row.get("caption")
         if value is not None and not isinstance(value, str):
-            raise SourceError(f"{place}: the caption must be text, not {value!r:.60}")
+            raise SourceError(f"{location}: the caption must be text, not {value!r:.60}")
         captions[name] = value if value else None
     if captions and all(caption is None for caption in captions.values()):
         tally.hint += f"; {path} has {', '.join(keys)} (`caption: KEY` says which holds captions)"
@@ -156,11 +156,11 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        place = f"{path}:{number}"
+        location = f"{path}:{number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise SourceError(f'{place}: not a line such as {{"file_name": ..., "text": ...}} ({error})') from error
+            raise SourceError(f'{location}: not a line such as {{"file_name": ..., "text": ...}} ({error})') from error
         if not isinstance(row, dict):
-            raise SourceError(f'{place}: not a line such as {{"file_name": ..., "text": ...}}')
-        yield place, row
+            raise SourceError(f'{location}: not a line such as {{"file_name": ..., "text": ...}}')
+        yield location, row
