@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from sklearn.datasets import load_digits
 
-from methods.base import Batch, Goal, Rows
+from methods.base import Goal
+from methods.rows import Batch, Rows
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a photo of the digit {}", "the number {}", "a handwritten {}", "{}")

@@ -31,7 +31,8 @@ import torch
 from plain import LAM, MIX, PLAIN, RHO, SAMPLER_STEPS, Step, Unet
 from torch.utils.flop_counter import FlopCounterMode
 
-from methods.base import Goal, Method, Rows
+from methods.base import Goal, Method
+from methods.rows import Rows
 from raysweep.models.embeddings import Embeddings
 from raysweep.models.latent import LatentText
 from raysweep.models.noise import normal_rows, row_seeds

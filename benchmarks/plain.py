@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from methods.base import Rows
+from methods.rows import Rows
 
 LAM, RHO, MIX = 1.0, 0.5, 0.5
 ALPHA, ETA, GUIDANCE, SAMPLER_STEPS = 3.07, 1.0, 3.0, 10

@@ -19,7 +19,8 @@ import torch
 from ground import machine
 from plain import LAM, MIX, PLAIN, RHO, Step
 
-from methods.base import Method, Rows
+from methods.base import Method
+from methods.rows import Rows
 from raysweep.models.noise import row_seeds
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
@@ -95,7 +96,7 @@ def compare(name: str, unet: dict[str, Any], batch_size: int, repeats: int) -> d
         one = {"forget": rows(model, 1, 1), "retain": rows(model, 1, 2)}
         vector = 4 * result["weights"]
         params = [*model.net.parameters(), *method.model.net.parameters()]
-        held = {who: peak_bytes(s, one, params, method._room) / vector for who, s in contenders.items()}  # type: ignore
+        held = {who: peak_bytes(s, one, params, method.buffers) / vector for who, s in contenders.items()}  # type: ignore
         result |= {"gradient_vectors": held, "memory_ratio": held["raysweep"] / held["plain"]}
     return result
 

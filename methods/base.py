@@ -6,15 +6,9 @@ carries a seed that decides its noise and its timestep. Each rank of a data-para
 batch; whatever combines gradients non-linearly reduces each of them first (see `methods.gradients`), so that one and
 several workers give the same weights.
 
-`Method` is the shape of all of them: iterative ones (`Descent` adds the optimiser), edits in one step, several networks,
-and samplers that train nothing. Losses are means over rows and, unless a method says otherwise, means over the elements
-of an image. The reduction matters where a gradient is clipped to a norm or weighed against something else: a released clip
-of 1.0 binds the loss that the released code sums. Where released codes differ it is a setting, `reduction`.
-
-Timesteps are drawn one by one; the releases of the DDPM family draw half of them and take T - 1 - t for the other half.
-Images come as the task holds them, without random flips, and latents are the mean of the autoencoder's posterior, where
-the releases flip at random and sample the posterior. Dropout is a property of the network: it is active while a method
-trains, if the model's configuration has it.
+`Method` covers them all: iterative methods (`Descent` adds the optimiser), edits in one step, several networks, and samplers
+that train nothing. Dropout is a property of the network: it is active while a method trains, if the model's configuration
+has it.
 """
 
 from __future__ import annotations
@@ -29,11 +23,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from methods import gradients
+from methods.rows import Batch, Draw, Rows
 
-SEEDS = "seeds"  # the split of a draw that asks for seeds alone, for methods that need no data
-CHECK_EVERY = 20  # steps between two looks at the numbers on a GPU, where each look waits for the device
+CHECK_EVERY = 20  # steps between two checks for finite numbers on a GPU, where each check waits for the device
 
-Reduction = Literal["sum", "mean"]  # of a row's squared errors over the elements of its image
 Scalars = dict[str, torch.Tensor]
 
 
@@ -62,6 +55,10 @@ class Model(Protocol):
     def x0(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor: ...
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
     def x0_error_weight(self, t: torch.Tensor) -> torch.Tensor: ...
+    def encode(self, x: torch.Tensor) -> torch.Tensor: ...
+    def sample(
+        self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float, *, eta: float
+    ) -> torch.Tensor: ...
     def trajectory(
         self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float
     ) -> Iterator[tuple[int, torch.Tensor]]: ...
@@ -69,11 +66,12 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Goal:
-    """What a task wants, as far as a method may know it without its images.
+    """The aim of a task, without its images.
 
+    forget_class, override_class: the class to forget, and the one that stands in for it; None where there is none.
     classes: the labels that the base model was trained on, or that prompts ask for, in order; empty where there are none.
     concept: what a text model must forget, as the tokens of a prompt. prompts: (class, tokens) of all prompts of the search;
-    those of two classes that come from the same templates are in the same order.
+    prompts of different classes that come from the same templates are in the same order.
     """
 
     kind: Literal["points", "class", "concept"]
@@ -84,8 +82,14 @@ class Goal:
     prompts: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
+    def forgotten_class(self) -> int:
+        """The class to forget, of a task that has one."""
+        assert self.forget_class is not None
+        return self.forget_class
+
+    @property
     def override(self) -> int:
-        """The class that stands in for the forgotten one."""
+        """The class that stands in for the forgotten one, of a task that names one."""
         assert self.override_class is not None
         return self.override_class
 
@@ -94,21 +98,20 @@ class Goal:
         """The classes that stay."""
         return tuple(c for c in self.classes if c != self.forget_class)
 
-    def asking(self, classes: Sequence[int], device: torch.device) -> torch.Tensor:
-        """All conditions that ask for any of `classes`: the labels (k,), or the tokens of their prompts (m, length)."""
+    def conditions(self, classes: Sequence[int], device: torch.device) -> torch.Tensor:
+        """All conditions that ask for one of `classes`: the labels (k,), or the tokens of their prompts (m, length)."""
         tokens = [p for c, p in self.prompts if c in classes]
         return torch.tensor(tokens if self.kind == "concept" else list(classes), device=device)
 
     def forgotten(self, count: int, device: torch.device) -> torch.Tensor:
-        """The condition of what must go: labels (count,), or tokens (count, length)."""
+        """The condition that asks for what must be forgotten: labels (count,), or tokens (count, length)."""
         if self.concept is not None:
             return torch.tensor(self.concept, device=device).expand(count, -1)
-        assert self.forget_class is not None
-        return torch.full((count,), self.forget_class, device=device)
+        return torch.full((count,), self.forgotten_class, device=device)
 
 
 class Data(Protocol):
-    """What `Method.prepare` may ask of a task: its goal, and rows."""
+    """What `Method.prepare` may read of a task: its goal, and rows."""
 
     @property
     def goal(self) -> Goal: ...
@@ -116,57 +119,8 @@ class Data(Protocol):
     def batch(self, draws: dict[str, Draw], seed: int, step: int) -> Batch: ...
 
 
-@dataclass(frozen=True)
-class Rows:
-    """This rank's share of a global batch.
-
-    x: (n, C, H, W) in [-1, 1], or (n, 0) where only seeds were asked for; cond: class labels (n,) or None; seeds: (n,)
-    int64, one per row; total: rows of the global batch over all ranks, the denominator of every mean.
-    """
-
-    x: torch.Tensor
-    cond: torch.Tensor | None
-    seeds: torch.Tensor
-    total: int
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Rows:
-        """The same rows where the network lives; seeds stay on the CPU."""
-        cond = None if self.cond is None else self.cond.to(device)
-        return Rows(self.x.to(device, dtype), cond, self.seeds, self.total)
-
-    def piece(self, part: slice) -> Rows:
-        """Some of the rows; `total` stays, so that the losses of all pieces add up to that of the whole."""
-        return Rows(self.x[part], None if self.cond is None else self.cond[part], self.seeds[part], self.total)
-
-    def reseeded(self, k: int) -> Rows:
-        """The same rows with other random numbers, for the k-th use of a batch within one step."""
-        return Rows(self.x, self.cond, self.seeds ^ (k * 0x5851F42D4C957F2D % 2**63), self.total)
-
-
-Batch = dict[str, Rows]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A request for rows at every step.
-
-    size: rows of the global batch; None: the whole split, once. balanced: equally many of each group (class).
-    per_group: only so many rows of each group take part. groups: only these take part. split: where the rows come from,
-    if not from the split that the request is named after; SEEDS for seeds without images. stream, place: the batch number
-    `place` of the endless shuffled passes that all requests of this stream share, if not the step's of its own.
-    """
-
-    size: int | None
-    balanced: bool = False
-    per_group: int | None = None
-    groups: tuple[int, ...] | None = None
-    split: str | None = None
-    stream: str | None = None
-    place: int | None = None
-
-
 class Diverged(RuntimeError):
-    """A method met a value that is not finite; the message names it."""
+    """A value is not finite; the message says which, and at which step."""
 
 
 class Hyperparameters(BaseModel):
@@ -176,7 +130,7 @@ class Hyperparameters(BaseModel):
 
 
 class Training(Hyperparameters):
-    """Settings that every iterative method has."""
+    """Settings of every iterative method."""
 
     lr: float = Field(gt=0, description="learning rate of the optimiser")
     steps: int = Field(ge=0, description="optimiser steps")
@@ -197,26 +151,30 @@ class Training(Hyperparameters):
 
 
 class Method(ABC):
-    """One way to unlearn. Subclasses set the class attributes and say how one step changes the network.
+    """A way to unlearn. Subclasses set the class attributes and define `step`; what they compute or store once per candidate
+    belongs in `setup`, so that all methods are built by the same call.
 
     Attributes of the class:
         needs: splits of the task that it reads; empty for a method that needs no data.
         model_kinds: the kinds of models that it works on: "diffusion", "contrastive" (which compare images with captions).
-        abilities: what it needs of a model besides: "safe sampling" (the handle's sampler steers away from a concept),
+        abilities: its other requirements of a model: "safe sampling" (the handle's sampler steers away from a concept),
             "retraining" (a new model can be trained from scratch on the task's images).
         kinds: the kinds of tasks that it can serve.
         forwards_per_step: cost of a step in forward passes of one batch, a backward pass counting as two.
-        copies: how many numbers a step holds at once per trained weight (weights, gradients, moments, and so on), besides the
+        copies: numbers that a step holds at once per trained weight (weights, gradients, moments, and so on), besides the
             moving average of `Descent`.
-        tape: of how many forward passes of a batch it holds the activations at once.
-        prepared_by: hyperparameters that `prepare` reads; every other one leaves the prepared tensors as they are.
+        tape: number of forward passes of a batch whose activations it holds at once.
+        prepared_by: hyperparameters that `prepare` reads; no other one changes the prepared tensors.
         quick: values of some of these with which `prepare` costs little; a dry run prepares with them.
 
     Args:
         model: the handle whose network is changed in place.
-        hyperparameters: an instance of the class attribute `Hyperparameters`.
-        prepared: what `prepare` returned for this model, task and `prepared_by`; {} where the method prepares nothing.
-        goal: what the task wants; None for methods that only look at data.
+        hyperparameters: an instance of the class attribute `Hyperparameters`; kept as `hp`.
+        prepared: the tensors that `prepare` returned for this model, task and `prepared_by`; {} if it prepares nothing.
+        goal: the aim of the task; None for methods that only read data.
+
+    Attributes: `names`, `params` and `start` are the parameters that may change and copies of their first values; `done` is
+    the number of finished steps.
     """
 
     name: ClassVar[str]
@@ -245,34 +203,39 @@ class Method(ABC):
         self.names, self.params = list(chosen), list(chosen.values())
         self.start = [p.detach().clone() for p in self.params]
         self.done = 0
+        self.setup()
+
+    def setup(self) -> None:  # noqa: B027
+        """Builds what else the method keeps for this candidate (optimisers, masks, further networks); called once, at the end
+        of `__init__`. An override calls `super().setup()` first."""
 
     @classmethod
     def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
         """Tensors that depend on base model, task and `prepared_by` alone, shared by all trials; {} by default.
 
-        Leaves the model as it is.
+        Leaves the model as it is. Every rank runs it on all rows, so nothing is summed over ranks: see `gradients.local`.
         """
         return {}
 
     @classmethod
     def choices(cls, name: str, prepared: dict[str, torch.Tensor], hyperparameters: Any) -> list[Any]:
-        """The values that a search may choose for hyperparameter `name` where its space says `choice: from_model`."""
+        """Values that a search may choose for hyperparameter `name`, where its space has `choice: from_model`."""
         raise ValueError(f"{cls.name} offers no choices for {name}")
 
     @classmethod
     def on_images(cls, hyperparameters: Any) -> bool:
-        """Whether rows are to hold images also where the model's network takes latents."""
+        """Whether the method reads images even if the model's network takes latents."""
         return False
 
     @classmethod
     def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
-        """Why these settings cannot work on this model and goal, for people; [] if they can."""
+        """Reasons why these settings cannot work on this model and goal, as sentences for people; [] if they can."""
         return []
 
     @property
     def steps(self) -> int:
-        """How many times `step` is called."""
-        return self.hp.steps
+        """Number of calls of `step`."""
+        return int(self.hp.steps)
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name may change; all of them by default."""
@@ -280,14 +243,15 @@ class Method(ABC):
 
     @abstractmethod
     def draws(self) -> dict[str, Draw]:
-        """The rows that each step needs, by name; a name is its split ("forget", "retain", "train") unless it says so."""
+        """Requests for the rows of the next step, by name: the split ("forget", "retain", "train"), unless `Draw.split` names
+        another."""
 
     @abstractmethod
     def step(self, batch: Batch) -> Scalars:
         """One step. Returns diagnostics; raises Diverged on a value that is not finite."""
 
     def watch(self, norm: torch.Tensor, scalars: Scalars) -> None:
-        """Raises Diverged if the norm of a gradient is not finite; on a GPU it looks at `CHECK_EVERY` steps at once."""
+        """Raises Diverged if the norm of a gradient is not finite; on a GPU once for every `CHECK_EVERY` steps."""
         self._norms = norm + getattr(self, "_norms", 0.0)
         if norm.device.type == "cpu" or self.done % CHECK_EVERY == 0:
             if not math.isfinite(self._norms):
@@ -295,7 +259,10 @@ class Method(ABC):
             del self._norms
 
     def finish(self) -> dict[str, float]:
-        """Completes the candidate and returns diagnostics: the distance to the start, over all weights and per block."""
+        """Completes the candidate and returns diagnostics: the L2 distance to the start, over all weights and per block.
+
+        Raises Diverged on a weight that is not finite.
+        """
         for name, p in self.model.net.named_parameters():
             if not bool(torch.isfinite(p).all()):
                 raise Diverged(f"step {self.done}: the weights are not finite ({name})")
@@ -307,7 +274,7 @@ class Method(ABC):
         return {"distance": math.sqrt(sum(squares.values()))} | distances
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to continue bit for bit (tensors and plain values only)."""
+        """All that a resumed run needs to continue bit for bit (tensors and plain values only)."""
         return {"net": self.model.net.state_dict(), "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -324,20 +291,14 @@ class Descent(Method):
     Hyperparameters: ClassVar[type[BaseModel]] = Training
     hp: Training
 
-    def __init__(
-        self,
-        model: Model,
-        hyperparameters: Any,
-        prepared: dict[str, torch.Tensor] | None = None,
-        goal: Goal | None = None,
-    ):
-        super().__init__(model, hyperparameters, prepared, goal)
+    def setup(self) -> None:
+        super().setup()
         self.optimizer = self.adam(self.params)
         self.average = [p.detach().clone() for p in self.params] if self.hp.ema else []
-        self._room: dict[int, torch.Tensor] = {}
+        self.buffers: dict[int, torch.Tensor] = {}  # flat gradients, by the number that `gradient` is given
 
     def adam(self, params: list[torch.Tensor]) -> torch.optim.AdamW:
-        """An optimiser with this method's settings."""
+        """A new optimiser with this method's settings."""
         hp = self.hp
         groups: list[dict[str, Any]] = [{"params": params}]
         if hp.decays == "matrices" and any(p.dim() < 2 for p in params):
@@ -355,8 +316,8 @@ class Descent(Method):
         progress = (step - hp.warmup) / max(1, hp.steps - hp.warmup)
         return hp.floor + (1 - hp.floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
-    def at_rate(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives an optimiser the learning rate of the next step."""
+    def set_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Sets an optimiser's learning rate to that of the next step."""
         for group in optimizer.param_groups:
             group["lr"] = self.hp.lr * self.rate(self.done)
 
@@ -367,19 +328,25 @@ class Descent(Method):
     def gradient(
         self, loss: torch.Tensor | Iterable[torch.Tensor], which: int = 0, keep_graph: bool = False
     ) -> torch.Tensor:
-        """The flat gradient of the global loss, or of the sum of several losses (see `gradients.flat`). A method that needs
-        several gradients at once numbers them: each number has its own memory, used again at every step, and the vector may be
-        changed in place."""
-        if which not in self._room:
-            self._room[which] = gradients.empty(self.params)
-        return gradients.flat(loss, self.params, keep_graph, self._room[which])
+        """The flat gradient of the global loss, or of the sum of several losses (see `gradients.flat`).
+
+        A method that needs several gradients at once numbers them with `which`: each number has its own memory, reused at
+        every step. The vector may be changed in place.
+        """
+        if which not in self.buffers:
+            self.buffers[which] = gradients.empty(self.params)
+        return gradients.flat(loss, self.params, keep_graph, self.buffers[which])
+
+    def draws(self) -> dict[str, Draw]:
+        """By default `batch_size` rows of each split that the method needs."""
+        return {split: Draw(self.hp.batch_size) for split in sorted(self.needs)}
 
     @abstractmethod
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
-        """The flat vector to descend along, equal on all ranks, and diagnostics. The vector may be changed in place."""
+        """The flat vector to descend along, equal on all ranks, and diagnostics. The caller may change the vector in place."""
 
     def constrain(self, flat: torch.Tensor) -> None:
-        """Changes the clipped direction in place; a hook for masks."""
+        """Changes the clipped direction in place, for example by a mask; does nothing by default."""
 
     def step(self, batch: Batch) -> Scalars:
         """One optimiser step. Returns diagnostics; raises Diverged on a value that is not finite."""
@@ -391,7 +358,7 @@ class Descent(Method):
             gradients.clip(flat, norm, self.hp.clip_norm)
         self.constrain(flat)
         gradients.assign(self.params, flat)
-        self.at_rate(self.optimizer)
+        self.set_rate(self.optimizer)
         self.optimizer.step()
         if self.average:
             gradients.average(self.average, self.params, self.ema_decay(self.done))
@@ -400,7 +367,7 @@ class Descent(Method):
 
     def finish(self) -> dict[str, float]:
         with torch.no_grad():
-            for p, average in zip(self.params, self.average, strict=False):  # empty where none is kept
+            for p, average in zip(self.params, self.average, strict=False):  # `average` is empty without `ema`
                 p.copy_(average)
         return super().finish()
 
@@ -411,44 +378,6 @@ class Descent(Method):
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.average = [a.clone() for a in state["average"]]
-
-
-def timesteps(model: Model, rows: Rows, low: int = 0, high: int | None = None) -> torch.Tensor:
-    """Uniform integer timesteps in [low, high), (n,); `high` defaults to the length of the schedule."""
-    high = len(model.alphas) if high is None else high
-    u = model.uniform(rows.seeds, 1)[:, 0]
-    return (low + (u * (high - low)).long()).clamp(max=high - 1)
-
-
-def picked(model: Model, rows: Rows, pool: torch.Tensor, column: int = 1) -> torch.Tensor:
-    """One of `pool` (k, ...) for each row, each equally likely, (n, ...); column: which of a row's uniform numbers decides."""
-    u = model.uniform(rows.seeds, column + 1)[:, column].to(pool.device)
-    return pool[(u * len(pool)).long().clamp(max=len(pool) - 1)]
-
-
-def squared_errors(model: Model, rows: Rows, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """(predict - target)^2 per element, in the model's own parameterisation, shape of rows.x."""
-    output = model.predict(model.add_noise(rows.x, eps, t), t, rows.cond)
-    return (output - model.target(rows.x, eps, t)).square()
-
-
-def diffusion_loss(model: Model, rows: Rows, reduction: Reduction = "mean") -> torch.Tensor:
-    """This rank's part of the plain diffusion loss: mean or sum over elements, sum over its rows, divided by the total."""
-    errors = squared_errors(model, rows, timesteps(model, rows), model.noise(rows.seeds)).flatten(1)
-    return (errors.mean(1) if reduction == "mean" else errors.sum(1)).sum() / rows.total
-
-
-def without_labels(model: Model, rows: Rows, share: float, column: int = 1) -> Rows:
-    """`rows` with the unconditional label or prompt in place of a share of them; column: which uniform number decides.
-
-    Unchanged where share is 0, or rows have no condition, or the model has no unconditional branch.
-    """
-    null = model.unconditional(len(rows.x))
-    if share == 0 or rows.cond is None or null is None:
-        return rows
-    drop = (model.uniform(rows.seeds, column + 1)[:, column] < share).to(rows.cond.device)
-    drop = drop.view(-1, *[1] * (rows.cond.dim() - 1))
-    return Rows(rows.x, torch.where(drop, null, rows.cond), rows.seeds, rows.total)
 
 
 def _describe(scalars: Scalars) -> str:

@@ -11,11 +11,15 @@ pixels) SISS becomes this. Losses are sums over the elements of an image and mea
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Rows, Scalars, squared_errors
+from methods.base import Scalars
+from methods.losses import squared_errors
+from methods.rows import Batch
 from methods.siss import SubtractedScores, SubtractSettings
 
 
@@ -31,7 +35,7 @@ class Bernoulli(SubtractedScores):
     name = "bernoulli"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, Bernoulli ablation"
     forwards_per_step = 5
-    tape = 1.2  # its graph stays for the second backward pass
+    tape = 1.2  # the graph stays for the second backward pass
     Hyperparameters = BernoulliSettings
     hp: BernoulliSettings
 
@@ -44,7 +48,7 @@ class Bernoulli(SubtractedScores):
         if retain.cond is not None and forget.cond is not None:
             shape = (-1,) + (1,) * (forget.cond.dim() - 1)
             cond = torch.where(from_forget.view(shape), forget.cond, retain.cond)
-        rows = Rows(x, cond, retain.seeds, retain.total)
+        rows = replace(retain, x=x, cond=cond)
         errors = squared_errors(self.model, rows, t, self.model.noise(rows.seeds)).flatten(1).sum(1)
         loss_x = torch.where(from_forget, 0, errors).sum() / (1 - self.hp.lam) / rows.total
         loss_a = torch.where(from_forget, errors, 0).sum() / rows.total

@@ -7,45 +7,34 @@ solves it by value function (BOME):
 L_f^ is a constant, so the direction is g_r + lam_B g_f, with lam_B
     fixed     `weight`
     adaptive  max(eta - cos(g_r, g_f), 0)     (released; BOME divides by |g_f|^2 instead)
-and the inner steps show how far the forget loss can still fall (`gap`). They leave theta as it was. With `inner_moments:
-shared`, as released, Adam's moments of the inner steps reach the outer ones; with `own` they change nothing but `gap`.
+and the inner steps show how far the forget loss can still fall (`gap`). They leave theta unchanged. With `inner_moments:
+shared`, as released, inner and outer steps update the same moments of Adam; with `own` the inner steps affect `gap` alone.
 
 The algorithm looks ahead before every outer step on the rows of that step (`inner_every: 1`, `inner_rows: same`). The release
 does so once for many outer steps, by K passes over the forget set (`fresh`: consecutive batches of one shuffled stream). Its
-DDPM run has 4 epochs of 2 rounds; a round looks ahead by K = 2 passes over 5,000 images in batches of 128, that is 80
+DDPM run has 4 epochs of 2 rounds. A round looks ahead by K = 2 passes over 5,000 images in batches of 128, which is 80
 inner steps, and takes 36 outer steps, the batches until more than 4,500 retained images are seen: 288 in all. Its norm
-clip of 1 binds the outer steps alone, and its candidate is the moving average over these. Its Stable Diffusion run has
-neither clip nor average.
+clip of 1 applies to the outer steps alone, and its candidate is their moving average. Its Stable Diffusion run has neither
+clip nor average.
 
 L_f = mean |eps_theta(x_t, c_f) - stopgrad eps_theta(x_t, c')|^2 with c' a random other class ("relabel"), or
 mean |eps_theta(x_t) - u|^2 with u ~ U[0, 1) ("uniform", the older variant, which needs no classes). Both losses are means
-over elements, as in that release. Here every row has a c' and a t of its own, the forget rows also in the outer step; the
-release draws one c' for a batch, and the outer step noises forget rows with the timesteps of the retain rows.
+over elements, as in that release. Here each row draws its own c' and t, and so do the forget rows of the outer step; the
+release draws one c' for a batch, and its outer step noises forget rows with the timesteps of the retain rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
 from methods import gradients
-from methods.base import (
-    Batch,
-    Descent,
-    Draw,
-    Goal,
-    Model,
-    Rows,
-    Scalars,
-    Training,
-    diffusion_loss,
-    picked,
-    timesteps,
-    without_labels,
-)
+from methods.base import Descent, Goal, Model, Scalars, Training
+from methods.losses import diffusion_loss, pick, timesteps, without_labels
+from methods.rows import Batch, Draw, Rows
 
 DEFAULT = 0.1  # lam_B and eta of the released code
 
@@ -65,23 +54,27 @@ class EraseDiffSettings(Training):
     )
     inner_every: int = Field(36, ge=1, description="outer steps per look-ahead (released, DDPM: 36; algorithm: 1)")
     inner_rows: Literal["same", "fresh"] = Field(
-        "fresh", description="rows of the inner steps: passes over the forget set (released), or the outer step's own"
+        "fresh",
+        description="rows of the inner steps: passes over the forget set (released), or those of the outer step",
     )
-    mode: Literal["fixed", "adaptive"] = Field("fixed", description="how lam_B is found")
+    mode: Literal["fixed", "adaptive"] = Field("fixed", description="rule for lam_B")
     weight: float | None = Field(None, ge=0, description="lam_B, for mode: fixed; null: 0.1 (released; 1 for SD)")
     eta: float | None = Field(None, ge=0, le=2, description="eta, for mode: adaptive; null: 0.1 (released)")
     target: Literal["auto", "relabel", "uniform"] = Field(
-        "auto", description="what forgotten rows learn; auto: relabel where there are classes, else uniform"
+        "auto", description="targets of forgotten rows; auto: relabel where there are classes, else uniform"
     )
     inner_moments: Literal["own", "shared"] = Field(
-        "shared", description="Adam's moments of the inner steps; shared with the outer ones (released), or their own"
+        "shared", description="Adam's moments of the inner steps: shared with the outer ones (released), or separate"
     )
     label_drop: float = Field(
-        0.0, ge=0, lt=1, description="share of forget rows without label, in both terms apart (released, DDPM: 0.1)"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of forget rows without label, drawn separately for both terms (released, DDPM: 0.1)",
     )
 
     @model_validator(mode="after")
-    def _one_mode(self):
+    def _one_mode(self) -> Self:
         other = "eta" if self.mode == "fixed" else "weight"
         if getattr(self, other) is not None:
             raise ValueError(f"{other} has no effect with mode: {self.mode}")
@@ -89,38 +82,32 @@ class EraseDiffSettings(Training):
 
 
 class EraseDiff(Descent):
-    """Descends g_r + lam_B g_f after a look ahead on the forget loss; arXiv:2401.05779."""
+    """Descends g_r + lam_B g_f after looking ahead on the forget loss; arXiv:2401.05779."""
 
     name = "erasediff"
     source = "Wu et al., arXiv:2401.05779"
     needs = frozenset({"forget", "retain"})
     forwards_per_step = 15  # about two inner steps of 4 for an outer one of 7
-    copies = 7  # nine with `inner_moments: own`
+    copies = 7  # 9 with `inner_moments: own`
     Hyperparameters = EraseDiffSettings
     hp: EraseDiffSettings
 
-    def __init__(
-        self,
-        model: Model,
-        hyperparameters: EraseDiffSettings,
-        prepared: dict[str, torch.Tensor] | None = None,
-        goal: Goal | None = None,
-    ):
-        super().__init__(model, hyperparameters, prepared, goal)
+    def setup(self) -> None:
+        super().setup()
         self.reached = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
     @classmethod
-    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+    def unsuited(cls, hyperparameters: EraseDiffSettings, model: Model, goal: Goal) -> list[str]:
         if hyperparameters.target == "relabel" and not goal.kept:
             return ["target: relabel needs classes; valid here: auto, uniform"]
         return []
 
     def draws(self) -> dict[str, Draw]:
-        hp, draws = self.hp, {"forget": Draw(self.hp.batch_size), "retain": Draw(self.hp.batch_size)}
+        hp, draws = self.hp, super().draws()
         if hp.inner_rows == "fresh" and self.looks_ahead():
             first = self.done // hp.inner_every * hp.inner_steps
             for k in range(hp.inner_steps):
-                draws[f"inner{k}"] = Draw(hp.batch_size, split="forget", stream="inner", place=first + k)
+                draws[f"inner{k}"] = Draw(hp.batch_size, split="forget", stream="inner", number=first + k)
         return draws
 
     def looks_ahead(self) -> bool:
@@ -146,10 +133,10 @@ class EraseDiff(Descent):
         return g_r.addcmul_(g_f, lam), scalars
 
     def look_ahead(self, batch: Batch) -> torch.Tensor:
-        """The mean forget loss over the inner steps, float64, after which the weights are as they were."""
-        kept = [p.detach().clone() for p in self.params]
+        """Takes the inner steps, restores the weights, and returns the mean forget loss on the way, float64."""
+        before = [p.detach().clone() for p in self.params]
         optimizer = self.optimizer if self.hp.inner_moments == "shared" else self.adam(self.params)
-        self.at_rate(optimizer)
+        self.set_rate(optimizer)
         losses = []
         for k in range(self.hp.inner_steps):
             fresh = self.hp.inner_rows == "fresh"
@@ -158,8 +145,8 @@ class EraseDiff(Descent):
             optimizer.step()
             losses.append(loss.detach())
         with torch.no_grad():
-            for p, before in zip(self.params, kept, strict=True):
-                p.copy_(before)
+            for p, p0 in zip(self.params, before, strict=True):
+                p.copy_(p0)
         return gradients.scalars(inner=torch.stack(losses).mean())["inner"]
 
     def forget_loss(self, rows: Rows) -> torch.Tensor:
@@ -167,14 +154,14 @@ class EraseDiff(Descent):
         model, t = self.model, timesteps(self.model, rows)
         x_t = model.add_noise(rows.x, model.noise(rows.seeds), t)
         if self.goal.kept and self.hp.target != "uniform":
-            other = picked(model, rows, self.goal.asking(self.goal.kept, rows.x.device))
+            other = pick(model, rows, self.goal.conditions(self.goal.kept, rows.x.device))
             shown = without_labels(model, rows, self.hp.label_drop, 2)
             imitated = without_labels(model, replace(rows, cond=other), self.hp.label_drop, 3)
             with torch.no_grad():
                 teacher = model.predict(x_t, t, imitated.cond)
             errors = model.predict(x_t, t, shown.cond) - teacher
         else:
-            u = model.uniform(rows.seeds ^ 0x2545F4914F6CDD1D, x_t[0].numel()).view_as(x_t).to(x_t)
+            u = model.uniform(rows.second_seeds, x_t[0].numel()).view_as(x_t).to(x_t)
             errors = model.eps(x_t, t, rows.cond) - u
         return errors.square().flatten(1).mean(1).sum() / rows.total
 

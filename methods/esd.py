@@ -3,31 +3,33 @@
 Source: Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, arXiv:2303.07345, and the released code.
     target  y = eps0(x_t, null) - eta * (eps0(x_t, c) - eps0(x_t, null)),   eps0 the frozen base model
     minimise  mean |eps_theta(x_t, c) - y|^2
-No image is read: x_t comes from sampling under c with guidance up to a random point of a DDIM run. It is sampled from the
-model being trained (paper, first release) or from the frozen base (current release). The current release writes the target
-as eps_c - eta' (eps_c - eps_null): eta' = eta + 1.
+No image is read: x_t is sampled under c with guidance up to a random point of a DDIM run, from the model being trained
+(paper, first release) or from the frozen base (current release). The current release writes the target as
+eps_c - eta' (eps_c - eps_null): eta' = eta + 1.
 
-`timestep` is the t that the networks are told. level: that of x_t, as in the current release. older_release: as in the
-first release and in SalUn's copy, where the n steps of the run share the schedule of length T and a random k < n says
-t, uniform in [k T/n, (k + 1) T/n), while the sampler returns x_t two points of its run lower: at n = 50, T = 1000 its
-level is 39 to 58 steps below t. That sampler also starts one point below the top.
+`timestep` is the t that the networks receive. level: that of x_t, as in the current release. older_release: as in the first
+release and in SalUn's copy. There the n steps of the run divide the schedule of length T, a random k < n gives t, uniform in
+[k T/n, (k + 1) T/n), and the sampler returns x_t two points of its run lower: at n = 50, T = 1000 its level is 39 to 58
+steps below t. That sampler also starts one point below the top.
 
-What moves, `layers`: x is cross-attention (concepts tied to their name), x_strict its keys and values only, u everything
-else (concepts that appear unbidden; the current release leaves out its norms, the first one the output and the time
-embedding), full is all. A class-conditional network has no cross-attention; there x is the class embedding, the one place
-where the condition enters.
+`layers` are the weights that change: x is cross-attention (concepts tied to their name), x_strict its keys and values only,
+u everything else (concepts that appear without being named; the current release leaves out its norms, the first one the
+output and the time embedding), full is all. A class-conditional network has no cross-attention; there x is the class
+embedding, the only point where the condition enters.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from functools import cached_property
+from typing import Literal
 
 import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import SEEDS, Batch, Descent, Draw, Goal, Model, Scalars, Training
+from methods.base import Descent, Goal, Model, Scalars, Training
+from methods.rows import SEEDS, Batch, Draw
 
 
 class ESDSettings(Training):
@@ -37,14 +39,14 @@ class ESDSettings(Training):
     steps: int = Field(1000, ge=0, description="optimiser steps (paper: 1000; current release: 200)")
     batch_size: int = Field(1, ge=1, description="rows per step (paper: 1)")
     eta: float = Field(1.0, gt=0, description="strength of the negative guidance (paper: 1)")
-    layers: Literal["x", "x_strict", "u", "full"] = Field("full", description="which weights move")
+    layers: Literal["x", "x_strict", "u", "full"] = Field("full", description="weights that change")
     guidance: float = Field(3.0, ge=0, description="guidance while sampling x_t (released: 3)")
     sampler_steps: int = Field(
         50, ge=1, description="length of the DDIM run, at most that of the schedule (released: 50)"
     )
     timestep: Literal["level", "older_release"] = Field(
         "level",
-        description="t that goes with x_t: its noise level (current release), or at or above it (first release)",
+        description="t given to the networks: the noise level of x_t (current release), or at or above it (first release)",
     )
     sample_from: Literal["trained", "base"] = Field("trained", description="the model that x_t is sampled from")
 
@@ -56,37 +58,33 @@ class ESD(Descent):
     source = "Gandikota et al., ICCV 2023, arXiv:2303.07345"
     needs = frozenset()
     kinds = frozenset({"class", "concept"})
-    forwards_per_step = (
-        5  # two of the base, three of the model; and two per step of the DDIM run, half of it on average
-    )
+    # two of the base, three of the model; and two per step of the DDIM run, half of it on average
+    forwards_per_step = 5
     Hyperparameters = ESDSettings
     hp: ESDSettings
 
-    def __init__(
-        self,
-        model: Model,
-        hyperparameters: ESDSettings,
-        prepared: dict[str, torch.Tensor] | None = None,
-        goal: Goal | None = None,
-    ):
-        self.moves = moving(list(dict(model.net.named_parameters())), hyperparameters.layers)
-        super().__init__(model, hyperparameters, prepared, goal)
-        self.base = model.with_net(copy.deepcopy(model.net).requires_grad_(False).eval())
+    def setup(self) -> None:
+        super().setup()
+        self.base = self.model.with_net(copy.deepcopy(self.model.net).requires_grad_(False).eval())
+
+    @cached_property
+    def moves(self) -> set[str]:
+        """The names of the parameters that `layers` lets change."""
+        return layer_names([n for n, _ in self.model.net.named_parameters()], self.hp.layers)
 
     @classmethod
-    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+    def unsuited(cls, hyperparameters: ESDSettings, model: Model, goal: Goal) -> list[str]:
+        hp, length = hyperparameters, len(model.alphas)
         reasons = [] if model.unconditional(1) is not None else ["it needs a model with an unconditional branch"]
         named = dict(model.net.named_parameters())
         free = {n for n, p in named.items() if p.requires_grad}
-        if not moving(list(named), hyperparameters.layers) & free:
-            valid = [v for v in ("x", "x_strict", "u", "full") if moving(list(named), v) & free]
+        if not layer_names(list(named), hp.layers) & free:
+            valid = [v for v in ("x", "x_strict", "u", "full") if layer_names(list(named), v) & free]
             reasons.append(
-                f"layers: {hyperparameters.layers} names no weight of this model that may change; valid: {', '.join(valid)}"
+                f"layers: {hp.layers} names no weight of this model that may change; valid: {', '.join(valid)}"
             )
-        if hyperparameters.sampler_steps > len(model.alphas):
-            reasons.append(
-                f"sampler_steps: {hyperparameters.sampler_steps} is more than the {len(model.alphas)} steps of the schedule"
-            )
+        if hp.sampler_steps > length:
+            reasons.append(f"sampler_steps: {hp.sampler_steps} is more than the {length} steps of the schedule")
         return reasons
 
     def trains(self, name: str) -> bool:
@@ -106,16 +104,16 @@ class ESD(Descent):
         return self.gradient(loss), gradients.scalars(loss=loss)
 
     def partial_samples(self, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x_t, t): each row sampled under the concept up to a random step of the run, and the t of `timestep`."""
+        """(x_t, t): rows (n, C, H, W) sampled under the concept up to a random step of the run, and the t of `timestep`."""
         hp, model = self.hp, self.model if self.hp.sample_from == "trained" else self.base
         u, n = model.uniform(seeds, 2), self.hp.sampler_steps
-        point = (u[:, 0] * n).long().clamp(max=n - 1)  # level: of the run's points from above; older_release: k
+        point = (u[:, 0] * n).long().clamp(max=n - 1)  # level: counted from the top of the run; older_release: k
         stop = point if hp.timestep == "level" else (n + 1 - point).clamp(max=n - 1)
         cond = self.goal.forgotten(len(seeds), u.device)
         x_t, times, last = None, [], int(stop.max())
         for i, (t, x) in enumerate(model.trajectory(cond, seeds, n, hp.guidance)):
-            here = (stop == i).view(-1, *[1] * (x.dim() - 1))
-            x_t = torch.where(here, x, torch.zeros_like(x) if x_t is None else x_t)
+            stops = (stop == i).view(-1, *[1] * (x.dim() - 1))
+            x_t = torch.where(stops, x, torch.zeros_like(x) if x_t is None else x_t)
             times.append(t)
             if i == last:
                 break
@@ -128,12 +126,12 @@ class ESD(Descent):
 
 
 def target(eps_cond: torch.Tensor, eps_uncond: torch.Tensor, eta: float) -> torch.Tensor:
-    """eps_uncond - eta (eps_cond - eps_uncond): what the concept's prediction becomes."""
+    """eps_uncond - eta (eps_cond - eps_uncond), the new prediction under the concept."""
     return eps_uncond - eta * (eps_cond - eps_uncond)
 
 
-def moving(names: list[str], layers: str) -> set[str]:
-    """The parameter names that `layers` lets move."""
+def layer_names(names: list[str], layers: str) -> set[str]:
+    """Those of the parameter names that the setting `layers` lets change."""
     cross = {n for n in names if "attn2" in n}
     entry = cross or {n for n in names if "class_embedding" in n}
     if layers == "full":

@@ -3,14 +3,14 @@
 Source: Alberti et al., "Data Unlearning in Diffusion Models", ICLR 2025, arXiv:2503.01034 (baseline "naive deletion",
 the loss L over X without A).
     minimise  L_r = E_{x ~ retain, t, eps} |eps_theta(x_t, t) - eps|^2
-The squared norm is a sum over the elements of an image, as released, and the clip of 1 binds its gradient. That of the mean
-over D elements is 1/D of it, so `reduction: mean` with clip_norm/D and Adam's epsilon/D takes the same steps.
+The squared norm is a sum over the elements of an image, as released, and the clip of 1 binds its gradient. The gradient of the
+mean over D elements is 1/D of it, so `reduction: mean` with clip_norm/D and Adam's epsilon/D takes the same steps.
 
 A contrastive model descends its own loss, the symmetric InfoNCE of retained pairs (baseline FT of arXiv:2407.11867), which
-`reduction` leaves as it is. The defaults are those of SISS; SLUG's release trains its baselines with AdamW (0.9, 0.98,
+`reduction` does not change. The defaults are those of SISS; SLUG's release trains its baselines with AdamW (0.9, 0.98,
 epsilon 1e-6) at 1e-7 in batches of 32 for 10 epochs, with weight decay 0.1 of matrices alone, a cosine decay and no clip.
 
-Naive deletion forgets only what training on the rest overwrites, and is the control that every other method has to beat.
+Naive deletion forgets only what training on the other data overwrites. It is the control that every method has to beat.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Reduction, Scalars, Training
-from methods.losses import retain_loss
+from methods.base import Descent, Scalars, Training
+from methods.losses import Reduction, retain_loss
+from methods.rows import Batch
 
 
 class FinetuneSettings(Training):
@@ -47,9 +48,6 @@ class Finetune(Descent):
     copies = 5
     Hyperparameters = FinetuneSettings
     hp: FinetuneSettings
-
-    def draws(self) -> dict[str, Draw]:
-        return {"retain": Draw(self.hp.batch_size)}
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         loss = retain_loss(self.model, batch["retain"], self.hp.reduction)

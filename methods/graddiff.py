@@ -11,7 +11,7 @@ units, kept here under two names:
 The retain rows of a step are a minibatch, a minibatch balanced over the groups (classes), or all of the retain set in pieces
 of `batch_size`; with the latter two this is the paper's GradDiffD. Their groups may be chosen (the paper's ablation: two
 classes near the forgotten one against all nine, at equal size). Neither release clips the norm of a gradient. The CIFAR
-one's losses are sums over elements, which weighs both terms alike; m is in units of a mean, as in the other.
+release sums losses over elements, which scales both terms alike; m is in units of a mean, as in the Stable Diffusion release.
 
 A contrastive model ascends 1 - cos(image, caption) of forgotten pairs and descends the symmetric InfoNCE of retained ones
 (baseline GAFT of arXiv:2407.11867, with both gradients in one step); nothing is truncated.
@@ -20,25 +20,15 @@ A contrastive model ascends 1 - cos(image, caption) of forgotten pairs and desce
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field
 
 from methods import gradients
-from methods.base import (
-    Batch,
-    Descent,
-    Draw,
-    Goal,
-    Model,
-    Rows,
-    Scalars,
-    Training,
-    squared_errors,
-    timesteps,
-)
-from methods.losses import contrastive, forget_loss, retain_loss
+from methods.base import Descent, Goal, Model, Scalars, Training
+from methods.losses import forget_loss, is_contrastive, retain_loss, squared_errors, timesteps
+from methods.rows import Batch, Draw, Rows
 
 
 class GradDiffSettings(Training):
@@ -68,8 +58,8 @@ class GradDiff(Descent):
     hp: GradDiffSettings
 
     @classmethod
-    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
-        if contrastive(model) and (hyperparameters.trunc_elem_sq, hyperparameters.trunc_batch_loss) != (None, None):
+    def unsuited(cls, hyperparameters: GradDiffSettings, model: Model, goal: Goal) -> list[str]:
+        if is_contrastive(model) and (hyperparameters.trunc_elem_sq, hyperparameters.trunc_batch_loss) != (None, None):
             return [
                 "trunc_elem_sq, trunc_batch_loss: a contrastive loss is bounded and not truncated; set both to null"
             ]
@@ -79,12 +69,14 @@ class GradDiff(Descent):
         return [f"retain_groups: {unknown} are not among the retained classes {list(goal.kept)}"] if unknown else []
 
     def draws(self) -> dict[str, Draw]:
-        size = None if self.hp.retain_pass == "full" else self.hp.batch_size
-        balanced, hp = self.hp.retain_pass == "balanced", self.hp
-        return {
-            "forget": Draw(hp.batch_size),
-            "retain": Draw(size, balanced=balanced, per_group=hp.retain_per_group, groups=hp.retain_groups),
-        }
+        hp = self.hp
+        retain = Draw(
+            None if hp.retain_pass == "full" else hp.batch_size,
+            balanced=hp.retain_pass == "balanced",
+            per_group=hp.retain_per_group,
+            groups=hp.retain_groups,
+        )
+        return super().draws() | {"retain": retain}
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         g_forget, lost, truncated = self.forget_gradient(batch["forget"])
@@ -94,17 +86,17 @@ class GradDiff(Descent):
         return self.combine(g_forget, g_retain, products), scalars | {"cosine": gradients.cosine(*products)}
 
     def combine(self, g_forget: torch.Tensor, g_retain: torch.Tensor, products: gradients.Products) -> torch.Tensor:
-        """The update direction from the flat gradients of two losses that are minimised, in the first one's storage."""
+        """The update direction for the flat gradients of two losses that are minimised, in the storage of `g_forget`."""
         return g_forget.add_(g_retain, alpha=self.hp.lam)
 
     def retain_gradient(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """(flat gradient of the retain loss, this rank's part of the loss).
 
-        A full pass goes in pieces of `batch_size` rows over all ranks: the gradient is that of the mean over all rows, and the
-        memory that of a batch. A contrastive loss compares all rows with each other, so they stay together.
+        A full pass is split into pieces of `batch_size` rows over all ranks: the gradient is that of the mean over all rows,
+        and the memory that of a batch. A contrastive loss compares all rows with each other, so they stay together.
         """
-        pieces = self.hp.retain_pass == "full" and not contrastive(self.model)
-        size = max(1, self.hp.batch_size // gradients.ranks()) if pieces else max(1, len(rows.x))
+        pieces = self.hp.retain_pass == "full" and not is_contrastive(self.model)
+        size = max(1, self.hp.batch_size // rows.ranks) if pieces else max(1, len(rows.x))
         losses = [torch.zeros((), dtype=self.params[0].dtype, device=self.params[0].device)]
 
         def parts() -> Iterator[torch.Tensor]:
@@ -116,8 +108,8 @@ class GradDiff(Descent):
         return self.gradient(parts(), 1), torch.stack(losses).sum()
 
     def forget_gradient(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(flat gradient of the negated truncated loss, this rank's part of the loss, of the truncated share)."""
-        if contrastive(self.model):
+        """(flat gradient of the negated truncated loss, this rank's part of the loss, its part of the truncated share)."""
+        if is_contrastive(self.model):
             loss = forget_loss(self.model, rows)
             return self.gradient(-loss), loss, torch.zeros_like(loss)
         t = timesteps(self.model, rows)
@@ -136,9 +128,9 @@ class GradDiff(Descent):
 def truncate_elements(
     errors: torch.Tensor, weight: torch.Tensor, limit: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """w min(e/w, limit) and where it binds, for squared errors e = w (x0_hat - x0)^2; no limit: unchanged.
+    """(w min(e/w, limit), a mask of the elements where the limit binds) for squared errors e = w (x0_hat - x0)^2.
 
-    errors: (n, C, H, W); weight: (n, 1, 1, 1) positive; limit: squared pixels or None.
+    errors: (n, C, H, W); weight: (n, 1, 1, 1), positive; limit: in squared pixels; None leaves the errors unchanged.
     """
     if limit is None:
         return errors, torch.zeros_like(errors, dtype=torch.bool)

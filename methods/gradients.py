@@ -7,25 +7,12 @@ that combines two of them holds two vectors and nothing else; scalars stay on th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 
 Products = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-_alone: list[bool] = []
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Inside it nothing is summed over ranks: for work that every rank does on all rows, such as a preparation."""
-    _alone.append(True)
-    try:
-        yield
-    finally:
-        _alone.pop()
 
 
 def average(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], decay: float) -> None:
@@ -33,16 +20,23 @@ def average(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], d
     torch._foreach_lerp_(list(averages), [w.detach() for w in weights], 1 - decay)  # one kernel for all
 
 
+def ranks() -> int:
+    """Number of ranks of the process group; 1 outside of one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums in place over all ranks; the identity outside a process group and in `alone`."""
+    """Sums in place over all ranks; the identity outside a process group."""
     if ranks() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:
-    """The rows (n, ...) of all ranks, in their order; gradients flow into this rank's own, so that `flat` of a loss of all
-    of them is its gradient. Every rank must have as many. The identity outside a process group and in `alone`."""
+    """The rows (n, ...) of all ranks, in the order of the ranks; the identity outside a process group.
+
+    Gradients flow into this rank's rows, so `flat` of a loss of all rows is its gradient. Every rank must have the same n.
+    """
     if ranks() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(ranks())]
@@ -51,9 +45,23 @@ def gathered(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def ranks() -> int:
-    """How many ranks sums run over."""
-    return dist.get_world_size() if not _alone and dist.is_available() and dist.is_initialized() else 1
+def local(
+    loss: torch.Tensor | Iterable[torch.Tensor],
+    params: Sequence[torch.Tensor],
+    keep_graph: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """This rank's gradient of a loss as one vector; a parameter that the loss does not reach contributes zeros.
+
+    For several losses, such as those of the pieces of a batch, it is the gradient of their sum. They are differentiated one
+    after the other as they arrive, so the graphs of two never exist at once. The vector is `out`, overwritten, if that is
+    given. Afterwards the `.grad` of `params` are views of it.
+    """
+    vector = empty(params).zero_() if out is None else out.zero_()
+    assign(params, vector)
+    for part in [loss] if isinstance(loss, torch.Tensor) else loss:
+        torch.autograd.backward(part, inputs=list(params), retain_graph=keep_graph)
+    return vector
 
 
 def flat(
@@ -62,21 +70,15 @@ def flat(
     keep_graph: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of the global loss as one vector; a parameter that the loss does not reach contributes zeros.
+    """The gradient of the global loss as one vector: the sum over all ranks of `local`.
 
-    Of several losses, such as those of the pieces of a batch, it is the gradient of their sum, taken one after the other as
-    they come, so that the graphs of two never exist at once. The vector is `out`, overwritten, if it is given. Afterwards the
-    `.grad` of `params` are views of it.
+    `Method.prepare`, which every rank runs on all rows, takes `local` instead.
     """
-    vector = empty(params).zero_() if out is None else out.zero_()
-    assign(params, vector)
-    for part in [loss] if isinstance(loss, torch.Tensor) else loss:
-        torch.autograd.backward(part, inputs=list(params), retain_graph=keep_graph)
-    return sum_over_ranks(vector)
+    return sum_over_ranks(local(loss, params, keep_graph, out))
 
 
 def empty(params: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Room for one flat gradient of `params`."""
+    """An uninitialised vector for one flat gradient of `params`."""
     return torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
 
 

@@ -3,9 +3,9 @@
 Source: Alberti et al., "Data Unlearning in Diffusion Models", ICLR 2025, arXiv:2503.01034 (baseline "NegGrad").
     minimise  - s * E_{a ~ forget, t, eps} |eps_theta(a_t, t) - eps|^2
 s is the released code's `superfactor`. The squared norm is a sum over the elements of an image, as released, and the clip of
-1 binds the gradient of that. Where it does, s cancels out, so the learning rate and the number of steps are the knobs that
-matter. For a contrastive model the loss is 1 - cos(image, caption) of forgotten pairs (baseline GA of arXiv:2407.11867),
-which `reduction` leaves as it is; see `methods.finetune` for that release's optimiser.
+1 binds its gradient. Where it does, s cancels out, so the settings that matter are the learning rate and the number of steps.
+For a contrastive model the loss is 1 - cos(image, caption) of forgotten pairs (baseline GA of arXiv:2407.11867), which
+`reduction` does not change; see `methods.finetune` for that release's optimiser.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Reduction, Scalars, Training
-from methods.losses import forget_loss
+from methods.base import Descent, Scalars, Training
+from methods.losses import Reduction, forget_loss
+from methods.rows import Batch
 
 
 class NegGradSettings(Training):
@@ -43,9 +44,6 @@ class NegGrad(Descent):
     copies = 5
     Hyperparameters = NegGradSettings
     hp: NegGradSettings
-
-    def draws(self) -> dict[str, Draw]:
-        return {"forget": Draw(self.hp.batch_size)}
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         loss = forget_loss(self.model, batch["forget"], self.hp.reduction)

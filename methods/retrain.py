@@ -1,15 +1,15 @@
 """Retraining: the model trained from scratch, with or without the forget set.
 
 On the retain set this is exact unlearning, the gold reference of the field ("oracle" here); on the whole training set it
-makes the embedded base models. The recipe is the usual one for diffusion models: Ho et al., "Denoising Diffusion
+trains the embedded base models. The recipe is the usual one for diffusion models: Ho et al., "Denoising Diffusion
 Probabilistic Models", NeurIPS 2020, arXiv:2006.11239 (simple loss, exponential moving average of the weights), with
 dropped labels for classifier-free guidance (Ho & Salimans, arXiv:2207.12598), a linear warm-up and a cosine decay. A
 contrastive model is trained as CLIP is (Radford et al., arXiv:2103.00020): symmetric InfoNCE within the batch.
 
 `reduction` decides what `clip_norm` binds: the released CIFAR-10 and STL-10 code of Selective Amnesia, SalUn and SFD clips
-the gradient of a sum over elements to 1, which always binds, and SISS's MNIST code that of a mean. The moving average
-starts with the decay 1 - (1 + step)^-0.75 (SISS's MNIST code, by diffusers); that of the CIFAR-10 code is constant, which
-makes no difference after a long training.
+the gradient of a sum over elements to 1, which always binds, and SISS's MNIST code clips that of a mean. The moving average
+starts with the decay 1 - (1 + step)^-0.75 (SISS's MNIST code, by diffusers); the decay of the CIFAR-10 code is constant,
+which makes no difference after a long training.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Reduction, Scalars, Training, without_labels
-from methods.losses import retain_loss
+from methods.base import Descent, Scalars, Training
+from methods.losses import Reduction, retain_loss, without_labels
+from methods.rows import Batch, Draw
 
 
 class RetrainSettings(Training):
@@ -56,7 +57,7 @@ class Retrain(Descent):
         return not self.hp.modules or name.split(".")[0] in self.hp.modules
 
     def ema_decay(self, step: int) -> float:
-        return min(self.hp.ema, 1 - (1 + step) ** -0.75)
+        return min(self.hp.ema, 1 - float((1 + step) ** -0.75))
 
     def draws(self) -> dict[str, Draw]:
         return {self.hp.split: Draw(self.hp.batch_size)}

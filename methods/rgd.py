@@ -8,15 +8,14 @@ arXiv:2412.07808, Theorem 4 and the released CIFAR code.
 Both losses are minimised (g_f is the gradient of the *negated* forget loss) and all parameters form one vector. To first
 order neither loss rises. The optimiser is Adam, as in the released code, which keeps that only approximately.
 
-Diversity: the retain rows are balanced over the task's groups (its classes). `retain_pass` says how many enter a step:
+Diversity: the retain rows are balanced over the task's groups (its classes). `retain_pass` decides which of them enter a step:
 one balanced minibatch, or all of the retain set (released CIFAR code: 50 images of each of the 9 other classes; its
-average divides a last batch of 2 by 64, which this one does not). The Stable Diffusion release pairs forget and retain
-prompts of the same scene in a step; here both are drawn apart. `methods.rg` is the same without the diversity.
+average divides a last batch of 2 by 64, this one divides it by 2). The Stable Diffusion release pairs forget and retain
+prompts of the same scene in a step; here both are drawn independently. `methods.rg` is the same without the diversity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
 from typing import ClassVar, Literal
 
@@ -34,7 +33,7 @@ class RestrictedSettings(GradDiffSettings):
         0.1, ge=0, description="truncation alpha in squared pixels (paper, CIFAR-10); null: off"
     )
     granularity: Literal["global", "per_block", "per_tensor"] = Field(
-        "global", description="what is projected as one vector (paper: the whole model)"
+        "global", description="the part of the weights that is projected as one vector (paper: the whole model)"
     )
 
 
@@ -56,12 +55,12 @@ class RGD(GradDiff):
         sizes = self.blocks()
         if len(sizes) == 1:
             return _combine_in_place(g_forget, g_retain, _coefficients(*products, self.hp.lam))
-        for f, r in zip(g_forget.split(sizes), g_retain.split(sizes), strict=True):
+        for f, r in zip(torch.split(g_forget, sizes), torch.split(g_retain, sizes), strict=True):
             _combine_in_place(f, r, _coefficients(*gradients.products(f, r), self.hp.lam))
         return g_forget
 
-    def blocks(self) -> Sequence[int]:
-        """Lengths of the consecutive pieces of the flat vector that are projected by themselves."""
+    def blocks(self) -> list[int]:
+        """Lengths of the consecutive pieces of the flat vector that are projected separately."""
         if self.hp.granularity == "per_tensor":
             return [p.numel() for p in self.params]
         if self.hp.granularity == "per_block":
@@ -73,8 +72,8 @@ class RGD(GradDiff):
 def restricted_direction(g_forget: torch.Tensor, g_retain: torch.Tensor, lam: float) -> torch.Tensor:
     """delta_f + lam delta_r (Theorem 4), for flat vectors of equal shape and any float dtype.
 
-    g_forget is the gradient of the negated forget loss. A zero vector is never divided by: it leaves the other one
-    unprojected. Under conflict the result is a g_f + b g_r with a = 1 - lam s/|g_f|^2 and b = lam - s/|g_r|^2.
+    g_forget is the gradient of the negated forget loss. If one vector is zero, the other one is not projected. Under conflict
+    the result is a g_f + b g_r with a = 1 - lam s/|g_f|^2 and b = lam - s/|g_r|^2.
     """
     a, b = _coefficients(*gradients.products(g_forget, g_retain), lam)
     return a.to(g_forget) * g_forget + b.to(g_forget) * g_retain
@@ -83,7 +82,7 @@ def restricted_direction(g_forget: torch.Tensor, g_retain: torch.Tensor, lam: fl
 def _coefficients(
     s: torch.Tensor, forget_sq: torch.Tensor, retain_sq: torch.Tensor, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a, b) of `restricted_direction`, on the device: no comparison here waits for it."""
+    """(a, b) of `restricted_direction`, computed on the device so that the step does not wait for it."""
     conflict = (s < 0) & (forget_sq > 0) & (retain_sq > 0)
     a = torch.where(conflict, 1 - lam * (s / torch.where(conflict, forget_sq, 1)), 1)
     b = torch.where(conflict, lam - s / torch.where(conflict, retain_sq, 1), lam)
@@ -93,5 +92,6 @@ def _coefficients(
 def _combine_in_place(
     g_forget: torch.Tensor, g_retain: torch.Tensor, coefficients: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
+    """a g_forget + b g_retain in the storage of `g_forget`; overwrites `g_retain`, too."""
     a, b = coefficients
     return g_forget.mul_(a).add_(g_retain.mul_(b))

@@ -3,44 +3,31 @@
 Source: Fan et al., "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency in Both Image Classification
 and Generation", ICLR 2024, arXiv:2310.12508, and the released DDPM code.
     mask   m = 1 on the `fraction` of weights with the largest |G|, over the whole model, where G is the *signed* sum of
-           the forget loss's gradients over one pass of the forget set at the base weights (absolute value last)
+           the forget loss's gradients over one pass of the forget set at the base weights (absolute value taken last)
     loss   L = mean |eps_theta(x_t, c_f) - stopgrad eps_theta(x_t, c')|^2  +  alpha * L_r,   x from the forget set
-    update the gradient is multiplied by m; with no weight decay the other weights stay bitwise as they are
+    update the gradient is multiplied by m; without weight decay the other weights do not change by a bit
 The released code takes c' = (c_f + 1) mod 10 for every row ("next"); the teacher is the network being trained. Its L_r is
-a sum over the D elements of an image while the first term is a mean; both are means here, and alpha is D times that of the
-release: its 1e-3 is 3.07 for 3x32x32 and 12.29 for 3x64x64. The total, and with it what the clip of 1 binds, is the same. The
-release for Stable Diffusion takes means in both, and clips nothing.
+a sum over the D elements of an image while the first term is a mean. Both are means here, and alpha is D times that of the
+release: its 1e-3 is 3.07 for 3x32x32 and 12.29 for 3x64x64. The total is the same, and so is the effect of the clip of 1. The
+release for Stable Diffusion takes means in both terms and does not clip.
 
-The released mask differentiates a sum of predictions guided at w = 2 and clips the gradient of every batch to 1 before it
-adds them up; this one differentiates the conditional diffusion loss itself, unclipped.
+The released mask differentiates a sum of predictions guided at w = 2 and clips the gradient of every batch to 1 before the
+sum; this one differentiates the conditional diffusion loss, unclipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import (
-    Batch,
-    Data,
-    Descent,
-    Draw,
-    Goal,
-    Model,
-    Rows,
-    Scalars,
-    Training,
-    diffusion_loss,
-    picked,
-    squared_errors,
-    timesteps,
-    without_labels,
-)
+from methods.base import Data, Descent, Goal, Model, Scalars, Training
+from methods.losses import diffusion_loss, pick, squared_errors, timesteps, without_labels
+from methods.rows import Batch, Rows
 
 
 class SalUnSettings(Training):
@@ -48,18 +35,21 @@ class SalUnSettings(Training):
 
     lr: float = Field(1e-4, gt=0, description="learning rate (released code, DDPM)")
     steps: int = Field(1000, ge=0, description="optimiser steps (released code, DDPM)")
-    fraction: float = Field(0.5, gt=0, le=1, description="share of weights that may move (released code: 0.5)")
+    fraction: float = Field(0.5, gt=0, le=1, description="share of weights that may change (released code: 0.5)")
     alpha: float = Field(
         3.07, ge=0, description="weight of the retain loss, both terms means (released: 1e-3 on a sum, at 3x32x32)"
     )
     relabel: Literal["override", "next", "random"] = Field("next", description="the class whose output is imitated")
     label_drop: float = Field(
-        0.0, ge=0, lt=1, description="share of rows without label, in each pass apart (released code, DDPM: 0.1)"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of rows without label, drawn separately for each pass (released code, DDPM: 0.1)",
     )
     clip_norm: float | None = Field(
         1.0, gt=0, description="gradient clipping (released, DDPM, before the mask; SD: off)"
     )
-    weight_decay: float = Field(0.0, ge=0, le=0, description="fixed at 0: decay would move masked weights")
+    weight_decay: float = Field(0.0, ge=0, le=0, description="fixed at 0: decay would change masked weights")
 
 
 class SalUn(Descent):
@@ -75,34 +65,26 @@ class SalUn(Descent):
     Hyperparameters = SalUnSettings
     hp: SalUnSettings
 
-    def __init__(
-        self,
-        model: Model,
-        hyperparameters: SalUnSettings,
-        prepared: dict[str, torch.Tensor] | None = None,
-        goal: Goal | None = None,
-    ):
-        super().__init__(model, hyperparameters, prepared, goal)
-        masks = saliency_mask({name: self.prepared[name] for name in self.names}, hyperparameters.fraction)
+    def setup(self) -> None:
+        super().setup()
+        masks = saliency_mask({name: self.prepared[name] for name in self.names}, self.hp.fraction)
         self.mask = torch.cat([masks[name].reshape(-1) for name in self.names]).to(self.params[0])
 
     @classmethod
-    def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
+    def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: SalUnSettings) -> dict[str, torch.Tensor]:
         """The signed sum of the forget loss's gradients, by parameter name."""
         params = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
+        first = next(iter(model.net.parameters()))
         total = {name: torch.zeros_like(p) for name, p in params.items()}
         model.net.eval()
         for k in range(cls.passes):
-            rows = task.all_rows("forget", seed + k).to(*_place(model))
+            rows = task.all_rows("forget", seed + k).to(first.device, first.dtype)
             errors = squared_errors(model, rows, timesteps(model, rows), model.noise(rows.seeds))
-            flat = gradients.flat(errors.flatten(1).mean(1).mean(), list(params.values()))
+            flat = gradients.local(errors.flatten(1).mean(1).mean(), list(params.values()))
             for sums, g in zip(total.values(), gradients.split(list(params.values()), flat), strict=True):
                 sums += g
         model.net.zero_grad()
         return total
-
-    def draws(self) -> dict[str, Draw]:
-        return {"forget": Draw(self.hp.batch_size), "retain": Draw(self.hp.batch_size)}
 
     def direction(self, batch: Batch) -> tuple[torch.Tensor, Scalars]:
         losses: Scalars = {}
@@ -118,7 +100,7 @@ class SalUn(Descent):
         return self.gradient(each()), gradients.scalars(**losses)
 
     def relabel_loss(self, forget: Rows) -> torch.Tensor:
-        """This rank's part of the loss of forgotten rows against what the network says of another class."""
+        """This rank's part of the loss of forgotten rows against the network's output for another class."""
         model, t = self.model, timesteps(self.model, forget)
         x_t = model.add_noise(forget.x, model.noise(forget.seeds), t)
         drop, stand_in = self.hp.label_drop, replace(forget, cond=self.stand_in(forget))
@@ -131,27 +113,21 @@ class SalUn(Descent):
         flat.mul_(self.mask)
 
     def stand_in(self, rows: Rows) -> torch.Tensor:
-        """What is imitated for each row: a label (n,), or one of the prompts of a class (n, length)."""
-        classes, forgotten = self.goal.classes, self.goal.forget_class
-        assert forgotten is not None
+        """The condition that each row imitates: a label (n,), or one of the prompts of a class (n, length)."""
+        classes = self.goal.classes
         if self.hp.relabel == "random":
             imitated = self.goal.kept
         elif self.hp.relabel == "next":
-            imitated = (classes[(classes.index(forgotten) + 1) % len(classes)],)
+            imitated = (classes[(classes.index(self.goal.forgotten_class) + 1) % len(classes)],)
         else:
             imitated = (self.goal.override,)
-        return picked(self.model, rows, self.goal.asking(imitated, self.params[0].device))
+        return pick(self.model, rows, self.goal.conditions(imitated, self.params[0].device))
 
     @classmethod
-    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+    def unsuited(cls, hyperparameters: SalUnSettings, model: Model, goal: Goal) -> list[str]:
         if hyperparameters.relabel == "override" and goal.override_class is None:
             return ["relabel: the task names no class or concept that is to stand in for the forgotten one"]
         return []
-
-
-def _place(model: Model) -> tuple[torch.device, torch.dtype]:
-    p = next(iter(model.net.parameters()))
-    return p.device, p.dtype
 
 
 def saliency_mask(grads: dict[str, torch.Tensor], fraction: float) -> dict[str, torch.Tensor]:

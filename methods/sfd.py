@@ -2,52 +2,41 @@
 
 Source: Chen, Zhang, Zhou, "Score Forgetting Distillation: A Swift, Data-Free Method for Machine Unlearning in Diffusion
 Models", ICLR 2025, arXiv:2409.11219, on score identity distillation (SiD), arXiv:2404.04057, and the released code.
-phi is the frozen teacher, psi the fake score (learned), theta the generator; all start as the base model. f is the
+phi is the frozen teacher, psi the fake score (learned), theta the generator; all are initialised to the base model. f is the
 prediction of x_0, c_f the class to forget, c_o its override, c_r a kept class.
     x_g = G(z, c) = f_theta(sigma_t z, t, c) at the t where sigma_t/gamma_t is closest to `sigma_init`
     psi    minimise  E |eps_psi(x_t, c) - eps|^2,  x_t = gamma_t x_g + sigma_t eps,  x_g constant
     theta  minimise  E w_t (p - s)^T ((p - x_g) - alpha (p - s)),  p = f_phi(x_t, c2), s = f_psi(x_t, c1)
            w_t = 1/max(mean |p - x_g|, 1e-5) per sample and constant                          (paper, eq. 12 to 14)
-with c1 = c2 = c_r for what is kept and c1 = c_f, c2 = c_o for what is forgotten: only the teacher sees the override.
-Losses are sums over the elements of an image and means over rows; the two terms weigh `remain` and `forget` for theta and
-`fake_remain` and `fake_forget` for psi. phi and psi are constants of the theta step, but it differentiates through them.
-Gradients are clipped by value, those of `clips`: of both networks (DDPM release), or of the generator alone (Stable Diffusion
-release, in half precision). No image is read: x_g comes from noise, c_r from the class list, or from the prompts of the
-search, where the Stable Diffusion release takes those of LAION-Aesthetics.
+with c1 = c2 = c_r for kept rows and c1 = c_f, c2 = c_o for forgotten rows: only the teacher sees the override.
+Losses are sums over the elements of an image and means over rows; the weights of the two terms are `remain` and `forget` for
+theta, `fake_remain` and `fake_forget` for psi. phi and psi are constants of the theta step, but it differentiates through
+them. Gradients are clipped by value; `clips` selects those of both networks (DDPM release), or of the generator alone (Stable
+Diffusion release, in half precision). No image is read: x_g is generated from noise; c_r is drawn from the class list, or
+from the prompts of the search, where the Stable Diffusion release takes those of LAION-Aesthetics.
 
-With `cond_scale` w > 0 teacher and fake score are guided, eps_w = (1 + w) eps_c - w eps_null, in every place; the
-generator never is. The Stable Diffusion release writes kappa = 1 + w, and where it guides it drops a tenth of the
-conditions of the fake score's step, `fake_drop`: then x_g too comes from the empty prompt. It draws new conditions for
-each of the four terms; here both steps share those of a batch, as in the DDPM release. The candidate is the moving
-average of theta alone: psi and phi still know c_f. It samples in one step. Its loss is negative for alpha > 1 at the
-optimum, so it says nothing about progress; `gap`, the mean of |p - s|^2, does.
+With `cond_scale` w > 0 teacher and fake score are guided everywhere, eps_w = (1 + w) eps_c - w eps_null; the generator never
+is. The Stable Diffusion release writes kappa = 1 + w. Where it guides, it drops a tenth of the conditions of the fake score's
+step, `fake_drop`; x_g is then generated from the empty prompt as well. It draws new conditions for each of the four terms;
+here both steps share those of a batch, as in the DDPM release. The candidate is the moving average of theta alone: psi and
+phi still know c_f. It samples in one step. For alpha > 1 the loss is negative at the optimum, so it does not show progress;
+`gap`, the mean of |p - s|^2, does.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import (
-    SEEDS,
-    Batch,
-    Draw,
-    Goal,
-    Hyperparameters,
-    Method,
-    Model,
-    Rows,
-    Scalars,
-    picked,
-    timesteps,
-    without_labels,
-)
+from methods.base import Goal, Hyperparameters, Method, Model, Scalars
+from methods.losses import pick, timesteps, without_labels
+from methods.rows import SEEDS, Batch, Draw, Rows
 
 
 class SFDSettings(Hyperparameters):
@@ -55,7 +44,7 @@ class SFDSettings(Hyperparameters):
 
     steps: int = Field(50_000, ge=0, description="alternating steps, fake score first (paper: 50k)")
     batch_size: int = Field(128, ge=1, description="rows of the kept classes (paper: 128)")
-    forget_batch_size: int | None = Field(None, ge=1, description="rows of the forgotten class; null: as many")
+    forget_batch_size: int | None = Field(None, ge=1, description="rows of the forgotten class; null: batch_size")
     lr: float = Field(1e-5, gt=0, description="learning rate of the generator (paper: 1e-5)")
     lr_fake: float = Field(1e-5, gt=0, description="learning rate of the fake score (released: 1e-5 or 3e-5)")
     alpha: float = Field(1.2, gt=0, description="weight of the correction (paper: 1.2; Stable Diffusion 1)")
@@ -85,6 +74,18 @@ class SFDSettings(Hyperparameters):
     diff_instruct: bool = Field(False, description="released switch: no gradient through p and s")
 
 
+@dataclass(frozen=True)
+class Branch:
+    """Rows of kept or forgotten classes; c1 is the condition of generator and fake score, c2 that of the teacher."""
+
+    diagnostic: str  # name of the mean of |p - s|^2 of these rows
+    rows: Rows
+    c1: torch.Tensor
+    c2: torch.Tensor
+    weight: float  # in the loss of theta
+    fake_weight: float  # in the loss of psi
+
+
 class SFD(Method):
     """Distils a one-step generator whose forgotten class follows the override; arXiv:2409.11219."""
 
@@ -98,35 +99,30 @@ class SFD(Method):
     Hyperparameters = SFDSettings
     hp: SFDSettings
 
-    def __init__(
-        self,
-        model: Model,
-        hyperparameters: SFDSettings,
-        prepared: dict[str, torch.Tensor] | None = None,
-        goal: Goal | None = None,
-    ):
-        super().__init__(model, hyperparameters, prepared, goal)
+    def setup(self) -> None:
+        super().setup()
+        model, hp, names = self.model, self.hp, set(self.names)
         self.teacher = model.with_net(copy.deepcopy(model.net).requires_grad_(False).eval())
         self.fake = model.with_net(copy.deepcopy(model.net))
-        self.fake_params = [p for n, p in self.fake.net.named_parameters() if n in set(self.names)]
-        self.t_init = nearest_timestep(model.alphas, hyperparameters.sigma_init)
-        betas = (hyperparameters.beta1, hyperparameters.beta2)
+        self.fake_params = [p for n, p in self.fake.net.named_parameters() if n in names]
+        self.t_init = nearest_timestep(model.alphas, hp.sigma_init)
         self.optimizers = [
-            torch.optim.Adam(params, lr=lr, betas=betas, eps=hyperparameters.adam_eps, fused=True)
-            for params, lr in ((self.fake_params, hyperparameters.lr_fake), (self.params, hyperparameters.lr))
+            torch.optim.Adam(params, lr=lr, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
+            for params, lr in ((self.fake_params, hp.lr_fake), (self.params, hp.lr))
         ]
-        self.room = [gradients.empty(params) for params in (self.fake_params, self.params)]
+        self.buffers = [gradients.empty(params) for params in (self.fake_params, self.params)]
         self.ema = [p.detach().clone() for p in self.params]
         device = self.params[0].device
-        self.kept = self.goal.asking(self.goal.kept, device)
+        self.kept = self.goal.conditions(self.goal.kept, device)
         if self.goal.forget_class is not None:
-            self.gone = self.goal.asking([self.goal.forget_class], device)
+            self.forgotten = self.goal.conditions([self.goal.forget_class], device)
         if self.goal.override_class is not None:
-            self.instead = self.goal.asking([self.goal.override_class], device)
+            self.overrides = self.goal.conditions([self.goal.override_class], device)
 
     @classmethod
-    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
-        reasons, hp, length = [], hyperparameters, len(model.alphas)
+    def unsuited(cls, hyperparameters: SFDSettings, model: Model, goal: Goal) -> list[str]:
+        reasons: list[str] = []
+        hp, length = hyperparameters, len(model.alphas)
         if goal.override_class is None and hp.override == "fixed":
             reasons.append("override: the task names no class or concept that is to stand in for the forgotten one")
         elif goal.override_class == goal.forget_class:
@@ -139,55 +135,64 @@ class SFD(Method):
         return reasons
 
     def draws(self) -> dict[str, Draw]:
-        hp = self.hp
-        return {"remain": Draw(hp.batch_size, split=SEEDS),
-                "forget": Draw(hp.forget_batch_size or hp.batch_size, split=SEEDS)}  # fmt: skip
+        sizes = {"remain": self.hp.batch_size, "forget": self.hp.forget_batch_size or self.hp.batch_size}
+        return {name: Draw(size, split=SEEDS) for name, size in sizes.items()}
 
     def step(self, batch: Batch) -> Scalars:
-        hp, branches = self.hp, self.branches(batch)
+        hp, branches, shared = self.hp, self.branches(batch), batch["remain"].ranks > 1
         for k in range(hp.fake_steps):
             self.model.net.eval()
             self.fake.net.train()
-            self.update(
-                0, (w * self.fake_loss(rows.reseeded(2 * k + 1), c1) for _, rows, c1, _, _, w in branches if w), dict
-            )
+            weighed = [branch for branch in branches if branch.fake_weight]
+            self.update(0, (b.fake_weight * self.fake_loss(b.rows.reseeded(2 * k + 1), b.c1) for b in weighed), shared)
         self.fake.net.eval()
         self.model.net.train()
         parts: list[torch.Tensor] = []
         gaps: Scalars = {}
 
         def each() -> Iterator[torch.Tensor]:  # one graph at a time
-            for name, rows, c1, c2, w, _ in branches:
-                if w:
-                    loss, gaps[name] = self.loss(rows.reseeded(2 * hp.fake_steps + 2), c1, c2)
-                    parts.append((w * loss).detach())
-                    yield w * loss
+            for branch in branches:
+                if branch.weight:
+                    rows = branch.rows.reseeded(2 * hp.fake_steps + 2)
+                    loss, gaps[branch.diagnostic] = self.loss(rows, branch.c1, branch.c2)
+                    parts.append((branch.weight * loss).detach())
+                    yield branch.weight * loss
 
-        scalars = self.update(1, each(), lambda: gradients.scalars(loss=torch.stack(parts).sum(), **gaps))
+        def diagnostics() -> Scalars:
+            scalars = {"loss": torch.stack(parts).sum(), **gaps}
+            return gradients.scalars(**scalars) if shared else scalars
+
+        scalars = self.update(1, each(), shared, diagnostics)
         gradients.average(self.ema, self.params, hp.ema)
         self.done += 1
         return scalars
 
-    def branches(self, batch: Batch) -> list[tuple[str, Rows, torch.Tensor, torch.Tensor, float, float]]:
-        """(diagnostic, rows, c1, c2, weight for theta, weight for psi) of what is kept and of what is forgotten."""
-        hp, c_r = self.hp, picked(self.model, batch["remain"], self.kept)
-        found = [("gap", batch["remain"], c_r, c_r, hp.remain, hp.fake_remain)]
+    def branches(self, batch: Batch) -> list[Branch]:
+        """The branch of kept rows and, unless both of its weights are 0, that of forgotten rows."""
+        hp, c_r = self.hp, pick(self.model, batch["remain"], self.kept)
+        branches = [Branch("gap", batch["remain"], c_r, c_r, hp.remain, hp.fake_remain)]
         if hp.forget or hp.fake_forget:
             rows = batch["forget"]
-            # a prompt of the forgotten concept, and the one of the same template that stands in for it
-            place = picked(self.model, rows, torch.arange(len(self.gone), device=c_r.device), 2)
-            c_f = self.gone[place]
+            # a prompt of the forgotten concept, and the prompt of the same template that stands in for it
+            index = pick(self.model, rows, torch.arange(len(self.forgotten), device=c_r.device), 2)
+            c_f = self.forgotten[index]
             fixed = hp.override == "fixed"
-            c_o = self.instead[place % len(self.instead)] if fixed else picked(self.model, rows, self.kept)
-            found.append(("forget_gap", rows, c_f, c_o, hp.forget, hp.fake_forget))
-        return found
+            c_o = self.overrides[index % len(self.overrides)] if fixed else pick(self.model, rows, self.kept)
+            branches.append(Branch("forget_gap", rows, c_f, c_o, hp.forget, hp.fake_forget))
+        return branches
 
-    def update(self, which: int, losses: Iterable[torch.Tensor], about: Callable[[], Scalars]) -> Scalars:
-        """One Adam step of the fake score (0) or the generator (1) along the sum of this rank's parts of a loss. Returns what
-        `about` says once they are differentiated."""
+    def update(
+        self, which: int, losses: Iterable[torch.Tensor], shared: bool, diagnostics: Callable[[], Scalars] = dict
+    ) -> Scalars:
+        """One Adam step of the fake score (0) or the generator (1) along the sum of this rank's parts of a loss.
+
+        shared: whether ranks share the batch, so that gradients are summed over them. Returns the result of `diagnostics`,
+        which is called after the losses are differentiated.
+        """
         params = (self.fake_params, self.params)[which]
-        flat = gradients.flat(losses, params, out=self.room[which])
-        scalars = about()
+        gradient = gradients.flat if shared else gradients.local
+        flat = gradient(losses, params, out=self.buffers[which])
+        scalars = diagnostics()
         self.watch(flat.norm(), scalars)
         if self.hp.clip_value is not None and (which == 1 or self.hp.clips == "both"):
             flat.clamp_(-self.hp.clip_value, self.hp.clip_value)
@@ -196,7 +201,7 @@ class SFD(Method):
         return scalars
 
     def generate(self, rows: Rows, cond: torch.Tensor) -> torch.Tensor:
-        """x_g = G(z, c), (n, C, H, W), z from the rows' seeds."""
+        """x_g = G(z, c), (n, C, H, W), with z drawn from the rows' seeds."""
         t = torch.full((len(cond),), self.t_init, device=cond.device)
         _, sigma = self.model.gamma_sigma(t)
         return self.model.x0(sigma * self.model.noise(rows.seeds), t, cond)
@@ -204,24 +209,24 @@ class SFD(Method):
     def noised(self, rows: Rows, x_g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x_t, t, eps) for generated images, t in [t_min, t_max)."""
         t = timesteps(self.model, rows, self.hp.t_min, self.hp.t_max)
-        eps = self.model.noise(rows.seeds ^ 0x2545F4914F6CDD1D)
+        eps = self.model.noise(rows.second_seeds)
         return self.model.add_noise(x_g, eps, t), t, eps
 
     def fake_loss(self, rows: Rows, c1: torch.Tensor) -> torch.Tensor:
         """This rank's part of the fake score's denoising loss on generated images; some conditions are dropped."""
-        asked = without_labels(self.model, replace(rows, cond=c1), self.hp.fake_drop, 3).cond
-        assert asked is not None
+        cond = without_labels(self.model, replace(rows, cond=c1), self.hp.fake_drop, 3).cond
+        assert cond is not None
         with torch.no_grad():
-            x_g = self.generate(rows, asked)
+            x_g = self.generate(rows, cond)
         x_t, t, eps = self.noised(rows, x_g)
-        return (self.guided(self.fake, x_t, t, asked) - eps).square().sum() / rows.total
+        return (self.guided(self.fake, x_t, t, cond) - eps).square().sum() / rows.total
 
     def loss(self, rows: Rows, c1: torch.Tensor, c2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's parts of the generator's loss and of mean |p - s|^2."""
         x_g = self.generate(rows, c1)
         x_t, t, _ = self.noised(rows, x_g)
         with torch.set_grad_enabled(not self.hp.diff_instruct):
-            p, s = (self.mean(net, x_t, t, c) for net, c in ((self.teacher, c2), (self.fake, c1)))
+            p, s = self.mean(self.teacher, x_t, t, c2), self.mean(self.fake, x_t, t, c1)
         loss = sample_losses(p, s, x_g, self.hp.alpha).sum() / rows.total
         return loss, (p - s).detach().square().flatten(1).mean(1).sum() / rows.total
 
@@ -246,12 +251,11 @@ class SFD(Method):
         return super().finish()
 
     def state_dict(self) -> dict[str, Any]:
-        mine = {
+        return super().state_dict() | {
             "fake": self.fake.net.state_dict(),
             "ema": self.ema,
             "optimizers": [o.state_dict() for o in self.optimizers],
         }
-        return super().state_dict() | mine
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

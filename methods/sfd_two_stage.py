@@ -3,23 +3,23 @@
 Source: Chen, Zhang, Zhou, "Score Forgetting Distillation", ICLR 2025, arXiv:2409.11219, two-stage variant, and the released
 code. Stage 1 is plain score identity distillation of the base model (`methods.sfd` with both weights of the forgotten
 class 0); stage 2 is SFD from the moving average of its generator, with a larger weight of forgetting and no moving average
-(paper; the released file keeps both as in one stage: 0.01 and 0.9999). Stage 1 takes all settings of stage 2 but what forgets
-and those that it has of its own, `stage1_*`; it is prepared once for each value of them and shared by all trials.
+(paper; the released file has the one-stage values of both: 0.01 and 0.9999). Stage 1 shares the settings of stage 2, except
+those of forgetting and those with a separate value `stage1_*`; it is prepared once for each combination and shared by all
+trials.
 
-The teacher of stage 2 is the base model. In the released code it is loaded from the slot that holds stage 1's fake score,
-so there the teacher is not the original one. The fake score continues from stage 1.
+The teacher of stage 2 is the base model. The released code loads it from the slot that holds stage 1's fake score, so there
+the teacher is not the original one. The fake score continues from stage 1.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from pydantic import Field
 
-from methods.base import Data, Goal, Model
+from methods.base import Data, Model
 from methods.sfd import SFD, SFDSettings
 
 
@@ -42,8 +42,8 @@ class SFDTwoStageSettings(SFDSettings):
 
 
 FORGETTING = ("forget", "fake_forget", "forget_batch_size", "override")
-OWN = ("steps", "lr", "lr_fake", "ema", "batch_size")  # that stage 1 has under names of its own
-SHARED = tuple(name for name in SFDSettings.model_fields if name not in (*FORGETTING, *OWN))
+SEPARATE = ("steps", "lr", "lr_fake", "ema", "batch_size")  # stage 1 has its value of each, `stage1_NAME`
+SHARED = tuple(name for name in SFDSettings.model_fields if name not in (*FORGETTING, *SEPARATE))
 
 
 class SFDTwoStage(SFD):
@@ -52,18 +52,13 @@ class SFDTwoStage(SFD):
     name = "sfd_two_stage"
     source = "Chen, Zhang, Zhou, ICLR 2025, arXiv:2409.11219, two stages"
     copies = 14
-    prepared_by = (*(f"stage1_{name}" for name in OWN), *SHARED)
+    prepared_by = (*(f"stage1_{name}" for name in SEPARATE), *SHARED)
     quick = {"stage1_steps": 1}
     Hyperparameters = SFDTwoStageSettings
+    hp: SFDTwoStageSettings
 
-    def __init__(
-        self,
-        model: Model,
-        hyperparameters: SFDTwoStageSettings,
-        prepared: dict[str, torch.Tensor] | None = None,
-        goal: Goal | None = None,
-    ):
-        super().__init__(model, hyperparameters, prepared, goal)  # copies the teacher before the generator changes
+    def setup(self) -> None:
+        super().setup()  # copies the teacher, before the generator changes below
         with torch.no_grad():
             for name, p, average, fake in zip(self.names, self.params, self.ema, self.fake_params, strict=True):
                 p.copy_(self.prepared[f"generator/{name}"])
@@ -71,12 +66,13 @@ class SFDTwoStage(SFD):
                 fake.copy_(self.prepared[f"fake/{name}"])
 
     @classmethod
-    def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
+    def prepare(
+        cls, model: Model, task: Data, seed: int, hyperparameters: SFDTwoStageSettings
+    ) -> dict[str, torch.Tensor]:
         """Stage 1: `generator/NAME`, the moving average of the generator, and `fake/NAME`, the fake score."""
-        hp = hyperparameters
-        own = {name: getattr(hp, f"stage1_{name}") for name in OWN}
-        shared = {name: getattr(hp, name) for name in SHARED}
-        settings = SFDSettings(forget=0, fake_forget=0, forget_batch_size=1, **own, **shared)
+        separate = {name: getattr(hyperparameters, f"stage1_{name}") for name in SEPARATE}
+        shared = {name: getattr(hyperparameters, name) for name in SHARED}
+        settings = SFDSettings(forget=0, fake_forget=0, forget_batch_size=1, **separate, **shared)
         student = model.with_net(copy.deepcopy(model.net))
         stage = SFD(student, settings, {}, replace(task.goal, forget_class=None, override_class=None))
         for step in range(settings.steps):

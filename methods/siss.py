@@ -11,8 +11,8 @@ As in the released code, x is drawn from X \\ A and the gradients are combined a
     fixed        c = superfactor      (paper: (1 + s) K/(N - K))
 tau is either `rho` times |g_x| (relative, does not depend on units) or the absolute `tau` in the released code's units:
 losses are SUMS over the elements of an image and means over rows. The target follows the model's own parameterisation
-(v instead of epsilon where the network predicts v); this reweights timesteps and leaves w_x, w_a as they are. Where x
-and a carry different conditions (classes), each term is evaluated under its own, at the cost of a second forward pass.
+(v instead of epsilon where the network predicts v); this reweights timesteps and does not change w_x, w_a. Where x and a
+have different conditions (classes), each term is evaluated under its own, at the cost of a second forward pass.
 
 Latents are the mean of the autoencoder's posterior; the Stable Diffusion script samples it anew at every step.
 
@@ -22,13 +22,14 @@ says uniform.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
 from methods import gradients
-from methods.base import Batch, Descent, Draw, Scalars, Training
+from methods.base import Descent, Scalars, Training
+from methods.rows import Batch
 
 
 class SubtractSettings(Training):
@@ -36,7 +37,7 @@ class SubtractSettings(Training):
 
     lr: float = Field(5e-6, gt=0, description="learning rate (released code: 5e-6 CelebA-HQ, 5e-5 MNIST, 1e-5 SD)")
     steps: int = Field(60, ge=0, description="optimiser steps (released code: 60 CelebA-HQ, 300 MNIST, 35 SD)")
-    scaling: Literal["renormalise", "clip", "fixed"] = Field("renormalise", description="how g_a is scaled")
+    scaling: Literal["renormalise", "clip", "fixed"] = Field("renormalise", description="rule for the scale c of g_a")
     rho: float | None = Field(0.1, gt=0, description="tau / |g_x| (released README: about 10 %); null: use tau")
     tau: float | None = Field(None, gt=0, description="absolute norm in sum-loss units (released: 5, 500, 750)")
     superfactor: float | None = Field(None, ge=0, description="c itself, for scaling: fixed")
@@ -50,7 +51,7 @@ class SubtractSettings(Training):
     beta1: float = Field(0.95, ge=0, lt=1, description="AdamW (released code, pixel models)")
 
     @model_validator(mode="after")
-    def _one_scale(self):
+    def _one_scale(self) -> Self:
         if self.scaling == "fixed":
             if self.superfactor is None:
                 raise ValueError("scaling: fixed needs superfactor")
@@ -58,7 +59,6 @@ class SubtractSettings(Training):
             raise ValueError("give exactly one of rho and tau (rho: null switches to tau)")
         if self.t_high is not None and self.t_high <= self.t_low:
             raise ValueError(f"t_high must exceed t_low, but {self.t_high} <= {self.t_low}")
-        given = self.model_fields_set
         for name, unused in (
             ("superfactor", self.scaling != "fixed"),
             ("rho", self.scaling == "fixed" and self.rho is not None),
@@ -66,7 +66,7 @@ class SubtractSettings(Training):
             ("t_low", self.t_sampler == "uniform"),
             ("t_high", self.t_sampler != "window"),
         ):
-            if name in given and unused and getattr(self, name) is not None:
+            if name in self.model_fields_set and unused and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no effect with scaling: {self.scaling} and t_sampler: {self.t_sampler}")
         return self
 
@@ -78,13 +78,10 @@ class SISSSettings(SubtractSettings):
 
 
 class SubtractedScores(Descent):
-    """What SISS and its variant without importance sampling share: draws, timesteps and the combination of gradients."""
+    """Base of SISS and its variants without importance sampling: timesteps and the combination of gradients."""
 
     needs = frozenset({"forget", "retain"})
     hp: SubtractSettings
-
-    def draws(self) -> dict[str, Draw]:
-        return {"forget": Draw(self.hp.batch_size), "retain": Draw(self.hp.batch_size)}
 
     def draw_t(self, u: torch.Tensor) -> torch.Tensor:
         """Timesteps (n,) from uniforms (n,) in [0, 1), by `t_sampler`."""
@@ -98,7 +95,7 @@ class SubtractedScores(Descent):
         return (low + (u * (high - low)).long()).clamp(max=end - 1)
 
     def combine(self, g_x: torch.Tensor, g_a: torch.Tensor) -> tuple[torch.Tensor, Scalars]:
-        """g_x - c g_a in g_x's storage, and the scalars that explain it."""
+        """(g_x - c g_a in the storage of g_x, diagnostics)."""
         dot, x_sq, a_sq = gradients.products(g_x, g_a)
         norm_x, norm_a = x_sq.sqrt(), a_sq.sqrt()
         if self.hp.scaling == "fixed":
@@ -118,7 +115,7 @@ class SISS(SubtractedScores):
     name = "siss"
     source = "Alberti et al., ICLR 2025, arXiv:2503.01034, SISS"
     forwards_per_step = 5  # one forward pass and two backward passes; two forward passes under two conditions
-    tape = 1.2  # its graph stays for the second backward pass
+    tape = 1.2  # the graph stays for the second backward pass
     Hyperparameters = SISSSettings
     hp: SISSSettings
 
@@ -137,7 +134,7 @@ class SISS(SubtractedScores):
         for rows, weight, output in zip((retain, forget), (w_x, w_a), outputs, strict=True):
             target = model.target(rows.x, (m - gamma * rows.x) / sigma, t)
             errors = (output - target).square().flatten(1).sum(1)
-            # where the weight underflows to 0 the error can be huge; its product is 0, never NaN
+            # where a weight underflows to 0 the error may be infinite; the product must be 0, not NaN
             losses.append(torch.where(weight > 0, weight.to(errors.dtype) * errors, 0.0).sum() / rows.total)
         g_x = self.gradient(losses[0], 0, keep_graph=True)
         g_a = self.gradient(losses[1], 1)

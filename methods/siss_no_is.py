@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 
 from methods import gradients
-from methods.base import Batch, Scalars, squared_errors
+from methods.base import Scalars
+from methods.losses import squared_errors
+from methods.rows import Batch
 from methods.siss import SubtractedScores, SubtractSettings
 
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from methods.base import Batch, Draw, Goal, Hyperparameters, Method, Model, Scalars
+from methods.base import Goal, Hyperparameters, Method, Model, Scalars
+from methods.rows import Batch, Draw
 
 
 class SLDSettings(Hyperparameters):
@@ -30,7 +31,7 @@ class SLDSettings(Hyperparameters):
     momentum: float = Field(0.3, ge=0, le=1, description="s_m (released: 0, 0.3, 0.5, 0.5)")
     beta: float = Field(0.4, ge=0, lt=1, description="beta_m (released: 0, 0.4, 0.7, 0.7)")
     warmup: float = Field(0.2, ge=0, le=1, description="share of the steps without g (released: 15, 10, 7, 0 of 50)")
-    mu: Literal["at_most_one", "at_least_one"] = Field("at_most_one", description="how the scale is cut (see above)")
+    mu: Literal["at_most_one", "at_least_one"] = Field("at_most_one", description="bound of the scale (see above)")
 
 
 class SLD(Method):
@@ -48,7 +49,7 @@ class SLD(Method):
     hp: SLDSettings
 
     @classmethod
-    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
+    def unsuited(cls, hyperparameters: SLDSettings, model: Model, goal: Goal) -> list[str]:
         return [] if model.unconditional(1) is not None else ["it needs a model with an unconditional branch"]
 
     @property

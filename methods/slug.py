@@ -12,29 +12,32 @@ original weights and their edits added (`edited`).
 
 Losses: for CLIP, forget = 1 - cos(image, caption), retain = symmetric InfoNCE (its batch size matters). The released code
 edits Stable Diffusion by the same two, of the CLIP model that its text encoder is of (`loss: clip`; the U-Net is never
-run). With `loss: own` a diffusion model takes the diffusion loss on both sets, in `passes` draws of noise and timestep per
-forget row and about as many rows of the retain set, and any of its tensors may be chosen. Weights are in evaluation mode,
-gradients are cleared between batches, retain captions are the data set's own; the release's Hugging Face path does none
-of these. Eligible tensors are those of two dimensions and more whose name holds none of `layers.EXCLUDED`, and with `norms` the
-gains of norms: in the release's open_clip path, which its CLIP experiments take, they compete for the Pareto set, in its
-Hugging Face path they do not.
+run). With `loss: own` a diffusion model uses the diffusion loss on both sets, in `passes` draws of noise and timestep per
+forget row and about as many rows of the retain set, and any of its tensors may be chosen. The network is in evaluation mode,
+gradients are cleared between batches, retain captions are those of the data set; the release's Hugging Face path does none
+of these. Eligible tensors have at least two dimensions and none of `layers.EXCLUDED` in their names; with `norms` the gains of
+norms are eligible too. In the release's open_clip path, which its CLIP experiments take, they compete for the Pareto set, in
+its Hugging Face path they do not.
 
-`bisection` > 0 finds the step by the paper's search instead: that many evaluations of the model's own forget accuracy,
-doubling until it has forgotten, halving the bracket afterwards; the smallest step that forgot is kept.
+`bisection` > 0 searches for the step as the paper does: that many evaluations of the model's own forget accuracy, doubling
+until the model has forgotten and halving the bracket afterwards; the smallest step that forgot is kept.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Batch, Data, Draw, Goal, Hyperparameters, Method, Model, Scalars
+from methods.base import Data, Goal, Hyperparameters, Method, Model, Scalars
 from methods.layers import depth, eligible, gradient_pass, group, tower
-from methods.losses import comparing, contrastive, forget_loss, recall, retain_loss
+from methods.losses import contrastive_part, forget_loss, is_contrastive, recall, retain_loss
+from methods.rows import Batch, Draw
 
 RULES = ("deepest", "importance", "alignment")
 
@@ -43,14 +46,16 @@ class SLUGSettings(Hyperparameters):
     """Settings of SLUG."""
 
     layer: str = Field("deepest", description="a tensor by name, or a rule over the Pareto layers (released: deepest)")
-    group: Literal["tensor", "block"] = Field("tensor", description="block: q, k, v or both MLP tensors move together")
+    group: Literal["tensor", "block"] = Field(
+        "tensor", description="block: q, k, v or both MLP tensors change together"
+    )
     step: float = Field(0.1, gt=0, le=8, description="|change| / |tensor| (released: the search starts at 0.1 or 0.4)")
     direction: Literal["ascent", "descent"] = Field(
         "ascent", description="of the forget loss; descent: as released, HF"
     )
     loss: Literal["own", "clip"] = Field(
         "own",
-        description="the model's own, or of the CLIP model that its text encoder is of (released, Stable Diffusion)",
+        description="that of the model, or of the CLIP model that its text encoder is of (released, Stable Diffusion)",
     )
     alignment: Literal["absolute", "signed"] = Field("absolute", description="cosine as released, or as in the paper")
     norms: bool = Field(False, description="whether gains of norms compete (released: open_clip path yes, others no)")
@@ -81,30 +86,24 @@ class SLUG(Method):
     Hyperparameters = SLUGSettings
     hp: SLUGSettings
 
-    def __init__(
-        self,
-        model: Model,
-        hyperparameters: SLUGSettings,
-        prepared: dict[str, torch.Tensor] | None = None,
-        goal: Goal | None = None,
-    ):
-        super().__init__(model, hyperparameters, prepared, goal)
+    def setup(self) -> None:
+        super().setup()
         self.theta = dict(zip(self.names, self.params, strict=True))
         self.before = dict(zip(self.names, self.start, strict=True))
-        self.chosen = group(choose(self.prepared, hyperparameters), list(self.theta), hyperparameters.group)
+        self.chosen = group(choose(self.prepared, self.hp), list(self.theta), self.hp.group)
         lead = self.chosen[0]
         norm, size = self.before[lead].norm(), self.prepared[f"forget/{lead}"].norm()
-        self.unit = float(norm / size) * (1 if hyperparameters.direction == "ascent" else -1)
-        self.bracket = Bracket(hyperparameters.step)
+        self.unit = float(norm / size) * (1 if self.hp.direction == "ascent" else -1)
+        self.bracket = Bracket(self.hp.step)
 
     @classmethod
-    def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: Any) -> dict[str, torch.Tensor]:
+    def prepare(cls, model: Model, task: Data, seed: int, hyperparameters: SLUGSettings) -> dict[str, torch.Tensor]:
         """`forget/NAME` for each eligible tensor, and `statistics/NAME` = (|theta|^2, |g_f|^2, <g_f, g_r>, |g_r|^2)."""
-        model = seen(model, hyperparameters)
+        model = compared_model(model, hyperparameters)
         names = eligible(model, hyperparameters.norms)
         theta = dict(model.net.named_parameters())
         size, forget_passes, retain_passes = hyperparameters.batch_size, 1, 1
-        if not contrastive(model):
+        if not is_contrastive(model):
             forget, retain = (len(task.all_rows(split, seed).x) for split in ("forget", "retain"))
             forget_passes = hyperparameters.passes
             retain_passes = -(-forget_passes * forget // max(1, retain))
@@ -120,7 +119,7 @@ class SLUG(Method):
         return tensors
 
     @classmethod
-    def choices(cls, name: str, prepared: dict[str, torch.Tensor], hyperparameters: Any) -> list[Any]:
+    def choices(cls, name: str, prepared: dict[str, torch.Tensor], hyperparameters: SLUGSettings) -> list[str]:
         """The rules, and the names of the candidates that no rule picks, the most important first."""
         if name != "layer":
             return super().choices(name, prepared, hyperparameters)
@@ -128,21 +127,21 @@ class SLUG(Method):
         return [*RULES, *(c for c in candidates(prepared, hyperparameters) if c not in picked)]
 
     @classmethod
-    def on_images(cls, hyperparameters: Any) -> bool:
+    def on_images(cls, hyperparameters: SLUGSettings) -> bool:
         return hyperparameters.loss == "clip"
 
     @classmethod
-    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
-        if hyperparameters.loss == "clip" and comparing(model) is None:
+    def unsuited(cls, hyperparameters: SLUGSettings, model: Model, goal: Goal) -> list[str]:
+        if hyperparameters.loss == "clip" and contrastive_part(model) is None:
             return ["loss: clip: the model comes without the CLIP model that its text encoder is of (task.clip)"]
-        names, layer = eligible(seen(model, hyperparameters), hyperparameters.norms), hyperparameters.layer
+        names, layer = eligible(compared_model(model, hyperparameters), hyperparameters.norms), hyperparameters.layer
         if not names:
             return ["no eligible tensor of this model may change (train.modules)"]
         if layer in (*RULES, *names):
             return []
         near = difflib.get_close_matches(layer, names, n=3, cutoff=0.3)
-        return [f"layer: {layer!r} is not an eligible tensor of this model; near: {', '.join(near) or 'none'}; "
-                f"or a rule: {', '.join(RULES)}"]  # fmt: skip
+        hint = f"near: {', '.join(near) or 'none'}; or a rule: {', '.join(RULES)}"
+        return [f"layer: {layer!r} is not an eligible tensor of this model; {hint}"]
 
     @property
     def steps(self) -> int:
@@ -152,35 +151,32 @@ class SLUG(Method):
         return {s: Draw(self.hp.batch_size) for s in ("forget", "retain")} if self.hp.bisection else {}
 
     def step(self, batch: Batch) -> Scalars:
-        """Without a search the one edit; with it, one evaluation of the next step size."""
+        """Makes the edit; with `bisection`, evaluates the next size of the search."""
         size = self.bracket.size if self.hp.bisection else self.hp.step
         self.apply(size)
         scalars = {"step": torch.tensor(size, dtype=torch.float64)}
         if self.hp.bisection:
-            accuracy = recall(seen(self.model, self.hp), batch["forget"], batch["retain"], self.goal)
+            accuracy = recall(compared_model(self.model, self.hp), batch["forget"], batch["retain"], self.goal)
             self.bracket.tell(accuracy <= self.hp.target)
             scalars["forget_accuracy"] = torch.tensor(accuracy, dtype=torch.float64)
         self.done += 1
         return scalars
 
     def apply(self, size: float) -> None:
-        """Sets the chosen tensors to their base values plus a change of relative norm `size`; never cumulative."""
+        """Sets the chosen tensors to their base values plus a change of relative norm `size`; calls do not add up."""
         with torch.no_grad():
             for name in self.chosen:
                 d = self.prepared[f"forget/{name}"].to(self.theta[name])
                 self.theta[name].copy_(self.before[name]).add_(d, alpha=size * self.unit)
 
     def finish(self) -> dict[str, float]:
-        found = {}
-        if self.hp.bisection:
-            size = self.bracket.size if self.bracket.high is None else self.bracket.high
-            self.apply(size)
-            found = {
-                "step": size,
-                "bracketed": float(self.bracket.high is not None),
-                "noisy": float(self.bracket.noisy),
-            }
-        return super().finish() | found
+        if not self.hp.bisection:
+            return super().finish()
+        bracket = self.bracket
+        size = bracket.size if bracket.high is None else bracket.high
+        self.apply(size)
+        outcome = {"step": size, "bracketed": float(bracket.high is not None), "noisy": float(bracket.noisy)}
+        return super().finish() | outcome
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"bracket": vars(self.bracket)}
@@ -190,26 +186,24 @@ class SLUG(Method):
         vars(self.bracket).update(state["bracket"])
 
 
-def seen(model: Any, hyperparameters: SLUGSettings) -> Any:
-    """The model whose losses count: itself, or the CLIP model that its text encoder is of."""
-    return comparing(model) if hyperparameters.loss == "clip" else model
+def compared_model(model: Any, hyperparameters: SLUGSettings) -> Any:
+    """The model whose losses are used: itself, or the CLIP model that its text encoder is of (`loss: clip`)."""
+    return contrastive_part(model) if hyperparameters.loss == "clip" else model
 
 
 class Bracket:
     """The paper's search for the smallest step that forgets: doubling up to the first success, bisection after it.
 
     size: the step to evaluate next; low: the largest step below `high` that did not forget; high: the smallest that did,
-    None before the first. noisy: a success was seen at or below a failure, so the outcome is not monotone.
+    None before the first. noisy: a step forgot that is not above one that did not, so the outcome is not monotone.
     """
 
     def __init__(self, first: float):
-        self.size, self.low, self.high = first, 0.0, None
-        self.noisy = False
-
-    high: float | None
+        self.size, self.low, self.noisy = first, 0.0, False
+        self.high: float | None = None
 
     def tell(self, forgot: bool) -> None:
-        """Takes the outcome at `size` and moves on."""
+        """Records the outcome at `size` and sets the next size."""
         if forgot:
             self.high = self.size
         else:
@@ -230,25 +224,23 @@ def alignment(g_forget: torch.Tensor, g_retain: torch.Tensor, signed: bool = Fal
     return cosine if signed else cosine.abs()
 
 
-def pareto_layers(importance: dict[str, Any], alignment: dict[str, Any]) -> list[str]:
-    """The names to which no other is strictly better in both: more important and less aligned. In the order given.
+def pareto_layers(importance: dict[str, float], alignment: dict[str, float]) -> list[str]:
+    """The names to which no other is strictly better in both, more important and less aligned, in the order of `importance`.
 
     A tie in either keeps both. O(n log n).
     """
-    order = sorted(importance, key=lambda n: (float(alignment[n]), -float(importance[n])))
-    kept, best, i = set(), float("-inf"), 0
-    while i < len(order):
-        tied = [n for n in order[i:] if float(alignment[n]) == float(alignment[order[i]])]
-        kept |= {n for n in tied if float(importance[n]) >= best}
-        best = max(best, *(float(importance[n]) for n in tied))
-        i += len(tied)
-    return [name for name in importance if name in kept]
+    front, best = set[str](), -math.inf
+    for _, names in itertools.groupby(sorted(importance, key=alignment.__getitem__), key=alignment.__getitem__):
+        tied = list(names)
+        front |= {n for n in tied if importance[n] >= best}
+        best = max(best, *(importance[n] for n in tied))
+    return [name for name in importance if name in front]
 
 
 def edited(theta: dict[str, torch.Tensor], edits: list[tuple[str, float, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """`theta` with lam * d added to the named tensor for every edit (name, lam, d); other tensors are the same objects.
 
-    Several concepts, each with a gradient of the original weights, add up in any order.
+    The gradients of several concepts are those at the original weights, so the order of the edits does not matter.
     """
     changed: dict[str, torch.Tensor] = {}
     for name, lam, d in edits:
@@ -256,16 +248,23 @@ def edited(theta: dict[str, torch.Tensor], edits: list[tuple[str, float, torch.T
     return theta | {name: theta[name] + change for name, change in changed.items()}
 
 
-def candidates(prepared: dict[str, torch.Tensor], hp: Any) -> list[str]:
-    """The tensors to choose from, the most important first; one whose gradient or weight vanishes is none."""
-    scores, cosines = {}, {}
+def stored_alignment(prepared: dict[str, torch.Tensor], name: str, signed: bool) -> float:
+    """`alignment` of a tensor from its prepared statistics."""
+    _, f_sq, dot, r_sq = prepared[f"statistics/{name}"].tolist()
+    cosine = dot / (f_sq * r_sq) ** 0.5 if r_sq > 0 else 0.0
+    return cosine if signed else abs(cosine)
+
+
+def candidates(prepared: dict[str, torch.Tensor], hp: SLUGSettings) -> list[str]:
+    """The tensors to choose from, the most important first, without those whose gradient or weight vanishes."""
+    scores, cosines = dict[str, float](), dict[str, float]()
     for key, value in prepared.items():
         if key.startswith("statistics/"):
-            w_sq, f_sq, dot, r_sq = value.tolist()
+            w_sq, f_sq, *_ = value.tolist()
             if w_sq > 0 and f_sq > 0:
                 name = key.removeprefix("statistics/")
-                cosine = dot / (f_sq * r_sq) ** 0.5 if r_sq > 0 else 0.0
-                scores[name], cosines[name] = (f_sq / w_sq) ** 0.5, cosine if hp.alignment == "signed" else abs(cosine)
+                scores[name] = (f_sq / w_sq) ** 0.5
+                cosines[name] = stored_alignment(prepared, name, hp.alignment == "signed")
     names = list(scores)
     if hp.candidates == "pareto":
         fronts = [[n for n in scores if tower(n) == t] for t in ("vision", "language", "unet")]
@@ -273,19 +272,13 @@ def candidates(prepared: dict[str, torch.Tensor], hp: Any) -> list[str]:
     return sorted(names, key=lambda n: (-scores[n], n))
 
 
-def choose(prepared: dict[str, torch.Tensor], hp: Any) -> str:
-    """The tensor that `layer` means."""
+def choose(prepared: dict[str, torch.Tensor], hp: SLUGSettings) -> str:
+    """The name of the tensor that `layer` selects."""
     if hp.layer not in RULES:
         return hp.layer
-    found = candidates(prepared, hp)
+    names = candidates(prepared, hp)
     if hp.layer == "importance":
-        return found[0]
+        return names[0]
     if hp.layer == "deepest":
-        return max(found, key=depth)
-
-    def cosine(name: str) -> float:
-        _, f_sq, dot, r_sq = prepared[f"statistics/{name}"].tolist()
-        value = dot / (f_sq * r_sq) ** 0.5 if r_sq > 0 else 0.0
-        return value if hp.alignment == "signed" else abs(value)
-
-    return min(found, key=cosine)
+        return max(names, key=depth)
+    return min(names, key=lambda name: stored_alignment(prepared, name, hp.alignment == "signed"))

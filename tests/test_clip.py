@@ -15,9 +15,9 @@ from tiny import ROOT, clip_model, clip_task
 from torch.nn import functional as F
 
 from evaluators.contrast import zero_shot
-from methods.base import Rows
 from methods.losses import forget_loss, retain_loss
 from methods.retrain import Retrain
+from methods.rows import Rows
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config.schema import Tier
 from raysweep.models import families
@@ -137,7 +137,7 @@ rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=2)
 task, model = clip_task(), clip_model()
 model.net.double()
-from methods.base import Draw
+from methods.rows import Draw
 rows = task.batch({{"retain": Draw(12)}}, 0, 0, rank, 2)["retain"].to(torch.device("cpu"), torch.float64)
 params = [p for p in model.net.parameters() if p.requires_grad]
 loss = retain_loss(model, rows)
@@ -150,7 +150,7 @@ dist.destroy_process_group()
 def test_two_workers_compare_all_rows(tmp_path):
     """The gradient and the value of InfoNCE over two ranks are those of one: each row meets every other."""
     from methods import gradients
-    from methods.base import Draw
+    from methods.rows import Draw
 
     code = WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), store=tmp_path / "store", out=tmp_path)
     workers = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]

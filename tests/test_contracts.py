@@ -1,4 +1,4 @@
-"""Meaning of settings: reductions and the clips that bind them, guidance, averages, rates, stages. In float64, on tiny networks."""
+"""Settings mean what they say: reductions, clips, guidance, averages, rates, stages. In float64, on tiny networks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import pytest
 import torch
 from tiny import Pairs, TinyClip, batch_for, tiny_model
 
-from methods.base import Descent, Training, squared_errors, timesteps, without_labels
+from methods.base import Descent, Training
 from methods.finetune import Finetune
 from methods.graddiff import GradDiff
 from methods.layers import eligible, tower
+from methods.losses import squared_errors, timesteps, without_labels
 from methods.neggrad import NegGrad
 from methods.retrain import Retrain
 from methods.rgd import RGD
 from methods.salun import SalUn
 from methods.selective_amnesia import SelectiveAmnesia, SelectiveAmnesiaSettings
 from methods.sfd import SFD, SFDSettings
-from methods.sfd_two_stage import FORGETTING, OWN, SHARED, SFDTwoStage
+from methods.sfd_two_stage import FORGETTING, SEPARATE, SHARED, SFDTwoStage
 from methods.slug import SLUG, SLUGSettings
 
 D = torch.float64
@@ -91,10 +92,10 @@ def test_reduction_of_retraining(points_task):
         "mean": {"reduction": "mean", "clip_norm": clip},
         "equal": {"reduction": "mean", "clip_norm": clip / PIXELS, "adam_eps": 1e-8 / PIXELS},
     }
-    found = {name: after(build(Retrain, points_task, **more, **s), points_task) for name, s in settings.items()}
-    moved = (found["sum"] - flat(build(Retrain, points_task, **more).params)).norm()
-    assert float((found["equal"] - found["sum"]).norm() / moved) < 1e-5
-    assert float((found["mean"] - found["sum"]).norm() / moved) > 1e-3
+    trained = {name: after(build(Retrain, points_task, **more, **s), points_task) for name, s in settings.items()}
+    moved = (trained["sum"] - flat(build(Retrain, points_task, **more).params)).norm()
+    assert float((trained["equal"] - trained["sum"]).norm() / moved) < 1e-5
+    assert float((trained["mean"] - trained["sum"]).norm() / moved) > 1e-3
 
 
 def test_reduction_of_selective_amnesia(class_task):
@@ -134,10 +135,19 @@ def test_guidance_of_selective_amnesia_is_w_plus_one(class_task, monkeypatch):
     w = 2.0
     model, seen = tiny_model(class_task, dtype=D), {}
     x, t, cond = torch.randn((3, 1, 4, 4), dtype=D), torch.full((3,), 400), torch.tensor([0, 2, 5])
-    with torch.no_grad():
-        e_c, e_null = model.predict(x, t, cond), model.predict(x, t, model.unconditional(3))
-        guided = model._guided(x, t, cond, SelectiveAmnesiaSettings().guidance, None)
-    torch.testing.assert_close(guided, (1 + w) * e_c - w * e_null)
+
+    def points(guidance):
+        return torch.stack([x_t for _, x_t in model.trajectory(cond, torch.arange(3), 4, guidance)])
+
+    guided, plain, predict = points(SelectiveAmnesiaSettings().guidance), points(1.0), model.predict
+
+    def released(x, t, cond):
+        return (1 + w) * predict(x, t, cond) - w * predict(x, t, model.unconditional(3))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "predict", released)
+        torch.testing.assert_close(points(1.0), guided)
+    assert not torch.allclose(plain, guided)
     real = model.sample
 
     def sample(cond, seeds, steps, guidance, eta):
@@ -293,10 +303,10 @@ def test_stage_one_is_distilled_with_the_settings_of_stage_two(class_task, name,
         hp = SFDTwoStage.Hyperparameters(**STAGES | small | more)
         return SFDTwoStage.prepare(tiny_model(class_task, dtype=D), class_task, 0, hp)
 
-    made = distilled(**{name: value})
-    assert any(not torch.equal(made[k], v) for k, v in distilled().items())
-    own = {"steps": 3, "batch_size": 6, "lr": 1e-3, "lr_fake": 1e-3, "ema": 0.5, "forget_batch_size": 1}
-    settings = SFDSettings(forget=0, fake_forget=0, **own | small | {name: value})
+    stage1 = distilled(**{name: value})
+    assert any(not torch.equal(stage1[k], v) for k, v in distilled().items())
+    stage1_settings = {"steps": 3, "batch_size": 6, "lr": 1e-3, "lr_fake": 1e-3, "ema": 0.5, "forget_batch_size": 1}
+    settings = SFDSettings(forget=0, fake_forget=0, **stage1_settings | small | {name: value})
     goal = dataclasses.replace(class_task.goal, forget_class=None, override_class=None)
     plain = SFD(tiny_model(class_task, dtype=D), settings, {}, goal)
     for step in range(3):
@@ -304,13 +314,13 @@ def test_stage_one_is_distilled_with_the_settings_of_stage_two(class_task, name,
     plain.finish()
     for part, params in (("generator", plain.params), ("fake", plain.fake_params)):
         for n, p in zip(plain.names, params, strict=True):
-            assert torch.equal(made[f"{part}/{n}"], p)
+            assert torch.equal(stage1[f"{part}/{n}"], p)
     assert name in SFDTwoStage.prepared_by
 
 
 def test_settings_of_the_two_stages_are_all_accounted_for():
-    assert sorted((*SHARED, *OWN, *FORGETTING)) == sorted(SFDSettings.model_fields)
-    assert set(SFDTwoStage.prepared_by) == set(SHARED) | {f"stage1_{name}" for name in OWN}
+    assert sorted((*SHARED, *SEPARATE, *FORGETTING)) == sorted(SFDSettings.model_fields)
+    assert set(SFDTwoStage.prepared_by) == set(SHARED) | {f"stage1_{name}" for name in SEPARATE}
 
 
 def test_norms_compete_only_if_asked_for():

@@ -11,7 +11,7 @@ from tiny import edm_model, tiny_task
 from torch import nn
 
 from evaluators.judge import Judge
-from methods.base import squared_errors
+from methods.losses import squared_errors
 from methods.retrain import Retrain, RetrainSettings
 from raysweep.audit.measure import measure, subject_of
 from raysweep.config.schema import Tier

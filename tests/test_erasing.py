@@ -1,4 +1,4 @@
-"""ESD, Selective Amnesia, EraseDiff (both forms), the Bernoulli variant and safe sampling: reference statements."""
+"""ESD, Selective Amnesia, EraseDiff (both forms), the Bernoulli variant of SISS and safe sampling."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PROMPTS, TinyText, batch_for, edm_model, text_task, tiny_model
 
-from methods.base import SEEDS, Draw, Goal, Rows, squared_errors, timesteps
+from methods.base import Goal
 from methods.bernoulli import Bernoulli
 from methods.erasediff import EraseDiff, EraseDiffSettings, adaptive_weight
 from methods.erasediff_siss import EraseDiffSISS, weight
-from methods.esd import ESD, ESDSettings, moving, target
+from methods.esd import ESD, ESDSettings, layer_names, target
+from methods.losses import squared_errors, timesteps
+from methods.rows import SEEDS, Draw, Rows
 from methods.selective_amnesia import SelectiveAmnesia, diagonal_fisher, ewc_penalty
 from methods.siss import SISS
 from methods.siss_no_is import SISSNoIS
@@ -34,7 +36,7 @@ def build(cls, task, model=None, **more):
 
 @given(st.integers(0, 1000), st.floats(0.1, 3.0))
 @settings(max_examples=30, deadline=None)
-def test_esd_target_in_both_forms(seed, eta):  # T34, T35
+def test_esd_target_is_the_same_in_the_forms_of_both_releases(seed, eta):
     c, u = torch.randn((2, 3, 1, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=D)
     y = target(c, u, eta)
     torch.testing.assert_close(y, u - eta * (c - u))
@@ -42,7 +44,7 @@ def test_esd_target_in_both_forms(seed, eta):  # T34, T35
     torch.testing.assert_close((y - c).square().mean(), (1 + eta) ** 2 * (c - u).square().mean())
 
 
-def test_esd_starts_at_the_loss_that_its_target_implies(class_task):  # T34
+def test_esd_starts_at_the_loss_that_its_target_implies(class_task):
     method = build(ESD, class_task, eta=1.5, sampler_steps=4)
     method.model.net.eval()
     rows = batch_for(method, class_task)["forget"]
@@ -55,7 +57,7 @@ def test_esd_starts_at_the_loss_that_its_target_implies(class_task):  # T34
 
 
 @pytest.mark.parametrize("layers", ["x", "x_strict", "u", "full"])
-def test_esd_moves_the_layers_it_says(layers):  # T36
+def test_esd_changes_the_layers_of_its_setting_alone(layers):
     task, model = text_task(), TinyText.tiny(dtype=D)
     task.__dict__["goal"] = Goal("concept", concept=PROMPTS[2])
     before = {n: p.detach().clone() for n, p in model.net.named_parameters()}
@@ -75,14 +77,14 @@ def test_esd_moves_the_layers_it_says(layers):  # T36
 
 def test_esd_layers_of_a_class_model(class_task):
     names = [n for n, _ in tiny_model(class_task).net.named_parameters()]
-    assert moving(names, "x") == {"class_embedding.weight"}
-    assert moving(names, "u") == set(names) - {"class_embedding.weight"}
+    assert layer_names(names, "x") == {"class_embedding.weight"}
+    assert layer_names(names, "u") == set(names) - {"class_embedding.weight"}
     (reason,) = ESD.unsuited(ESDSettings(layers="x_strict"), tiny_model(class_task), class_task.goal)
     assert "valid: x, u, full" in reason
 
 
 @pytest.mark.parametrize("steps", [1, 10, 50])
-def test_esd_is_told_the_level_of_what_it_is_shown(class_task, steps):
+def test_esd_networks_receive_the_noise_level_of_their_input(class_task, steps):
     """Every (x_t, t) is a point of the sampler's own run: x_t has the noise level of t."""
     method = build(ESD, class_task, sampler_steps=steps, batch_size=24)
     seeds = batch_for(method, class_task)["forget"].seeds
@@ -119,7 +121,7 @@ def test_the_level_is_that_of_the_noise_in_the_image(class_task, monkeypatch, fa
 
 
 @pytest.mark.parametrize("steps", [2, 10, 50])
-def test_esd_of_the_older_release_is_told_a_higher_level(class_task, steps):
+def test_esd_networks_of_the_older_release_receive_a_higher_level(class_task, steps):
     method = build(ESD, class_task, sampler_steps=steps, batch_size=32, guidance=1.0, timestep="older_release")
     seeds = batch_for(method, class_task)["forget"].seeds
     x_t, t = method.partial_samples(seeds)
@@ -136,7 +138,7 @@ def test_esd_of_the_older_release_is_told_a_higher_level(class_task, steps):
 
 @given(st.integers(0, 1000))
 @settings(max_examples=30, deadline=None)
-def test_penalty(seed):  # T37
+def test_gradient_of_the_penalty(seed):
     theta, theta0, fisher = torch.randn((3, 9), generator=torch.Generator().manual_seed(seed), dtype=D)
     fisher = fisher.square()
     theta.requires_grad_(True)
@@ -146,7 +148,7 @@ def test_penalty(seed):  # T37
     assert float(ewc_penalty(theta0, theta0, fisher)) == 0
 
 
-def test_penalty_enters_the_direction_with_its_gradient(class_task):  # T37
+def test_penalty_enters_the_direction_with_its_gradient(class_task):
     with_, without = (build(SelectiveAmnesia, class_task, lam=lam, **SMALL) for lam in (3.0, 0.0))
     batch = batch_for(with_, class_task)
     for method in (with_, without):
@@ -158,7 +160,7 @@ def test_penalty_enters_the_direction_with_its_gradient(class_task):  # T37
     torch.testing.assert_close(difference, 2 * 3.0 * with_.fisher * (theta - with_.theta0), rtol=1e-6, atol=1e-9)
 
 
-def test_fisher(class_task):  # T38
+def test_fisher_is_the_mean_of_squared_sums_over_timesteps(class_task):
     model = tiny_model(class_task, dtype=D)
     x = class_task.splits["train"].x[:2].to(D)
     rows = Rows(x, torch.tensor([0, 1]), torch.tensor([5, 6]), 2)
@@ -181,7 +183,7 @@ def test_fisher(class_task):  # T38
         torch.testing.assert_close(one[name], torch.zeros_like(one[name]) if g is None else g.square())
 
 
-def test_replay_holds_no_forgotten_label_and_is_generated(class_task):  # T39
+def test_replay_holds_no_forgotten_label_and_is_generated(class_task):
     method = build(SelectiveAmnesia, class_task, **SMALL)
     rows = class_task.batch({"replay": Draw(200, split=SEEDS)}, 0, 0)["replay"]
     replay = method.generated(rows, method.kept)
@@ -197,7 +199,7 @@ def test_replay_holds_no_forgotten_label_and_is_generated(class_task):  # T39
     assert all(any(torch.equal(x, m) for m in members) for x in shown.x)
 
 
-def test_erasediff_looks_ahead_and_comes_back(points_task, class_task):  # T40
+def test_erasediff_restores_the_weights_after_looking_ahead(points_task, class_task):
     for task in (points_task, class_task):
         method = build(EraseDiff, task, inner_steps=3, lr=1e-2, inner_moments="own")
         before = [p.detach().clone() for p in method.params]
@@ -256,7 +258,7 @@ def test_erasediff_released_run():
     assert (hp.clip_norm, hp.ema, hp.inner_moments) == (1.0, 0.99, "shared")
 
 
-def test_erasediff_direction(class_task):  # T40
+def test_erasediff_adds_the_weighed_forget_gradient(class_task):
     fixed = build(EraseDiff, class_task, weight=0.7, inner_steps=1)
     batch = batch_for(fixed, class_task)
     only_retain = build(EraseDiff, class_task, weight=0.0, inner_steps=1)
@@ -274,7 +276,7 @@ def test_erasediff_direction(class_task):  # T40
 
 @given(st.integers(0, 10_000), st.floats(1e-3, 2.0))
 @settings(max_examples=100, deadline=None)
-def test_one_level_erasediff_always_descends_the_noise_term(seed, eta):  # E1
+def test_one_level_erasediff_always_descends_the_noise_term(seed, eta):
     x, a = torch.randn((2, 7), generator=torch.Generator().manual_seed(seed), dtype=D)
     dot, a_sq = x @ a, a @ a
     c = weight(dot, a_sq, eta)
@@ -284,18 +286,18 @@ def test_one_level_erasediff_always_descends_the_noise_term(seed, eta):  # E1
     assert float(weight(dot, torch.zeros_like(a_sq), eta)) == 0
 
 
-def test_noise_target(points_task):  # E2
+def test_noise_target_follows_its_distribution_and_is_drawn_anew(points_task):
     method = build(EraseDiffSISS, points_task, batch_size=400)
-    seeds = [batch_for(method, points_task, step)["forget"].seeds for step in (0, 1)]
-    first, second = (method.noise_target(s) for s in seeds)
+    rows = [batch_for(method, points_task, step)["forget"] for step in (0, 1)]
+    first, second = (method.noise_target(r) for r in rows)
     assert bool(((first >= 0) & (first < 1)).all())
     assert float(first.mean()) == pytest.approx(0.5, abs=0.02)
     assert not torch.equal(first, second)
-    normal = build(EraseDiffSISS, points_task, batch_size=400, target="normal").noise_target(seeds[0])
+    normal = build(EraseDiffSISS, points_task, batch_size=400, target="normal").noise_target(rows[0])
     assert float(normal.mean()) == pytest.approx(0, abs=0.05)
 
 
-def test_bernoulli_uses_each_row_once(points_task):  # G5, G8
+def test_bernoulli_uses_each_row_in_one_term(points_task):
     method = build(Bernoulli, points_task, lam=0.3, batch_size=16)
     batch, calls = batch_for(method, points_task), []
     handle = method.model.net.register_forward_hook(lambda *_: calls.append(1))
@@ -312,7 +314,7 @@ def test_bernoulli_uses_each_row_once(points_task):  # G5, G8
     assert float(scalars["loss_a"]) == pytest.approx(float(losses[1][rows_a].sum()) / 16)
 
 
-def test_saturated_siss_is_bernoulli(points_task):  # G5
+def test_saturated_siss_is_bernoulli(points_task):
     """At the lowest timestep two images hardly overlap: weights are 0 or 1/lam, and both methods take the same step."""
     more = {"t_sampler": "fixed", "t_low": 0, "lam": 0.5, "batch_size": 16, "clip_norm": None}
     siss, bernoulli = build(SISS, points_task, **more), build(Bernoulli, points_task, **more)
@@ -322,7 +324,7 @@ def test_saturated_siss_is_bernoulli(points_task):  # G5
     torch.testing.assert_close(g, bernoulli.direction(batch)[0], rtol=1e-5, atol=1e-7)
 
 
-def test_naive_deletion_from_the_whole_set(points_task):  # G3
+def test_naive_deletion_is_a_difference_of_losses_over_the_whole_and_the_forget_set(points_task):
     """N/(N-K) L_X - K/(N-K) L_A is the loss of X without A, with its gradient, on a finite set."""
     model = tiny_model(points_task, dtype=D)
     x = points_task.splits["train"].x.to(D)
@@ -341,7 +343,7 @@ def test_naive_deletion_from_the_whole_set(points_task):  # G3
     torch.testing.assert_close(torch.autograd.grad(split, p)[0], torch.autograd.grad(kept, p)[0])
 
 
-def test_two_passes_where_both_terms_have_their_own_image(points_task):  # G8
+def test_two_passes_where_both_terms_have_their_own_image(points_task):
     for cls, passes in ((SISSNoIS, 2), (EraseDiffSISS, 2)):
         method, calls = build(cls, points_task), []
         handle = method.model.net.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -350,7 +352,7 @@ def test_two_passes_where_both_terms_have_their_own_image(points_task):  # G8
         assert len(calls) == passes
 
 
-def test_safety_scale():
+def test_safety_scale_under_both_bounds():
     d = torch.tensor([-1.0, -1e-4, 0.0, 0.005, 0.02, 1.0], dtype=D)
     assert scale(d, 1000.0, 0.01, "at_most_one").tolist() == [1.0, pytest.approx(0.1), 0.0, 1.0, 0.0, 0.0]
     assert scale(d, 1000.0, 0.01, "at_least_one").tolist() == [1000.0, 1.0, 1.0, 5.0, 0.0, 0.0]

@@ -86,8 +86,7 @@ def build(name: str, task=None, dtype=D, seed: int = 0, model=None, **settings) 
     cls = resolve("method", name)
     hp = cls.Hyperparameters(**settings_for(name, **settings))
     model = model or tiny_model(task, seed, dtype)
-    with gradients.alone():
-        prepared = cls.prepare(model, task, 0, hp)
+    prepared = cls.prepare(model, task, 0, hp)
     return cls(model, hp, prepared, task.goal), task
 
 
@@ -131,7 +130,7 @@ def test_steps_change_the_weights_and_repeat_exactly(name):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_resume_is_bit_exact(name):  # T45, R2
+def test_resume_is_bit_exact(name):
     whole, task = build(name)
     expected = run(whole, task)
     first, _ = build(name)
@@ -284,7 +283,7 @@ def two_workers(tmp_path_factory) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_two_workers_equal_one(name, dtype, tolerance, two_workers):  # S9
+def test_two_workers_equal_one(name, dtype, tolerance, two_workers):
     alone = run(*build(name, dtype=dtype, **slow(name)))
     together = two_workers[f"{name}-{dtype}"]
     assert float((alone - together).norm() / alone.norm()) < tolerance
@@ -400,10 +399,10 @@ def test_gradients_are_views_of_two_vectors_at_most():
         method.step(batch_for(method, task))
         kept = {p.grad.untyped_storage().data_ptr() for p in method.params}
         assert len(kept) == 1
-        assert len(method._room) == 2
-        first = [v.data_ptr() for v in method._room.values()]
+        assert len(method.buffers) == 2
+        first = [v.data_ptr() for v in method.buffers.values()]
         method.step(batch_for(method, task, 1))
-        assert [v.data_ptr() for v in method._room.values()] == first
+        assert [v.data_ptr() for v in method.buffers.values()] == first
 
 
 def test_finetune_lowers_and_neggrad_raises_their_loss():
@@ -415,13 +414,13 @@ def test_finetune_lowers_and_neggrad_raises_their_loss():
         assert sign * (losses[-1] - losses[0]) > 0
 
 
-def test_superfactor_cancels_under_clipping():  # S8
+def test_superfactor_cancels_under_clipping():
     one, task = build("neggrad", clip_norm=1e-2)
     three, _ = build("neggrad", clip_norm=1e-2, superfactor=3.0)
     torch.testing.assert_close(run(one, task), run(three, task), rtol=1e-5, atol=1e-7)
 
 
-def test_rgd_equals_graddiff_without_conflict_and_differs_with_it():  # T24, T11
+def test_rgd_equals_graddiff_without_conflict_and_differs_with_it():
     task = task_for("rgd")
     rgd, _ = build("rgd", task, retain_pass="minibatch")
     plain, _ = build("graddiff", task, lam=5.0)
@@ -442,13 +441,17 @@ def test_rgd_equals_graddiff_without_conflict_and_differs_with_it():  # T24, T11
     assert len({d.sum().item() for d in deltas.values()}) == 3
 
 
-def test_truncation_stops_the_ascent_alone():  # T16 to T18
+def test_truncation_stops_the_ascent_alone():
     task = task_for("graddiff")
     batches = {}
-    for name, settings in {
-        "plain": {}, "alpha inf": {"trunc_elem_sq": 1e9}, "alpha 0": {"trunc_elem_sq": 0.0}, "m": {"trunc_batch_loss": 1e-9},
+    variants = {
+        "plain": {},
+        "alpha inf": {"trunc_elem_sq": 1e9},
+        "alpha 0": {"trunc_elem_sq": 0.0},
+        "m": {"trunc_batch_loss": 1e-9},
         "m high": {"trunc_batch_loss": 1e9},
-    }.items():  # fmt: skip
+    }
+    for name, settings in variants.items():
         method, _ = build("graddiff", task, **settings)
         batch = batch_for(method, task)
         batches[name] = (
@@ -462,7 +465,7 @@ def test_truncation_stops_the_ascent_alone():  # T16 to T18
     assert len({retain for _, retain in batches.values()}) == 1
 
 
-def test_full_retain_pass_is_the_mean_over_the_set():  # T22
+def test_full_retain_pass_is_the_mean_over_the_set():
     task = task_for("rgd")
     method, _ = build("rgd", task, retain_pass="full", retain_per_group=3)
     rows = batch_for(method, task)["retain"]
@@ -472,7 +475,7 @@ def test_full_retain_pass_is_the_mean_over_the_set():  # T22
     assert torch.equal(torch.cat([h.seeds for h in halves]), rows.seeds)
 
 
-def test_published_settings_and_units():  # T20, T33
+def test_steps_of_graddiff_and_alpha_of_salun_follow_the_releases():
     assert resolve("method", "graddiff").Hyperparameters().steps == -(-50_000 // 64) == 782
     errors = torch.rand((5, 3, 32, 32), dtype=D, generator=torch.Generator().manual_seed(0))
     summed, mean = errors.flatten(1).sum(1).mean(), errors.mean()
@@ -480,7 +483,7 @@ def test_published_settings_and_units():  # T20, T33
     assert resolve("method", "salun").Hyperparameters().alpha == pytest.approx(3.072, rel=1e-3)
 
 
-def test_salun_moves_salient_weights_only():  # T30
+def test_salun_moves_salient_weights_only():
     method, task = build("salun", fraction=0.3, weight_decay=0.0)
     before, mask = weights(method), method.mask.bool()
     after = run(method, task)
@@ -488,7 +491,7 @@ def test_salun_moves_salient_weights_only():  # T30
     assert bool((before[mask] != after[mask]).any())
 
 
-def test_saliency_masks():  # T27 to T29, T31
+def test_saliency_mask_holds_the_largest_gradients_and_grows_with_the_fraction():
     g = torch.Generator().manual_seed(0)
     grads = {"a": torch.randn((7, 3), generator=g), "b": torch.randn(11, generator=g)}
     last = None
@@ -509,12 +512,12 @@ def test_saliency_masks():  # T27 to T29, T31
     assert saliency_mask({"w": signed}, 0.5)["w"].tolist() == [0.0, 1.0]
 
 
-def test_salun_stand_ins():
+def test_salun_imitates_the_class_of_its_setting():
     for relabel, allowed in (("next", {3}), ("override", {4}), ("random", {0, 1, 3, 4, 5})):
         method, task = build("salun", task_for("salun"), relabel=relabel, batch_size=64)
         assert set(method.stand_in(batch_for(method, task)["forget"]).tolist()) <= allowed
     relabelled, task = build("salun", label_drop=0.0)
-    relabelled.stand_in = lambda rows: rows.cond  # T32: the same class asks for no change
+    relabelled.stand_in = lambda rows: rows.cond  # the same class asks for no change
     assert float(relabelled.direction(batch_for(relabelled, task))[1]["relabel_loss"]) == pytest.approx(0.0, abs=1e-20)
 
 
@@ -534,7 +537,7 @@ def test_half_precision_passes_lose_no_update(tmp_path):
     task.save(tmp_path / "task")
     base = tiny_model(task)
     base.save(tmp_path / "base")
-    found = {}
+    weights_of = {}
     for precision in ("fp32", "bf16"):
         job = Job(
             id="j", kind="train", method="finetune", hyperparameters={"lr": 1e-6, "steps": 3, "batch_size": 12}, seed=1,
@@ -542,12 +545,12 @@ def test_half_precision_passes_lose_no_update(tmp_path):
         )  # fmt: skip
         outcome = do(job, Resident())
         assert outcome.status == "ok", outcome.reason
-        found[precision] = PixelDDPM.load(tmp_path / precision).net.state_dict()
+        weights_of[precision] = PixelDDPM.load(tmp_path / precision).net.state_dict()
     before = base.net.state_dict()
-    assert any(not torch.equal(found["fp32"][n], found["bf16"][n]) for n in before)
+    assert any(not torch.equal(weights_of["fp32"][n], weights_of["bf16"][n]) for n in before)
     for n, w in before.items():
-        moved = (found["bf16"][n] - w).abs()
-        assert found["bf16"][n].dtype == torch.float32
+        moved = (weights_of["bf16"][n] - w).abs()
+        assert weights_of["bf16"][n].dtype == torch.float32
         assert float((moved > 0).double().mean()) > 0.5
         if w.dim() > 1:
             lost = (w.bfloat16() + moved.bfloat16()) == w.bfloat16()

@@ -27,7 +27,7 @@ from raysweep.storage.code_digests import code_digest, training_code
 
 
 def test_tables_match_the_files():
-    helpers = {"__init__", "base", "gradients", "layers", "losses"}
+    helpers = {"__init__", "base", "gradients", "layers", "losses", "rows"}
     assert set(METHODS) == {p.stem for p in (ROOT / "methods").glob("*.py")} - helpers
     assert set(METHODS) == set(search_spaces.names())
     helpers = {"__init__", "attacks", "base", "batches", "external", "judge", "metrics", "statistics", "tampering"}

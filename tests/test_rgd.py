@@ -1,4 +1,4 @@
-"""The restricted gradient and the truncations: reference statements T1 to T18."""
+"""The restricted gradient and the truncation of elements, in float64."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def conflicting(f, r):
 
 @given(pairs())
 @settings(max_examples=200, deadline=None)
-def test_neither_loss_rises_to_first_order(case):  # T3
+def test_neither_loss_rises_to_first_order(case):
     f, r, lam = case
     delta = restricted_direction(f, r, lam)
     scale = float(delta.norm() * max(f.norm(), r.norm()))
@@ -35,7 +35,7 @@ def test_neither_loss_rises_to_first_order(case):  # T3
 
 @given(pairs())
 @settings(max_examples=200, deadline=None)
-def test_closed_forms(case):  # T1, T2, T4
+def test_direction_is_the_sum_of_the_normal_parts_under_conflict_and_plain_otherwise(case):
     f, r, lam = case
     delta = restricted_direction(f, r, lam)
     if not conflicting(f, r):
@@ -56,27 +56,25 @@ def test_closed_forms(case):  # T1, T2, T4
 
 @given(pairs(), st.floats(0.1, 10), st.floats(0.1, 10))
 @settings(max_examples=100, deadline=None)
-def test_scaling_rotation_and_symmetry(case, a, b):  # T7, T8, T9
+def test_direction_scales_and_rotates_with_its_gradients_and_is_symmetric(case, a, b):
     f, r, lam = case
     if abs(float(torch.nn.functional.cosine_similarity(f, r, dim=0))) < 1e-6:
         return  # the sign of the product may flip by rounding
-    parts_f, parts_r = (
-        restricted_direction(f, r, 0.0),
-        restricted_direction(f, r, 1.0) - restricted_direction(f, r, 0.0),
-    )
+    parts_f = restricted_direction(f, r, 0.0)
+    parts_r = restricted_direction(f, r, 1.0) - parts_f
     scaled = restricted_direction(a * f, b * r, lam)
     scale = float(scaled.norm() + (a * f).norm() + (b * r).norm() * (1 + lam))
     torch.testing.assert_close(scaled, a * parts_f + b * lam * parts_r, rtol=1e-7, atol=1e-9 * scale)
     q, _ = torch.linalg.qr(torch.randn(len(f), len(f), dtype=torch.float64))
-    torch.testing.assert_close(restricted_direction(q @ f, q @ r, lam), q @ restricted_direction(f, r, lam), rtol=1e-7,
-                               atol=1e-9 * scale)  # fmt: skip
+    rotated = restricted_direction(q @ f, q @ r, lam)
+    torch.testing.assert_close(rotated, q @ restricted_direction(f, r, lam), rtol=1e-7, atol=1e-9 * scale)
     torch.testing.assert_close(
         restricted_direction(r, f, 1.0), restricted_direction(f, r, 1.0), rtol=1e-9, atol=1e-9 * scale
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_degenerate_inputs_stay_finite(dtype):  # T6
+def test_degenerate_inputs_stay_finite(dtype):
     f, zero = torch.tensor([1.0, -2.0, 3.0], dtype=dtype), torch.zeros(3, dtype=dtype)
     assert torch.equal(restricted_direction(f, zero, 2.0), f)
     assert torch.equal(restricted_direction(zero, f, 2.0), 2 * f)
@@ -84,14 +82,14 @@ def test_degenerate_inputs_stay_finite(dtype):  # T6
     torch.testing.assert_close(restricted_direction(f, -2 * f, 3.0), zero, atol=1e-5, rtol=0)
 
 
-def test_continuous_where_the_conflict_begins():  # T5
+def test_continuous_where_the_conflict_begins():
     f = torch.tensor([1.0, 0.0], dtype=torch.float64)
     values = [restricted_direction(f, torch.tensor([e, 1.0], dtype=torch.float64), 2.0) for e in (-1e-9, 0.0, 1e-9)]
     torch.testing.assert_close(values[0], values[1], atol=1e-7, rtol=0)
     torch.testing.assert_close(values[2], values[1], atol=1e-7, rtol=0)
 
 
-def test_both_losses_fall_where_graddiff_raises_one():  # T13
+def test_both_losses_fall_where_graddiff_raises_one():
     a, b = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([-0.9, 0.3], dtype=torch.float64)
     losses = (lambda x: 0.5 * (x - 3 * a).square().sum() * 4, lambda x: 0.5 * (x - 3 * b).square().sum())
     x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
@@ -102,7 +100,7 @@ def test_both_losses_fall_where_graddiff_raises_one():  # T13
         assert all(falls) == both
 
 
-def test_element_truncation():  # T15, T16
+def test_truncated_elements_have_a_bounded_loss_and_no_gradient():
     error = torch.tensor([[[[0.1, 0.5], [1.0, -2.0]]]], dtype=torch.float64, requires_grad=True)
     weight = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
     cut, mask = truncate_elements(weight * error.square(), weight, 0.3)

@@ -1,4 +1,4 @@
-"""Importance weights, unbiasedness and the combination of gradients: reference statements W1 to W9, G1, G6, S1 to S5."""
+"""SISS: importance weights, unbiasedness, the combination of gradients, in float64."""
 
 import math
 
@@ -23,7 +23,7 @@ def case(seed: int, n: int = 8, dtype=D):
 
 @given(st.integers(0, 10_000), st.floats(1e-3, 1 - 1e-3))
 @settings(max_examples=100, deadline=None)
-def test_weights_sum_to_one_and_are_bounded(seed, lam):  # W1, W2, W3
+def test_weights_sum_to_one_and_are_bounded(seed, lam):
     delta = 30 * torch.randn(50, generator=torch.Generator().manual_seed(seed), dtype=D)
     w_x, w_a = importance_weights(delta, lam)
     torch.testing.assert_close((1 - lam) * w_x + lam * w_a, torch.ones_like(delta), rtol=0, atol=1e-12)
@@ -35,7 +35,7 @@ def test_weights_sum_to_one_and_are_bounded(seed, lam):  # W1, W2, W3
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=50, deadline=None)
-def test_log_ratio_agrees_with_densities_and_their_law(seed):  # W4
+def test_log_ratio_agrees_with_densities_and_their_law(seed):
     x, a, eps, gamma, sigma = case(seed)
     g, s = gamma.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
     r = (gamma / sigma) ** 2 * (x - a).square().flatten(1).sum(1)
@@ -43,12 +43,12 @@ def test_log_ratio_agrees_with_densities_and_their_law(seed):  # W4
     for mean, sign in ((x, -1), (a, 1)):
         m = g * mean + s * eps
         direct = ((m - g * x).square() - (m - g * a).square()).flatten(1).sum(1) / (2 * sigma**2)
-        found = log_ratio(x, a, m, gamma, sigma)
-        torch.testing.assert_close(found, direct, rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(found, sign * r / 2 + inner, rtol=1e-8, atol=1e-8)
+        ratio = log_ratio(x, a, m, gamma, sigma)
+        torch.testing.assert_close(ratio, direct, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(ratio, sign * r / 2 + inner, rtol=1e-8, atol=1e-8)
 
 
-def test_equal_images_weigh_one_and_swapping_swaps():  # W6, W7
+def test_equal_images_weigh_one_and_swapping_the_images_swaps_the_weights():
     x, a, eps, gamma, sigma = case(1)
     w_x, w_a = importance_weights(log_ratio(x, x, gamma.view(-1, 1, 1, 1) * x + eps, gamma, sigma), 0.3)
     torch.testing.assert_close(w_x, torch.ones_like(w_x))
@@ -62,7 +62,7 @@ def test_equal_images_weigh_one_and_swapping_swaps():  # W6, W7
 
 @pytest.mark.parametrize("lam", [0.0, 1e-6, 0.5, 1 - 1e-6, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, D])
-def test_weights_are_finite_for_any_input(lam, dtype):  # W8, W9
+def test_weights_are_finite_for_any_input(lam, dtype):
     w_x, w_a = importance_weights(torch.tensor([-1e6, -50.0, 0.0, 50.0, 1e6], dtype=dtype), lam)
     assert bool(torch.isfinite(w_x).all() & torch.isfinite(w_a).all())
     if lam in (0.0, 1.0):
@@ -75,7 +75,7 @@ def test_lam_outside_is_refused():
 
 
 @pytest.mark.parametrize("lam", [0.1, 0.5, 0.9])
-def test_unbiased_for_the_two_plain_losses(lam):  # G1, W5
+def test_unbiased_for_the_two_plain_losses(lam):
     """With a linear prediction theta m the expected gradients are known: those of the two unweighted losses."""
     g = torch.Generator().manual_seed(0)
     x, a = torch.tensor([0.8, -0.4], dtype=D), torch.tensor([-0.3, 0.9], dtype=D)
@@ -99,13 +99,13 @@ def build(task, cls=SISS, **settings_):
     return cls(model, cls.Hyperparameters(**{"lr": 1e-3, "steps": 3, "batch_size": 12, **settings_}))
 
 
-def test_combination_of_gradients(points_task):  # S1 to S5
+def test_scale_of_the_forget_gradient_under_each_scaling(points_task):
     method = build(points_task, rho=None, tau=5.0)
     g_x, g_a = torch.tensor([3.0, 4.0], dtype=D), torch.tensor([0.0, 0.2], dtype=D)
 
-    def combine(how, x, a):
-        direction, found = how.combine(x.clone(), a.clone())
-        return direction, {name: float(v) for name, v in found.items()}
+    def combine(method, x, a):
+        direction, scalars = method.combine(x.clone(), a.clone())
+        return direction, {name: float(v) for name, v in scalars.items()}
 
     g, scalars = combine(method, g_x, g_a)
     assert scalars["c"] * float(g_a.norm()) == pytest.approx(5.0)
@@ -136,13 +136,13 @@ def test_settings_name_what_is_missing():
 
 
 @pytest.mark.parametrize(("sampler", "low", "high"), [("uniform", 0, 1000), ("window", 250, 750), ("fixed", 999, 1000)])
-def test_timesteps(points_task, sampler, low, high):  # R3
+def test_timesteps_lie_in_the_range_of_the_sampler(points_task, sampler, low, high):
     bounds = {"uniform": {}, "window": {"t_low": low, "t_high": high}, "fixed": {"t_low": low}}[sampler]
     t = build(points_task, t_sampler=sampler, **bounds).draw_t(torch.linspace(0, 1 - 1e-9, 4001, dtype=D))
     assert (int(t.min()), int(t.max())) == (low, high - 1)
 
 
-def test_one_forward_pass_where_the_released_code_has_one(points_task, class_task):  # G8
+def test_one_forward_pass_where_the_released_code_has_one(points_task, class_task):
     for task, cls, passes in ((points_task, SISS, 1), (points_task, SISSNoIS, 2), (class_task, SISS, 2)):
         method = build(task, cls)
         calls = []
@@ -152,7 +152,7 @@ def test_one_forward_pass_where_the_released_code_has_one(points_task, class_tas
         assert len(calls) == passes
 
 
-def test_lam_zero_is_naive_deletion_with_a_subtracted_term(points_task):  # W8, G4
+def test_at_lam_zero_the_retain_term_is_that_of_naive_deletion(points_task):
     siss, plain = build(points_task, lam=0.0), build(points_task, SISSNoIS)
     batch = batch_for(siss, points_task)
     _, one = siss.direction(batch)

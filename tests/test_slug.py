@@ -1,4 +1,4 @@
-"""SLUG: gradients, layer metrics, Pareto layers, the edit and the search; reference statements G, M, P, S, U, B."""
+"""SLUG: gradients, layer metrics, Pareto layers, the edit and the search."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PROMPTS, Pairs, TinyClip, TinyText, batch_for, text_task, tiny_model
 
-from methods.base import Goal, Rows
+from methods.base import Goal
 from methods.layers import depth, eligible, gradient_pass, group, tower
 from methods.losses import forget_loss, recall, retain_loss
+from methods.rows import Rows
 from methods.slug import SLUG, Bracket, SLUGSettings, alignment, candidates, choose, edited, importance, pareto_layers
 
 D = torch.float64
@@ -29,7 +30,7 @@ def rows_of(task, split):
     return Rows(x, cond, torch.arange(len(x)), len(x))
 
 
-def test_cosine_gradient_does_not_depend_on_the_partition_and_infonce_does():  # G1
+def test_cosine_gradient_does_not_depend_on_the_partition_and_infonce_does():
     task, model, _ = clip_slug()
     names = eligible(model)
     parts = {b: gradient_pass(model, task, "forget", forget_loss, names, b, 1, 0) for b in (1, 4, 6)}
@@ -40,7 +41,7 @@ def test_cosine_gradient_does_not_depend_on_the_partition_and_infonce_does():  #
     assert not torch.allclose(contrast[0][names[0]], contrast[1][names[0]])
 
 
-def test_passes_leave_the_model_alone_and_commute():  # G2, G3
+def test_passes_leave_the_model_alone_and_commute():
     task, model, _ = clip_slug()
     names, before = eligible(model), {n: p.clone() for n, p in model.net.state_dict().items()}
     first = gradient_pass(model, task, "retain", retain_loss, names, 15, 1, 0)
@@ -52,7 +53,7 @@ def test_passes_leave_the_model_alone_and_commute():  # G2, G3
     assert model.net.training
 
 
-def test_gradient_matches_finite_differences():  # G7
+def test_gradient_matches_finite_differences():
     task, model, _ = clip_slug()
     name = "visual.transformer.resblocks.1.mlp.c_fc.weight"
     g = gradient_pass(model, task, "forget", forget_loss, [name], 16, 1, 0)[name]
@@ -67,7 +68,7 @@ def test_gradient_matches_finite_differences():  # G7
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(float((g * g).sum()), rel=1e-5)
 
 
-def test_empty_or_broken_gradients_are_refused():  # G5
+def test_empty_or_broken_gradients_are_refused():
     task, model, _ = clip_slug()
     task.rows["forget"] = (task.rows["forget"][0][:0], task.rows["forget"][1][:0])
     with pytest.raises(ValueError, match="empty"):
@@ -78,7 +79,7 @@ def test_empty_or_broken_gradients_are_refused():  # G5
         SLUG.prepare(model, task, 0, SLUGSettings())
 
 
-def test_statistics_equal_the_full_tensors():  # G6
+def test_statistics_equal_the_full_tensors():
     task, model, method = clip_slug()
     theta = dict(model.net.named_parameters())
     retain = gradient_pass(model, task, "retain", retain_loss, eligible(model), 16, 1, 0)
@@ -90,7 +91,7 @@ def test_statistics_equal_the_full_tensors():  # G6
 
 @given(st.integers(0, 10_000), st.floats(0.01, 100))
 @settings(max_examples=50, deadline=None)
-def test_importance_and_alignment(seed, c):  # M1, M2, G4
+def test_importance_and_alignment_are_relative_norm_and_cosine(seed, c):
     f, r, w = torch.randn((3, 5, 4), generator=torch.Generator().manual_seed(seed), dtype=D)
     assert float(importance(f, w)) == pytest.approx(float(f.norm() / w.norm()))
     torch.testing.assert_close(importance(c * f, w), c * importance(f, w))
@@ -104,7 +105,7 @@ def test_importance_and_alignment(seed, c):  # M1, M2, G4
     assert float(alignment(f, orthogonal)) == pytest.approx(0, abs=1e-9)
 
 
-def test_vanishing_tensors():  # M3
+def test_tensors_without_weight_or_gradient_are_no_candidates():
     zero, one = torch.zeros(3), torch.ones(3)
     assert float(importance(one, zero)) == 0
     assert float(alignment(one, zero)) == 0
@@ -116,7 +117,7 @@ def test_vanishing_tensors():  # M3
     assert candidates(prepared, SLUGSettings()) == ["c"]
 
 
-def test_towers_and_eligible_tensors():  # M4, S3
+def test_eligible_tensors_of_each_tower():
     model = TinyClip()
     names = eligible(model)
     assert {tower(n) for n in names} == {"vision", "language"}
@@ -134,7 +135,7 @@ def brute(scores, cosines):
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=14), st.randoms())
 @settings(max_examples=200, deadline=None)
-def test_pareto_layers(points, random):  # P1 to P6
+def test_pareto_layers_are_those_that_none_beats_in_both(points, random):
     scores = {f"l{i}": float(a) for i, (a, _) in enumerate(points)}
     cosines = {f"l{i}": float(b) for i, (_, b) in enumerate(points)}
     front = pareto_layers(scores, cosines)
@@ -151,7 +152,7 @@ def test_pareto_layers(points, random):  # P1 to P6
     assert grown == front
 
 
-def test_rules_and_groups():  # S1, S2
+def test_rules_choose_a_tensor_and_groups_complete_its_block():
     prepared = {
         "statistics/visual.transformer.resblocks.0.attn.out_proj.weight": torch.tensor([1.0, 9.0, 3.0, 4.0]),
         "statistics/visual.transformer.resblocks.2.mlp.c_fc.weight": torch.tensor([1.0, 1.0, 0.1, 4.0]),
@@ -177,7 +178,7 @@ def test_rules_and_groups():  # S1, S2
     assert depth("up_blocks.0.x.1.weight") > depth("mid_block.attentions.0.w") > depth("down_blocks.1.resnets.0.w")
 
 
-def test_one_tensor_moves_by_the_step_asked_for():  # U1 to U5, U9
+def test_one_tensor_moves_by_the_step_asked_for():
     _, model, method = clip_slug(layer="importance", step=0.2)
     before = {n: p.detach().clone() for n, p in model.net.named_parameters()}
     method.step({})
@@ -196,7 +197,7 @@ def test_one_tensor_moves_by_the_step_asked_for():  # U1 to U5, U9
     assert after[name].dtype == D
 
 
-def test_ascent_lowers_the_similarity_and_descent_raises_it():  # U7, U8
+def test_ascent_lowers_the_similarity_and_descent_raises_it():
     for direction, sign in (("ascent", -1), ("descent", 1)):
         task, model, method = clip_slug(layer="importance", step=1e-4, direction=direction)
         rows, retained = rows_of(task, "forget"), rows_of(task, "retain")
@@ -211,7 +212,7 @@ def test_ascent_lowers_the_similarity_and_descent_raises_it():  # U7, U8
         assert float(retain_loss(model, retained).detach()) - loss == pytest.approx(expected, rel=0.05, abs=1e-9)
 
 
-def test_several_concepts_add_up_in_any_order():  # U6
+def test_several_concepts_add_up_in_any_order():
     g = torch.Generator().manual_seed(0)
     theta = {n: torch.randn((3, 2), generator=g, dtype=D) for n in "abc"}
     edits = [(n, 0.1 * k, torch.randn((3, 2), generator=g, dtype=D)) for k, n in enumerate("abab", 1)]
@@ -245,7 +246,7 @@ def search(first: float, outcomes, target=0.0):
         (0.000905457767, (0, 0, 1, 0.56, 0.06, 0, 0.06, 0, 0, 0), 0.000412054023),
     ],
 )
-def test_search_repeats_the_published_traces(first, outcomes, final):  # B6
+def test_search_repeats_the_published_traces(first, outcomes, final):
     bracket, sizes = search(first, outcomes)
     assert len(sizes) == 10
     assert bracket.size == pytest.approx(final, rel=1e-6) or sizes[-1] == pytest.approx(final, rel=1e-6)
@@ -253,7 +254,7 @@ def test_search_repeats_the_published_traces(first, outcomes, final):  # B6
 
 @given(st.floats(1e-3, 5.0), st.integers(3, 12))
 @settings(max_examples=100, deadline=None)
-def test_search_brackets_a_monotone_threshold(threshold, evaluations):  # B1 to B5
+def test_search_brackets_a_monotone_threshold(threshold, evaluations):
     bracket, widths, first_success = Bracket(0.1), [], None
     for k in range(1, evaluations + 1):
         low, high, size = bracket.low, bracket.high, bracket.size
@@ -279,7 +280,7 @@ def test_search_brackets_a_monotone_threshold(threshold, evaluations):  # B1 to 
     assert not bracket.noisy
 
 
-def test_search_flags_a_noisy_outcome():  # B7
+def test_search_flags_a_noisy_outcome():
     bracket, _ = search(0.1, (1, 0, 1, 0, 1, 1))
     assert not bracket.noisy
     bracket = Bracket(0.1)
@@ -294,12 +295,12 @@ def test_search_inside_the_method_keeps_the_smallest_step_that_forgot(class_task
     hp = SLUGSettings(layer="importance", bisection=6, target=0.5, batch_size=8)
     method = SLUG(model, hp, SLUG.prepare(model, class_task, 0, hp), class_task.goal)
     seen = [method.step(batch_for(method, class_task)) for _ in range(method.steps)]
-    found = method.finish()
+    outcome = method.finish()
     forgot = [float(s["step"]) for s in seen if float(s["forget_accuracy"]) <= 0.5]
-    assert found["bracketed"] == float(bool(forgot))
+    assert outcome["bracketed"] == float(bool(forgot))
     if forgot:
-        assert found["step"] == min(forgot)
-        assert found["distance"] == pytest.approx(found["step"] * float(method.before[method.chosen[0]].norm()))
+        assert outcome["step"] == min(forgot)
+        assert outcome["distance"] == pytest.approx(outcome["step"] * float(method.before[method.chosen[0]].norm()))
 
 
 def test_recall_is_an_accuracy(class_task, points_task):

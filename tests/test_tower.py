@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextMode
 
 from methods.esd import ESD
 from methods.layers import gradient_pass
-from methods.losses import comparing, forget_loss, recall
+from methods.losses import contrastive_part, forget_loss, recall
 from methods.retrain import Retrain, RetrainSettings
 from methods.slug import SLUG, SLUGSettings
 from raysweep.config.reader import load
@@ -186,7 +186,9 @@ def test_the_search_of_the_step_asks_the_clip_model(tmp_path):
     for step in range(method.steps):
         scalars = method.step(task.batch(method.draws(), 0, step))
     batch = task.batch(method.draws(), 0, 2)
-    assert float(scalars["forget_accuracy"]) == recall(comparing(model), batch["forget"], batch["retain"], task.goal)
+    assert float(scalars["forget_accuracy"]) == recall(
+        contrastive_part(model), batch["forget"], batch["retain"], task.goal
+    )
 
 
 def job_for(folder: Path, **more) -> Job:

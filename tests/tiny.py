@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from methods.base import Batch, Goal, Rows
+from methods.base import Goal
+from methods.rows import Batch, Rows
 from raysweep.models.clip import Contrastive
 from raysweep.models.edm import EDM
 from raysweep.models.latent import LatentText
@@ -216,7 +217,7 @@ class Pairs:
     def batch(self, draws, seed: int, step: int, rank: int = 0, world: int = 1) -> Batch:
         def part(rows: Rows) -> Rows:
             low, high = rank * rows.total // world, (rank + 1) * rows.total // world
-            return Rows(rows.x[low:high], rows.cond[low:high], rows.seeds[low:high], rows.total)
+            return Rows(rows.x[low:high], rows.cond[low:high], rows.seeds[low:high], rows.total, world)
 
         return {name: part(self.all_rows(name, seed + step)) for name in draws}
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from methods.base import SEEDS, Batch, Draw, Goal, Rows
+from methods.base import Goal
+from methods.rows import SEEDS, Batch, Draw, Rows
 from raysweep.models.noise import row_seeds
 from raysweep.plugins import family_code
 from raysweep.registry import resolve
@@ -280,12 +281,12 @@ class Task:
     def _rows(self, name: str, draw: Draw, seed: int, step: int, rank: int, world: int) -> Rows:
         """This rank's rows of one draw: positions in the stream of (seed, name), or of the draw's own split and stream."""
         source, stream = draw.split or name, derive_seed("rows", seed, draw.stream or name)
-        step = step if draw.place is None else draw.place
+        step = step if draw.number is None else draw.number
         if source == SEEDS:
             assert draw.size is not None
             low, high = rank * draw.size // world, (rank + 1) * draw.size // world
             seeds = row_seeds(stream, step * draw.size + low, high - low)
-            return Rows(torch.empty(high - low, 0), None, seeds, draw.size)
+            return Rows(torch.empty(high - low, 0), None, seeds, draw.size, world)
         pool = self._pool(source, draw, seed)
         size = len(pool) if draw.size is None else draw.size
         if draw.size is None:
@@ -294,7 +295,7 @@ class Task:
             index = self._positions(self.splits[source].groups[pool].numpy(), draw, stream, step)
         low, high = rank * size // world, (rank + 1) * size // world
         part = self.splits[source].take(torch.from_numpy(pool[index[low:high]]))
-        return Rows(part.x, part.cond, row_seeds(stream, step * size + low, high - low), size)
+        return Rows(part.x, part.cond, row_seeds(stream, step * size + low, high - low), size, world)
 
     def _pool(self, name: str, draw: Draw, seed: int) -> np.ndarray:
         """Indices into the split that may be drawn: all, or those of some groups, or `per_group` of each group."""

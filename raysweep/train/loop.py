@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from methods import gradients
 from methods.base import Diverged, Method
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
@@ -174,8 +173,8 @@ def _train(
 def _prepare(
     job: Job, method_class: type[Method], settings: Any, model: Any, task: Task, rank: int, started: float
 ) -> Outcome:
-    with gradients.alone():  # every rank works on all rows, and rank 0 keeps the result
-        tensors = method_class.prepare(model, task, derive_seed("prepare", job.seed), settings)
+    # every rank works on all rows, and rank 0 keeps the result
+    tensors = method_class.prepare(model, task, derive_seed("prepare", job.seed), settings)
     outcome = Outcome("ok", digest=digest_state(tensors), seconds=time.monotonic() - started)
     if rank == 0:
         out = Path(job.out)
