@@ -302,8 +302,8 @@ class Descent(Method):
         hp = self.hp
         groups: list[dict[str, Any]] = [{"params": params}]
         if hp.decays == "matrices" and any(p.dim() < 2 for p in params):
-            groups = [{"params": [p for p in params if p.dim() > 1]},
-                      {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
+            matrices, vectors = [p for p in params if p.dim() > 1], [p for p in params if p.dim() < 2]
+            groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(
             groups, lr=hp.lr, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, weight_decay=hp.weight_decay, fused=True
         )

@@ -140,11 +140,11 @@ class SFD(Method):
 
     def step(self, batch: Batch) -> Scalars:
         hp, branches, shared = self.hp, self.branches(batch), batch["remain"].ranks > 1
+        faked = [branch for branch in branches if branch.fake_weight]
         for k in range(hp.fake_steps):
             self.model.net.eval()
             self.fake.net.train()
-            weighed = [branch for branch in branches if branch.fake_weight]
-            self.update(0, (b.fake_weight * self.fake_loss(b.rows.reseeded(2 * k + 1), b.c1) for b in weighed), shared)
+            self.update(0, (b.fake_weight * self.fake_loss(b.rows.reseeded(2 * k + 1), b.c1) for b in faked), shared)
         self.fake.net.eval()
         self.model.net.train()
         parts: list[torch.Tensor] = []

@@ -1,8 +1,8 @@
-"""The network of the published EDM snapshots as the papers describe it, under the tensor names of the release, and its file.
+"""The network of the published EDM snapshots, under the tensor names of the release, and its pickle.
 
-Written from the papers with convolutions alone, so that `raysweep.models.song`, which is made of diffusers' parts, is compared
-with something else. The pickles have the layout of the release: every object is rebuilt by a function of a module that is not
-here, from a dictionary with the source of its class and its state.
+It is written from the papers with convolutions alone, as an independent reference for `raysweep.models.song`, which is made
+of diffusers' parts. The pickles have the layout of the release: every object is rebuilt by a function of a module that is not
+installed, from a dictionary with the source of its class and its state.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ DDPMPP = {
     "resample_filter": [1, 1],
 }
 NCSNPP = {
-    "embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1],
-}  # fmt: skip
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+}
 
 
 def _reconstruct_persistent_obj(meta):
@@ -42,14 +45,17 @@ class EasyDict(dict):
 
 
 class Persistent:
-    """Pickled as the release does it."""
+    """Pickles in the layout of the release."""
 
     def __reduce__(self):
         state = dict(self.__dict__)
         meta = {
-            "type": "class", "version": 6, "module_src": "raise SystemExit('code of a pickle ran')",
-            "class_name": type(self).__name__, "state": state,
-        }  # fmt: skip
+            "type": "class",
+            "version": 6,
+            "module_src": "raise SystemExit('code of a pickle ran')",
+            "class_name": type(self).__name__,
+            "state": state,
+        }
         return _reconstruct_persistent_obj, (meta,), None
 
 
@@ -79,18 +85,18 @@ class GroupNorm(Module):
 
 
 class Conv2d(Module):
-    def __init__(self, cin, cout, kernel, way=None, taps=(1, 1), fused=False):
+    def __init__(self, cin, cout, kernel, resample=None, taps=(1, 1), fused=False):
         super().__init__()
-        self.way, self.fused = way, fused
+        self.resample, self.fused = resample, fused
         self.weight = nn.Parameter(torch.randn(cout, cin, kernel, kernel) / math.sqrt(cin * kernel**2))
         self.bias = nn.Parameter(0.1 * torch.randn(cout))
         line = torch.as_tensor(taps, dtype=torch.float32)
         taps2 = line.outer(line) / line.sum() ** 2
-        self.register_buffer("resample_filter", taps2[None, None] if way else None)
+        self.register_buffer("resample_filter", taps2[None, None] if resample else None)
 
     def forward(self, x):
         half = self.weight.shape[-1] // 2
-        if self.way is None:
+        if self.resample is None:
             return F.conv2d(x, self.weight, self.bias, padding=half)
         taps = self.resample_filter.to(x)
         pad, channels = (taps.shape[-1] - 1) // 2, x.shape[1]
@@ -99,7 +105,7 @@ class Conv2d(Module):
             x = F.conv2d(x, taps.repeat(x.shape[1], 1, 1, 1), groups=x.shape[1], stride=2)
             return x + self.bias[:, None, None]
         taps = taps.repeat(channels, 1, 1, 1)
-        if self.way == "up":
+        if self.resample == "up":
             x = F.conv_transpose2d(x, 4 * taps, groups=channels, stride=2, padding=pad)
         else:
             x = F.conv2d(x, taps, groups=channels, stride=2, padding=pad)
@@ -107,14 +113,14 @@ class Conv2d(Module):
 
 
 class UNetBlock(Module):
-    def __init__(self, cin, cout, width, taps, way=None, attention=False):
+    def __init__(self, cin, cout, width, taps, resample=None, attention=False):
         super().__init__()
         self.skip_scale = np.sqrt(0.5)
         self.cin, self.attention = cin, attention
-        self.norm0, self.conv0 = GroupNorm(cin), Conv2d(cin, cout, 3, way, taps)
+        self.norm0, self.conv0 = GroupNorm(cin), Conv2d(cin, cout, 3, resample, taps)
         self.affine = Linear(width, cout)
         self.norm1, self.conv1 = GroupNorm(cout), Conv2d(cout, cout, 3)
-        self.skip = Conv2d(cin, cout, 1, way, taps) if cin != cout or way else None
+        self.skip = Conv2d(cin, cout, 1, resample, taps) if cin != cout or resample else None
         if attention:
             self.norm2, self.qkv, self.proj = GroupNorm(cout), Conv2d(cout, 3 * cout, 1), Conv2d(cout, cout, 1)
 
@@ -126,8 +132,8 @@ class UNetBlock(Module):
             return x
         q, k, v = self.qkv(self.norm2(x)).reshape(len(x), x.shape[1], 3, -1).unbind(2)
         weights = torch.einsum("ncq,nck->nqk", q, k / math.sqrt(x.shape[1])).softmax(2)
-        found = torch.einsum("nqk,nck->ncq", weights, v).reshape(x.shape)
-        return (x + self.proj(found)) * float(self.skip_scale)
+        attended = torch.einsum("nqk,nck->ncq", weights, v).reshape(x.shape)
+        return (x + self.proj(attended)) * float(self.skip_scale)
 
 
 class PositionalEmbedding(Module):
@@ -153,9 +159,21 @@ class FourierEmbedding(Module):
 
 class SongUNet(Module):
     def __init__(
-        self, img_resolution, channels, label_dim, augment_dim, model_channels, channel_mult, num_blocks, attn_resolutions,
-        embedding_type, encoder_type, channel_mult_noise, resample_filter, label_dropout=0.0,
-    ):  # fmt: skip
+        self,
+        img_resolution,
+        channels,
+        label_dim,
+        augment_dim,
+        model_channels,
+        channel_mult,
+        num_blocks,
+        attn_resolutions,
+        embedding_type,
+        encoder_type,
+        channel_mult_noise,
+        resample_filter,
+        label_dropout=0.0,
+    ):
         super().__init__()
         self.label_dropout = label_dropout
         width, noise = model_channels * 4, model_channels * channel_mult_noise
@@ -219,7 +237,7 @@ class SongUNet(Module):
 
 
 class DhariwalUNet(Module):
-    """Another network of the release, which is not read."""
+    """Another network of the release, which raysweep refuses."""
 
 
 class EDMPrecond(Module):
@@ -236,7 +254,7 @@ class EDMPrecond(Module):
 
 
 class VPPrecond(EDMPrecond):
-    """Another preconditioning of the release, which is not read."""
+    """Another preconditioning of the release, which raysweep refuses."""
 
 
 class EDMLoss(Persistent):
@@ -245,25 +263,33 @@ class EDMLoss(Persistent):
 
 
 def network(style: dict, classes: int = 10, seed: int = 0, **more) -> SongUNet:
-    """A small one of either style with weights of ordinary size."""
+    """A small network of either style, with weights of ordinary size."""
     kwargs = {
-        "img_resolution": 8, "channels": 3, "label_dim": classes, "augment_dim": 9, "model_channels": 16,
-        "channel_mult": [1, 2], "num_blocks": 2, "attn_resolutions": [4],
-    }  # fmt: skip
+        "img_resolution": 8,
+        "channels": 3,
+        "label_dim": classes,
+        "augment_dim": 9,
+        "model_channels": 16,
+        "channel_mult": [1, 2],
+        "num_blocks": 2,
+        "attn_resolutions": [4],
+    }
     torch.manual_seed(seed)
     return SongUNet(**kwargs | style | more)
 
 
 def snapshot(net: nn.Module, **more) -> dict:
-    """What a published file holds."""
+    """The content of a published file."""
     return {
-        "ema": EDMPrecond(net, 8), "loss_fn": EDMLoss(), "augment_pipe": None,
+        "ema": EDMPrecond(net, 8),
+        "loss_fn": EDMLoss(),
+        "augment_pipe": None,
         "dataset_kwargs": EasyDict(path="cifar10.zip", use_labels=True),
-    } | more  # fmt: skip
+    } | more
 
 
 def pickled(content: object) -> bytes:
-    """The file."""
+    """The bytes of a published file."""
     with _modules():
         return pickle.dumps(content)
 

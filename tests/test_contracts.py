@@ -18,6 +18,7 @@ from methods.losses import squared_errors, timesteps, without_labels
 from methods.neggrad import NegGrad
 from methods.retrain import Retrain
 from methods.rgd import RGD
+from methods.rows import Draw
 from methods.salun import SalUn
 from methods.selective_amnesia import SelectiveAmnesia, SelectiveAmnesiaSettings
 from methods.sfd import SFD, SFDSettings
@@ -236,6 +237,21 @@ def test_full_pass_is_the_gradient_of_the_mean_over_all_retained_rows(class_task
     torch.testing.assert_close(loss, total)
 
 
+def test_rows_keep_the_number_of_ranks_that_share_their_batch(class_task):
+    model = tiny_model(class_task)
+    rows = class_task.batch({"retain": Draw(8)}, 0, 0, rank=1, world=2)["retain"]
+    assert (rows.ranks, rows.total, len(rows.x)) == (2, 8, 4)
+    assert class_task.all_rows("retain", 0).ranks == 1
+    changed = (rows.to(torch.device("cpu"), D), rows.piece(slice(1, 3)), rows.reseeded(2))
+    for other in (*changed, without_labels(model, rows, 0.5)):
+        assert (other.ranks, other.total) == (2, 8)
+
+
+@pytest.mark.parametrize("cls", [Finetune, NegGrad, SalUn])
+def test_a_descent_draws_a_batch_of_each_split_that_it_needs(class_task, cls):
+    assert build(cls, class_task).draws() == {split: Draw(8) for split in sorted(cls.needs)}
+
+
 def null_share(seen, model):
     return float((torch.cat(seen) == model.null_label).double().mean())
 
@@ -293,8 +309,15 @@ STAGES = {"stage1_steps": 3, "stage1_batch_size": 6, "stage1_lr": 1e-3, "stage1_
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("alpha", 0.7), ("beta1", 0.5), ("clip_value", 1e-3), ("clips", "generator"), ("adam_eps", 1e-2), ("fake_drop", 0.5)],
-)  # fmt: skip
+    [
+        ("alpha", 0.7),
+        ("beta1", 0.5),
+        ("clip_value", 1e-3),
+        ("clips", "generator"),
+        ("adam_eps", 1e-2),
+        ("fake_drop", 0.5),
+    ],
+)
 def test_stage_one_is_distilled_with_the_settings_of_stage_two(class_task, name, value):
     """It is plain distillation of all classes with those settings, and not what their defaults give."""
     small = {"clip_value": 1e-2}  # so that it binds on networks as small as these

@@ -540,9 +540,16 @@ def test_half_precision_passes_lose_no_update(tmp_path):
     weights_of = {}
     for precision in ("fp32", "bf16"):
         job = Job(
-            id="j", kind="train", method="finetune", hyperparameters={"lr": 1e-6, "steps": 3, "batch_size": 12}, seed=1,
-            task=str(tmp_path / "task"), base=str(tmp_path / "base"), out=str(tmp_path / precision), precision=precision,
-        )  # fmt: skip
+            id="j",
+            kind="train",
+            method="finetune",
+            hyperparameters={"lr": 1e-6, "steps": 3, "batch_size": 12},
+            seed=1,
+            task=str(tmp_path / "task"),
+            base=str(tmp_path / "base"),
+            out=str(tmp_path / precision),
+            precision=precision,
+        )
         outcome = do(job, Resident())
         assert outcome.status == "ok", outcome.reason
         weights_of[precision] = PixelDDPM.load(tmp_path / precision).net.state_dict()
