@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from methods.base import Draw
+from methods.rows import Draw
 from raysweep.config.reader import load
 from raysweep.models.noise import normal_rows, row_seeds, uniform_rows
 from raysweep.tasks.task import Task, concat
