@@ -41,7 +41,7 @@ from raysweep.storage.seeds import derive_seed
 WIDTHS = ((8, 16), (16, 32), (24, 48))
 STEPS = (250, 400, 600)
 ONE_SIDED = 1.645
-TABLE = Path(__file__).resolve().parent.parent / "raysweep" / "informative.json"
+TABLE = Path(__file__).resolve().parent.parent / "raysweep" / "audit" / "informative.json"
 MARGINS = {"gap": membership.MARGIN, "excess": verdict.MARGIN}
 LOWER = ("unlearning_accuracy", "forget_loss", "forget_log_loss", "forget_bits")  # low where the thing is known
 OTHER = ("validity", "energy", "log_ratio", "holdout_rate", "equivalence_p", "frechet")
@@ -138,7 +138,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def rate(kind: str, results: list[dict[str, Any]]) -> None:
-    """Writes what reports say of each check into `raysweep/informative.json`."""
+    """Writes what reports say of each check into `raysweep/audit/informative.json`."""
     data = json.loads(TABLE.read_text()) if TABLE.is_file() else {"auc": {}, "models": {}}
     data["auc"][kind] = {name: [round(v, 3) for v in found[:3]] for name, found in ratings(results).items()}
     data["models"][kind] = [sum(r["has"] is has for r in results) for has in (True, False)]

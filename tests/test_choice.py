@@ -29,7 +29,7 @@ def test_the_smallest_larger_objective_is_recommended_where_nothing_speaks_again
 
 
 @pytest.mark.parametrize(("candidate", "verdict", "more", "reason"), [
-    (row("000-rgd", 0.05, 0.2), REMEMBERS, {}, "without any attack, presence exceeds the oracles' (+0.53)"),
+    (row("000-rgd", 0.05, 0.2), REMEMBERS, {}, "without any attack, presence exceeds that of the oracles (+0.53)"),
     (row("000-rgd", 0.4, 0.2), LIKE, {}, "has not forgotten: residue 0.400 (95 % interval 0.380 to 0.420) lies above 0.1"),
     (row("000-rgd", 0.6, 0.2, 0.5), LIKE, {}, "as near to the base as to the oracles"),
     (row("000-rgd", 0.0, 1.2), LIKE, {}, "as damaged as a destroyed model"),
@@ -51,7 +51,8 @@ def test_what_speaks_against_a_recommendation(candidate, verdict, more, reason):
 def test_no_interval_of_no_width_is_told():
     of = front([row("000-rgd", 0.0, 0.2, residue_se=0.0)], {"000-rgd": LIKE})
     assert (
-        "residue 0.000 (the same whichever group of samples is left out), damage 0.200 (95 % interval" in answer(of)[0]
+        "residue 0.000 (no interval: leaving groups of samples out does not change it), damage 0.200 (95 % interval"
+        in answer(of)[0]
     )
 
 

@@ -13,7 +13,7 @@ from raysweep.registry import EVALUATORS, resolve
 
 
 def test_what_reports_say_of_checks_was_measured_on_twenty_models_of_either_kind():
-    data = json.loads((ROOT / "raysweep" / "informative.json").read_text())
+    data = json.loads((ROOT / "raysweep" / "audit" / "informative.json").read_text())
     assert set(data["auc"]) == set(data["models"])
     for kind, counts in data["models"].items():
         assert min(counts) >= 20, kind

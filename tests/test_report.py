@@ -109,9 +109,9 @@ def test_print_shows_no_sensitive_picture(tmp_path):
 
 @pytest.mark.parametrize(("of", "entries", "badges", "first"), [
     (None, {"state": "failed", "reason": "no view tells the base from the oracles"}, ["FAILED"], "The run failed: no view tells the base from the oracles. No candidate is recommended."),
-    (None, {"state": "interrupted"}, ["NOT FINISHED"], "The run has not come to the end of its audit (state: interrupted; 0 of 4 trials ended). No candidate is recommended"),
+    (None, {"state": "interrupted"}, ["NOT FINISHED"], "The run has not finished its audit (state: interrupted; 0 of 4 trials ended). No candidate is recommended"),
     (front([]), {"state": "incomplete", "incomplete": ["000-rgd: no answer within 600 s"]}, ["INCOMPLETE"], "No candidate is recommended, because none was audited."),
-    (front([GOOD]), {"state": "failed", "reason": "Ray did not start"}, ["FAILED"], "The run failed: Ray did not start. What follows stands from the attempt before it."),
+    (front([GOOD]), {"state": "failed", "reason": "Ray did not start"}, ["FAILED"], "The run failed: Ray did not start. The results below are from the previous attempt."),
     (front([GOOD]), {"state": "interrupted"}, ["NOT FINISHED"], "The run was resumed and interrupted"),
     (front([GOOD], {"000-rgd": REMEMBERS}), {}, [], "No candidate is recommended. Best so far is 000-rgd: it has not forgotten"),
     (front([GOOD, OTHER], {"000-rgd": LIKE}), {}, [], "Recommended: 000-rgd"),

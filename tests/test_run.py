@@ -169,7 +169,8 @@ def test_the_report_is_one_file_without_requests(run):
 
 def test_the_report_can_be_rebuilt_and_escapes(run):
     assert call("report", "small").exit_code == 0
-    from raysweep.report.data import gather, page_context
+    from raysweep.report.contents import page_context
+    from raysweep.report.data import gather
 
     data = gather(run)
     data.trials[0] = replace(data.trials[0], trial="<script>alert(1)</script>", state="FAIL")

@@ -1,48 +1,64 @@
-"""The first screen of a report, in words: what came out, by which numbers, and what was not tested. True in every state."""
+"""The sentences of a report: the answer, the numbers behind it, and what was not tested. True in every state of a run."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
+from raysweep.report.data import ReportData
+from raysweep.report.tables import TableLine, value
 from raysweep.results.choice import MEANING
-from raysweep.results.front_row import FrontRow
+from raysweep.results.front_row import OBJECTIVES, FrontRow
 
-if TYPE_CHECKING:
-    from raysweep.report.data import ReportData
-
-EASY = 0.2  # the worse objective under which a short front says that the task is easy
+EASY = 0.2  # largest objective of the best candidate under which a short front says that the task is easy
+ORACLES = 3  # fewest oracles whose spread can be estimated
+METRICS = (
+    "fidelity.frechet",
+    "classifier.validity",
+    "classifier.unlearning_accuracy",
+    "classifier.retain_accuracy",
+    "contrast.unlearning_accuracy",
+    "contrast.retain_accuracy",
+    "contrast.retain_loss",
+    "loss.auc",
+    "loss.gap",
+    "loss.retain_auc",
+)
 
 
 def unfinished(data: ReportData) -> tuple[str, list[str]]:
-    """(badge, sentences) of a run that has come to no end, or whose last attempt failed; empty for all others."""
+    """(badge, sentences) of a run that has not finished, or whose last attempt failed; empty for all others."""
     state, reason = data.manifest["state"], data.manifest.get("reason", "")
     if state == "failed":
-        before = " What follows stands from the attempt before it." if data.front else " No candidate is recommended."
-        return "FAILED", [f"The run failed: {reason}.{before}"]
+        rest = " The results below are from the previous attempt." if data.front else " No candidate is recommended."
+        return "FAILED", [f"The run failed: {reason}.{rest}"]
     if state == "interrupted" and data.front:
-        again = "The run was resumed and interrupted; the same command goes on. What follows stands from the attempt before it."
-        return "NOT FINISHED", [again]
+        return "NOT FINISHED", [
+            "The run was resumed and interrupted; run the same command again to resume. The results below are from the previous "
+            "attempt."
+        ]
     if not data.front:
         ended = sum(t.has_ended for t in data.trials)
         return "NOT FINISHED", [
-            f"The run has not come to the end of its audit (state: {state}; {ended} of {data.sweep.search.trials} trials ended). No candidate "
-            "is recommended; the same command goes on."
+            f"The run has not finished its audit (state: {state}; {ended} of {data.sweep.search.trials} trials ended). No candidate is "
+            "recommended; run the same command again to resume."
         ]
     return "", []
 
 
 def answer(data: ReportData, best: FrontRow | None) -> list[str]:
-    """The answer of front.json, what its words mean, and the settings behind it."""
+    """The answer of front.json, the meaning of its words, and the settings behind it."""
     lines = list(data.front.get("answer", ()))
     if best is None:
         return lines
     members = [p for p in data.candidates() if p.on_front]
-    settings = ", ".join(f"{k} {short(v)}" for k, v in best.hyperparameters.items())
-    lines.append(f"Residue is {MEANING['residue']}; damage is {MEANING['damage']}.")
+    settings = ", ".join(f"{name} {short(setting)}" for name, setting in best.hyperparameters.items())
+    lines.append(f"Residue is {MEANING['residue']}. Damage is {MEANING['damage']}.")
     lines.append(f"Settings of {best.trial}: {settings}.")
     audited = len(data.candidates())
     lines.append(
-        f"{len(members)} of {audited} audited candidates {'is' if len(members) == 1 else 'are'} on the front."
+        f"{len(members)} of {audited} audited candidates {'is' if len(members) == 1 else 'are'} on the front: no other candidate is "
+        "as good in both residue and damage and better in one."
         if audited > 1
         else "It is the only candidate that was audited, so there is no front to choose from."
     )
@@ -54,74 +70,105 @@ def answer(data: ReportData, best: FrontRow | None) -> list[str]:
     return lines
 
 
-def answer_rows(data: ReportData, best: FrontRow | None) -> list[dict[str, Any]]:
-    """The main numbers of base, chosen candidate and oracles side by side; empty if nothing was audited."""
+@dataclass(frozen=True)
+class AnswerTable:
+    """The main audited metrics of a few models side by side."""
+
+    subjects: list[str]
+    lines: list[TableLine]
+
+
+def answer_table(data: ReportData, best: FrontRow | None) -> AnswerTable:
+    """The main metrics of base, best candidate and oracles; without lines if nothing was audited."""
     oracles = [name for name in data.subjects if name.startswith("oracle")]
-    chosen = [name for name in ("base", *([best.trial] if best else []), *oracles) if name in data.subjects]
-    wanted = [v["metric"] for v in data.anchors["views"]]
-    wanted += [
-        "fidelity.frechet",
-        "classifier.validity",
-        "classifier.unlearning_accuracy",
-        "classifier.retain_accuracy",
-        "contrast.unlearning_accuracy",
-        "contrast.retain_accuracy",
-        "contrast.retain_loss",
-    ]
-    wanted += ["loss.auc", "loss.gap", "loss.retain_auc"]
-    rows = []
-    for name in dict.fromkeys(wanted):
-        cells = [value(data.metric(subject, name)) for subject in chosen]
+    subjects = [name for name in ("base", *([best.trial] if best else []), *oracles) if name in data.subjects]
+    lines = []
+    for metric in dict.fromkeys([*(view["metric"] for view in data.anchors["views"]), *METRICS]):
+        cells = [value(data.metric(subject, metric)) for subject in subjects]
         if any(cell != "-" for cell in cells):
-            rows.append({"metric": name, "cells": cells})
-    return [{"metric": "", "cells": chosen}, *rows] if rows else []
+            lines.append(TableLine(metric, cells))
+    return AnswerTable(subjects, lines)
 
 
 def untested(data: ReportData) -> list[str]:
-    """What nobody should read into this report."""
-    attacked = [name for name in data.front.get("verdicts", {}) if name in {p.trial for p in data.candidates()}]
-    others = [p.trial for p in data.candidates() if p.trial not in attacked]
+    """The limits of the report: what nobody should conclude from it."""
+    candidates = [p.trial for p in data.candidates()]
+    not_attacked = [name for name in candidates if name not in data.front.get("verdicts", {})]
     lines = ["Adversarial prompts were not tried."]
-    if data.candidates():
+    if candidates:
         prompts = ", nor other prompts than the audit's" if data.kind == "concept" else ""
         lines += [
             f"Intervals cover the sampling of images and noise, not the retraining of a candidate with another seed{prompts}.",
-            f"Candidates were picked for the audit by their probe values; it used {fresh(data)}, on the same task.",
+            f"Candidates were picked for the audit by their probe values; it used {fresh_material(data)}, on the same task.",
         ]
     else:
-        lines.append("No candidate was audited: the search's own estimates are on few samples, and are not results.")
-    if others:
-        lines.append(f"Attacks that might bring the forgotten thing back were not made on {', '.join(others)}.")
+        lines.append("No candidate was audited: the search's own estimates are from few samples, and are not results.")
+    if not_attacked:
+        lines.append(f"Whether attacks bring the forgotten data back was not shown for {', '.join(not_attacked)}.")
     oracles = len(data.sweep.oracle_models) or data.sweep.oracles
-    if oracles < 3:
-        lines.append(
-            f"The oracle is {'one retrained model' if oracles == 1 else 'the mean of two retrained models'}, too few for an "
-            "interval on its spread."
-        )
+    if oracles < ORACLES:
+        models = "one retrained model" if oracles == 1 else "the mean of two retrained models"
+        lines.append(f"The oracle is {models}, too few for an interval on its spread.")
     return lines
 
 
-def fresh(data: ReportData) -> str:
-    """What the audit has that the search had not."""
+def fresh_material(data: ReportData) -> str:
+    """What the audit measured with that the search had not seen."""
     if data.model_kind == "contrastive":  # such a model draws no images and is its own judge
         return "other labelled images and other prompts"
     return "fresh seeds and a judge with other training data"
 
 
-def trials_told(data: ReportData) -> str:
-    """How the trials ended."""
-    count = {state: sum(t.state == state for t in data.trials) for state in ("COMPLETE", "FAIL", "PRUNED")}
+def how_trials_ended(data: ReportData) -> str:
+    """The counts of trials by how they ended."""
+    complete, failed, pruned = (sum(t.state == state for t in data.trials) for state in ("COMPLETE", "FAIL", "PRUNED"))
+    return f"{complete} of {data.sweep.search.trials} trials completed, {failed} failed, {pruned} were stopped early."
+
+
+def other_picks(data: ReportData) -> list[str]:
+    """Other ways to choose, how stable each is, and which candidates are shown to have forgotten."""
+    picks = data.front.get("picks")
+    if not picks:
+        return []
+
+    def named(trial: str) -> str:
+        return trial + (" (not recommended)" if data.front["against"][trial] else "")
+
+    balanced, knee, sure, shown = (picks[name] for name in ("balanced", "knee", "sure", "forgotten"))
+    lines = [
+        f"Smallest value of max(residue, damage): {named(balanced['trial'])}, chosen in {balanced['share']:.0%} of paired "
+        "resamples of the audit's samples.",
+        f"Knee of the front (farthest below the line between its ends): {named(knee['trial'])}, chosen in {knee['share']:.0%}.",
+        f"Least damage among candidates whose residue is at most {sure['limit']} with probability {sure['certain']}: "
+        f"{named(sure['trial']) if sure['trial'] else 'no candidate is that sure'}.",
+        f"Shown to have a residue under {shown['limit']}, with false discoveries over the sweep's candidates held to "
+        f"{shown['rate']:.0%}: {', '.join(named(t) for t in shown['trials']) or 'none'}.",
+    ]
+    if data.front["undecided"]:
+        audits = max(p.audits or 0 for p in data.candidates())
+        lines.append(
+            f"Not surely on the front or off it after {audits} audits: {', '.join(data.front['undecided'])}. Raise audit.rounds to "
+            "measure them again."
+        )
+    return lines
+
+
+def search_optimism(data: ReportData) -> list[str]:
+    """How far the audit lies from the search's own estimates, by objective."""
+    gaps = data.front.get("search_against_audit", {})
+    return [_optimism(objective, gaps[objective]) for objective in OBJECTIVES if objective in gaps]
+
+
+def _optimism(objective: str, gap: dict[str, Any]) -> str:
+    if gap["gap"] is None:
+        return f"{objective}: at least two audited candidates are needed to measure the search's optimism."
+    rank = "not defined" if gap["rank_correlation"] is None else f"{gap['rank_correlation']:.2f}"
     return (
-        f"{count['COMPLETE']} of {data.sweep.search.trials} trials ended well, {count['FAIL']} failed, {count['PRUNED']} were "
-        "stopped early."
+        f"{objective}: audit minus search {gap['gap']:+.3f} on average (95 % interval {gap['lo']:+.3f} to {gap['hi']:+.3f}, "
+        f"{gap['n']} candidates); Spearman's rank correlation {rank}."
     )
 
 
-def value(row: dict[str, Any] | None) -> str:
-    """A row's value for a table."""
-    return "-" if row is None or row["value"] is None else f"{row['value']:.3g}"
-
-
-def short(value: Any) -> str:
+def short(setting: Any) -> str:
     """A setting for a sentence."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{setting:.3g}" if isinstance(setting, float) else str(setting)

@@ -12,7 +12,8 @@ from plotly.offline import get_plotlyjs
 
 from raysweep.registry import external, provider, resolve
 from raysweep.report import figures
-from raysweep.report.data import gather, page_context
+from raysweep.report.contents import page_context
+from raysweep.report.data import gather
 from raysweep.rundir import RunDir
 from raysweep.storage.files import write_bytes
 

@@ -1,20 +1,19 @@
-"""Strips of pictures for the report as PNG data addresses. Sensitive ones are veiled in their pixels, not by style alone."""
+"""Strips of pictures as PNG data addresses. Sensitive ones are veiled in their pixels, not by a style sheet alone."""
 
 from __future__ import annotations
 
 import base64
 import io
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    from raysweep.report.data import ReportData
+from raysweep.report.data import ReportData
 
-ZOOM = 5  # at most; small pictures are enlarged
-SIDE = 160  # pixels, up to which they are
+ZOOM = 5  # largest enlargement of small pictures
+SIDE = 160  # pixels up to which pictures are enlarged
 CELLS = 4  # per side of a veiled picture
 
 TITLES = {
@@ -25,35 +24,54 @@ TITLES = {
 }
 
 
-def strips(data: ReportData) -> list[dict[str, Any]]:
-    """One group per kind of picture: {"title", "sensitive", "rows"}, a row per subject: {"subject", "image", "veiled"}.
+@dataclass(frozen=True)
+class Strip:
+    """Pictures of one model side by side, as data addresses. veiled: the same as a mosaic; "" if not sensitive."""
 
-    In a sensitive task every group is: a base may draw what it must forget from any seed, and noise hides little of it.
+    subject: str
+    image: str
+    veiled: str
+
+
+@dataclass(frozen=True)
+class Strips:
+    """One kind of picture, a strip per model."""
+
+    title: str
+    sensitive: bool
+    rows: list[Strip]
+
+
+def strips(data: ReportData) -> list[Strips]:
+    """The report's pictures, a group per kind.
+
+    In a sensitive task every group is sensitive: a base may draw what it must forget from any seed, and noise hides little.
     """
     order = sorted(data.subjects, key=lambda name: (not name.startswith(("base", "oracle")), name == "destroyed"))
     groups = [_group("what must be forgotten", [("original", data.original)], data.sensitive)]
-    for key, title in TITLES.items():
-        found = [(name, data.scores[(name, key)]) for name in order if (name, key) in data.scores]
-        rows = [(subject, images.reshape(-1, *data.shape)) for subject, images in found]
-        if key == "strip.noised":
+    for score, title in TITLES.items():
+        rows = [
+            (subject, data.scores[subject, score].reshape(-1, *data.shape))
+            for subject in order
+            if (subject, score) in data.scores
+        ]
+        if score == "strip.noised":  # the same for every model
             rows = [("input", images) for _, images in rows[:1]]
         if rows:
             groups.append(_group(title, rows, data.sensitive))
     return groups
 
 
-def _group(title: str, rows: list[tuple[str, np.ndarray]], sensitive: bool) -> dict[str, Any]:
-    made = [
-        {"subject": subject, "image": png(images), "veiled": png(veiled(images)) if sensitive else ""}
-        for subject, images in rows
-    ]
-    return {"title": title, "sensitive": sensitive, "rows": made}
+def _group(title: str, rows: list[tuple[str, np.ndarray]], sensitive: bool) -> Strips:
+    return Strips(
+        title, sensitive, [Strip(name, png(images), png(veiled(images)) if sensitive else "") for name, images in rows]
+    )
 
 
 def veiled(images: np.ndarray) -> np.ndarray:
     """Images (n, C, H, W) as mosaics of at most `CELLS` cells per side, each the mean of at least 4 pixels per side.
 
-    What it hides is not in the result, whatever shows it: a screen, a print, a reader without style sheets.
+    The details are not in the result, so they stay hidden in print and in readers that ignore style sheets.
     """
     mosaic = np.empty_like(images)
     for rows in _cells(images.shape[2]):

@@ -1,9 +1,9 @@
-"""Which audited candidate to use, if any: what speaks against each, what the data leave open, what to try next. No Ray.
+"""The choice among the audited candidates: what speaks against each, what is uncertain about the best, what to try next.
 
-A candidate is recommended only if nothing speaks against it: it does not remember, its residue is neither shown to lie above
-`FORGOTTEN` (or the largest of the oracles' own) nor as near to the base as to the oracles, it is not destroyed, and it meets
-what was required. Where others were attacked, it must have been, too. What the data leave open about a recommended one are its
-reservations.
+A candidate is recommended only if there is no objection to it. Objections: it remembers without any attack; its residue is
+shown to be above `FORGOTTEN` (or above the largest residue of an oracle, if that is more) or is at least `MIDWAY`; it is
+destroyed; its audit does not show a requirement; other candidates were attacked and it was not. What is uncertain about the
+recommended candidate is stated as its reservations. No Ray.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ MIDWAY = 0.5  # residue from which a candidate is as near to the base as to the 
 STABLE = 0.8  # least share of paired resamples in which a choice without reservations is the same
 WIDE = 0.1  # half of a 95 % interval above which an objective counts as uncertain
 Z95 = 1.96
+DESTROYED_DAMAGE = 1.0  # damage of the destroyed anchor
+RULED_OUT = ("remembers", "destroyed")  # verdicts that put a candidate last
 MEANING = {
-    "residue": "0 like a model that never saw the forgotten data, 1 like the base",
-    "damage": "0 like the oracles, 1 like a destroyed model",
+    "residue": "what is left of the forgotten data (0 like a model that never saw them, 1 like the base)",
+    "damage": "the quality lost on retained content (0 like the oracles, which were retrained without the forgotten data, "
+    "1 like a destroyed model)",
 }
 
 
@@ -32,9 +35,9 @@ MEANING = {
 class Choice:
     """The answer of a sweep.
 
-    trial: the recommended candidate, or the best so far; None if none was audited. against: candidate -> what speaks against
-    recommending it, empty for those that could be. reservations: what is open about the recommended one. steps: what to try
-    next. share: of the paired resamples of those that could be recommended in which the recommended one is chosen.
+    trial: the recommended candidate, or the best so far; None if none was audited. against: candidate -> objections to
+    recommending it, empty for those that could be. reservations: what is uncertain about the recommended one. steps: what to
+    try next. share: of the paired resamples of those that could be recommended in which the recommended one is chosen.
     """
 
     trial: str | None
@@ -49,35 +52,35 @@ class Choice:
         return self.trial if self.trial is not None and not self.against[self.trial] else None
 
     def standing(self, trial: str) -> str:
-        """What one audited candidate is to the answer, in a sentence."""
+        """Whether an audited candidate is recommended, and why or why not."""
         against = self.against[trial]
         if trial == self.recommended:
             return "recommended" + (f" with reservations: {'; '.join(self.reservations)}" if self.reservations else "")
         if against:
-            so_far = "best so far, but not recommended" if trial == self.trial else "not recommended"
-            return f"{so_far}: {'; '.join(against)}"
+            label = "best so far, but not recommended" if trial == self.trial else "not recommended"
+            return f"{label}: {'; '.join(against)}"
         return f"not the choice: max(residue, damage) of {self.recommended} is smaller"
 
     def answer(self, rows: Sequence[FrontRow], verdicts: Mapping[str, Verdict]) -> list[str]:
         """The answer in sentences, the first one alone a true summary. rows: the candidates' rows of the front."""
-        best = next((r for r in rows if r.trial == self.trial), None)
+        best = next((row for row in rows if row.trial == self.trial), None)
         if best is None:
             return ["No candidate is recommended, because none was audited."]
-        values = f"{told(best, 'residue')}, {told(best, 'damage')}"
+        values = f"{with_interval(best, 'residue')}, {with_interval(best, 'damage')}"
         if self.recommended is None:
             lines = [
                 f"No candidate is recommended. Best so far is {self.trial}: {'; '.join(self.against[best.trial])}.",
                 f"{self.trial}: {values}.",
             ]
         else:
-            how = "Recommended with reservations" if self.reservations else "Recommended"
-            sound = sum(not reasons for reasons in self.against.values())
-            chosen = (
-                f"of the {sound} that nothing speaks against it is the best in {self.share:.0%} of paired resamples"
+            label = "Recommended with reservations" if self.reservations else "Recommended"
+            sound = sum(not objections for objections in self.against.values())
+            rank = (
+                f"of the {sound} candidates without objections it is the best in {self.share:.0%} of paired resamples"
                 if sound > 1
-                else "it is the only one that nothing speaks against"
+                else "it is the only candidate without objections"
             )
-            lines = [f"{how}: {self.trial}, {values}; {chosen}."]
+            lines = [f"{label}: {self.trial}, {values}; {rank}."]
             lines += [f"Reservation: {text}." for text in self.reservations]
         verdict = verdicts.get(best.trial)
         if verdict is not None and verdict.label != "not tested":
@@ -99,35 +102,37 @@ def choose(
     """The choice among the audited candidates.
 
     rows: their rows of the front, in the order of draws (n, candidates, 2). unmet: candidate -> requirements that its audit
-    does not show. valid: candidate -> share of valid samples, its own and the oracles'. verdicts: by candidate, of those that
-    were attacked. keys: metric of an objective, or "damage", -> setting whose samples decide it. limit: residue that
-    counts as forgotten: `FORGOTTEN`, or the largest of the oracles' own where that is more. gaps: candidate -> why its attacks gave no verdict, if they were made.
+    does not show. valid: candidate -> (share of its samples that are valid, the oracles' share). verdicts: by candidate, of
+    those that were attacked. keys: metric of a view, or "damage", -> setting whose samples decide it. limit: residue that
+    counts as forgotten: `FORGOTTEN`, or the largest residue of an oracle if that is more. gaps: candidate -> why its attacks
+    gave no verdict, if they were made.
     """
-    attacked = {n: v for n, v in verdicts.items() if v.label != "not tested"}
-    names = [r.trial for r in rows]
-    audited = {r.trial: _against(r, unmet.get(r.trial, ()), valid[r.trial], attacked.get(r.trial), limit) for r in rows}
-    sound = [n for n in names if not audited[n]]
-    untried = [n for n in sound if n not in attacked] if any(n in attacked for n in names) else []
-    why = {n: (gaps or {}).get(n, "it was not attacked") for n in names}
-    against = audited | {n: (f"{why[n]}, so it may remember",) for n in untried}
-    fit = [k for k, n in enumerate(names) if not against[n]]
-    points = np.array([[r.residue, r.damage] for r in rows]).reshape(-1, 2)
-    if not fit:
-        lost = ("remembers", "destroyed")
-        ranks = sorted(
-            range(len(names)),
-            key=lambda k: (
-                names[k] in attacked and attacked[names[k]].label in lost, points[k].max(), points[k].sum()
-            ),
-        )  # fmt: skip
-        best = rows[ranks[0]] if ranks else None
+    attacked = {name: v for name, v in verdicts.items() if v.label != "not tested"}
+    names = [row.trial for row in rows]
+    against = {
+        row.trial: _objections(row, unmet.get(row.trial, ()), valid[row.trial], attacked.get(row.trial), limit)
+        for row in rows
+    }
+    unattacked = {name: (gaps or {}).get(name, "it was not attacked") for name in names if name not in attacked}
+    untried = []
+    if any(name in attacked for name in names):
+        untried = [name for name in unattacked if not against[name]]
+        against |= {name: (f"{unattacked[name]}, so it may remember",) for name in untried}
+    sound = [k for k, name in enumerate(names) if not against[name]]
+    if not sound:
+        best = _best_so_far(rows, attacked)
         steps = () if best is None else _steps(best, against, untried, keys)
         return Choice(None if best is None else best.trial, against, (), steps, None)
-    at = pareto.balanced(points[fit])
-    share = float(np.mean([pareto.balanced(d[fit]) == at for d in draws]))
-    best = rows[fit[at]]
-    reservations, steps = _reservations(best, share, len(fit), attacked.get(best.trial), keys, limit, why[best.trial])
-    return Choice(best.trial, against, reservations, steps, share)
+    points = np.array([[row.residue, row.damage] for row in rows])[sound]
+    index = pareto.balanced(points)
+    share = float(np.mean([pareto.balanced(draw[sound]) == index for draw in draws]))
+    best = rows[sound[index]]
+    reservations, steps = _reservations(best, attacked.get(best.trial), unattacked.get(best.trial, ""), keys, limit)
+    if len(sound) > 1 and share < STABLE:
+        reservations.append(f"another candidate is the better one in {1 - share:.0%} of paired resamples")
+        if not _uncertain(best, limit):
+            steps.append("measure the candidates more closely: raise audit.rounds")
+    return Choice(best.trial, against, tuple(reservations), tuple(steps), share)
 
 
 def interval(row: FrontRow, objective: Objective) -> tuple[float, float]:
@@ -136,96 +141,110 @@ def interval(row: FrontRow, objective: Objective) -> tuple[float, float]:
     return max(0.0, row.value(objective) - half), row.value(objective) + half
 
 
-def told(row: FrontRow, objective: Objective) -> str:
-    """An objective with its 95 % interval; where the jackknife sees no spread (at the cut at 0), an interval would be a lie."""
+def with_interval(row: FrontRow, objective: Objective) -> str:
+    """An objective with its 95 % interval; without one if the jackknife sees no spread, as at the cut at 0."""
     if row.se(objective) == 0:
-        return f"{objective} {row.value(objective):.3f} (the same whichever group of samples is left out)"
+        return f"{objective} {row.value(objective):.3f} (no interval: leaving groups of samples out does not change it)"
     low, high = interval(row, objective)
     return f"{objective} {row.value(objective):.3f} (95 % interval {low:.3f} to {high:.3f})"
 
 
-def _against(
+def _best_so_far(rows: Sequence[FrontRow], attacked: Mapping[str, Verdict]) -> FrontRow | None:
+    """The candidate with the smallest larger objective, ties by the sum; those that an attack ruled out come last."""
+
+    def rank(row: FrontRow) -> tuple[bool, float, float]:
+        ruled_out = row.trial in attacked and attacked[row.trial].label in RULED_OUT
+        return ruled_out, row.worst, row.residue + row.damage
+
+    return min(rows, key=rank, default=None)
+
+
+def _objections(
     row: FrontRow, unmet: Sequence[str], valid: tuple[float, float], verdict: Verdict | None, limit: float
 ) -> tuple[str, ...]:
-    reasons = []
+    """What speaks against a candidate, apart from missing attacks; see `choose`."""
+    objections = []
     if verdict is not None and verdict.label == "remembers":
         excess = verdict.by[0].removeprefix("no attack ")
-        reasons.append(f"it has not forgotten: without any attack, presence exceeds the oracles' {excess}")
+        objections.append(f"it has not forgotten: without any attack, presence exceeds that of the oracles {excess}")
     if interval(row, "residue")[0] > limit:
-        lead = "" if reasons else "it has not forgotten: "
-        reasons.append(f"{lead}{told(row, 'residue')} lies above {_limit(limit)}")
+        lead = "" if objections else "it has not forgotten: "
+        objections.append(f"{lead}{with_interval(row, 'residue')} lies above {_in_words(limit)}")
     elif row.residue >= MIDWAY:
-        reasons.append(f"it is as near to the base as to the oracles: {told(row, 'residue')}")
-    own, oracles = valid
-    if own < INVALID * oracles or (verdict is not None and verdict.label == "destroyed"):
-        reasons.append(f"it is destroyed: {own:.0%} of its samples are valid, {oracles:.0%} of the oracles'")
-    elif row.damage >= 1:
-        reasons.append(f"it is as damaged as a destroyed model: {told(row, 'damage')}")
+        objections.append(f"it is as near to the base as to the oracles: {with_interval(row, 'residue')}")
+    share, oracle_share = valid
+    if share < INVALID * oracle_share or (verdict is not None and verdict.label == "destroyed"):
+        objections.append(
+            f"it is destroyed: {share:.0%} of its samples are valid, {oracle_share:.0%} of the oracles' samples are"
+        )
+    elif row.damage >= DESTROYED_DAMAGE:
+        objections.append(f"it is as damaged as a destroyed model: {with_interval(row, 'damage')}")
     if unmet:
-        reasons.append(f"its audit does not show what was required: {', '.join(unmet)}")
-    return tuple(reasons)
+        objections.append(f"its audit does not show what was required: {', '.join(unmet)}")
+    return tuple(objections)
+
+
+def _uncertain(row: FrontRow, limit: float) -> list[Objective]:
+    """The objectives to measure more closely: a residue that may lie above the limit, and wide intervals."""
+    wide = [objective for objective in OBJECTIVES if Z95 * row.se(objective) > WIDE]
+    if interval(row, "residue")[1] > limit and "residue" not in wide:
+        wide.insert(0, "residue")
+    return wide
 
 
 def _reservations(
-    row: FrontRow, share: float, rivals: int, verdict: Verdict | None, keys: Mapping[str, str], limit: float, why: str
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(what is open about a recommended candidate, what would settle it)."""
-    found, steps = [], []
+    row: FrontRow, verdict: Verdict | None, unattacked: str, keys: Mapping[str, str], limit: float
+) -> tuple[list[str], list[str]]:
+    """(what is uncertain about a recommended candidate, what would settle it). unattacked: why it has no verdict."""
+    reservations, steps = [], []
     if verdict is None:
-        found.append(f"{why}, so whether the forgotten thing comes back is unknown")
+        reservations.append(f"{unattacked}, so whether the forgotten data come back is unknown")
         steps.append(
-            "have it attacked: audit.finalists >= 1 and checks in audit.durability that serve the task, or `raysweep audit` on its "
+            "attack it: set audit.finalists >= 1 and checks in audit.durability that fit the task, or run `raysweep audit` on its "
             "folder; attacks that failed are made again by the same command"
         )
     elif verdict.label in ("concealed", "merely avoided"):
-        found.append(f"under attack the forgotten thing comes back ({verdict.sentence()})")
-    high = interval(row, "residue")[1]
-    wide = [o for o in OBJECTIVES if Z95 * row.se(o) > WIDE]
-    if high > limit:
-        found.append(f"its audit does not show a residue under {_limit(limit)}: {told(row, 'residue')}")
-        wide = ["residue", *(o for o in wide if o != "residue")]
-    found += [f"its {o} is uncertain: {told(row, o)}" for o in wide if o != "residue" or high <= limit]
-    steps += [f"measure {o} more closely: raise {_key(row, o, keys)} or audit.rounds" for o in wide]
-    if rivals > 1 and share < STABLE:
-        found.append(f"another candidate is the better one in {1 - share:.0%} of paired resamples")
-        if not wide:
-            steps.append("measure the candidates more closely: raise audit.rounds")
-    return tuple(found), tuple(steps)
+        reservations.append(f"under attack the forgotten data come back ({verdict.sentence()})")
+    for objective in _uncertain(row, limit):
+        if objective == "residue" and interval(row, "residue")[1] > limit:
+            reservations.append(
+                f"its audit does not show a residue under {_in_words(limit)}: {with_interval(row, 'residue')}"
+            )
+        else:
+            reservations.append(f"its {objective} is uncertain: {with_interval(row, objective)}")
+        steps.append(f"measure {objective} more closely: raise {_key(row, objective, keys)} or audit.rounds")
+    return reservations, steps
 
 
 def _steps(
-    best: FrontRow,
-    against: Mapping[str, tuple[str, ...]],
-    untried: Sequence[str],
-    keys: Mapping[str, str],
+    best: FrontRow, against: Mapping[str, tuple[str, ...]], untried: Sequence[str], keys: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """What to try where nothing is recommended."""
-    reasons, method, steps = " ".join(against[best.trial]), best.method, []
+    """What to try if nothing is recommended. untried: candidates whose only objection is that they were not attacked."""
+    objections, method, steps = " ".join(against[best.trial]), best.method, []
     if untried:
         steps.append(
-            f"attack {', '.join(untried)}, which nothing else speaks against: raise audit.finalists, or run `raysweep audit` on "
+            f"attack {', '.join(untried)}, to which there is no other objection: raise audit.finalists, or run `raysweep audit` on "
             "the candidate's folder"
         )
-    if "not forgotten" in reasons or "as near to the base" in reasons:
+    if "not forgotten" in objections or "as near to the base" in objections:
         steps.append(
             f"search further: raise search.trials, add methods, or widen spaces.{method} towards stronger settings (more steps, "
-            "a higher rate)"
+            "a higher learning rate)"
         )
-        if "lies above" not in reasons:
+        if "lies above" not in objections:
             steps.append(f"measure residue more closely: raise {_key(best, 'residue', keys)} or audit.rounds")
-    if "destroyed" in reasons:
+    if "destroyed" in objections:
         steps.append(
-            f"search more gently: widen spaces.{method} towards weaker settings (fewer steps, a lower rate), or add methods"
+            f"search more gently: widen spaces.{method} towards weaker settings (fewer steps, a lower learning rate), or add methods"
         )
-    if "required" in reasons:
+    if "required" in objections:
         steps.append(
-            "search further (search.trials, methods), raise the samples of the checks in audit.require, or ask for less"
+            "search further (search.trials, methods), raise the samples of the checks in audit.require, or require less"
         )
     return tuple(steps)
 
 
-def _limit(limit: float) -> str:
-    """The limit of the residue in words."""
+def _in_words(limit: float) -> str:
     return f"{limit:.3g}" + (", the largest residue of an oracle" if limit > FORGOTTEN else "")
 
 

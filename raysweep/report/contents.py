@@ -1,0 +1,110 @@
+"""Everything that the page of a report shows, by the names under which its template knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raysweep.config import presets
+from raysweep.config.schema import Sweep
+from raysweep.report import tables
+from raysweep.report.answer import (
+    answer,
+    answer_table,
+    fresh_material,
+    how_trials_ended,
+    other_picks,
+    search_optimism,
+    unfinished,
+    untested,
+)
+from raysweep.report.data import ReportData
+from raysweep.report.glossary import GLOSSARY
+from raysweep.report.pictures import Strips, strips
+from raysweep.tasks.records import lines_of
+
+
+def page_context(data: ReportData) -> dict[str, Any]:
+    """Everything that the template shows, as text and tables."""
+    best_trial = data.front["best"]["trial"] if data.front else None
+    best = next((p for p in data.candidates() if p.trial == best_trial), None)
+    absent = [r for r in data.rows if r["status"] != "ok" and r["tier"] != "probe" and not r["paired_with"]]
+    incomplete = data.manifest.get("incomplete", [])
+    complete = not incomplete and not any(r["status"] == "failed" for r in absent)
+    groups = strips(data)
+    badge, lines = unfinished(data)
+    return {
+        "name": data.sweep.name,
+        "preset": _preset(data.sweep),
+        "manifest": data.manifest,
+        "badges": [text for text in (badge, "" if complete else "INCOMPLETE") if text],
+        "answer": [*lines, *answer(data, best)],
+        "answer_table": answer_table(data, best),
+        "glossary": GLOSSARY,
+        "sections": _sections(data, groups),
+        "membership": data.membership,
+        "audited": bool(data.front),
+        "fresh_material": fresh_material(data),
+        "searched": any(t.is_complete for t in data.trials),
+        "hypervolume": _hypervolume(data),
+        "probe_hypervolume": f"{data.front['probe_hypervolume']:.3f}" if data.front else "-",
+        "front_lines": tables.front_lines(data),
+        "method_lines": tables.method_lines(data),
+        "picks": other_picks(data),
+        "views": tables.view_lines(data),
+        "sheets": tables.sheets(data),
+        "attacks": tables.attacks(data),
+        "optimism": search_optimism(data),
+        "strips": groups,
+        "data": [line for account in data.manifest.get("data", ()) for line in lines_of(account)],
+        "failures": [t for t in data.trials if t.has_failed],
+        "trials": how_trials_ended(data),
+        "incomplete": incomplete,
+        "absent": sorted({(r["check"], r["status"], r["reason"]) for r in absent}),
+        "untested": untested(data),
+        "config": data.sweep.recipe(),
+        "versions": sorted(data.manifest["versions"].items()) + _plugins(data.manifest),
+        "commit": ", resumed at ".join(data.commits),
+        "command": f"raysweep run {data.sweep.name}.yaml",
+    }
+
+
+def _hypervolume(data: ReportData) -> str:
+    if "hypervolume" not in data.front:
+        return "-"
+    volume = data.front["hypervolume"]
+    return f"{volume['value']:.3f} (95 % interval {volume['lo']:.3f} to {volume['hi']:.3f})"
+
+
+def _plugins(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, package) of what other packages provide."""
+    return [(name, f"external, {package}") for name, package in sorted(manifest.get("plugins", {}).items())]
+
+
+def _preset(sweep: Sweep) -> str:
+    """Which paper's experiment this is, and at which scale; "" if none."""
+    text = ""
+    if sweep.preset in presets.names():
+        about = presets.about(sweep.preset)
+        text = f"{about.title}, after {about.paper}. "
+    if sweep.scale == "tiny":
+        text += "At scale tiny: on miniatures of its models and data, which say nothing about the paper's figures."
+    return text
+
+
+def _sections(data: ReportData, groups: Sequence[Strips]) -> list[tuple[str, str]]:
+    """(anchor, name) of the sections that the page has."""
+    sections = {
+        "front": ("Front", bool(data.front)),
+        "strips": ("Pictures", bool(groups)),
+        "search": ("Search and audit", bool(data.front)),
+        "methods": ("Methods", True),
+        "effects": ("Hyperparameters", any(t.is_complete for t in data.trials)),
+        "sheets": ("Audit sheets", bool(data.subjects)),
+        "durability": ("Under attack", bool(data.front)),
+        "membership": ("Membership", data.membership),
+        "gaps": ("Failures and gaps", True),
+        "glossary": ("Terms", True),
+        "provenance": ("Provenance", True),
+    }
+    return [(anchor, name) for anchor, (name, is_shown) in sections.items() if is_shown]
