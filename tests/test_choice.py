@@ -180,6 +180,6 @@ def test_the_comparison_shows_each_runs_answer(remembering, tmp_path):
     from raysweep.rundir import RunDir
 
     other = run(tmp_path / "other", front([OTHER], {"001-siss": LIKE}), "search.seed=5")
-    answers = [s["answer"] for s in runs_table([RunDir(remembering), other])["sweeps"]]
+    answers = [s.answer for s in runs_table([RunDir(remembering), other]).sweeps]
     assert answers[0].startswith("No candidate is recommended")
     assert answers[1].startswith("Recommended: 001-siss")

@@ -209,9 +209,9 @@ def test_a_comparison_names_axes_seeds_and_commits(seeds, tmp_path):
 
     seeds[1].update(commit="f" * 40)
     table = runs_table(seeds)
-    assert any(line.startswith("commit: ") for line in table["differences"])
-    assert not any("seed" in line for line in table["differences"])
-    axes = attainment(table["bands"]).layout
+    assert any(line.startswith("commit: ") for line in table.differences)
+    assert not any("seed" in line for line in table.differences)
+    axes = attainment(table.bands).layout
     assert {axes.xaxis.title.text, axes.xaxis2.title.text} == {"residue (0 like the oracle, 1 like the base)"}
     assert axes.yaxis.title.text == "damage (0 like the oracle, 1 destroyed)"
     assert compared(tmp_path, *(s.path for s in seeds)).exit_code == 0
@@ -219,14 +219,14 @@ def test_a_comparison_names_axes_seeds_and_commits(seeds, tmp_path):
     for part in ("search.seed 0", "search.seed 1", "audit.audit.seed 2", "f" * 12, str(seeds[0].path), "No candidate"):
         assert part in page or part == "No candidate", part
     twin = run(tmp_path / "deeper" / "one", front([row("000-rgd", 0.3, 0.3)]), "search.seed=3")
-    assert runs_table([seeds[0], twin])["runs"] == [str(seeds[0].path), str(twin.path)]
+    assert runs_table([seeds[0], twin]).runs == [str(seeds[0].path), str(twin.path)]
 
 
 def test_a_sweep_without_candidates_of_a_method_still_counts(seeds, tmp_path):
     from raysweep.report.compare import runs_table
 
     none = run(tmp_path / "none", front([dataclasses.replace(OTHER, residue=0.3)]), "search.seed=4")
-    bands = runs_table([*seeds, none])["bands"]
+    bands = runs_table([*seeds, none]).bands
     assert bands["rgd"][0.5][:, 0].max() == pytest.approx(0.15)  # two of three sweeps attain it
     assert len(bands["rgd"][0.75]) == 0  # not three
 

@@ -252,7 +252,7 @@ def test_a_card_says_what_was_found_and_verifies(card, home):
     assert {(r["subject"], r["subject_digest"]) for r in rows} == {(name, own["outcome"]["digest"])}
     assert content["verdict"]["label"]
     page = (card / "card.html").read_text()
-    for part in (f"Audit of {name}", "loss.gap", "Not tested", "Fixed before", content["digest"]):
+    for part in (f"Audit of {name}", "loss.gap", "Not tested", "fixed before the audit", content["digest"]):
         assert part in page, part
     assert not re.findall(r"<(?:script|link|img|iframe)", page)
 
@@ -330,11 +330,11 @@ def test_runs_side_by_side(run, card, tmp_path):
         again.front_table, [p | {"residue": p["residue"] + 0.1, "damage": p["damage"] + 0.1} for p in points], FRONT
     )
     table = runs_table([run, again])
-    assert table["differences"] == []
-    assert {r["name"] for r in table["rows"]} == {"neggrad", "siss_no_is", "raises", "all methods"}
+    assert table.differences == []
+    assert {r.name for r in table.rows} == {"neggrad", "siss_no_is", "raises", "all methods"}
     mine = [p for p in points if p["kind"] == "candidate" and p["method"] == "neggrad"]
     for share, shift in ((0.5, 0.0), (0.75, 0.1)):
-        assert table["bands"]["neggrad"][share][:, 0].min() == pytest.approx(min(p["residue"] for p in mine) + shift)
+        assert table.bands["neggrad"][share][:, 0].min() == pytest.approx(min(p["residue"] for p in mine) + shift)
     made = call("report", "--compare", "small", str(again.path), "--out", str(tmp_path / "two.html"))
     assert made.exit_code == 0, made.output
     assert "Attainment by method" in (tmp_path / "two.html").read_text()

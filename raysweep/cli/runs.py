@@ -7,6 +7,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -309,12 +310,12 @@ def _show_cards(paths: list[Path], as_json: bool) -> int:
 
     table = cards_table(paths)
     if as_json:
-        print_json(table)
+        print_json(asdict(table))
         return OK
-    for line in table["warnings"]:
+    for line in table.warnings:
         click.echo(line)
-    width = max(26, *(len(cell) + 2 for row in table["rows"] for cell in row["cells"]))
-    click.echo(f"{'':<38}" + "".join(f"{subject:<{width}}" for subject in table["subjects"]))
-    for row in table["rows"]:
-        click.echo(f"{row['name']:<38}" + "".join(f"{cell:<{width}}" for cell in row["cells"]))
+    width = max(26, *(len(cell) + 2 for row in table.rows for cell in row.cells))
+    click.echo(f"{'':<38}" + "".join(f"{subject:<{width}}" for subject in table.subjects))
+    for row in table.rows:
+        click.echo(f"{row.name:<38}" + "".join(f"{cell:<{width}}" for cell in row.cells))
     return OK

@@ -1,9 +1,10 @@
-"""Several results side by side: audit cards of models, or sweeps that differ in their seed. No Ray."""
+"""Several results side by side: audit cards of models, or sweeps that differ in their seeds. No Ray."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ import numpy as np
 from evaluators.statistics import t_interval
 from raysweep.audit import card
 from raysweep.config.schema import ConfigError, Sweep
+from raysweep.report.tables import TableLine
 from raysweep.results import pareto
 from raysweep.results.front_row import read_front
 from raysweep.results.trials import read_trials
 from raysweep.rundir import RunDir
 from raysweep.storage.files import digest_of, write_bytes
 
-SHARES = (0.25, 0.5, 0.75)
+SHARES = (0.25, 0.5, 0.75)  # of sweeps, for the attainment bands
+SAME = {
+    "folder": "is the same run as {other}: name each run once",
+    "results": "holds the same results as {other} (digest {digest}): it is a copy, and a copy adds no evidence",
+    "weights": "holds the same candidates as {other} (digest of their weights {digest}): it adds no evidence about methods",
+    "seeds": "has the settings and seeds of {other} (digest {digest}): it repeats that run; give each sweep its own search.seed",
+}
 
 
 def is_card(path: Path) -> bool:
@@ -26,97 +34,163 @@ def is_card(path: Path) -> bool:
     return (path / card.CARD).is_file() or path.name == card.CARD
 
 
-def cards_table(paths: Sequence[Path]) -> dict[str, Any]:
-    """Cards side by side: `subjects`, `answers`, `warnings`, and `rows` of {"name", "cells"}.
+@dataclass(frozen=True)
+class CardAnswer:
+    """The answer of one card, in sentences."""
 
-    A cell is "value [low, high]"; a metric that only some cards have is "-" in the others.
+    subject: str
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class CardsTable:
+    """Cards side by side. warnings: why their numbers do not compare. rows: one cell per card."""
+
+    subjects: list[str]
+    digests: list[str]
+    answers: list[CardAnswer]
+    warnings: list[str]
+    rows: list[TableLine]
+
+
+def cards_table(paths: Sequence[Path]) -> CardsTable:
+    """Cards side by side. A cell is "value [lower, upper end of the 95 % interval]"; "-" where a card lacks the metric.
+
+    Raises ConfigError if two of them are one card, or copies of one.
     """
-    found = [card.read(path) for path in paths]
-    refuse_card_copies(paths, found)
-    warnings = []
-    for what, value in (
-        ("tasks", lambda c: c["task"]["digest"]),
-        ("judges", lambda c: c["judge_digest"]),
-        ("settings or seeds of the audit", lambda c: json.dumps(c["tiers"], sort_keys=True)),
-        ("code of the checks", lambda c: c["code"]["audit"]),
-        ("bases", lambda c: c["models"]["base"]["digest"]),
-    ):
-        if len({value(c) for c in found}) > 1:
-            warnings.append(f"The cards differ in the {what}: their numbers do not compare.")
-    names = dict.fromkeys((f["tier"], f["check"], f["metric"]) for c in found for f in c["findings"])
-    by_card = [{(f["tier"], f["check"], f["metric"]): f for f in c["findings"]} for c in found]
-    rows = []
-    for tier, check, metric in names:
-        title = f"{check}.{metric}" + (" (attack)" if tier == "durability" else "")
-        rows.append({"name": title, "cells": [_cell(findings.get((tier, check, metric))) for findings in by_card]})
+    cards = [card.read(path) for path in paths]
+    refuse_card_copies(paths, cards)
+    by_card = [{(f["tier"], f["check"], f["metric"]): f for f in c["findings"]} for c in cards]
+    metrics = [
+        TableLine(
+            f"{check}.{metric}" + (" (attack)" if tier == "durability" else ""),
+            [_cell(findings.get((tier, check, metric))) for findings in by_card],
+        )
+        for tier, check, metric in dict.fromkeys(key for findings in by_card for key in findings)
+    ]
     objectives = [
-        {"name": key + (" (standard error)" if k else ""), "cells": [f"{c['objectives'][key]:.3f}" for c in found]}
+        TableLine(key + suffix, [f"{c['objectives'][key]:.3f}" for c in cards])
         for name in ("residue", "damage")
-        for k, key in enumerate((name, f"{name}_se"))
+        for key, suffix in ((name, ""), (f"{name}_se", " (standard error)"))
     ]
-    verdict = {"name": "under attack", "cells": [c["verdict"]["label"] for c in found]}
-    seeds = [", ".join(f"{name} {tier['seed']}" for name, tier in c["tiers"].items()) for c in found]
-    origin = [
-        {"name": "seeds", "cells": seeds},
-        {"name": "commit", "cells": [c["code"]["commit"][:12] for c in found]},
-    ]
-    return {
-        "subjects": [c["subject"] for c in found],
-        "digests": [c["digest"] for c in found],
-        "answers": [{"subject": c["subject"], "lines": c["answer"]} for c in found],
-        "warnings": warnings,
-        "rows": [*objectives, verdict, *origin, *rows],
+    return CardsTable(
+        subjects=[c["subject"] for c in cards],
+        digests=[c["digest"] for c in cards],
+        answers=[CardAnswer(c["subject"], c["answer"]) for c in cards],
+        warnings=_incomparable(cards),
+        rows=[
+            *objectives,
+            TableLine("under attack", [c["verdict"]["label"] for c in cards]),
+            TableLine(
+                "seeds", [", ".join(f"{name} {tier['seed']}" for name, tier in c["tiers"].items()) for c in cards]
+            ),
+            TableLine("commit", [c["code"]["commit"][:12] for c in cards]),
+            *metrics,
+        ],
+    )
+
+
+def _incomparable(cards: Sequence[dict[str, Any]]) -> list[str]:
+    """A warning for everything that must be equal in cards to compare their numbers, and is not."""
+    parts = {
+        "tasks": [c["task"]["digest"] for c in cards],
+        "judges": [c["judge_digest"] for c in cards],
+        "settings or seeds of the audit": [json.dumps(c["tiers"], sort_keys=True) for c in cards],
+        "code of the checks": [c["code"]["audit"] for c in cards],
+        "bases": [c["models"]["base"]["digest"] for c in cards],
     }
+    differing = [part for part, values in parts.items() if len(set(values)) > 1]
+    return [f"The cards differ in the {part}: their numbers do not compare." for part in differing]
 
 
-def runs_table(folders: Sequence[RunDir]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SweepOrigin:
+    """The origin of one column of a comparison."""
+
+    run: str
+    path: str
+    seeds: str
+    commit: str
+    config: str
+    started: str
+    state: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class RunsTable:
+    """Sweeps side by side.
+
+    runs: their names; best: the method with the largest mean hypervolume; differences: settings and versions besides seeds
+    that are not the same everywhere; rows: per method the mean hypervolume, how much `best` exceeds it, and each run's;
+    bands: method -> share of sweeps -> corners (m, 2) of the region that they attain.
+    """
+
+    runs: list[str]
+    best: str
+    differences: list[str]
+    sweeps: list[SweepOrigin]
+    rows: list[TableLine]
+    bands: dict[str, dict[float, np.ndarray]]
+
+
+def runs_table(folders: Sequence[RunDir]) -> RunsTable:
     """Sweeps of the same task and methods side by side: hypervolumes by method, paired by run, and attainment bands.
 
     Raises ConfigError if they do not compare, or if two of them are one run, a copy of it, or a repetition of its seeds.
     """
-    sweeps = [f.sweep() for f in folders]
-    manifests = [f.read_manifest() for f in folders]
+    sweeps = [folder.sweep() for folder in folders]
+    manifests = [folder.read_manifest() for folder in folders]
     for folder in folders:
         if not folder.front_json.is_file():
             raise ConfigError(f"{folder.path}: has no front yet; finish the run first")
     refuse_run_copies(folders, sweeps)
-    first = sweeps[0]
-    for folder, sweep, manifest in zip(folders[1:], sweeps[1:], manifests[1:], strict=True):
-        for what, own, other in (
-            ("task", manifest["digests"]["task"], manifests[0]["digests"]["task"]),
-            ("methods", sorted(sweep.methods), sorted(first.methods)),
-            ("trials", sweep.search.trials, first.search.trials),
-        ):
-            if own != other:
-                raise ConfigError(f"{folder.path}: another {what} than {folders[0].path}: the two do not compare")
-    points = [[p for p in read_front(f) if p.is_candidate] for f in folders]
-    by_method = {
-        method: [np.array([[p.residue, p.damage] for p in run if p.method == method]).reshape(-1, 2) for run in points]
-        for method in first.methods
-    }
+    _refuse_incomparable(folders, sweeps, manifests)
+    by_method = _points_by_method(folders, sweeps[0].methods)
     volumes = {method: np.array([pareto.hypervolume(s) for s in sets]) for method, sets in by_method.items()}
-    best = max(volumes, key=lambda m: volumes[m].mean())
+    best = max(volumes, key=lambda method: volumes[method].mean())
     rows = []
     for method, values in sorted(volumes.items(), key=lambda item: -item[1].mean()):
         difference = "-" if method == best else _mean(volumes[best] - values)
-        rows.append({"name": method, "cells": [_mean(values), difference, *(f"{v:.3f}" for v in values)]})
-    overall = np.array(
-        [pareto.hypervolume(np.concatenate([by_method[m][k] for m in by_method])) for k in range(len(folders))]
-    )
-    rows.append({"name": "all methods", "cells": [_mean(overall), "", *(f"{v:.3f}" for v in overall)]})
+        rows.append(TableLine(method, [_mean(values), difference, *(f"{v:.3f}" for v in values)]))
+    overall = np.array([pareto.hypervolume(np.concatenate(sets)) for sets in zip(*by_method.values(), strict=True)])
+    rows.append(TableLine("all methods", [_mean(overall), "", *(f"{v:.3f}" for v in overall)]))
     differences = _differences(sweeps) | _differences_of_code(manifests)
-    return {
-        "runs": _labels(folders),
-        "best": best,
-        "differences": [f"{key}: {', '.join(values)}" for key, values in differences.items()],
-        "sweeps": [_origin(*of) for of in zip(_labels(folders), folders, sweeps, manifests, strict=True)],
-        "rows": rows,
-        "bands": {
+    return RunsTable(
+        runs=_labels(folders),
+        best=best,
+        differences=[f"{key}: {', '.join(values)}" for key, values in differences.items()],
+        sweeps=[_origin(*run) for run in zip(_labels(folders), folders, sweeps, manifests, strict=True)],
+        rows=rows,
+        bands={
             method: {share: pareto.attainment(sets, share) for share in SHARES}
             for method, sets in by_method.items()
             if any(len(s) for s in sets)
         },
+    )
+
+
+def _points_by_method(folders: Sequence[RunDir], methods: Sequence[str]) -> dict[str, list[np.ndarray]]:
+    """Method -> for each run, (residue, damage) of its audited candidates (n, 2)."""
+    runs = [[row for row in read_front(folder) if row.is_candidate] for folder in folders]
+    return {
+        method: [np.array([[r.residue, r.damage] for r in run if r.method == method]).reshape(-1, 2) for run in runs]
+        for method in methods
     }
+
+
+def _refuse_incomparable(
+    folders: Sequence[RunDir], sweeps: Sequence[Sweep], manifests: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raises ConfigError if a run's task, methods or number of trials are not those of the first."""
+    keys = [
+        {"task": manifest["digests"]["task"], "methods": sorted(sweep.methods), "trials": sweep.search.trials}
+        for sweep, manifest in zip(sweeps, manifests, strict=True)
+    ]
+    for folder, key in zip(folders, keys, strict=True):
+        for part, expected in keys[0].items():
+            if key[part] != expected:
+                raise ConfigError(f"{folder.path}: another {part} than {folders[0].path}: the two do not compare")
 
 
 def refuse_run_copies(folders: Sequence[RunDir], sweeps: Sequence[Sweep]) -> None:
@@ -126,32 +200,24 @@ def refuse_run_copies(folders: Sequence[RunDir], sweeps: Sequence[Sweep]) -> Non
     """
     seen: dict[tuple[str, str], int] = {}
     for k, (folder, sweep) in enumerate(zip(folders, sweeps, strict=True)):
-        for what, digest in _identities(folder, sweep).items():
-            first = seen.setdefault((what, digest), k)
+        for kind, digest in _identities(folder, sweep).items():
+            first = seen.setdefault((kind, digest), k)
             if first != k:
-                same = SAME[what].format(other=folders[first].path, digest=digest)
+                same = SAME[kind].format(other=folders[first].path, digest=digest)
                 raise ConfigError(f"--compare: {folder.path} {same}")
 
 
-SAME = {
-    "folder": "is the same run as {other}: name each run once",
-    "results": "holds the same results as {other} (digest {digest}): it is a copy, and a copy adds no evidence",
-    "weights": "holds the same candidates as {other} (digest of their weights {digest}): it adds no evidence about methods",
-    "seeds": "has the settings and seeds of {other} (digest {digest}): it repeats that run; give each sweep its own search.seed",
-}
-
-
 def _identities(folder: RunDir, sweep: Sweep) -> dict[str, str]:
-    """What two independent runs cannot share: kind of identity -> digest. Names and places have no part in them."""
-    points = [p.stored() for p in read_front(folder) if p.is_candidate]
-    results = [[p[k] for k in ("method", "hyperparameters", "residue", "damage")] for p in points]
-    found = {"folder": str(folder.path.resolve())}
-    if results:
-        found["results"] = digest_of(sorted(results))
+    """What two independent runs cannot share: kind of identity -> digest. Names and paths have no part in them."""
+    rows = [row.stored() for row in read_front(folder) if row.is_candidate]
+    results = [[row[key] for key in ("method", "hyperparameters", "residue", "damage")] for row in rows]
     weights = sorted(t.digest for t in read_trials(folder) if t.digest)
+    identities = {"folder": str(folder.path.resolve())}
+    if results:
+        identities["results"] = digest_of(sorted(results))
     if weights:
-        found["weights"] = digest_of(weights)
-    return found | {"seeds": sweep.digest}
+        identities["weights"] = digest_of(weights)
+    return identities | {"seeds": sweep.digest}
 
 
 def refuse_card_copies(paths: Sequence[Path], cards: Sequence[dict[str, Any]]) -> None:
@@ -165,52 +231,45 @@ def refuse_card_copies(paths: Sequence[Path], cards: Sequence[dict[str, Any]]) -
 
 
 def _labels(folders: Sequence[RunDir]) -> list[str]:
-    """Names of runs, or their paths where two have the same name."""
-    names = [f.path.name for f in folders]
-    return names if len(set(names)) == len(names) else [str(f.path) for f in folders]
+    """Names of runs, or their paths if two have the same name."""
+    names = [folder.path.name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder.path) for folder in folders]
 
 
-def _origin(label: str, folder: RunDir, sweep: Sweep, manifest: dict[str, Any]) -> dict[str, str]:
-    """Where a column of the comparison comes from."""
+def _origin(label: str, folder: RunDir, sweep: Sweep, manifest: Mapping[str, Any]) -> SweepOrigin:
     front = json.loads(folder.front_json.read_text())
     seeds = {key: value for key, value in _flat(sweep.resolved()).items() if key.endswith("seed")}
-    return {
-        "run": label,
-        "path": str(folder.path),
-        "seeds": ", ".join(f"{key} {value}" for key, value in seeds.items()),
-        "commit": manifest["commit"],
-        "config": manifest["config_digest"],
-        "started": manifest["created_at"],
-        "state": manifest["state"],
-        "answer": front.get("answer", ["-"])[0],
-    }
+    return SweepOrigin(
+        run=label,
+        path=str(folder.path),
+        seeds=", ".join(f"{key} {value}" for key, value in seeds.items()),
+        commit=manifest["commit"],
+        config=manifest["config_digest"],
+        started=manifest["created_at"],
+        state=manifest["state"],
+        answer=front.get("answer", ["-"])[0],
+    )
 
 
 def write(paths: Sequence[Path], folders: Sequence[RunDir], out: Path) -> Path:
     """Writes the comparison of cards, or of runs if there are no cards, as one HTML page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=PackageLoader("raysweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    context: dict[str, Any] = {"cards": None, "runs": None, "figure": "", "plotly": ""}
+    from raysweep.report.figures import attainment
+    from raysweep.report.page import embed, environment
+
+    context: dict[str, Any] = {"cards": None, "runs": None, "figure": "", "plotly": "", "reference": pareto.REFERENCE}
     if paths:
         context["cards"] = cards_table(paths)
     else:
-        from markupsafe import Markup
-        from plotly.offline import get_plotlyjs
-
-        from raysweep.report.figures import attainment
-        from raysweep.report.page import embed
-
-        context["runs"] = runs_table(folders)
-        context |= {"figure": embed(attainment(context["runs"]["bands"])), "plotly": Markup(get_plotlyjs())}
-    write_bytes(out, environment.get_template("compare.html.j2").render(context).encode())
+        runs = runs_table(folders)
+        context |= {"runs": runs, "figure": embed(attainment(runs.bands)), "plotly": Markup(get_plotlyjs())}
+    write_bytes(out, environment().get_template("compare.html.j2").render(context).encode())
     return out
 
 
-def _cell(finding: dict[str, Any] | None) -> str:
+def _cell(finding: Mapping[str, Any] | None) -> str:
     if finding is None:
         return "-"
     if finding["status"] != "ok":
@@ -220,36 +279,37 @@ def _cell(finding: dict[str, Any] | None) -> str:
 
 
 def _mean(values: np.ndarray) -> str:
+    """The mean with its 95 % interval in brackets, if the values differ."""
     if len(values) < 2 or np.ptp(values) == 0:
         return f"{values.mean():.3f}"
     _, low, high = t_interval(values)
     return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
 
 
-def _differences_of_code(manifests: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Commits and versions that are not the same everywhere."""
+def _differences_of_code(manifests: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Commits and versions that are not the same everywhere: key -> value of each run."""
     flat = [
-        {"commit": ", resumed at ".join(m.get("commits", [m["commit"]]))}
-        | {f"version of {name}": v for name, v in m["versions"].items()}
-        for m in manifests
+        {"commit": ", resumed at ".join(manifest.get("commits", [manifest["commit"]]))}
+        | {f"version of {name}": version for name, version in manifest["versions"].items()}
+        for manifest in manifests
     ]
-    keys = dict.fromkeys(k for f in flat for k in f)
-    return {key: values for key in keys if len(set(values := [str(f.get(key)) for f in flat])) > 1}
+    return _differing(flat, list(dict.fromkeys(key for values in flat for key in values)))
 
 
 def _differences(sweeps: Sequence[Sweep]) -> dict[str, list[str]]:
-    """Settings, besides seeds and what no result depends on, that are not the same everywhere."""
-    flat = [_flat(s.decisive()) for s in sweeps]
-    keys = sorted({k for f in flat for k in f})
-    return {
-        key: [str(f.get(key)) for f in flat]
-        for key in keys
-        if not key.endswith("seed") and len({str(f.get(key)) for f in flat}) > 1
-    }
+    """Settings, except seeds and what no result depends on, that are not the same everywhere: key -> value of each run."""
+    flat = [_flat(sweep.decisive()) for sweep in sweeps]
+    return _differing(flat, sorted({key for values in flat for key in values if not key.endswith("seed")}))
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _differing(flat: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, list[str]]:
+    columns = {key: [str(values.get(key)) for values in flat] for key in keys}
+    return {key: column for key, column in columns.items() if len(set(column)) > 1}
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as "outer.inner" -> value."""
+    flat: dict[str, Any] = {}
     for key, value in data.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

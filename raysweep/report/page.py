@@ -19,20 +19,17 @@ from raysweep.storage.files import write_bytes
 
 
 def build(folder: RunDir) -> Path:
-    """Writes report.html and figures/ from the run's tables, whatever state it is in, and returns the report's path."""
+    """Writes report.html and figures/ from the tables of a run in any state; returns the report's path."""
     data = gather(folder)
-    drawn = {
+    plots = {
         "front_figure": figures.front(data),
         "optimism_figure": figures.optimism(data),
         "effects_figure": figures.effects(data),
         "roc_figure": figures.roc(data),
     }
-    environment = Environment(
-        loader=PackageLoader("raysweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    html = environment.get_template("report.html.j2").render(
-        page_context(data) | {name: embed(figure) for name, figure in drawn.items()},
+    template = environment().get_template("report.html.j2")
+    html = template.render(
+        page_context(data) | {name: embed(figure) for name, figure in plots.items()},
         plotly=Markup(get_plotlyjs()),
         added_sections=added_sections(folder),
     )
@@ -52,6 +49,12 @@ def added_sections(folder: RunDir) -> list[dict[str, Any]]:
         if html:
             sections.append({"name": name, "provider": provider(points[0]), "html": Markup(html)})
     return sections
+
+
+def environment() -> Environment:
+    """The templates of reports and comparisons. Text is escaped, and a name that is missing is an error."""
+    loader = PackageLoader("raysweep.report")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def embed(figure: go.Figure) -> Markup:
