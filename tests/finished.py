@@ -1,8 +1,9 @@
-"""A run directory as a sweep leaves it, written from points alone: no training, no Ray."""
+"""Finished run directories, written from points alone: no training, no Ray."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from raysweep.registry import FAMILIES
 from raysweep.results import pareto
 from raysweep.results.front import Front, write_front
 from raysweep.results.front_row import FrontRow
+from raysweep.results.picks import Picks
 from raysweep.results.trials import Trial
 from raysweep.rundir import RunDir
 from raysweep.storage.files import write_json
@@ -51,67 +53,64 @@ ANCHORS = [row("base", 1.0, 0.0), row("oracle-0", 0.0, 0.0), row("oracle-1", 0.0
 
 
 def front(candidates: list[FrontRow], verdicts: dict[str, Verdict] | None = None, **more: Any) -> Front:
-    """A front of such rows, with draws as wide as their standard errors."""
+    """A front of these candidates and `ANCHORS`, with draws as wide as their standard errors."""
     names = [r.trial for r in candidates]
     points = np.array([[r.residue, r.damage] for r in candidates]).reshape(-1, 2)
     errors = np.array([[r.residue_se, r.damage_se] for r in candidates]).reshape(-1, 2)
     draws = points + errors * np.random.default_rng(0).normal(size=(500, *points.shape))
-    picks = {}
+    picks = None
     if names:
-        sure = pareto.within(points, draws, 0.1)
-        best = {"trial": names[pareto.balanced(points)], "share": 1.0}
-        picks = {
-            "balanced": best, "knee": best, "sure": {"trial": None if sure is None else names[sure], "limit": 0.1, "certain": 0.95},
-            "forgotten": {"trials": [], "limit": 0.1, "rate": 0.05},
-        }  # fmt: skip
-    values = {
-        "rows": [*candidates, *ANCHORS], "candidates": names, "p_dominates": np.zeros((len(names), len(names))),
-        "hypervolume": 1.0, "hypervolume_lo": 0.9, "hypervolume_hi": 1.1, "probe_hypervolume": 1.0, "draws": draws,
-        "valid": dict.fromkeys(names, (0.9, 0.9)), "keys": KEYS, "picks": picks, "unmet": {n: [] for n in names},
-        "verdicts": verdicts or {},
-    }  # fmt: skip
-    return Front(**values | more)
+        sure, best = pareto.within(points, draws, 0.1), names[pareto.balanced(points)]
+        picks = Picks(best, 1.0, best, 1.0, None if sure is None else names[sure])
+    front = Front(
+        rows=[*candidates, *ANCHORS],
+        candidates=names,
+        p_dominates=np.zeros((len(names), len(names))),
+        hypervolume=1.0,
+        hypervolume_lo=0.9,
+        hypervolume_hi=1.1,
+        probe_hypervolume=1.0,
+        draws=draws,
+        valid=dict.fromkeys(names, (0.9, 0.9)),
+        keys=KEYS,
+        picks=picks,
+        unmet={name: [] for name in names},
+        verdicts=verdicts or {},
+    )
+    return replace(front, **more)
 
 
 def run(
     folder: Path, of: Front | None, *overrides: str, sensitive: bool = False, family: str = "pixel-ddpm", **entries: Any
 ) -> RunDir:
-    """A run directory with that front; without one, a run that came to none. entries: of the manifest."""
-    where = (f"name={folder.name}", f"storage={folder.parent}", f"cache={folder.parent / 'cache'}")
-    sweep = load(None, (*where, "methods=[rgd, siss]", "search.trials=4", *overrides))
-    made, task = RunDir.of(sweep), tiny_task("points")
-    with made.claim(sweep, {"config": sweep.digest, "task": "t"}):
-        made.task.mkdir(parents=True)
-        task.save(made.task)
-        plain = json.loads((made.task / "task.json").read_text())
-        write_json(
-            made.task / "task.json",
-            plain | {"sensitive": sensitive, "family": family, "model_kind": FAMILIES[family].model_kind},
-        )
-        made.update(**{"state": "done"} | entries)
+    """A run directory with that front; without one, a run that has not finished. entries: of the manifest."""
+    settings = (f"name={folder.name}", f"storage={folder.parent}", f"cache={folder.parent / 'cache'}")
+    sweep = load(None, (*settings, "methods=[rgd, siss]", "search.trials=4", *overrides))
+    home, task = RunDir.of(sweep), tiny_task("points")
+    with home.claim(sweep, {"config": sweep.digest, "task": "t"}):
+        home.task.mkdir(parents=True)
+        task.save(home.task)
+        plain = json.loads((home.task / "task.json").read_text())
+        plain |= {"sensitive": sensitive, "family": family, "model_kind": FAMILIES[family].model_kind}
+        write_json(home.task / "task.json", plain)
+        home.update(**{"state": "done"} | entries)
     if of is None:
-        return made
+        return home
     keys = {name: f"{name}-audit-0" for name in ("base", "oracle-0")}
     of.audits = {"audit": keys}
-    write_front(made, of, sweep)
-    write_json(made.anchors("audit"), {"keys": keys, "views": []})
+    write_front(home, of, sweep)
+    write_json(home.anchors("audit"), {"keys": keys, "views": []})
     trials = [trial(r.trial, method=r.method, digest=f"weights of {folder.name}") for r in of.candidate_rows]
-    write_table(made.trials, [t.plain() for t in trials], TRIALS)
+    write_table(home.trials, [t.plain() for t in trials], TRIALS)
     size = task.splits["forget"].x[0].numel()
-    pictures = np.random.default_rng(1).uniform(-1, 1, (4, size))
+    pictures = np.random.default_rng(1).uniform(-1, 1, (4, size)).tolist()
     for subject, key in keys.items():
+        common = {"subject": subject, "tier": "audit", "shape": [size]}
         scores = [
-            {
-                "subject": subject,
-                "tier": "audit",
-                "score": score,
-                "unit": k,
-                "values": picture.tolist(),
-                "shape": [size],
-            }
+            common | {"score": score, "unit": k, "values": picture}
             for score in ("strip.rebuilt", "strip.noised", "strip.samples")
             for k, picture in enumerate(pictures)
         ]
-        write_table(made.rows / f"{key}.parquet", [], ROWS)
-        write_table(made.scores / f"{key}.parquet", scores, SCORES)
-    return made
+        write_table(home.rows / f"{key}.parquet", [], ROWS)
+        write_table(home.scores / f"{key}.parquet", scores, SCORES)
+    return home

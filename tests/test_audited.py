@@ -1,9 +1,9 @@
-"""A run that was resumed after its code had changed: what is shown was measured by what the answer stands on."""
+"""A run that was resumed after its code had changed: everything shown comes from the audits behind its answer."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from click.testing import CliRunner
@@ -17,12 +17,13 @@ from raysweep.context import Context
 from raysweep.engine.run import probed_otherwise
 from raysweep.report.data import gather
 from raysweep.results.audited import keys_of, rows_of, scores_of
-from raysweep.results.trials import trial_table
+from raysweep.results.front_row import FrontRow
+from raysweep.results.trials import Trial, trial_table
 from raysweep.rundir import RunDir
 from raysweep.search.searcher import FINAL, ParetoSearch
 from raysweep.search.spaces import Parameter, Space
 from raysweep.storage.files import write_json
-from raysweep.storage.schemas import FRONT, ROWS, SCORES, write_table
+from raysweep.storage.schemas import FRONT, ROWS, SCORES, TRIALS, write_table
 
 TRIAL, ANCHORS = "000-rgd", ("base", "oracle-0", "destroyed")
 OLD, NEW = 0.111, 0.222
@@ -82,7 +83,7 @@ def home(tmp_path_factory):
     return folder
 
 
-def test_the_report_shows_what_its_front_was_made_of(home):
+def test_the_report_shows_only_the_audits_behind_its_front(home):
     data = gather(home)
     assert {r["value"] for r in data.rows} == {NEW}
     assert {(r["subject"], r["tier"]) for r in data.rows} == {
@@ -94,7 +95,7 @@ def test_the_report_shows_what_its_front_was_made_of(home):
     assert len(data.scores) == 4
 
 
-def test_show_shows_the_same(home):
+def test_show_prints_only_the_audits_behind_the_front(home):
     shown = CliRunner().invoke(main, ["show", str(home.path), TRIAL, "--json"])
     assert shown.exit_code == 0, shown.output
     rows = json.loads(shown.output)["rows"]
@@ -114,16 +115,21 @@ def test_a_run_without_a_front_shows_its_anchors_and_probes(home, tmp_path):
     assert {r["values"][0] for r in scores_of(home, {"audit": keys["audit"]}, ["base"])} == {NEW}
 
 
-def test_a_front_that_does_not_say_what_it_stands_on_is_refused(tmp_path):
+def test_a_front_that_does_not_name_its_audits_is_refused(tmp_path):
     write_json((folder := RunDir(tmp_path)).front_json, {"points": []})
     with pytest.raises(ConfigError, match=r"front\.json: was written by an earlier raysweep, whose runs"):
         keys_of(folder, [])
 
 
-def test_trials_that_were_probed_in_another_way_are_told(home):
+def test_trials_probed_by_other_code_are_counted_in_a_warning(home):
     sweep = home.sweep()
     trials = trial_table(home, f"{sweep.name}-{sweep.digest[:8]}")
     assert probed_otherwise(trials, context(home), sweep) == ""
     other = replace(context(home), task_digest="another")
     assert probed_otherwise(trials, other, sweep).startswith("1 of 1 trials were probed before")
     assert probed_otherwise([], other, sweep) == ""
+
+
+def test_records_have_the_columns_of_their_tables():
+    assert [f.name for f in fields(Trial)] == TRIALS.names
+    assert {f.name for f in fields(FrontRow)} == set(FRONT.names)

@@ -1,4 +1,4 @@
-"""What a sweep's answer says: nothing that remembers, is destroyed, or misses a requirement is recommended, anywhere."""
+"""The answer of a sweep: no output recommends a candidate that remembers, is destroyed, or misses a requirement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def answer(of: Front) -> list[str]:
     return of.choice.answer(of.candidate_rows, of.verdicts)
 
 
-def test_the_smallest_larger_objective_is_recommended_where_nothing_speaks_against_it():
+def test_of_the_candidates_without_objections_the_one_with_the_smallest_larger_objective_is_recommended():
     of = front([GOOD, OTHER], {"000-rgd": LIKE})
     assert of.choice.recommended == "000-rgd"
     assert of.choice.reservations == of.choice.steps == ()
@@ -37,7 +37,7 @@ def test_the_smallest_larger_objective_is_recommended_where_nothing_speaks_again
     (row("000-rgd", 0.05, 0.2), None, {"valid": {"000-rgd": (0.1, 0.9)}}, "10% of its samples are valid, 90% of the oracles'"),
     (row("000-rgd", 0.05, 0.2), LIKE, {"unmet": {"000-rgd": ["generation.rate <= 0.01"]}}, "what was required: generation.rate <= 0.01"),
 ])  # fmt: skip
-def test_what_speaks_against_a_recommendation(candidate, verdict, more, reason):
+def test_a_candidate_with_an_objection_is_not_recommended(candidate, verdict, more, reason):
     of = front([candidate], {} if verdict is None else {"000-rgd": verdict}, **more)
     assert of.choice.recommended is None
     first, *rest = answer(of)
@@ -48,7 +48,7 @@ def test_what_speaks_against_a_recommendation(candidate, verdict, more, reason):
     assert of.choice.standing("000-rgd").startswith("best so far, but not recommended")
 
 
-def test_no_interval_of_no_width_is_told():
+def test_an_estimate_without_spread_has_no_interval():
     of = front([row("000-rgd", 0.0, 0.2, residue_se=0.0)], {"000-rgd": LIKE})
     assert (
         "residue 0.000 (no interval: leaving groups of samples out does not change it), damage 0.200 (95 % interval"
@@ -56,7 +56,7 @@ def test_no_interval_of_no_width_is_told():
     )
 
 
-def test_no_candidate_must_be_nearer_to_the_oracles_than_an_oracle_is():
+def test_a_residue_within_that_of_an_oracle_is_no_objection():
     of = front([row("000-rgd", 0.2, 0.1)], {"000-rgd": LIKE})
     assert of.choice.recommended is None
     of.rows.append(row("oracle-2", 0.25, 0.0))
@@ -70,7 +70,7 @@ def test_a_candidate_that_holds_under_attack_is_preferred_to_one_that_remembers(
     assert "has not forgotten" in of.choice.standing("000-rgd")
 
 
-def test_what_was_not_attacked_is_not_recommended_where_others_failed_under_attack():
+def test_an_unattacked_candidate_is_not_recommended_if_others_were_attacked():
     of = front([GOOD, OTHER], {"000-rgd": REMEMBERS})
     assert of.choice.recommended is None
     assert of.choice.trial == "001-siss"
@@ -84,7 +84,7 @@ def test_what_was_not_attacked_is_not_recommended_where_others_failed_under_atta
     ([GOOD], {"000-rgd": CONCEALED}, "comes back (concealed: relearning 5 steps (+0.30))"),
     ([GOOD], {}, "it was not attacked"),
 ])  # fmt: skip
-def test_what_the_data_leave_open_hedges_a_recommendation(candidates, verdicts, reservation):
+def test_uncertainty_about_a_recommended_candidate_is_a_reservation(candidates, verdicts, reservation):
     of = front(candidates, verdicts)
     assert of.choice.recommended == "000-rgd"
     first, *rest = answer(of)
@@ -93,7 +93,7 @@ def test_what_the_data_leave_open_hedges_a_recommendation(candidates, verdicts, 
     assert of.choice.standing("000-rgd").startswith("recommended with reservations: ")
 
 
-def test_attacks_that_failed_are_not_told_as_not_made():
+def test_failed_attacks_are_distinguished_from_attacks_not_made():
     of = front([GOOD], {}, gaps={"000-rgd": "the attacks on it failed"})
     assert "the attacks on it failed, so whether" in of.choice.reservations[0]
     other = front([GOOD, OTHER], {"001-siss": LIKE}, gaps={"000-rgd": "the attacks on it failed"})
@@ -106,20 +106,20 @@ def test_a_terminal_without_a_front_says_so(monkeypatch, tmp_path):
 
     result = Result(RunDir(tmp_path), front([]), [trial("000-rgd")], ["000-rgd: no answer within 600 s"])
     monkeypatch.setattr("raysweep.engine.run.run_sweep", lambda *_: result)
-    told = CliRunner().invoke(main, ["run"])
-    assert told.exit_code == 3
-    assert "no front: no candidate was audited; 0 of 1 trials failed" in told.output
-    assert "hypervolume" not in told.output
-    assert "No candidate is recommended, because none was audited." in told.output
+    printed = CliRunner().invoke(main, ["run"])
+    assert printed.exit_code == 3
+    assert "no front: no candidate was audited; 0 of 1 trials failed" in printed.output
+    assert "hypervolume" not in printed.output
+    assert "No candidate is recommended, because none was audited." in printed.output
 
 
-def test_more_samples_are_asked_for_by_the_setting_that_decides():
+def test_the_next_steps_name_the_setting_that_decides_an_uncertain_objective():
     steps = " ".join(front([row("000-rgd", 0.088, 0.3, 0.109)], {"000-rgd": LIKE}).choice.steps)
     assert "audit.audit.noises" in steps
     assert "audit.audit.samples" in steps
 
 
-def test_attacks_are_made_first_on_what_could_be_recommended():
+def test_candidates_that_could_be_recommended_are_attacked_first():
     rows = [row("000-rgd", 0.9, 0.0), row("001-siss", 0.05, 0.95), row("002-rgd", 0.0, 1.5, on_front=False)]
     assert front(rows).finalists(2) == ["001-siss", "000-rgd"]
     assert front([]).finalists(3) == []
@@ -168,11 +168,11 @@ def test_the_terminal_says_it_and_offers_no_export(remembering, monkeypatch):
         of = front([GOOD], {"000-rgd": verdict})
         result = Result(RunDir(remembering), of, [], [])
         monkeypatch.setattr("raysweep.engine.run.run_sweep", lambda *_, result=result: result)
-        told = call("run")
-        assert told.exit_code == 0
-        assert ("raysweep export" in told.output) == recommended
-        assert ("No candidate is recommended. Best so far is 000-rgd" in told.output) == (not recommended)
-        assert "+-" not in told.output
+        printed = call("run")
+        assert printed.exit_code == 0
+        assert ("raysweep export" in printed.output) == recommended
+        assert ("No candidate is recommended. Best so far is 000-rgd" in printed.output) == (not recommended)
+        assert "+-" not in printed.output
 
 
 def test_the_comparison_shows_each_runs_answer(remembering, tmp_path):

@@ -1,4 +1,4 @@
-"""Deltas: small, bit for bit there and back, and for the very model that they were made from."""
+"""Deltas: they hold only changed tensors, apply and revert bit for bit, and refuse another model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 
 
-def made(kind: str):
+def build(kind: str):
     if kind == "latent":
         return LatentText.build(latent_task().model, 0)
     return {"pixel": lambda: tiny_model(tiny_task()), "edm": edm_model, "clip": clip_model}[kind]()
@@ -24,7 +24,7 @@ def made(kind: str):
 @pytest.fixture(params=["pixel", "latent", "edm", "clip"])
 def pair(request, tmp_path) -> tuple[Path, Path, str]:
     """(base, candidate, the tensor that differs)."""
-    model = made(request.param)
+    model = build(request.param)
     model.save(tmp_path / "base")
     name, weight = next((n, p) for n, p in model.net.named_parameters() if p.dim() > 1 and p.requires_grad)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def pair(request, tmp_path) -> tuple[Path, Path, str]:
     return tmp_path / "base", tmp_path / "candidate", name
 
 
-def test_there_and_back(pair, tmp_path):
+def test_a_delta_is_applied_and_reverted_bit_for_bit(pair, tmp_path):
     base, candidate, name = pair
     header = delta.write(tmp_path / "d.safetensors", base, candidate)
     assert header["tensors"] == 1
@@ -44,7 +44,7 @@ def test_there_and_back(pair, tmp_path):
     assert families.load(tmp_path / "back").digest == families.load(base).digest
 
 
-def test_a_sampler_comes_along(tmp_path):
+def test_a_delta_carries_the_candidates_sampler(tmp_path):
     model = tiny_model(tiny_task())
     model.save(tmp_path / "base")
     model.sampler = {"kind": "one_step", "t": 700}
@@ -54,14 +54,14 @@ def test_a_sampler_comes_along(tmp_path):
     assert families.load(tmp_path / "applied").sampler == model.sampler
 
 
-def test_what_does_not_fit_is_refused(pair, tmp_path):
+def test_a_delta_refuses_other_models_and_broken_files(pair, tmp_path):
     base, candidate, _ = pair
     path = tmp_path / "d.safetensors"
     delta.write(path, base, candidate)
-    with pytest.raises(ConfigError, match="and the delta goes from"):
+    with pytest.raises(ConfigError, match="but the delta goes from"):
         delta.apply(path, candidate, tmp_path / "out")
     PixelDDPM.build(tiny_config(3), 0).save(tmp_path / "other")
-    with pytest.raises(ConfigError, match="is of another architecture"):
+    with pytest.raises(ConfigError, match="has another architecture than"):
         delta.write(tmp_path / "no", base, tmp_path / "other")
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ConfigError, match="not a readable safetensors file"):

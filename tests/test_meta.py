@@ -1,4 +1,4 @@
-"""The audit of the audit: do the checks tell models that contain the forget set from models that do not?"""
+"""The audit of the audit: the checks must separate models that contain the forget set from models that do not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from raysweep.audit.informative import LEAST, caveat, measured
 from raysweep.registry import EVALUATORS, resolve
 
 
-def test_what_reports_say_of_checks_was_measured_on_twenty_models_of_either_kind():
+def test_caveats_of_checks_rest_on_twenty_models_of_either_kind():
     data = json.loads((ROOT / "raysweep" / "audit" / "informative.json").read_text())
     assert set(data["auc"]) == set(data["models"])
     for kind, counts in data["models"].items():
         assert min(counts) >= 20, kind
-    for found in measured().values():
-        for name, (auc, low, high) in found.items():
+    for aucs in measured().values():
+        for name, (auc, low, high) in aucs.items():
             check, metric = name.split(".")
             assert metric in resolve("evaluator", check).directions
             assert check in EVALUATORS
@@ -26,7 +26,7 @@ def test_what_reports_say_of_checks_was_measured_on_twenty_models_of_either_kind
             assert low <= auc <= high
 
 
-def test_a_caveat_is_given_where_it_is_due():
+def test_only_measured_and_weak_checks_have_a_caveat():
     views = ("reconstruction.correlation", "denoising.forget_log_loss", "generation.rate")
     assert [caveat("points", view) for view in views] == ["", "", ""]
     weak = [name for name, (auc, _, _) in measured()["points"].items() if auc < LEAST]
@@ -37,7 +37,7 @@ def test_a_caveat_is_given_where_it_is_due():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_headline_checks_tell_the_pool_apart(monkeypatch):
+def test_the_headline_checks_separate_the_pool(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.delitem(sys.modules, "meta", raising=False)
     import meta
@@ -45,7 +45,7 @@ def test_the_headline_checks_tell_the_pool_apart(monkeypatch):
     kept = {"reconstruction", "denoising", "generation", "loss", "recall", "relearning"}
     costly = tuple(name for name in EVALUATORS if name not in kept)
     results = [meta.study("points", has, k, costly) for k in range(6) for has in (True, False)]
-    found = meta.ratings(results)
+    ratings = meta.ratings(results)
     for name in (
         "reconstruction.correlation",
         "denoising.forget_log_loss",
@@ -53,5 +53,5 @@ def test_the_headline_checks_tell_the_pool_apart(monkeypatch):
         "recall.excess",
         "relearning.excess",
     ):
-        assert found[name][0] >= LEAST, name
+        assert ratings[name][0] >= LEAST, name
     assert "| relearning.excess |" in meta.table(results)

@@ -13,27 +13,27 @@ from raysweep.results import pareto
     st.integers(0, 10_000), st.integers(1, 30), st.sampled_from([("min", "min"), ("min", "max"), ("max", "max", "min")])
 )
 @settings(max_examples=60, deadline=None)
-def test_front_is_what_nobody_dominates(seed, n, directions):
+def test_the_front_holds_the_points_that_no_other_dominates(seed, n, directions):
     rng = np.random.default_rng(seed)
     points = rng.integers(0, 6, (n, len(directions))).astype(float)
     sign = np.array([1 if d == "min" else -1 for d in directions])
-    found = pareto.front(points, directions)
+    members = pareto.front(points, directions)
     for i in range(n):
         beaten = any(
             (points[j] * sign <= points[i] * sign).all() and (points[j] * sign < points[i] * sign).any()
             for j in range(n)
         )
-        assert (i in found) == (not beaten)
+        assert (i in members) == (not beaten)
     order = rng.permutation(n)
-    assert sorted(order[pareto.front(points[order], directions)]) == found
+    assert sorted(order[pareto.front(points[order], directions)]) == members
 
 
-def test_front_leaves_out_what_is_not_finite():
+def test_the_front_ignores_points_that_are_not_finite():
     assert pareto.front(np.array([[0.0, np.nan], [1.0, 1.0], [np.inf, 0.0]]), ("min", "min")) == [1]
     assert pareto.front(np.empty((0, 2)), ("min", "min")) == []
 
 
-def test_hypervolume_equals_a_grid_and_ignores_what_is_dominated():
+def test_hypervolume_equals_a_grid_and_ignores_dominated_points():
     points = np.array([[0.1, 0.7], [0.4, 0.3], [0.8, 0.05]])
     grid = (np.arange(1100) + 0.5) / 1000
     x, y = np.meshgrid(grid, grid)
@@ -47,7 +47,7 @@ def test_hypervolume_equals_a_grid_and_ignores_what_is_dominated():
     assert pareto.hypervolume(np.array([[1.2, 0.0]])) == 0.0
 
 
-def test_dominance_probability():
+def test_dominance_probability_of_independent_and_of_shifted_points():
     rng = np.random.default_rng(0)
     draws = rng.normal(size=(20_000, 2, 2))
     p = pareto.dominance_probability(draws)
@@ -57,7 +57,7 @@ def test_dominance_probability():
     assert pareto.dominance_probability(draws)[0, 1] == 1.0
 
 
-def test_paired_resampling_cancels_what_is_shared():
+def test_paired_resampling_cancels_shared_noise():
     rng = np.random.default_rng(1)
     units = rng.normal(size=(20, 1))
     shift = np.array([0.0, 0.3])
@@ -102,7 +102,7 @@ def test_pooling_rounds_is_a_mean_of_independent_repetitions():
     assert jackknife_se(kept[:, 0]) == pytest.approx(one[0], rel=0.06)
 
 
-def test_what_is_undecided():
+def test_points_not_surely_on_or_off_the_front_are_undecided_with_their_rivals():
     rng = np.random.default_rng(0)
     centre = np.array([[0.1, 0.5], [0.5, 0.1], [0.52, 0.12], [0.9, 0.9]])
     draws = centre + 0.02 * rng.normal(size=(4000, 4, 2))
@@ -115,7 +115,7 @@ def test_what_is_undecided():
     assert (chance >= pareto.dominance_probability(draws).max(0) - 1e-12).all()
 
 
-def test_knee_and_constraint():
+def test_knee_and_least_damage_within_a_limit():
     points = np.array([[0.0, 1.0], [0.2, 0.3], [0.6, 0.2], [1.0, 0.0], [0.9, 0.9]])
     assert pareto.knee(points) == 1
     assert pareto.knee(points * np.array([100, 1]) + 5) == 1  # scales do not matter
@@ -128,7 +128,7 @@ def test_knee_and_constraint():
     assert pareto.within(points, draws, 0.1, certain=0.9) == 0
 
 
-def test_attainment_is_what_a_share_of_the_sets_reaches():
+def test_the_attainment_region_is_reached_by_the_share_of_the_sets():
     rng = np.random.default_rng(1)
     sets = [rng.random((6, 2)) for _ in range(5)]
     for share, needed in ((0.2, 1), (0.6, 3), (1.0, 5)):

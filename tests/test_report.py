@@ -1,4 +1,4 @@
-"""The report in every state of a run, pictures that stay veiled, and comparisons that count each run once."""
+"""The report in every state of a run, veils over sensitive pictures, and comparisons that count each run once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Pictures(HTMLParser):
-    """Every image of a page, and whether it stands in a veil."""
+    """Every image of a page, and whether it is inside a veil."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -37,11 +37,11 @@ class Pictures(HTMLParser):
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
+        attributes = dict(attrs)
         if tag == "section":
-            self.depth.append("veil" in (given.get("class") or ""))
+            self.depth.append("veil" in (attributes.get("class") or ""))
         if tag == "img":
-            self.images.append((any(self.depth), given))
+            self.images.append((any(self.depth), attributes))
 
     def handle_endtag(self, tag):
         if tag == "section":
@@ -54,9 +54,9 @@ def pixels(address: str) -> np.ndarray:
 
 def test_sensitive_pictures_are_mosaics_until_clicked_in_every_medium(tmp_path):
     html = build(run(tmp_path / "a", front([GOOD], {"000-rgd": LIKE}), sensitive=True)).read_text()
-    found = Pictures(html).images
-    assert len(found) == 1 + 1 + 2 + 2  # what must be forgotten, its noised form, rebuilt, samples
-    for in_veil, image in found:
+    images = Pictures(html).images
+    assert len(images) == 1 + 1 + 2 + 2  # what must be forgotten, its noised form, rebuilt, samples
+    for in_veil, image in images:
         assert in_veil
         shown, hidden = pixels(image["src"]), pixels(image["data-other"])
         assert shown.shape == hidden.shape
@@ -69,12 +69,12 @@ def test_sensitive_pictures_are_mosaics_until_clicked_in_every_medium(tmp_path):
 
 
 def test_pictures_that_are_not_sensitive_are_shown(tmp_path):
-    found = Pictures(build(run(tmp_path / "a", front([GOOD]))).read_text()).images
-    assert found
-    assert not any(in_veil or "data-other" in image for in_veil, image in found)
+    images = Pictures(build(run(tmp_path / "a", front([GOOD]))).read_text()).images
+    assert images
+    assert not any(in_veil or "data-other" in image for in_veil, image in images)
 
 
-def test_a_veil_keeps_means_alone():
+def test_a_veil_keeps_only_means():
     images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 48)).astype(np.float32)
     hidden = veiled(images)
     assert hidden.shape == images.shape
@@ -133,7 +133,7 @@ def test_the_first_screen_is_true_in_every_state(tmp_path, of, entries, badges, 
     assert "±" not in html
 
 
-def test_models_that_are_their_own_judge_are_not_said_to_have_another(tmp_path):
+def test_a_report_mentions_no_second_judge_for_models_that_judge_themselves(tmp_path):
     clip, pixels_ = (
         build(run(tmp_path / name, front([GOOD]), family=family)).read_text()
         for name, family in (("a", "clip"), ("b", "pixel-ddpm"))
@@ -144,7 +144,7 @@ def test_models_that_are_their_own_judge_are_not_said_to_have_another(tmp_path):
     assert 'id="membership"' not in clip + pixels_  # no attack on membership was made
 
 
-def test_a_front_of_an_earlier_raysweep_is_named(tmp_path):
+def test_a_front_of_an_earlier_raysweep_is_refused_by_name(tmp_path):
     made = run(tmp_path / "a", front([GOOD]))
     content = json.loads(made.front_json.read_text())
     del content["answer"], content["best"]
@@ -222,7 +222,7 @@ def test_a_comparison_names_axes_seeds_and_commits(seeds, tmp_path):
     assert runs_table([seeds[0], twin]).runs == [str(seeds[0].path), str(twin.path)]
 
 
-def test_a_sweep_without_candidates_of_a_method_still_counts(seeds, tmp_path):
+def test_a_sweep_without_candidates_of_a_method_counts_in_its_attainment(seeds, tmp_path):
     from raysweep.report.compare import runs_table
 
     none = run(tmp_path / "none", front([dataclasses.replace(OTHER, residue=0.3)]), "search.seed=4")
@@ -243,18 +243,17 @@ def test_every_axis_of_the_report_has_a_title(tmp_path):
         assert figure.layout.yaxis.title.text
 
 
-def test_prompts_that_nobody_asked_are_not_covered(tmp_path):
-    """Intervals of a concept's figures are about the audit's own prompts."""
+def test_intervals_of_a_concept_are_said_to_cover_the_audits_prompts_only(tmp_path):
     from raysweep.report.answer import untested
     from raysweep.report.data import gather
 
     data = gather(run(tmp_path / "a", front([GOOD, OTHER])))
-    said = {kind: " ".join(untested(dataclasses.replace(data, kind=kind))) for kind in ("points", "concept")}
-    assert "with another seed, nor other prompts than the audit's." in said["concept"]
-    assert "prompts than" not in said["points"]
+    sentences = {kind: " ".join(untested(dataclasses.replace(data, kind=kind))) for kind in ("points", "concept")}
+    assert "with another seed, nor other prompts than the audit's." in sentences["concept"]
+    assert "prompts than" not in sentences["points"]
 
 
-def test_what_was_left_out_of_the_data_is_listed(tmp_path):
+def test_records_left_out_of_the_data_are_listed(tmp_path):
     folder = run(tmp_path / "a", front([GOOD]))
     account = Tally(seen=40)
     account.skip("a damaged or incomplete picture (OSError)", "cat/<b>.png")

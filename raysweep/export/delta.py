@@ -1,7 +1,7 @@
-"""A candidate as the tensors that it changed: small where a method edits few of them, and applied and reverted bit for bit.
+"""A candidate as the tensors that differ from its base, in one safetensors file; applied and reverted bit for bit.
 
-A delta is one safetensors file. It holds each changed tensor before and after, and in its header the hashes of base and
-candidate, so it applies to the very model that it was made from and to no other.
+The file holds each changed tensor before and after, and in its header the hashes of base and candidate, so it applies only to
+the model that it was made from.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ KIND = "raysweep delta 1"
 
 
 def write(path: Path, base: Path, candidate: Path) -> dict[str, Any]:
-    """Writes the delta from one model's folder to another's; returns its header with the number of tensors and of bytes."""
+    """Writes the delta between two model folders; returns its header with the number of tensors and of bytes.
+
+    Raises ConfigError if the two differ in their architecture.
+    """
     from safetensors.torch import save
 
     start, end = families.load(base), families.load(candidate)
     before, after = start.net.state_dict(), end.net.state_dict()
     if {n: t.shape for n, t in before.items()} != {n: t.shape for n, t in after.items()}:
-        raise ConfigError(f"{candidate}: is of another architecture than {base}")
+        raise ConfigError(f"{candidate}: has another architecture than {base}")
     changed = [n for n in before if not torch.equal(before[n], after[n])]
     tensors = {
         f"{when}/{n}": state[n].contiguous() for n in changed for when, state in (("before", before), ("after", after))
@@ -37,7 +40,7 @@ def write(path: Path, base: Path, candidate: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """(header, tensors) of a delta; raises ConfigError if the file is none."""
+    """(header, tensors) of a delta; raises ConfigError if the file is not a delta."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -53,16 +56,17 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 
 def apply(path: Path, model: Path, out: Path, revert: bool = False) -> str:
-    """Writes the model with the delta applied, or taken back; returns the hash of the result.
+    """Writes the model with the delta applied, or reverted; returns the hash of the result.
 
-    Raises ConfigError if the model is not the one that the delta starts from, StoreError if the result is not what it should be.
+    Raises ConfigError if the model is not the one that the delta starts from, StoreError if the result has another hash than the
+    delta's end.
     """
     header, tensors = read(path)
     start, end = ("candidate", "base") if revert else ("base", "candidate")
     handle = families.load(model)
     if handle.digest != header[start]:
         raise ConfigError(
-            f"{model}: hashes to {handle.digest}, and the delta goes from {header[start]} to {header[end]}"
+            f"{model}: its weights have the hash {handle.digest}, but the delta goes from {header[start]} to {header[end]}"
         )
     state, when = handle.net.state_dict(), "before" if revert else "after"
     with torch.no_grad():
@@ -71,7 +75,9 @@ def apply(path: Path, model: Path, out: Path, revert: bool = False) -> str:
                 state[name.removeprefix(f"{when}/")].copy_(tensor)
     handle.sampler = None if revert else json.loads(header["sampler"])
     if handle.digest != header[end]:
-        raise StoreError(f"{path}: the result hashes to {handle.digest} instead of {header[end]}; not written")
+        raise StoreError(
+            f"{path}: the result has the hash {handle.digest} instead of {header[end]}; nothing was written"
+        )
 
     write_folder(out, handle.save)
     return handle.digest

@@ -1,7 +1,7 @@
-"""Which audits a run's answer stands on, and what they measured. No Ray.
+"""The audits behind a run's answer, and their rows and scores. No Ray.
 
-A run that is resumed after its code or its models have changed measures again what that concerns, under other keys, and what
-it measured before stays in its folder. A subject's name and a tier are therefore not enough to find a row by.
+A run that is resumed after its code or its models changed repeats the affected measurements under other keys, and the earlier
+ones stay in its folder. A subject's name and a tier are therefore not enough to identify a row.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ Keys = dict[str, dict[str, str]]  # tier -> subject -> key of its audit
 
 
 def keys_of(folder: RunDir, trials: Sequence[Trial]) -> Keys:
-    """The audits behind the run's front or, without one, the anchors that were measured; and the probe of each of `trials`
-    with that of its anchors. Raises ConfigError for a front that does not say."""
+    """The audits behind the run's front or, without one, those of its anchors; and the probes of `trials` and of the anchors.
+
+    Raises ConfigError for the front of an earlier raysweep, which does not name its audits.
+    """
     keys: Keys = {}
     for tier in ("probe", "audit"):
         if folder.anchors(tier).is_file():

@@ -19,14 +19,12 @@ from raysweep.registry import reach_of
 from raysweep.results import pareto
 from raysweep.results.choice import FORGOTTEN, Choice, choose
 from raysweep.results.front_row import OBJECTIVES, FrontRow
+from raysweep.results.picks import Picks, pick
 from raysweep.results.trials import Trial, points_of
 from raysweep.rundir import RunDir
 from raysweep.storage.files import write_json
 from raysweep.storage.schemas import FRONT, ROWS, read_table, write_table
 from raysweep.tasks.task import Task
-
-RATE = 0.05  # of false discoveries over a sweep's candidates
-CERTAIN = 0.95  # share of paired resamples from which something counts as sure
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Front:
     valid: dict[str, tuple[float, float]] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     undecided: list[str] = field(default_factory=list)  # not surely on the front or off it, or rivals of such
-    picks: dict[str, Any] = field(default_factory=dict)  # other ways to choose, and how stable each is
+    picks: Picks | None = None  # other ways to choose; None without candidates
     unmet: dict[str, list[str]] = field(default_factory=dict)  # candidate -> requirements that its audit does not show
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)  # finalist -> why its attacks gave no verdict
@@ -250,12 +248,12 @@ class _Certainty:
     p_dominated: np.ndarray
     hypervolume: tuple[float, float]
     undecided: list[str]
-    picks: dict[str, Any]
+    picks: Picks | None
 
 
 def _certainty(names: list[str], points: np.ndarray, positions: Mapping[str, Objectives]) -> _Certainty:
     if not names:
-        return _Certainty(np.empty((0, 0, 2)), np.zeros((0, 0)), np.zeros(0), (0.0, 0.0), [], {})
+        return _Certainty(np.empty((0, 0, 2)), np.zeros((0, 0)), np.zeros(0), (0.0, 0.0), [], None)
     replicates = np.stack([position.replicates for position in positions.values()])
     draws = pareto.resample(points, replicates)
     return _Certainty(
@@ -264,36 +262,8 @@ def _certainty(names: list[str], points: np.ndarray, positions: Mapping[str, Obj
         p_dominated=pareto.dominated_probability(draws),
         hypervolume=pareto.hypervolume_interval(points, replicates),
         undecided=[names[i] for i in pareto.undecided(draws)],
-        picks=_picks(names, points, draws, [position.residue_se for position in positions.values()]),
+        picks=pick(names, points, draws, [position.residue_se for position in positions.values()]),
     )
-
-
-def _picks(names: list[str], points: np.ndarray, draws: np.ndarray, residue_se: list[float]) -> dict[str, Any]:
-    """Ways to choose among the candidates: by the worse objective, at the knee, and the least damage where forgetting is
-    sure. `share`: in how many paired resamples the same candidate is chosen. `forgotten`: candidates whose residue is shown
-    to be under `limit`, with control of false discoveries over the sweep's candidates."""
-    from scipy import stats
-
-    balanced, knee = pareto.balanced(points), pareto.knee(points)
-    sure = pareto.within(points, draws, FORGOTTEN, CERTAIN)
-    p = [
-        float(stats.norm.cdf((points[k, 0] - FORGOTTEN) / se)) if se > 0 else float(points[k, 0] >= FORGOTTEN)
-        for k, se in enumerate(residue_se)
-    ]
-    q = stats.false_discovery_control(p)
-    return {
-        "balanced": {
-            "trial": names[balanced],
-            "share": float(np.mean([pareto.balanced(d) == balanced for d in draws])),
-        },
-        "knee": {"trial": names[knee], "share": float(np.mean([pareto.knee(d) == knee for d in draws]))},
-        "sure": {"trial": None if sure is None else names[sure], "limit": FORGOTTEN, "certain": CERTAIN},
-        "forgotten": {
-            "trials": [n for n, v in zip(names, q, strict=True) if v < RATE],
-            "limit": FORGOTTEN,
-            "rate": RATE,
-        },
-    }
 
 
 def search_against_audit(rows: Sequence[FrontRow]) -> dict[str, Any]:
@@ -343,7 +313,7 @@ def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
             "audits": front.audits,
             "unmet": front.unmet,
             "undecided": front.undecided,
-            "picks": front.picks,
+            "picks": front.picks.plain() if front.picks else {},
             "search_against_audit": search_against_audit(front.rows),
             "attacks_without_verdict": front.gaps,
             "verdicts": {name: v.plain() | {"sentence": v.sentence()} for name, v in front.verdicts.items()},

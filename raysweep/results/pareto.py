@@ -44,14 +44,14 @@ def resample(values: np.ndarray, replicates: np.ndarray, draws: int = 2000, seed
 
 
 def pooled(values: np.ndarray, replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over repetitions with seeds of their own: values (r, k) or nan where there was none, replicates (r, groups, k).
+    """Mean over independent repetitions: values (r, k), NaN for a repetition that was not made, replicates (r, groups, k).
 
-    Returns (k,) and (r groups, k); a repetition that was not made has as its replicates the mean itself, so that the groups
-    of several points stay aligned, and the jackknife's error is that of a mean of independent repetitions.
+    Returns (k,) and (r groups, k). A repetition that was not made has the mean itself as its replicates, so that the groups
+    of several points stay aligned and the jackknife's error is that of a mean of independent repetitions.
     """
-    made = np.isfinite(values).all(1)
-    mean = values[made].mean(0)
-    parts = np.where(made[:, None, None], mean + (replicates - values[:, None, :]) / made.sum(), mean)
+    measured = np.isfinite(values).all(1)
+    mean = values[measured].mean(0)
+    parts = np.where(measured[:, None, None], mean + (replicates - values[:, None, :]) / measured.sum(), mean)
     return mean, parts.reshape(-1, values.shape[1])
 
 
@@ -69,8 +69,8 @@ def dominated_probability(draws: np.ndarray) -> np.ndarray:
 
 
 def undecided(draws: np.ndarray, certain: float = 0.95) -> list[int]:
-    """Points that must be measured again before the front can be told: those that are neither on it nor off it with
-    probability `certain`, and those that may dominate them."""
+    """Indices of the points to measure again: those neither on nor off the front with probability `certain`, and those that
+    may dominate them."""
     chance, pairs = dominated_probability(draws), dominance_probability(draws)
     open_ = (chance > 1 - certain) & (chance < certain)
     rivals = (pairs[:, open_] > 1 - certain).any(1)
@@ -82,7 +82,7 @@ def hypervolume_interval(
 ) -> tuple[float, float]:
     """Interval of the hypervolume of points (n, k) by the jackknife over their groups of units, replicates (n, groups, k).
 
-    Resampled points would not do: noise pushes some of them outwards, so their hypervolume lies above that of the points.
+    Resampling the points would be biased: noise pushes some of them outwards, so their hypervolume is too large.
     """
     volumes = np.array([hypervolume(replicates[:, g], reference) for g in range(replicates.shape[1])])
     _, low, high = jackknife_interval(hypervolume(points, reference), volumes, level)
@@ -90,7 +90,7 @@ def hypervolume_interval(
 
 
 def balanced(points: np.ndarray) -> int:
-    """The index with the smallest worst objective, ties by the sum: the recommendation when nothing else is asked."""
+    """The index with the smallest worst objective, ties by the sum: the default recommendation."""
     points = np.asarray(points, dtype=float)
     order = np.lexsort((points.sum(1), points.max(1)))
     return int(order[0])
@@ -130,8 +130,8 @@ def attainment(sets: Sequence[np.ndarray], share: float) -> np.ndarray:
     if not full or needed > len(full):
         return np.empty((0, 2))
     owner = np.repeat(np.arange(1, len(full) + 1), [len(s) for s in full])
-    found = np.asarray(moocore.eaf(np.concatenate(full), sets=owner, percentiles=[100 * needed / len(full)]))
-    return found[np.argsort(found[:, 0]), :2]
+    corners = np.asarray(moocore.eaf(np.concatenate(full), sets=owner, percentiles=[100 * needed / len(full)]))
+    return corners[np.argsort(corners[:, 0]), :2]
 
 
 def _dominates(a: np.ndarray, b: np.ndarray) -> bool:
