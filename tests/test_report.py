@@ -261,3 +261,13 @@ def test_records_left_out_of_the_data_are_listed(tmp_path):
     html = build(folder).read_text()
     assert "train: 39 of 40 records of photos read; kept: 39 to retain" in html
     assert "left out 1: a damaged or incomplete picture (OSError) (cat/&lt;b&gt;.png)" in html
+
+
+def test_terms_are_explained_on_the_page(tmp_path):
+    html = build(run(tmp_path / "a", front([GOOD, OTHER]))).read_text()
+    terms = html[html.index('id="glossary"') : html.index('id="provenance"')]
+    for name in ("residue", "damage", "oracle", "probe", "audit", "view", "presence", "excess", "over-forgetting"):
+        assert f"<dt>{name}</dt>" in terms
+    for name in ("residue", "damage", "probe", "audit", "over-forgetting"):  # also where a reader first meets them
+        assert re.search(rf'<abbr title="[^"]+">{name}</abbr>', html)
+    assert "reference point of residue 1.1 and damage 1.1" in terms

@@ -256,8 +256,8 @@ def write_pngs(data: ReportData, folder: Path) -> None:
 def _draw_method(axes: Axes, data: ReportData, method: str, marker: str) -> None:
     """Draws a method's search estimates hollow, and its audited candidates filled with 95 % whiskers."""
     colour, _ = data.styles[method]
-    estimates = points_of(data.completed(method))
-    axes.scatter(*estimates.T, s=18, facecolors="none", edgecolors=colour, alpha=0.5, marker=marker)
+    residue, damage = points_of(data.completed(method)).T
+    axes.scatter(residue, damage, s=18, facecolors="none", edgecolors=colour, alpha=0.5, marker=marker)
     audited = [p for p in data.candidates() if p.method == method]
     axes.errorbar(
         [p.residue for p in audited],

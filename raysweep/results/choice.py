@@ -121,8 +121,9 @@ def choose(
     sound = [k for k, name in enumerate(names) if not against[name]]
     if not sound:
         best = _best_so_far(rows, attacked)
-        steps = () if best is None else _steps(best, against, untried, keys)
-        return Choice(None if best is None else best.trial, against, (), steps, None)
+        if best is None:
+            return Choice(None, against, (), (), None)
+        return Choice(best.trial, against, (), _steps(best, against, untried, keys), None)
     points = np.array([[row.residue, row.damage] for row in rows])[sound]
     index = pareto.balanced(points)
     share = float(np.mean([pareto.balanced(draw[sound]) == index for draw in draws]))

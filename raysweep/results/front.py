@@ -95,7 +95,8 @@ def verdict_of(folder: RunDir, name: str, keys: Mapping[str, str], context: Cont
     anchors, _ = context.load_anchors("audit")
     values = load_measured(folder.path, keys["audit"]).values
     rows = read_table(rows_path(folder.path, keys["durability"]), ROWS).to_pylist()
-    reach = {check: reach_of(check) for check in {r["check"] for r in rows}}
+    reaches = {check: reach_of(check) for check in {r["check"] for r in rows}}
+    reach = {check: attack for check, attack in reaches.items() if attack is not None}
     return verdict(rows, reach, values[context.validity], _oracle_validity(anchors, context))
 
 

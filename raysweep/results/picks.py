@@ -55,7 +55,7 @@ def pick(names: Sequence[str], points: np.ndarray, draws: np.ndarray, residue_se
         knee=names[knee],
         knee_share=_share(draws, pareto.knee, knee),
         sure=None if sure is None else names[sure],
-        forgotten=tuple(names[k] for k in np.flatnonzero(_q_values(points[:, 0], residue_se) < RATE)),
+        forgotten=tuple(name for name, q in zip(names, _q_values(points[:, 0], residue_se), strict=True) if q < RATE),
     )
 
 
