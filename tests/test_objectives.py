@@ -92,13 +92,13 @@ def test_the_searchs_optimism_is_a_number():
         row("000-rgd", a, d, probe_residue=p, probe_damage=d)
         for p, a, d in ((0.1, 0.2, 0.3), (0.3, 0.4, 0.2), (0.5, 0.6, 0.1))
     ]
-    found = search_against_audit([*rows, row("base", 1.0, 0.0)])
-    assert found["residue"]["gap"] == pytest.approx(0.1)
-    assert found["residue"]["rank_correlation"] == pytest.approx(1.0)
-    assert found["damage"]["gap"] == pytest.approx(0.0)
-    assert found["residue"]["n"] == 3
+    gaps = search_against_audit([*rows, row("base", 1.0, 0.0)])
+    assert gaps["residue"].gap == pytest.approx(0.1)
+    assert gaps["residue"].rank_correlation == pytest.approx(1.0)
+    assert gaps["damage"].gap == pytest.approx(0.0)
+    assert gaps["residue"].n == 3
     alone = search_against_audit(rows[:1])
-    assert alone["residue"]["gap"] is None
+    assert alone["residue"].gap is None
 
 
 def test_over_forgetting_is_measured_against_the_larger_distance():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from raysweep.context import Context, load_measured
 from raysweep.registry import reach_of
 from raysweep.results import pareto
 from raysweep.results.choice import FORGOTTEN, Choice, choose
-from raysweep.results.front_row import OBJECTIVES, FrontRow
+from raysweep.results.front_row import OBJECTIVES, FrontRow, Objective
 from raysweep.results.picks import Picks, pick
 from raysweep.results.trials import Trial, points_of
 from raysweep.rundir import RunDir
@@ -267,24 +267,38 @@ def _certainty(names: list[str], points: np.ndarray, positions: Mapping[str, Obj
     )
 
 
-def search_against_audit(rows: Sequence[FrontRow]) -> dict[str, Any]:
-    """The search's view of the audited candidates against the audit's, by objective: the mean of audit minus probe
-    (positive: the search flattered its choices, the winner's curse), its 95 % interval, and Spearman's rank correlation."""
+@dataclass(frozen=True)
+class Gap:
+    """The audit of an objective minus the search's estimate: its mean over n candidates, with a 95 % interval.
+
+    Positive: the search was too optimistic (the winner's curse). rank_correlation: Spearman's, of search and audit. What too
+    few candidates do not show is None.
+    """
+
+    n: int
+    gap: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+    rank_correlation: float | None = None
+
+
+def search_against_audit(rows: Sequence[FrontRow]) -> dict[Objective, Gap]:
+    """The search's estimates of the audited candidates against the audit's values, by objective."""
     from scipy import stats
 
     candidates = [row for row in rows if row.is_candidate]
-    comparison: dict[str, Any] = {}
+    gaps: dict[Objective, Gap] = {}
     for objective in OBJECTIVES:
         probe = np.array([row.probe(objective) for row in candidates], dtype=float)
         audit = np.array([row.value(objective) for row in candidates], dtype=float)
-        entry: dict[str, Any] = {"n": len(candidates), "gap": None, "lo": None, "hi": None, "rank_correlation": None}
+        gap = Gap(len(candidates))
         if len(candidates) > 1:
             _, low, high = t_interval(audit - probe)
-            entry |= {"gap": float(np.mean(audit - probe)), "lo": low, "hi": high}
+            gap = replace(gap, gap=float(np.mean(audit - probe)), lo=low, hi=high)
         if len(candidates) > 2 and np.ptp(probe) > 0 and np.ptp(audit) > 0:
-            entry["rank_correlation"] = float(stats.spearmanr(probe, audit).statistic)
-        comparison[objective] = entry
-    return comparison
+            gap = replace(gap, rank_correlation=float(stats.spearmanr(probe, audit).statistic))
+        gaps[objective] = gap
+    return gaps
 
 
 def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
@@ -315,7 +329,7 @@ def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
             "unmet": front.unmet,
             "undecided": front.undecided,
             "picks": front.picks.plain() if front.picks else {},
-            "search_against_audit": search_against_audit(front.rows),
+            "search_against_audit": {name: asdict(gap) for name, gap in search_against_audit(front.rows).items()},
             "attacks_without_verdict": front.gaps,
             "verdicts": {name: v.plain() | {"sentence": v.sentence()} for name, v in front.verdicts.items()},
             "p_dominates": front.p_dominates.tolist(),
