@@ -81,7 +81,7 @@ def test_an_unattacked_candidate_is_not_recommended_if_others_were_attacked():
     ([row("000-rgd", 0.088, 0.05, 0.109)], {"000-rgd": LIKE}, "does not show a residue under 0.1: residue 0.088 (95 % interval 0.000 to 0.302)"),
     ([row("000-rgd", 0.02, 0.3, damage_se=0.2)], {"000-rgd": LIKE}, "its damage is uncertain"),
     ([row("000-rgd", 0.05, 0.2, 0.05), row("001-siss", 0.05, 0.21, 0.05)], dict.fromkeys(("000-rgd", "001-siss"), LIKE), "another candidate is the better one in"),
-    ([GOOD], {"000-rgd": CONCEALED}, "comes back (concealed: relearning 5 steps (+0.30))"),
+    ([GOOD], {"000-rgd": CONCEALED}, "come back (concealed: relearning 5 steps (+0.30))"),
     ([GOOD], {}, "it was not attacked"),
 ])  # fmt: skip
 def test_uncertainty_about_a_recommended_candidate_is_a_reservation(candidates, verdicts, reservation):
