@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -38,7 +38,16 @@ def build(folder: RunDir) -> Path:
     return folder.report
 
 
-def added_sections(folder: RunDir) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class AddedSection:
+    """A section of another package, `provider`."""
+
+    name: str
+    provider: str
+    html: Markup
+
+
+def added_sections(folder: RunDir) -> list[AddedSection]:
     """The sections of other packages, by name: functions of the run's directory that return HTML, "" to show nothing."""
     sections = []
     for name, points in sorted(external("section").items()):
@@ -47,7 +56,7 @@ def added_sections(folder: RunDir) -> list[dict[str, Any]]:
         except Exception as error:  # a foreign function may raise anything, and the rest of the report stands
             html = escape(f"It could not be made: {type(error).__name__}: {error}")
         if html:
-            sections.append({"name": name, "provider": provider(points[0]), "html": Markup(html)})
+            sections.append(AddedSection(name, provider(points[0]), Markup(html)))
     return sections
 
 
