@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from raysweep.config import presets
+from raysweep.config.sections import ResourceConfig, SearchConfig, Section, TrainConfig, is_stored
 from raysweep.registry import EVALUATORS, UnknownName, attacks, checks_by_weights, names, resolve, suggest
 from raysweep.settings import ASIDE, BUDGET, TIMEOUT, asides
 from raysweep.storage.files import digest_of_files
@@ -27,11 +28,7 @@ class ConfigError(ValueError):
     """A configuration is invalid; the message says where, what is wrong, and what would be valid."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Tier(_Model):
+class Tier(Section):
     """What one tier of the audit measures, with which sample sizes and seeds."""
 
     seed: int = Field(ge=0, description="seed of every random draw of the tier; tiers must differ")
@@ -88,14 +85,14 @@ class Tier(_Model):
     def _known(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         valid = names("evaluator")
         for name in value or ():
-            if name not in valid and not _is_stored(info):
+            if name not in valid and not is_stored(info):
                 raise ValueError(f"{name!r} is not an evaluator{suggest(name, valid)}")
         return value
 
     @model_validator(mode="after")
     def _enough_units(self, info: ValidationInfo):
         for kind, path in self.weights.items():
-            if not path.exists() and not (info.context or {}).get("absent") and not _is_stored(info):
+            if not path.exists() and not (info.context or {}).get("absent") and not is_stored(info):
                 raise ValueError(f"weights.{kind}: {path} does not exist")
         for name in self.checks or ():
             key = checks_by_weights().get(name)
@@ -163,7 +160,7 @@ def _durability() -> Tier:
     )
 
 
-class AuditConfig(_Model):
+class AuditConfig(Section):
     """The three tiers of checks, and how many candidates they measure."""
 
     probe: Tier = Field(default_factory=_probe, description="cheap checks of every candidate, which steer the search")
@@ -212,74 +209,7 @@ class AuditConfig(_Model):
         return self
 
 
-class SearchConfig(_Model):
-    """How hyperparameters are searched."""
-
-    trials: int = Field(36, ge=1, description="number of trials, shared equally between the methods")
-    sampler: str = Field("tpe", description="sampler of hyperparameters: tpe, random, or one of another package")
-    batch: int = Field(
-        6,
-        ge=1,
-        description="trials suggested at once, from the results of all batches but the previous one, which is still running",
-    )
-    seed: int = Field(0, ge=0, description="seed of the sampler and of every trial")
-    min_validity: float = Field(
-        0.2, ge=0, le=1, description="constraint of the search: smallest share of valid samples of a candidate, 0 to 1"
-    )
-
-    @field_validator("sampler")
-    @classmethod
-    def _known(cls, value: str, info: ValidationInfo) -> str:
-        if value not in names("sampler") and not _is_stored(info):
-            raise ValueError(f"{value!r} is not a sampler{suggest(value, names('sampler'))}")
-        return value
-
-
-class LoRA(_Model):
-    """Low-rank adapters on the attention of a text-to-image U-Net, merged before the audit (needs the extra `lora`)."""
-
-    rank: int = Field(4, ge=1, description="rank of the adapters")
-    alpha: int = Field(4, ge=1, description="scale of the adapters, times the rank")
-
-
-class TrainConfig(_Model):
-    """How trials are trained."""
-
-    executor: Annotated[Literal["warm", "isolated"], ASIDE] = Field(
-        "warm",
-        description="warm: long-lived worker groups that train one trial after another; isolated: one group per trial",
-    )
-    workers: Annotated[int, ASIDE] = Field(1, ge=1, le=512, description="data-parallel workers per trial, 1 to 512")
-    modules: tuple[str, ...] = Field(
-        (),
-        description="text-to-image models: the modules whose weights may change (unet, text_encoder, ...); empty: all",
-    )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="precision of forward and backward passes; weights and their updates always use fp32"
-    )
-    lora: LoRA | None = Field(
-        None, description="text-to-image models: train low-rank adapters instead of the weights; null: the weights"
-    )
-    budget_s: Annotated[float, ASIDE] = Field(600, gt=0, description="seconds after which a trial counts as hung")
-    checkpoint_s: Annotated[float, ASIDE] = Field(
-        60, gt=0, description="seconds between the checkpoints of a running trial"
-    )
-
-
-class ResourceConfig(_Model):
-    """CPUs and GPUs of train workers and auditors; null: chosen from the cluster (see `raysweep run --dry-run`)."""
-
-    cpus_per_worker: float | None = Field(None, gt=0, description="CPUs per train worker")
-    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs per train worker")
-    gpus_per_auditor: float | None = Field(
-        None, gt=0, description="GPUs per auditor; more than 1 for a vision-language model that does not fit on one GPU"
-    )
-    slots: int | None = Field(None, ge=1, description="number of trials trained at the same time")
-    auditors: int | None = Field(None, ge=1, description="number of auditors")
-    cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray instance; null: all cores")
-
-
-class Sweep(_Model):
+class Sweep(Section):
     """One sweep: a task, the methods that compete on it, and how they are searched, trained and audited."""
 
     name: Annotated[str, ASIDE] = Field("digits-picture", description="name of the run, and of its directory")
@@ -344,7 +274,7 @@ class Sweep(_Model):
         try:
             kind = resolve("task", value["name"])
         except UnknownName:
-            if not _is_stored(info):
+            if not is_stored(info):
                 raise
             kind = StoredTask
         return kind.model_validate(value, context=info.context)
@@ -354,7 +284,7 @@ class Sweep(_Model):
     def _known(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         valid = names("method")
         for name in value:
-            if name not in valid and not _is_stored(info):
+            if name not in valid and not is_stored(info):
                 raise ValueError(f"{name!r} is not a method{suggest(name, valid)}")
             if name == "retrain":
                 raise ValueError("'retrain' is the oracle of every sweep and not searched; set `oracles` for its seeds")
@@ -400,8 +330,3 @@ class Sweep(_Model):
     def limits(self) -> dict[str, float]:
         """The time limits that end a trial, in seconds, by setting; a trial that hit one is tried again if it is raised."""
         return {BUDGET: self.train.budget_s, TIMEOUT: self.audit.timeout_s}
-
-
-def _is_stored(info: ValidationInfo) -> bool:
-    """Whether a config is read back from a run: packages and files that it names may be missing."""
-    return bool((info.context or {}).get("stored"))
