@@ -106,7 +106,7 @@ class SweepStudy:
     def plan(self, trial: Trial, config: TrialConfig) -> None:
         """Records the config of a trial that was asked for; with that, its place is taken."""
         for key in ("place", "trial", "method"):
-            trial.set_user_attr(key, config[key])  # type: ignore[literal-required]
+            trial.set_user_attr(key, config[key])
         trial.set_user_attr("config", json.dumps(config))
 
     def plan_again(self, failed: FrozenTrial) -> TrialConfig:
