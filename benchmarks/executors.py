@@ -25,7 +25,8 @@ from raysweep.engine.cluster import ENVIRONMENT
 from raysweep.models.pixel import PixelDDPM
 from raysweep.rundir import versions
 from raysweep.storage.files import write_folder
-from raysweep.train.executors import NAMESPACE, Broker, Executor, Isolated, Warm, start_group, stop_groups
+from raysweep.train.broker import NAMESPACE, Broker
+from raysweep.train.executors import Executor, Isolated, Warm, start_group, stop_groups
 from raysweep.train.jobs import Job
 
 STEPS = 5

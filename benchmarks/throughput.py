@@ -27,7 +27,7 @@ from raysweep.audit.request import AuditRequest
 from raysweep.engine.cluster import ENVIRONMENT
 from raysweep.storage.cache import save_tensors
 from raysweep.storage.files import write_folder
-from raysweep.train.executors import NAMESPACE
+from raysweep.train.broker import NAMESPACE
 
 IMAGES, REPEATS, MODELS = 100, 5, 8
 

@@ -22,8 +22,9 @@ from raysweep.audit.request import AuditRequest
 from raysweep.config.schema import Tier
 from raysweep.models.latent import LatentText
 from raysweep.storage.cache import load_tensors, save_tensors
-from raysweep.train.executors import ATTEMPTS, NAMESPACE, Broker, Isolated, Warm, start_group, stop_groups
-from raysweep.train.jobs import Job, finished
+from raysweep.train.broker import ATTEMPTS, NAMESPACE, Broker
+from raysweep.train.executors import Isolated, Warm, start_group, stop_groups
+from raysweep.train.jobs import Job, Outcome, finished
 
 pytestmark = pytest.mark.timeout(400)
 TIER = Tier(
@@ -146,7 +147,7 @@ def test_a_job_whose_worker_always_dies_ends_as_failed(tmp_path):
         assert await idle == "stop"
         return outcome
 
-    assert asyncio.run(play())["reason"] == f"its worker died {ATTEMPTS} times"
+    assert asyncio.run(play()).reason == f"its worker died {ATTEMPTS} times"
 
 
 def test_unfinished_or_foreign_results_are_not_taken_for_done(place, warm):
@@ -262,7 +263,7 @@ def test_how_long_slots_stood_idle():
             await asyncio.sleep(0)
             taken = await broker.next(0, False)
             await asyncio.sleep(0.05)
-            await broker.finish(0, taken.id, {"status": "ok"})
+            await broker.finish(0, taken.id, Outcome("ok"))
             await waiting
             await asyncio.sleep(0.1)
         share = await broker.waited(1)

@@ -25,7 +25,8 @@ from raysweep.engine.resources import TRIAL_SLOT, Node, Plan
 from raysweep.engine.trial import scaling
 from raysweep.storage.code_digests import ROOT
 from raysweep.storage.places import PlaceError, ray_folder
-from raysweep.train.executors import NAMESPACE, Broker, Executor, actor_name, start_group, stop_groups
+from raysweep.train.broker import NAMESPACE, Broker, actor_name
+from raysweep.train.executors import Executor, start_group, stop_groups
 
 # Settings of Ray that a run needs in every one of its processes.
 ENVIRONMENT = {

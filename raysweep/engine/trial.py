@@ -19,7 +19,8 @@ from raysweep.engine.resources import Plan
 from raysweep.rundir import RunDir
 from raysweep.search.searcher import FINAL
 from raysweep.search.study import OBJECTIVES
-from raysweep.train.executors import NAMESPACE, Executor, Isolated, Warm, actor_name
+from raysweep.train.broker import NAMESPACE, actor_name
+from raysweep.train.executors import Executor, Isolated, Warm
 
 
 def trial(config: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""Train workers: what they do, and how they are kept."""
+"""Train workers: jobs, the loop that does them, and the executors that run workers on Ray."""

@@ -1,4 +1,4 @@
-"""Jobs for train workers and what they come to. Light to import: every process of a run knows these."""
+"""Jobs for train workers, and their outcomes. Light to import: every process of a run loads this module."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ CARD = "raysweep.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of training.
+    """A candidate to train, or a method's tensors to prepare.
 
-    kind: "train" makes a candidate at `out` (a folder), "prepare" makes the method's prepared tensors (a file).
-    base: folder of the model to start from; None: freshly initialised from the task and the seed. frozen: folder of the
-    trained autoencoder that a freshly initialised model works with, if it does. modules: those of a text-to-image model whose
-    weights may change, () for all; lora: rank and alpha of adapters to train instead. precision: of the passes of training.
-    inputs: content hashes of what the paths lead to (task, base, prepared tensors, code).
+    kind: "train" writes a model folder to `out`, "prepare" a file of tensors. task, base, prepared: paths of the task's
+    folder, of the model to start from and of prepared tensors; without a base, the model is freshly initialised from the
+    task and the seed, and `frozen` is the folder of the trained autoencoder that it uses, if it is a latent model.
+    modules: the modules of a text-to-image model that train, () for all. lora: rank and alpha of adapters that train
+    instead. precision: of the forward and backward passes, fp32 or bf16. budget_s: seconds after which the job is ended.
+    checkpoint_s: seconds between checkpoints. inputs: content hashes of the files behind the paths, and of the code. card:
+    what the candidate's card says besides.
     """
 
     id: str
@@ -60,8 +62,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job came to. status: ok or failed; reason says why it failed, and limit which setting ended it, if one did;
-    `digest` is the hash of the weights."""
+    """The result of a job.
+
+    status: ok or failed. reason: why it failed. digest: hash of the weights, or of the prepared tensors. seconds: for the
+    job; step_seconds: per step. limit: the setting that ended it, such as train.budget_s, if one did.
+    """
 
     status: str
     reason: str = ""
@@ -73,10 +78,10 @@ class Outcome:
 
 
 def finished(job: Job) -> Outcome | None:
-    """The outcome of a job that was done before, read from what it left; None if there is nothing or something else.
+    """The outcome of a job that was done before, from its card; None if there is no result, or another job's.
 
-    Prepared tensors live in a cache that others write to as well: a file that is not the one the card tells of (cut short,
-    replaced) counts as nothing, and is made again.
+    Prepared tensors lie in a cache that other runs write to: a file whose hash is not the card's (truncated, replaced) counts
+    as no result.
     """
     path = Path(job.out) / CARD if job.kind == "train" else Path(job.out).with_suffix(".json")
     if not path.is_file() or not Path(job.out).exists():

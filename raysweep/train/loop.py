@@ -1,9 +1,7 @@
-"""What a train worker does: one job after another, on a model that it keeps in memory.
+"""Trains candidates and prepares methods, one job after another, on a base model that stays in memory.
 
-A job names a method, its hyperparameters, a seed, the folder of the task and of the base model, and where the candidate
-goes. The same code runs in a warm group, in a group made for one trial, and without Ray. Nothing of one job reaches the
-next: weights are copied from the base, the random state is set from the job's seed, gradients, hooks and autocast die
-with the copy.
+The same code runs in warm groups, in isolated ones, and without Ray. No job influences the next: weights are copied from the
+base, the random state is set from the job's seed, and gradients, hooks and autocast are dropped with the copy.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -36,28 +34,29 @@ if TYPE_CHECKING:
     from raysweep.models.latent import LatentText
     from raysweep.models.tower import Clip
 
-Progress = Callable[[str, int, int, float], None]
-TELL_EVERY = 25  # steps between two reports of progress; each one waits for the device
+Progress = Callable[[str, int, int, float], None]  # of (job, steps done, steps in all, the method's first diagnostic)
+REPORT_EVERY = 25  # steps; each report waits for the device
 
 
 class Resident:
-    """What a worker keeps between jobs: the task, and the base model of the last job with what was computed for it.
+    """A worker's memory between jobs: the task, and the last job's base model with what was computed for it.
 
-    The trials of a sweep share one base; shadow models have a base each, of which only the last stays.
+    The trials of a sweep share one base; shadow models have one each, of which only the last is kept.
     """
 
     def __init__(self, device: torch.device | None = None):
         self.device = device or torch.device("cpu")
-        self._tasks: Recent[Task] = Recent(2)  # as images, and as latents
+        self._tasks: Recent[Task] = Recent(2)  # in pixels, and in latents
         self._models: Recent[Any] = Recent(1)
         self._clips: Recent[Clip] = Recent(1)
         self._embeddings: Recent[Embeddings] = Recent(1)
 
     def task(self, folder: str) -> Task:
+        """The task in a folder, its images in pixels."""
         return self._tasks.get(folder, lambda: Task.load(Path(folder)))
 
     def encoded(self, folder: str, model: Diffusion) -> Task:
-        """The task as the model's network takes it."""
+        """The task in a folder as the model's network takes it: in latents for a latent model."""
         if not model.latent:
             return self.task(folder)
         task = self.task(folder)
@@ -66,12 +65,12 @@ class Resident:
         )
 
     def model(self, job: Job, task: Task) -> Any:
-        """A copy of the job's base model that the job may change."""
+        """A copy of the job's base model, which the job may change; freshly initialised for a job without a base."""
         if job.base is None:
             return families.build(task, derive_seed("init", job.seed), job.frozen).to(self.device)
         base = job.base
-        kept = self._models.get(base, lambda: families.load(base).to(self.device))
-        model = kept.with_net(copy.deepcopy(kept.net))
+        loaded = self._models.get(base, lambda: families.load(base).to(self.device))
+        model = loaded.with_net(copy.deepcopy(loaded.net))
         if job.modules:
             model.train_only(job.modules)
         if job.lora is not None:
@@ -79,7 +78,7 @@ class Resident:
         return model
 
     def for_method(self, job: Job, method: type[Method], settings: Any) -> tuple[Any, Task]:
-        """What a method works on: a model that it may change, and the rows as it wants them."""
+        """(a model that the method may change, the task in the form that the method takes: pixels or latents)."""
         task = self.task(job.task)
         model = self.model(job, task)
         if method.on_images(settings):
@@ -90,11 +89,11 @@ class Resident:
                 families.with_tower(model, self._clips.get(clip, lambda: Clip.load(clip)))
             return model, task
         if job.base is not None and resolve("family", model.family).text_to_image:
-            self._remember(f"{job.task} {job.base}", model, task)
+            self._embed_prompts(f"{job.task} {job.base}", model, task)
         return model, self.encoded(job.task, model)
 
-    def _remember(self, key: str, model: LatentText, task: Task) -> None:
-        """Lets a model whose text encoders do not change look up the task's prompts."""
+    def _embed_prompts(self, key: str, model: LatentText, task: Task) -> None:
+        """Gives the model the embeddings of the task's prompts, unless its text encoders train."""
         if any(p.requires_grad for encoder in model.encoders for p in encoder.parameters()):
             return
 
@@ -106,8 +105,8 @@ class Resident:
 
 
 def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outcome:
-    """Does a job, unless its result is there already. Faults of the method become an outcome with a reason."""
-    rank, world = _place()
+    """Runs a job and saves its result, unless that is there already. Errors of the method become a failed outcome."""
+    rank, _ = rank_and_world()
     before = finished(job)
     if before is not None:
         return before
@@ -121,7 +120,9 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
             return _prepare(job, method_class, settings, model, task, rank, started)
         prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
         method = method_class(model, settings, prepared, task.goal)
-        step_seconds, diagnostics = _train(job, method, task, rank, world, progress)
+        checkpoint = Checkpoint(checkpoint_path(Path(job.out)), job.digest, job.checkpoint_s)
+        report = None if progress is None else partial(progress, job.id)
+        step_seconds, diagnostics = train(method, task, job.seed, job.precision, checkpoint, report)
         diagnostics |= method.finish()
         if job.lora is not None:
             method.model.merge()  # type: ignore[attr-defined]
@@ -139,41 +140,85 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
             write_json(folder / CARD, card)
 
         write_folder(Path(job.out), fill)
-        checkpoint_path(Path(job.out)).unlink(missing_ok=True)
+        checkpoint.path.unlink(missing_ok=True)
     return outcome
 
 
-def _train(
-    job: Job, method: Method, task: Task, rank: int, world: int, progress: Progress | None
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that keeps a method's state while it trains. every_s: least seconds between two writes."""
+
+    path: Path
+    job_digest: str
+    every_s: float
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Writes a method's state atomically."""
+        write_file(self.path, partial(torch.save, state | {"job_digest": self.job_digest}))
+
+    def read(self, device: torch.device) -> dict[str, Any] | None:
+        """The state on a device; None if there is none, it is another job's, or it cannot be read.
+
+        A job without its checkpoint starts again and ends with the same weights.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, weights_only=True, map_location=device)
+        except (RuntimeError, EOFError, UnpicklingError):
+            return None
+        return state if state.pop("job_digest", None) == self.job_digest else None
+
+
+def train(
+    method: Method,
+    task: Task,
+    seed: int,
+    precision: str = "fp32",
+    checkpoint: Checkpoint | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Steps the method to its end, from its last checkpoint if there is one."""
-    path = checkpoint_path(Path(job.out))
-    state = _last_checkpoint(path, job, next(iter(method.model.net.parameters())).device)
+    """Steps a method to its end, from its checkpoint if it has one.
+
+    seed: of data order, noise, time steps and dropout. precision: of the passes, fp32 or bf16; weights and optimiser stay in
+    fp32. progress: called on rank 0 with (steps done, steps in all, the method's first diagnostic).
+    Returns (seconds per step, diagnostics of the last step as last/NAME).
+    """
+    rank, world = rank_and_world()
+    weight = next(iter(method.model.net.parameters()))
+    state = None if checkpoint is None else checkpoint.read(weight.device)
     if state is not None:
         method.load_state_dict(state)
-    seed, saved, scalars = derive_seed("trial", job.seed), time.monotonic(), dict[str, torch.Tensor]()
-    steps, began, first = method.steps, time.monotonic(), method.done
-    weight = next(iter(method.model.net.parameters()))
+    row_seed, steps, first = derive_seed("trial", seed), method.steps, method.done
+    began = saved = time.monotonic()
+    scalars: dict[str, torch.Tensor] = {}
     while method.done < steps:
-        batch = task.batch(method.draws(), seed, method.done, rank, world)
-        torch.manual_seed(derive_seed("dropout", job.seed, method.done, rank))  # the one draw of the network's own
-        # weights and optimiser stay in single precision; nothing is cached, since a step may change weights more than once
-        with torch.autocast(weight.device.type, torch.bfloat16, job.precision == "bf16", cache_enabled=False):
+        batch = task.batch(method.draws(), row_seed, method.done, rank, world)
+        # dropout is the network's only use of the global random state
+        torch.manual_seed(derive_seed("dropout", seed, method.done, rank))
+        # nothing is cached, since a step may change weights more than once
+        with torch.autocast(weight.device.type, torch.bfloat16, precision == "bf16", cache_enabled=False):
             scalars = method.step({name: rows.to(weight.device, weight.dtype) for name, rows in batch.items()})
-        if progress is not None and rank == 0 and (method.done % TELL_EVERY == 0 or method.done == steps):
-            progress(job.id, method.done, steps, float(next(iter(scalars.values()), 0.0)))
-        if rank == 0 and time.monotonic() - saved > job.checkpoint_s:
-            left = method.state_dict() | {"job_digest": job.digest}
-            write_file(path, partial(torch.save, left))
+        if progress is not None and rank == 0 and (method.done % REPORT_EVERY == 0 or method.done == steps):
+            progress(method.done, steps, float(next(iter(scalars.values()), 0.0)))
+        if checkpoint is not None and rank == 0 and time.monotonic() - saved > checkpoint.every_s:
+            checkpoint.write(method.state_dict())
             saved = time.monotonic()
     done = max(1, method.done - first)
-    return (time.monotonic() - began) / done, {f"last/{k}": float(v) for k, v in scalars.items()}
+    return (time.monotonic() - began) / done, {f"last/{name}": float(value) for name, value in scalars.items()}
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(rank, world size) of this process; (0, 1) outside a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def _prepare(
     job: Job, method_class: type[Method], settings: Any, model: Any, task: Task, rank: int, started: float
 ) -> Outcome:
-    # every rank works on all rows, and rank 0 keeps the result
+    # every rank computes on all rows, and rank 0 saves the result
     tensors = method_class.prepare(model, task, derive_seed("prepare", job.seed), settings)
     outcome = Outcome("ok", digest=digest_state(tensors), seconds=time.monotonic() - started)
     if rank == 0:
@@ -182,22 +227,3 @@ def _prepare(
         card = {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome), "sha256": file_digest(out)}
         write_json(out.with_suffix(".json"), card)
     return outcome
-
-
-def _last_checkpoint(path: Path, job: Job, device: torch.device) -> dict[str, Any] | None:
-    """The state that the job was left in, or None: there is none, it is another job's, or it cannot be read. Without it the job
-    begins again, and comes to the same."""
-    if not path.is_file():
-        return None
-    try:
-        state = torch.load(path, weights_only=True, map_location=device)
-    except (RuntimeError, EOFError, UnpicklingError):
-        return None
-    return state if state.pop("job_digest", None) == job.digest else None
-
-
-def _place() -> tuple[int, int]:
-    """(rank, world size) of this process."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
