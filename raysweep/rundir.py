@@ -1,4 +1,4 @@
-"""The directory of a run: its layout, its manifest, and the rules that keep two runs or two configs from mixing."""
+"""The directory of a run: its layout, its manifest, and the checks that keep it to one config, one task and one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 from filelock import FileLock, Timeout
 
@@ -25,61 +25,154 @@ from raysweep.storage.places import PlaceError, check_writable
 from raysweep.storage.texts import load_yaml
 
 PACKAGES = (
-    "raysweep", "torch", "ray", "optuna", "diffusers", "torch-fidelity", "numpy", "scipy", "pyarrow", "moocore",
-    "open-clip-torch", "transformers", "torchdiffeq",
-)  # fmt: skip
-
-
+    "raysweep",
+    "torch",
+    "ray",
+    "optuna",
+    "diffusers",
+    "torch-fidelity",
+    "numpy",
+    "scipy",
+    "pyarrow",
+    "moocore",
+    "open-clip-torch",
+    "transformers",
+    "torchdiffeq",
+)
 MONTH_S = 30 * DAY_S
 
 
+class Changes(TypedDict, total=False):
+    """Entries of a manifest that change while a run goes on."""
+
+    state: str  # new, running, done, incomplete, failed or interrupted
+    reason: str  # why it failed
+    incomplete: list[str]  # checks that failed or are missing
+    pid: int
+    resumed_at: str
+    commits: list[str]  # of raysweep, as the run began and at every resumption
+    data: list[dict[str, Any]]  # accounts of what was read for the task
+    digests: dict[str, str]  # "config" and "task" -> hash
+    train_workers_idle: float  # share of the search's time
+
+
+class Manifest(Changes):
+    """The content of manifest.json."""
+
+    name: str
+    config_digest: str
+    seeds: dict[str, int]
+    versions: dict[str, str]  # of Python and packages, as the run began
+    plugins: NotRequired[dict[str, str]]  # extension in use -> the package that it comes from
+    commit: str  # of raysweep, as the run began
+    created_at: str
+
+
 class RunDir:
-    """Paths of a run. Nothing is created before `claim`."""
+    """The paths of a run. Nothing is created before `claim`."""
 
     def __init__(self, path: Path):
         self.path = path.absolute()
 
     @classmethod
     def of(cls, sweep: Sweep) -> RunDir:
+        """The directory of a sweep: its name below its storage."""
         return cls(sweep.storage / sweep.name)
 
-    config = property(lambda self: self.path / "config.yaml")
-    manifest = property(lambda self: self.path / "manifest.json")
-    journal = property(lambda self: self.path / "study.journal")
-    trials = property(lambda self: self.path / "trials.parquet")
-    rows = property(lambda self: self.path / "rows")
-    scores = property(lambda self: self.path / "scores")
-    prepared = property(lambda self: self.path / "prepared")
-    task = property(lambda self: self.path / "prepared" / "task")
-    context = property(lambda self: self.path / "prepared" / "context.json")
-    candidates = property(lambda self: self.path / "candidates")
-    front_json = property(lambda self: self.path / "front.json")
-    front_table = property(lambda self: self.path / "front.parquet")
-    report = property(lambda self: self.path / "report.html")
-    figures = property(lambda self: self.path / "figures")
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """Names, versions and hashes of the run, and its state."""
+        return self.path / "manifest.json"
+
+    @property
+    def journal(self) -> Path:
+        """Optuna's journal of the search."""
+        return self.path / "study.journal"
+
+    @property
+    def trials(self) -> Path:
+        """One row per trial."""
+        return self.path / "trials.parquet"
+
+    @property
+    def rows(self) -> Path:
+        """A folder of tables with one row per measurement."""
+        return self.path / "rows"
+
+    @property
+    def scores(self) -> Path:
+        """A folder of tables with one row per sample."""
+        return self.path / "scores"
+
+    @property
+    def prepared(self) -> Path:
+        """A folder of what all trials share: task, context and anchors."""
+        return self.path / "prepared"
+
+    @property
+    def task(self) -> Path:
+        """A folder of the task that the run measures on."""
+        return self.prepared / "task"
+
+    @property
+    def context(self) -> Path:
+        """Paths and hashes of the base, the oracles, the judges and prepared tensors."""
+        return self.prepared / "context.json"
+
+    @property
+    def candidates(self) -> Path:
+        """A folder of models, one per trial that ended well."""
+        return self.path / "candidates"
+
+    @property
+    def front_json(self) -> Path:
+        """The front, the answer and the standing of every candidate."""
+        return self.path / "front.json"
+
+    @property
+    def front_table(self) -> Path:
+        """One row per point of the figure of the front."""
+        return self.path / "front.parquet"
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.path / "report.html"
+
+    @property
+    def figures(self) -> Path:
+        """A folder of the report's figures as PNG."""
+        return self.path / "figures"
 
     def anchors(self, tier: str) -> Path:
-        """Where a tier's anchors and views are."""
+        """The anchors of a tier: measured models that fix the ends of residue and damage, and the views that they allow."""
         return self.prepared / f"anchors-{tier}.json"
 
     def exists(self) -> bool:
+        """Whether this is the directory of a run."""
         return self.manifest.is_file()
 
-    def read_manifest(self) -> dict[str, Any]:
+    def read_manifest(self) -> Manifest:
         """The manifest; raises ConfigError if this is not a run."""
         if not self.exists():
             raise ConfigError(f"{self.path}: not a run directory (manifest.json is missing)")
-        return json.loads(self.manifest.read_text())
+        manifest: Manifest = json.loads(self.manifest.read_text())
+        return manifest
 
     @property
     def run_id(self) -> str:
-        """Names the run's study, actors and jobs, as when the run began: settings that raysweep has learnt since would change it."""
+        """The name of the run's study, actors and jobs. It is fixed when the run begins, since later settings change the digest."""
         manifest = self.read_manifest()
         return f"{manifest['name']}-{manifest['config_digest'][:8]}"
 
     @property
     def commits(self) -> list[str]:
-        """The commits of raysweep that the run began at and was resumed at, in order."""
+        """The commits of raysweep that the run began and was resumed at, in order."""
         manifest = self.read_manifest()
         return manifest.get("commits", [manifest["commit"]])
 
@@ -90,7 +183,10 @@ class RunDir:
         return validate_config(load_yaml(text), str(self.config), text, stored=True)
 
     def check(self, sweep: Sweep, task: str = "") -> None:
-        """Raises ConfigError if the directory holds something else than this sweep. task: hash of its task; "" if not known."""
+        """Raises ConfigError if the directory cannot be written, or holds anything but a run of this sweep.
+
+        task: hash of the sweep's task; "" if it is not known.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: exists and is not a folder")
         try:
@@ -112,7 +208,7 @@ class RunDir:
                 "choose another name, for example name=" + sweep.name + "-2"
             )
         began = manifest["digests"].get("task", task)
-        if task and began != task:  # the run keeps the task's data of its beginning, and would measure on them
+        if task and began != task:  # the run keeps the data that it began with, and would measure on them
             raise ConfigError(
                 f"{self.path}: began with other data: its task has the hash {began}, and what the config names gives {task}; "
                 f"restore the data, or choose another name, for example name={sweep.name}-2"
@@ -120,10 +216,10 @@ class RunDir:
 
     @contextlib.contextmanager
     def claim(self, sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...] = ()) -> Iterator[None]:
-        """Holds the directory for this process; raises ConfigError if another one has it or it holds another config.
+        """Reserves the directory for this process inside a `with` block, and writes config and manifest.
 
-        digests, checks: of the config and the task, and of all tiers, for the manifest of a new run. A run that is there must have
-        the same task.
+        digests: "config" and "task" -> hash; checks: names of all tiers' checks. Both go to the manifest of a new run; an
+        existing run must have the same task. Raises ConfigError as `check` does, or if another process holds the directory.
         """
         self.check(sweep, digests.get("task", ""))
         try:
@@ -137,22 +233,22 @@ class RunDir:
         try:
             self.check(sweep, digests.get("task", ""))
             clear_temporaries(self.path)
-            clear_temporaries(cache_folder(sweep.cache), DAY_S)  # other runs write there too
+            clear_temporaries(cache_folder(sweep.cache), DAY_S)  # younger ones may belong to other runs
             clear_temporaries(cache_folder(sweep.cache), MONTH_S, CHECKPOINT)
             text = ("# resolved config of this run\n" + sweep.recipe()).encode()
-            if not self.config.is_file() or self.config.read_bytes() != text:  # other limits, resources, places
+            if not self.config.is_file() or self.config.read_bytes() != text:  # limits, resources or paths changed
                 write_bytes(self.config, text)
             if not self.exists():
                 write_json(self.manifest, _manifest(sweep, digests, checks))
             self.update(state="running", pid=os.getpid(), resumed_at=now())
             yield
         finally:
-            clear_temporaries(self.path)  # also what processes of a killed run were at when this one began
+            clear_temporaries(self.path)  # again: processes of a killed run may have written while this one began
             lock.release()
 
-    def update(self, **changes: Any) -> None:
+    def update(self, **changes: Unpack[Changes]) -> None:
         """Changes entries of the manifest."""
-        write_json(self.manifest, self.read_manifest() | changes)
+        write_json(self.manifest, {**self.read_manifest(), **changes})
 
 
 def list_runs(storage: Path) -> list[RunDir]:
@@ -162,17 +258,17 @@ def list_runs(storage: Path) -> list[RunDir]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result can depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    installed = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "from source" if name == "raysweep" else "missing"
-    return found
+            installed[name] = "from source" if name == "raysweep" else "missing"
+    return installed
 
 
 def git_commit() -> str:
-    """The commit of the source tree, with "+changes" if it was changed since; "unknown" outside of a checkout."""
+    """The commit of the source tree, with "+changes" if files differ from it; "unknown" outside a checkout."""
     try:
         commit = _git("rev-parse", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -181,11 +277,11 @@ def git_commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return process.stdout.strip()
 
 
-def _manifest(sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...]) -> dict[str, Any]:
+def _manifest(sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...]) -> Manifest:
     return {
         "name": sweep.name,
         "config_digest": sweep.digest,
@@ -200,6 +296,7 @@ def _manifest(sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...]) ->
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one: dotted key -> value."""
     if not isinstance(data, dict):
         return {prefix.rstrip("."): data}
     return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
