@@ -54,7 +54,7 @@ def test_a_preset_is_complete(name):
     assert about.protocol
     assert about.differs
     for method in sweep.methods:
-        space = load_space(method, sweep.spaces.get(method), forecast.ours(sweep).kind)
+        space = load_space(method, sweep.spaces.get(method), forecast.images_task(sweep).kind)
         assert space.parameters
         if method != "sld":
             assert all("scaled" not in point.source for point in space.points), "the settings of the embedded models"

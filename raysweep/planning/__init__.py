@@ -1,1 +1,1 @@
-"""What a sweep would do, cost and need, told without starting it."""
+"""What a sweep would do and cost, without starting it."""

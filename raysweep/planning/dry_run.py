@@ -1,9 +1,11 @@
-"""What a sweep would do and cost, without starting it: timed on a few steps and one audit of each tier."""
+"""The dry run: what a sweep would do and cost, estimated from a few timed steps and one audit of each tier."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from methods.base import Method
 from raysweep.audit.measure import measure, subject_of
-from raysweep.config.schema import Sweep
+from raysweep.config.schema import Sweep, Tier
 from raysweep.engine.cached_jobs import cached
 from raysweep.engine.resources import Plan
 from raysweep.models import families
@@ -27,7 +29,10 @@ STARTUP_S = 30.0  # processes of Ray and their imports on two cores; see benchma
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds by part, as measured on this machine; `wall` divides by what the plan does at once."""
+    """Seconds of work by part, from timings on this machine; `wall`: of the sweep, with what its plan runs in parallel.
+
+    step_seconds: method -> seconds per step. probe_s, audit_s: of one model. cached: artifact -> whether the cache has it.
+    """
 
     prepare: float
     search: float
@@ -40,34 +45,29 @@ class Estimate:
 
 
 def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estimate:
-    """Times a few optimiser steps of every method and one audit per tier on an untrained model of the same shape."""
-    from evaluators.judge import Judge
-
-    torch.set_num_threads(1)
-    found = cached(sweep, task, RunDir.of(sweep))
+    """Times a few optimiser steps of every method and one audit per tier on an untrained model of the base's architecture."""
+    in_cache = cached(sweep, task, RunDir.of(sweep))
     inputs = encoded(task, families.example(task))
-    steps = {s.method: _time_steps(s.method, typical(s), inputs) for s in spaces}
-    retrain = _time_steps("retrain", task.recipe, inputs)
-    judge = Judge(task.splits["judge_probe"].x.shape[1], int(task.splits["judge_probe"].groups.max()) + 1)
-    probe_s, audit_s = (
-        measure(subject_of(families.example(task), task, judge, tier), tier).seconds
-        for tier in (sweep.audit.probe, sweep.audit.audit)
-    )
-    missing = [name for name, there in found.items() if not there and not name.startswith("judge")]
-    prepare = retrain * task.recipe["steps"] * len(missing)
+    with _one_thread():
+        steps = {space.method: _time_steps(space.method, typical(space), inputs) for space in spaces}
+        retrain = _time_steps("retrain", task.recipe, inputs)
+        probe_s, audit_s = (_time_audit(task, tier) for tier in (sweep.audit.probe, sweep.audit.audit))
+    untrained = [name for name, exists in in_cache.items() if not exists and not name.startswith("judge")]
+    prepare = retrain * task.recipe["steps"] * len(untrained)
     trials = sweep.search.trials // len(spaces)
-    train = sum(trials * steps[s.method] * typical(s).get("steps", 1) for s in spaces)
+    train = sum(trials * steps[space.method] * typical(space).get("steps", 1) for space in spaces)
     search = train + sweep.search.trials * probe_s
     audited = sweep.audit.top + sweep.oracles + 2
     audit = audited * audit_s + (sweep.oracles + 2) * probe_s
-    lanes = max(1, min(plan.slots * plan.workers, os.cpu_count() or 1)) if not plan.worker_gpus else plan.slots
+    cpus = os.cpu_count() or 1
+    lanes = plan.slots if plan.worker_gpus else max(1, min(plan.slots * plan.workers, cpus))
     wall = (
         STARTUP_S
-        + prepare / min(lanes, max(1, len(missing)))
+        + prepare / min(lanes, max(1, len(untrained)))
         + search / lanes
-        + audit / min(plan.auditors + plan.late_auditors, os.cpu_count() or 1)
+        + audit / min(plan.auditors + plan.late_auditors, cpus)
     )
-    return Estimate(prepare, search, audit, wall, steps, probe_s, audit_s, found)
+    return Estimate(prepare, search, audit, wall, steps, probe_s, audit_s, in_cache)
 
 
 def untested(sweep: Sweep, task: Task) -> list[str]:
@@ -92,41 +92,43 @@ def untested(sweep: Sweep, task: Task) -> list[str]:
 
 
 def describe(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> list[tuple[str, str]]:
-    """(topic, text) of everything that a dry run tells."""
+    """The lines of a dry run: (topic, text)."""
     cost = estimate(sweep, task, spaces, plan)
-    found = ", ".join(name for name, there in cost.cached.items() if there)
+    in_cache = ", ".join(name for name, exists in cost.cached.items() if exists) or "nothing"
     share = sweep.search.trials // len(sweep.methods)
+    audited = sweep.audit.top + sweep.oracles + 2
+    steps = ", ".join(f"{method} {seconds * 1000:.0f} ms" for method, seconds in cost.step_seconds.items())
+    basis = f"{STEPS} timed steps per method and one timed audit per tier"
+    seeds = f"probe {sweep.audit.probe.seed}, audit {sweep.audit.audit.seed}"
     return [
         ("task", f"{task.name}: forget {len(task.splits['forget'])}, retain {len(task.splits['retain'])} images"),
         *(("data", line) for line in data_lines(task)),
         ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
         ("cluster", plan.describe()),
-        ("prepare", f"{cost.prepare:.0f} s of training; in the cache: {found or 'nothing'}"),
-        ("trials", f"{cost.search:.0f} s of work; one step: "
-         + ", ".join(f"{n} {s * 1000:.0f} ms" for n, s in cost.step_seconds.items())),
-        ("audits", f"probe {cost.probe_s:.1f} s per trial, audit {cost.audit_s:.1f} s x up to "
-         f"{sweep.audit.top + sweep.oracles + 2}"),
-        ("total", f"about {cost.wall / 60:.1f} min (estimate: {STEPS} timed steps per method and one timed audit per tier)"),
-        ("seeds", f"probe {sweep.audit.probe.seed}, audit {sweep.audit.audit.seed}; judges and their images disjoint: yes"),
+        ("prepare", f"{cost.prepare:.0f} s of training; in the cache: {in_cache}"),
+        ("trials", f"{cost.search:.0f} s of work; one step: {steps}"),
+        ("audits", f"probe {cost.probe_s:.1f} s per trial, audit {cost.audit_s:.1f} s x up to {audited}"),
+        ("total", f"about {cost.wall / 60:.1f} min (estimate: {basis})"),
+        ("seeds", f"{seeds}; judges and their images disjoint: yes"),
         ("views", f"residue: worst of {', '.join(task.views)}; damage: {task.quality}"),
         *(("untested", line) for line in untested(sweep, task)),
-    ]  # fmt: skip
+    ]
 
 
 def typical(space: Space) -> dict[str, Any]:
-    """Settings in the middle of a space: the first enqueued point, else the geometric middle of steps."""
+    """Settings to estimate a space by: its first point, else the low ends of its ranges; steps: their geometric mean."""
     values = dict(space.fixed)
-    for p in space.parameters:
-        if p.open:
+    for parameter in space.parameters:
+        if parameter.open:
             continue
-        values[p.name] = p.values[0]
-        if p.name == "steps":
-            values[p.name] = round((p.values[0] * p.values[-1]) ** 0.5)
+        values[parameter.name] = parameter.values[0]
+        if parameter.name == "steps":
+            values[parameter.name] = round((parameter.values[0] * parameter.values[-1]) ** 0.5)
     return values | {k: v for k, v in (space.points[0].values if space.points else {}).items() if k != "steps"}
 
 
 def _time_steps(name: str, settings: dict[str, Any], task: Task) -> float:
-    """Median seconds of a step on a task as its network takes it, after one that warms up; 0 for a method without steps."""
+    """Median seconds of a step after the first one, on a task as its network takes it; 0 for a method without steps."""
     method_class: type[Method] = resolve("method", name)
     model, hp = families.example(task), method_class.Hyperparameters(**settings)
     quick = hp.model_copy(update=method_class.quick)
@@ -137,3 +139,23 @@ def _time_steps(name: str, settings: dict[str, Any], task: Task) -> float:
         method.step(task.batch(method.draws(), 0, step))
         times.append(time.perf_counter() - started)
     return sorted(times[1:] or [0.0])[len(times[1:]) // 2]
+
+
+def _time_audit(task: Task, tier: Tier) -> float:
+    """Seconds of an audit of an untrained model by an untrained judge."""
+    from evaluators.judge import Judge
+
+    split = task.splits["judge_probe"]
+    judge = Judge(split.x.shape[1], int(split.groups.max()) + 1)
+    return measure(subject_of(families.example(task), task, judge, tier), tier).seconds
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Limits torch to one thread, as train workers do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
-"""What a network costs, from its configuration alone: weights, arithmetic and activations.
+"""Weights, arithmetic and activations of a network, counted from its configuration alone.
 
-Nothing is allocated: single precision is measured on PyTorch's meta device, mixed precision on fake tensors of a GPU, which
-need none. Attention counts as the fused kernels of GPUs compute it, which keep no matrix of weights.
+Nothing is allocated: single precision is counted on PyTorch's meta device, mixed precision on fake tensors of a GPU, which
+need no GPU. Attention counts as a fused kernel, which keeps no attention matrix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raysweep.models.folders import quiet_logs
 
-# The U-Net of Stable Diffusion 1.x and 2.x; the first is as published for 1.4.
+# Stable Diffusion as published for 1.4.
 STABLE_DIFFUSION: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 TEXT_ENCODER: dict[str, Any] = {
     "hidden_size": 768,
@@ -29,20 +29,24 @@ TEXT_ENCODER: dict[str, Any] = {
     "num_attention_heads": 12,
 }
 AUTOENCODER: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-}  # fmt: skip
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
 TEXT_LENGTH = 77
 SINGLE = 4  # bytes of a number in single precision
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one forward pass of one row. flops: floating-point operations; activations: bytes in single precision that it keeps
-    for its backward pass; parameters: how many weights the network has; others: those of further modules by name.
+    """The size of a network and the cost of a forward pass.
 
-    mixed: bytes per row that a pass in bf16 mixed precision keeps: normalisations keep theirs in single precision. casts: bytes
-    that such a pass keeps for any number of rows: its copies of the weights.
+    parameters: number of weights; others: that of further modules, by name. flops: floating-point operations per row.
+    activations: bytes per row that a pass in single precision keeps for its backward pass; mixed: the same in bf16 mixed
+    precision, where normalisations stay in single precision. casts: bytes of that pass's copies of the weights, for any
+    number of rows.
     """
 
     parameters: int
@@ -54,55 +58,60 @@ class Footprint:
 
     @property
     def saved(self) -> int:
-        """Bytes of a saved model in single precision."""
+        """Bytes of the model saved in single precision."""
         return SINGLE * (self.parameters + sum(self.others.values()))
 
     def trained(self, modules: tuple[str, ...]) -> int:
-        """How many weights change if only these modules train; all but an autoencoder's if there are none named."""
-        there = {"unet": self.parameters} | self.others
-        return sum(there[m] for m in modules or [m for m in there if m != "vae"] if m in there)
+        """Number of weights that train if these modules do; () for all modules but an autoencoder."""
+        sizes = {"unet": self.parameters} | self.others
+        return sum(sizes[m] for m in modules or [m for m in sizes if m != "vae"] if m in sizes)
 
     def step(self, method: Any, rows: float, modules: tuple[str, ...] = (), precision: str = "fp32") -> float:
-        """Peak bytes of a step of a method (`copies` and `tape` of `methods.base.Method`) that trains `modules` on so many rows."""
+        """Peak bytes of a training step of a method on so many rows; precision: fp32 or bf16.
+
+        `method.copies` and `method.tape` state what it holds (see `methods.base.Method`).
+        """
         trained = self.trained(modules)
         frozen = self.saved / SINGLE - trained
-        kept = self.activations * rows if precision == "fp32" else self.mixed * rows + self.casts
-        return SINGLE * (trained * method.copies + frozen) + kept * method.tape
+        activations = self.activations * rows if precision == "fp32" else self.mixed * rows + self.casts
+        return SINGLE * (trained * method.copies + frozen) + activations * method.tape
 
 
 def of(network: dict[str, Any]) -> Footprint:
-    """Of an architecture: {"unet": arguments of UNet2DModel}, {"song_unet": those of SongUNet}, {"stable_diffusion": arguments
-    of UNet2DConditionModel that differ from those of version 1}, or {"clip": name of an open_clip configuration}. Raises
-    ValueError for another one."""
+    """The footprint of an architecture, given as a mapping with one entry.
+
+    {"unet": arguments of UNet2DModel}, {"song_unet": arguments of SongUNet}, {"clip": name of an open_clip configuration}, or
+    {"stable_diffusion": arguments of UNet2DConditionModel that differ from version 1.4's}. Raises ValueError for another one.
+    """
     return _of(json.dumps(network))
 
 
 @functools.cache
 def _of(network: str) -> Footprint:
-    ((kind, how),) = json.loads(network).items()
+    ((kind, config),) = json.loads(network).items()
     with quiet_logs():
         if kind in ("unet", "song_unet"):
-            return _of_unet(kind, how)
+            return _of_unet(kind, config)
         if kind == "stable_diffusion":
-            return _of_stable_diffusion(how or {})
+            return _of_stable_diffusion(config or {})
         if kind == "clip":
-            return _of_clip(how)
+            return _of_clip(config)
     raise ValueError(f"{kind!r} is not an architecture; valid: unet, song_unet, stable_diffusion, clip")
 
 
 def measured(module: torch.nn.Module, run: Callable[[], torch.Tensor], rows: int = 1) -> Footprint:
-    """Of a module that is there: `run` does a forward pass of so many rows."""
+    """The footprint of a module, in single precision; `run` does a forward pass of so many rows."""
     counter = FlopCounterMode(display=False)
     with _fused_attention() as attention, counter:
-        kept = _kept(module, run)
+        activations = _kept_bytes(module, run)
     total = counter.get_total_flops() + sum(attention)
-    return Footprint(_count(module), total / rows, kept / rows)
+    return Footprint(_count(module), total / rows, activations / rows)
 
 
 def with_mixed(
-    found: Footprint, make: Callable[[], torch.nn.Module], run: Callable[[Any, int], torch.Tensor]
+    footprint: Footprint, make: Callable[[], torch.nn.Module], run: Callable[[Any, int], torch.Tensor]
 ) -> Footprint:
-    """The footprint with what a pass in mixed precision keeps. run: does a forward pass of so many rows of what `make` built."""
+    """Adds `mixed` and `casts` to a footprint. run(net, rows): does a forward pass of a network that `make` built."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_autocast_cache_enabled()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), _fused_attention():
         net = make()
@@ -111,23 +120,23 @@ def with_mixed(
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         torch.set_autocast_cache_enabled(False)
         try:
-            one, two = (_kept(net, functools.partial(run, net, rows)) for rows in (1, 2))
+            one, two = (_kept_bytes(net, functools.partial(run, net, rows)) for rows in (1, 2))
         finally:
             torch.set_autocast_enabled("cuda", before[0])
             torch.set_autocast_dtype("cuda", before[1])
             torch.set_autocast_cache_enabled(before[2])
-    return replace(found, mixed=float(two - one), casts=float(2 * one - two))
+    return replace(footprint, mixed=float(two - one), casts=float(2 * one - two))
 
 
-def _kept(module: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
+def _kept_bytes(module: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
     """Bytes that the graph of `run()` keeps for its backward pass, besides the module's weights."""
-    own = {p.untyped_storage()._cdata for p in module.parameters()}
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            # the tensor stays, so that its storage's name is not given again
+        if storage._cdata not in weights:
+            # with the tensor, so that no other storage gets the same address
             kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
@@ -176,7 +185,7 @@ def _of_clip(name: str) -> Footprint:
         images = net.encode_image(torch.empty(rows, 3, height, width))
         return images + net.encode_text(torch.zeros(rows, TEXT_LENGTH, dtype=torch.long))
 
-    def make() -> Any:  # `create_model` moves the model once more, which fake tensors do not survive
+    def make() -> Any:  # `open_clip.create_model` moves the model, which fake tensors do not support
         config = dict(open_clip.get_model_config(name) or {})
         custom = config.pop("custom_text", False)
         return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
@@ -185,15 +194,15 @@ def _of_clip(name: str) -> Footprint:
 
 
 def _both(make: Callable[[], Any], run: Callable[[Any, int], torch.Tensor]) -> Footprint:
-    """Of a network that `make` builds, in single and in mixed precision."""
+    """The footprint of a network that `make` builds, in single and in mixed precision."""
     with torch.device("meta"):
         net = make()
-        found = measured(net, lambda: run(net, 1))
-    return with_mixed(found, make, run)
+        single = measured(net, lambda: run(net, 1))
+    return with_mixed(single, make, run)
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as a fused kernel keeps it for its backward pass: inputs and output alone."""
+    """Attention that keeps inputs and output alone for its backward pass, as a fused kernel does."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -209,16 +218,16 @@ class _Attention(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _fused_attention() -> Iterator[list[float]]:
-    """Counts the operations of attention, and stands in for it."""
-    found: list[float] = []
-    real = F.scaled_dot_product_attention
+    """Replaces attention by `_Attention` inside a `with` block; yields the operations of each call."""
+    flops: list[float] = []
+    original = F.scaled_dot_product_attention
 
-    def stand_in(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        found.append(2.0 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
+    def replacement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        flops.append(2.0 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
         return _Attention.apply(q, k, v)
 
-    F.scaled_dot_product_attention = stand_in  # type: ignore[assignment]
+    F.scaled_dot_product_attention = replacement  # type: ignore[assignment]
     try:
-        yield found
+        yield flops
     finally:
-        F.scaled_dot_product_attention = real
+        F.scaled_dot_product_attention = original

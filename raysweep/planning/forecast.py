@@ -1,7 +1,7 @@
-"""What a paper's experiment would take on a cluster, from its config alone: plan, GPU-hours, disk, memory, and what is missing.
+"""Forecasts a paper's experiment from its config alone: plan on a cluster, GPU-hours, disk, memory, and missing inputs.
 
-Arithmetic is counted (`raysweep.planning.footprint`); time is that arithmetic at an assumed share of the vendor's peak of an H100.
-Memory is the numbers that a method says it holds, and the activations of its batch.
+Arithmetic is counted (`raysweep.planning.footprint`); time is that arithmetic at an assumed share of an H100's peak. Memory is
+the weights and states that a method says it holds, and the activations of its batch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from raysweep.tasks.images import ImagesTask
 from raysweep.tasks.sources import TORCHVISION
 
 PEAK = {"fp32": 67e12, "bf16": 989e12}  # operations per second of an H100 SXM by its data sheet, without sparsity
-SHARE = 0.3  # of the peak that is assumed to be reached
-RELEARNING_ROWS = 64  # of a batch of an attack that trains
+SHARE = 0.3  # assumed share of that peak
+RELEARNING_ROWS = 64  # batch size of attacks that train
 CLUSTER = "cluster.yaml"
 
 
@@ -48,27 +48,27 @@ class Forecast:
         return self.training + self.search + self.audit
 
 
-def ours(sweep: Sweep) -> ImagesTask:
-    """The task of a preset, which is always on a user's own model and images."""
+def images_task(sweep: Sweep) -> ImagesTask:
+    """The task of a preset, which is always of the kind `images`: the user's model and images."""
     assert isinstance(sweep.task, ImagesTask)
     return sweep.task
 
 
 def missing(sweep: Sweep, about: presets.About) -> list[tuple[presets.Bring, str]]:
-    """What a preset needs and is not there: (what, the value of its setting)."""
+    """The inputs that a preset needs from the user and that do not exist: (input, the value of its setting)."""
     data = sweep.resolved()
-    found = []
-    for bring in about.bring:
-        value, parent = _at(data, bring.key)
+    inputs = []
+    for item in about.bring:
+        value, parent = setting_at(data, item.key)
         values = value if isinstance(value, list) else [value]
-        gone = [str(v) for v in values if v is None or not _there(str(v), parent)]
-        if gone or not values:
-            found.append((bring, ", ".join(gone) or "not set"))
-    return found
+        absent = [str(v) for v in values if v is None or not _exists(str(v), parent)]
+        if absent or not values:
+            inputs.append((item, ", ".join(absent) or "not set"))
+    return inputs
 
 
 def cluster_file() -> Path:
-    """The launcher file here, else the one of the source tree; raises ConfigError if there is neither."""
+    """The launcher file in the working directory, else in the source tree; raises ConfigError if there is neither."""
     for path in (Path(CLUSTER), ROOT / CLUSTER):
         if path.is_file():
             return path
@@ -76,28 +76,29 @@ def cluster_file() -> Path:
 
 
 def nodes_of(cluster: Path) -> list[Node]:
-    """The nodes that a launcher file of Ray asks for; raises ConfigError if it is not one."""
-    found = []
+    """The nodes that a Ray launcher file asks for at least; raises ConfigError if it is not one."""
+    nodes = []
     try:
         types = yaml.safe_load(cluster.read_text(encoding="utf-8"))
         for name, node in types["available_node_types"].items():
             count = 1 if name == types.get("head_node_type") else node.get("min_workers", 0)
             offered, role = node.get("resources", {}), node.get("labels", {}).get("role", "")
-            found += [Node(float(offered.get("CPU", 0)), float(offered.get("GPU", 0)), role)] * count
+            nodes += [Node(float(offered.get("CPU", 0)), float(offered.get("GPU", 0)), role)] * count
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{cluster}: not a launcher file with available_node_types ({error})") from error
-    return found
+    return nodes
 
 
 def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
-    """The cost of a sweep over a network of that size."""
-    task = ours(sweep)
+    """The cost of a sweep over a network."""
+    task = images_task(sweep)
     seconds = network.flops / (SHARE * PEAK[sweep.train.precision])
     single = network.flops / (SHARE * PEAK["fp32"])
     recipe = task.recipe
     retrained = (0 if task.trained else 1) + (0 if sweep.oracle_models or not task.base_steps else sweep.oracles)
+    # a step costs three forward passes: one forward, and a backward pass that counts twice
     training = retrained * task.base_steps * recipe.get("batch_size", 64) * 3 * single
-    each = sweep.search.trials // len(spaces)
+    trials = sweep.search.trials // len(spaces)
     search = 0.0
     for space in spaces:
         settings = typical(space)
@@ -106,32 +107,36 @@ def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
             * settings.get("batch_size", 64)
             * resolve("method", space.method).forwards_per_step
         )
-        search += each * rows * seconds
+        search += trials * rows * seconds
     search += (sweep.search.trials + sweep.oracles + 2) * _audit_seconds(sweep, network, "probe")
     audited = min(sweep.audit.top, sweep.search.trials) * sweep.audit.rounds + sweep.oracles + 2
     attacked = sweep.audit.finalists + sweep.oracles + 1
-    named = sweep.audit.durability.checks
-    attacks_made = len(attacks() if named is None else named)
+    chosen = sweep.audit.durability.checks
+    attack_count = len(attacks() if chosen is None else chosen)
     audit = audited * _audit_seconds(sweep, network, "audit")
-    audit += attacked * _audit_seconds(sweep, network, "durability") * attacks_made
-    kept = sweep.search.trials + retrained
+    audit += attacked * _audit_seconds(sweep, network, "durability") * attack_count
+    models = sweep.search.trials + retrained
     return Forecast(
-        training / 3600, search / 3600, audit / 3600, float(kept * network.saved),
-        {s.method: _memory(sweep, network, s) for s in spaces},
-    )  # fmt: skip
+        training=training / 3600,
+        search=search / 3600,
+        audit=audit / 3600,
+        disk=float(models * network.saved),
+        memory={space.method: _memory(sweep, network, space) for space in spaces},
+    )
 
 
 def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
-    """(topic, text) of everything that a dry run of a preset tells."""
+    """The lines of a preset's dry run: (topic, text)."""
     network = footprint.of(about.network)
-    spaces = [load_space(name, sweep.spaces.get(name), ours(sweep).kind) for name in sweep.methods]
+    spaces = [load_space(name, sweep.spaces.get(name), images_task(sweep).kind) for name in sweep.methods]
     cluster = cluster_file()
     plan = make_plan(nodes_of(cluster), sweep)
     cost = forecast(sweep, network, spaces)
     share = sweep.search.trials // len(sweep.methods)
     lanes = max(1.0, plan.slots * plan.workers * plan.worker_gpus)
     wall = cost.training + cost.search / lanes + cost.audit / max(1.0, plan.auditors + plan.late_auditors)
-    absent = missing(sweep, about)
+    training = _hours(cost.training) if cost.training else "are given"
+    tera = {precision: f"{peak / 1e12:.0f}" for precision, peak in PEAK.items()}
     return [
         ("preset", f"{about.title}; {about.paper}"),
         *(("protocol", line) for line in about.protocol),
@@ -139,29 +144,32 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
         ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
         ("cluster", f"{cluster}: {plan.describe()}"),
         ("network", f"{network.parameters / 1e6:.1f} M weights, {network.flops / 1e9:.3g} GFLOP per image and pass"),
-        ("cost", f"about {_hours(cost.gpu_hours)} of an H100: base and oracles "
-         f"{_hours(cost.training) if cost.training else 'are given'}, search "
-         f"{_hours(cost.search)}, audits {_hours(cost.audit)}; about {_hours(wall)} on this cluster"),
-        ("assumes", f"{SHARE:.0%} of {PEAK['fp32'] / 1e12:.0f} TFLOP/s in single precision, of {PEAK['bf16'] / 1e12:.0f} in bf16"),
+        (
+            "cost",
+            f"about {_hours(cost.gpu_hours)} of an H100: base and oracles {training}, search {_hours(cost.search)}, audits "
+            f"{_hours(cost.audit)}; about {_hours(wall)} on this cluster",
+        ),
+        ("assumes", f"{SHARE:.0%} of {tera['fp32']} TFLOP/s in single precision, of {tera['bf16']} in bf16"),
         ("memory", "; ".join(f"{n} {size / 1e9:.1f} GB" for n, size in cost.memory.items()) + " on one GPU"),
         ("disk", f"{cost.disk / 1e9:.0f} GB of candidates and oracles"),
-        *(("missing", f"{b.key} ({value}): {b.what}; {b.get}") for b, value in absent),
-    ]  # fmt: skip
+        *(("missing", f"{item.key} ({value}): {item.what}; {item.get}") for item, value in missing(sweep, about)),
+    ]
 
 
 def _memory(sweep: Sweep, network: Footprint, space: Space) -> float:
-    """Peak bytes of a training step on one of the workers, and the base model that it keeps for the next job."""
+    """Peak bytes on one worker: a training step, and the base model that is kept for the next job."""
     method, settings = resolve("method", space.method), typical(space)
     rows = settings.get("batch_size", 64) / sweep.train.workers
-    kept = network.saved - SINGLE * network.others.get("vae", 0)  # an autoencoder is shared
+    base = network.saved - SINGLE * network.others.get("vae", 0)  # an autoencoder is shared
+    average = 0
     if issubclass(method, Descent) and settings.get("ema", method.Hyperparameters.model_fields["ema"].default) > 0:
-        kept += SINGLE * network.trained(sweep.train.modules)  # the moving average
-    return network.step(method, rows, sweep.train.modules, sweep.train.precision) + kept
+        average = SINGLE * network.trained(sweep.train.modules)
+    return network.step(method, rows, sweep.train.modules, sweep.train.precision) + base + average
 
 
 def _audit_seconds(sweep: Sweep, network: Footprint, name: str) -> float:
-    """What a tier takes of one model, by the forward passes of one image that it makes, to the leading order."""
-    tier, task = getattr(sweep.audit, name), ours(sweep)
+    """Seconds of one model's audit at a tier, from its number of forward passes, to the leading order."""
+    tier, task = getattr(sweep.audit, name), images_task(sweep)
     guided = 1 if task.guidance in (0, 1) else 2
     drawn = tier.class_samples if name == "durability" else 2 * tier.samples + tier.class_samples
     trained = sum(tier.relearn_steps) * RELEARNING_ROWS * 3 if name == "durability" else 0
@@ -170,22 +178,23 @@ def _audit_seconds(sweep: Sweep, network: Footprint, name: str) -> float:
     return (drawing + (trained + membership) / PEAK["fp32"]) * network.flops / SHARE
 
 
-def _at(data: Any, key: str) -> tuple[Any, Any]:
-    """(value, what holds it) at a dotted key; numbers are places of a list."""
-    holder = None
+def setting_at(data: Any, key: str) -> tuple[Any, Any]:
+    """(value, the mapping or list that holds it) at a dotted key, where numbers index lists; (None, ...) if there is none."""
+    parent = None
     for part in key.split("."):
-        holder = data
+        parent = data
         try:
             data = data[int(part)] if isinstance(data, list) else data.get(part)
         except (IndexError, AttributeError):
-            return None, holder
-    return data, holder
+            return None, parent
+    return data, parent
 
 
-def _there(value: str, holder: Any) -> bool:
-    if isinstance(holder, dict) and holder.get("torchvision"):
-        return (Path(value) / TORCHVISION[holder["torchvision"]]).is_dir()
-    if isinstance(holder, dict) and holder.get("shards"):
+def _exists(value: str, parent: Any) -> bool:
+    """Whether the files that a setting names exist: a torchvision data set, shards, a model on the hub's cache, or a path."""
+    if isinstance(parent, dict) and parent.get("torchvision"):
+        return (Path(value) / TORCHVISION[parent["torchvision"]]).is_dir()
+    if isinstance(parent, dict) and parent.get("shards"):
         from braceexpand import braceexpand
 
         return "://" in value or all(Path(p).is_file() for p in braceexpand(value))
