@@ -1,4 +1,4 @@
-"""Sizes of networks from their configuration, and the memory that methods say they need against what their steps hold."""
+"""Sizes of networks from their configuration; the memory that methods state against what their steps hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raysweep.registry import resolve
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, from those that it is given on, and remembers the most."""
+    """Counts the bytes of all storages that operations make and that are alive; `most` is the highest count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,69 +45,71 @@ class Peak(TorchDispatchMode):
 
 
 def peak(name: str, width: int, batch: int) -> tuple[int, footprint.Footprint, bool]:
-    """(most bytes that two steps hold, besides the task; the network's footprint; whether `Descent` keeps an average)."""
+    """(most bytes that two steps hold besides the task, the network's footprint, whether `Descent` keeps an average)."""
     kind = "points" if "points" in resolve("method", name).kinds else "class"
     task = tiny_task(kind)
     sizes = dict.fromkeys(("batch_size", "forget_batch_size", "stage1_batch_size"), batch)
-    little = dict.fromkeys(("replay_per_class", "fisher_per_class", "fisher_timesteps", "inner_every"), 1)
+    counts = dict.fromkeys(("replay_per_class", "fisher_per_class", "fisher_timesteps", "inner_every"), 1)
     fields = resolve("method", name).Hyperparameters.model_fields
-    settings = {k: v for k, v in (sizes | little).items() if k in fields}
+    settings = {k: v for k, v in (sizes | counts).items() if k in fields}
     labels = torch.zeros(1, dtype=torch.long) if kind == "class" else None
     with Peak() as counted:
         config = {**task.model, "unet": task.model["unet"] | {"block_out_channels": (width, width)}}
         model = PixelDDPM.build(config, 0)
         method, _ = build(name, task, dtype=torch.float32, model=model, **settings)
-    found = footprint.measured(model.net, lambda: model.predict(torch.zeros(1, 1, 4, 4), torch.zeros(1).long(), labels))
+    network = footprint.measured(
+        model.net, lambda: model.predict(torch.zeros(1, 1, 4, 4), torch.zeros(1).long(), labels)
+    )
     gc.collect()
     counted.most = counted.live
     with counted:
         for step in range(min(2, method.steps)):
             method.step(batch_for(method, task, step))
-    return counted.most, found, bool(getattr(method, "average", []))
+    return counted.most, network, bool(getattr(method, "average", []))
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_methods_hold_what_they_say(name):
+def test_methods_hold_the_memory_that_they_state(name):
     method = resolve("method", name)
-    sizes = ((64, 1), (8, 128))  # weights prevail, and activations
-    for width, batch in sizes[:1] if name == "slug" else sizes:  # whose step has no backward pass
+    sizes = ((64, 1), (8, 128))  # mostly weights, and mostly activations
+    for width, batch in sizes[:1] if name == "slug" else sizes:  # a step of SLUG has no backward pass
         most, network, averaged = peak(name, width, batch)
         copies = method.copies + averaged
-        told = footprint.SINGLE * network.parameters * copies + network.activations * batch * method.tape
-        assert most == pytest.approx(told, rel=0.15)
+        stated = footprint.SINGLE * network.parameters * copies + network.activations * batch * method.tape
+        assert most == pytest.approx(stated, rel=0.15)
 
 
 @pytest.mark.parametrize(
     ("network", "parameters"), [({"stable_diffusion": {}}, 859_520_964), ({"clip": "ViT-B-32"}, 151_277_313)]
 )
 def test_known_networks_have_their_known_sizes(network, parameters):
-    found = footprint.of(network)
-    assert found.parameters == parameters
-    assert found.flops > 0
+    known = footprint.of(network)
+    assert known.parameters == parameters
+    assert known.flops > 0
     if "stable_diffusion" in network:
-        assert found.others["text_encoder"] == 123_060_480
-        assert found.trained(("unet",)) == parameters
-        assert found.trained(()) == parameters + found.others["text_encoder"]
+        assert known.others["text_encoder"] == 123_060_480
+        assert known.trained(("unet",)) == parameters
+        assert known.trained(()) == parameters + known.others["text_encoder"]
 
 
 def test_arithmetic_and_activations_of_a_layer():
     layer = torch.nn.Sequential(
         torch.nn.Linear(10, 30, bias=False), torch.nn.ReLU(), torch.nn.Linear(30, 5, bias=False)
     )
-    found = footprint.measured(layer, lambda: layer(torch.zeros(4, 10, requires_grad=True)), rows=4)
-    assert found.parameters == 450
-    assert found.flops == 2 * (10 * 30 + 30 * 5)
-    assert found.activations == 4 * (10 + 30)  # inputs of both layers; the ReLU keeps its output, which is one of them
+    size = footprint.measured(layer, lambda: layer(torch.zeros(4, 10, requires_grad=True)), rows=4)
+    assert size.parameters == 450
+    assert size.flops == 2 * (10 * 30 + 30 * 5)
+    assert size.activations == 4 * (10 + 30)  # inputs of both layers; the ReLU keeps its output, which is one of them
 
 
 def test_attention_counts_as_fused():
     q = torch.zeros(1, 2, 50, 8, device="meta", requires_grad=True)
     module = torch.nn.Linear(1, 1, device="meta")
-    found = footprint.measured(module, lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
-    assert found.flops == 4 * 2 * 50 * 50 * 8
-    assert found.activations == 2 * 4 * 2 * 50 * 8  # one input, which is all three, and the output
+    size = footprint.measured(module, lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert size.flops == 4 * 2 * 50 * 50 * 8
+    assert size.activations == 2 * 4 * 2 * 50 * 8  # query, key and value, which are one tensor, and the output
 
 
-def test_another_architecture_is_refused():
+def test_an_unknown_architecture_is_refused():
     with pytest.raises(ValueError, match="'mamba' is not an architecture"):
         footprint.of({"mamba": {}})

@@ -1,4 +1,4 @@
-"""The GPU benchmark at a toy size, every section, and what it says without a GPU."""
+"""The GPU benchmark: every section at a toy size, its time limit, and its message without a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gpu():
 
 
 def test_every_section_runs_at_a_toy_size(gpu, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # a compiler takes longer than all sections
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # compiling takes longer than all sections
     assert gpu.main(["--toy", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert {path.stem for path in tmp_path.iterdir()} == {*gpu.SECTIONS, "gpu"}
@@ -38,22 +38,22 @@ def test_every_section_runs_at_a_toy_size(gpu, tmp_path, capsys, monkeypatch):
     assert printed.count("| finetune |") == 1
     assert json.loads(printed.splitlines()[len(gpu.SECTIONS) + 1]) == result
 
-    def never(bench):
+    def fail(bench):
         raise AssertionError("a section that is done ran again")
 
-    monkeypatch.setattr(gpu, "SECTIONS", dict.fromkeys(gpu.SECTIONS, never))
+    monkeypatch.setattr(gpu, "SECTIONS", dict.fromkeys(gpu.SECTIONS, fail))
     assert gpu.main(["--toy", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "gpu.json").read_text())["entries"] == result["entries"]
 
 
-def test_what_there_was_no_time_for_is_named(gpu, tmp_path, capsys):
+def test_sections_skipped_for_lack_of_time_are_named(gpu, tmp_path, capsys):
     assert gpu.main(["--toy", "--out", str(tmp_path), "--only", "finetune", "--seconds", "-1"]) == 0
     assert json.loads((tmp_path / "gpu.json").read_text())["left_out"] == ["finetune at batch 2"]
     assert "left out for want of time: finetune at batch 2" in capsys.readouterr().out
     assert not json.loads((tmp_path / "finetune.json").read_text())["whole"]
 
 
-def test_without_a_gpu_it_is_one_sentence(gpu, tmp_path, capsys, monkeypatch):
+def test_without_a_gpu_it_prints_one_sentence(gpu, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -61,11 +61,18 @@ def test_without_a_gpu_it_is_one_sentence(gpu, tmp_path, capsys, monkeypatch):
 
 
 def test_a_dry_run_counts_what_mixed_precision_keeps():
-    """Against the graph of a real pass in mixed precision on this machine."""
-    config = {"block_out_channels": (32, 64), "norm_num_groups": 8, "sample_size": 16, "in_channels": 3, "out_channels": 3,
-              "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-              "layers_per_block": 1}  # fmt: skip
-    found = footprint.of({"unet": config})
-    assert found.casts == pytest.approx(2 * found.parameters, rel=0.1)  # one copy of two bytes per weight
-    assert 0.5 * found.activations < found.mixed < found.activations
+    """Less than a pass in single precision, besides a copy of the weights; the global autocast state is restored."""
+    config = {
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 8,
+        "sample_size": 16,
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+    }
+    size = footprint.of({"unet": config})
+    assert size.casts == pytest.approx(2 * size.parameters, rel=0.1)  # one copy of two bytes per weight
+    assert 0.5 * size.activations < size.mixed < size.activations
     assert not torch.is_autocast_enabled("cuda")

@@ -1,4 +1,4 @@
-"""`ray job submit` on a local head with a token: a job runs, another is stopped and resumes when submitted again."""
+"""`ray job submit` on a local head with a token: a stopped job resumes when submitted again, a wrong config fails."""
 
 from __future__ import annotations
 
@@ -33,17 +33,19 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """A Ray head on loopback that asks for a token: (its environment, address of its jobs API)."""
+    """(environment, address of the jobs API) of a Ray head on loopback that asks for a token."""
     folder = tmp_path_factory.mktemp("head")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "COV_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = clean | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     env["RAY_worker_niceness"] = "0"  # as in conftest
     gcs, jobs, agent = free_port(), free_port(), free_port()
-    command = ["ray", "start", "--head", "--block", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}",
-               f"--dashboard-agent-listen-port={agent}",  # its default is taken if another Ray runs on this machine
-               "--node-ip-address=127.0.0.1", "--num-cpus=2", "--object-store-memory=200000000",
-               "--resources={\"trial_slot\": 100}", f"--temp-dir=/tmp/rs{gcs}"]  # fmt: skip
+    command = [
+        *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"),
+        *("--num-cpus=2", "--object-store-memory=200000000", '--resources={"trial_slot": 100}'),
+        *(f"--port={gcs}", f"--dashboard-port={jobs}", f"--temp-dir=/tmp/rs{gcs}"),
+        f"--dashboard-agent-listen-port={agent}",  # the default is taken if another Ray runs on this machine
+    ]
     with open(folder / "head.log", "w") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     address = f"http://127.0.0.1:{jobs}"
@@ -66,7 +68,7 @@ def head(tmp_path_factory):
     process.terminate()
     _, alive = psutil.wait_procs(family, timeout=10)
     for p in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+        with contextlib.suppress(psutil.NoSuchProcess):
             p.kill()
     process.kill()
     process.wait(timeout=30)
@@ -75,7 +77,7 @@ def head(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory) -> Path:
-    """The working directory that is shipped: the packages and a config, nothing else."""
+    """A working directory for `ray job submit` with the packages and a config, nothing else."""
     folder = tmp_path_factory.mktemp("shipped")
     for name in ("raysweep", "methods", "evaluators", "search_spaces"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -86,25 +88,31 @@ def shipped(tmp_path_factory) -> Path:
 def ray_job(head, *arguments: str, check: bool = True) -> str:
     env, address = head
     for _ in range(30):
-        done = subprocess.run(
-            ["ray", "job", arguments[0], "--address", address, *arguments[1:]], env=env, capture_output=True, text=True,
-            timeout=500, check=False,
-        )  # fmt: skip
-        if "No available agent" not in done.stderr + done.stdout:  # the head's agent starts after its jobs API
+        process = subprocess.run(
+            ["ray", "job", arguments[0], "--address", address, *arguments[1:]],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        output = process.stdout + process.stderr
+        if "No available agent" not in output:  # the head's agent starts after its jobs API
             break
         time.sleep(1)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert not check or process.returncode == 0, output
+    return output
 
 
 def submit(head, shipped: Path, name: str, storage: Path, cache: Path, *flags: str) -> str:
     variables = {"RAYSWEEP_CACHE": str(cache), "RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1"}
+    environment = ("--runtime-env-json", json.dumps({"env_vars": variables}))
+    settings = (f"storage={storage}", "search.trials=8", "audit.rounds=1", "audit.finalists=0")
     return ray_job(
-        head, "submit", "--submission-id", name, "--working-dir", str(shipped), *flags,
-        "--runtime-env-json", json.dumps({"env_vars": variables}),
-        "--", "python", "-m", "raysweep", "run", "small.yaml", f"storage={storage}",
-        "search.trials=8", "audit.rounds=1", "audit.finalists=0",
-    )  # fmt: skip
+        head,
+        *("submit", "--submission-id", name, "--working-dir", str(shipped), *flags, *environment),
+        *("--", "python", "-m", "raysweep", "run", "small.yaml", *settings),
+    )
 
 
 def test_a_job_is_stopped_resumed_and_finished(head, shipped, cache, tmp_path_factory):
@@ -135,11 +143,13 @@ def test_a_job_is_stopped_resumed_and_finished(head, shipped, cache, tmp_path_fa
 
 def test_a_wrong_config_fails_the_job_with_its_message(head, shipped, tmp_path):
     (shipped / "bad.yaml").write_text("methods: [sis]\n")
-    done = ray_job(
-        head, "submit", "--submission-id", "bad", "--working-dir", str(shipped), "--", "python", "-m", "raysweep", "run",
-        "bad.yaml", f"storage={tmp_path}", check=False,
-    )  # fmt: skip
-    assert "did you mean 'siss'" in done
-    assert "Traceback" not in done.split("error:")[0]
+    output = ray_job(
+        head,
+        *("submit", "--submission-id", "bad", "--working-dir", str(shipped)),
+        *("--", "python", "-m", "raysweep", "run", "bad.yaml", f"storage={tmp_path}"),
+        check=False,
+    )
+    assert "did you mean 'siss'" in output
+    assert "Traceback" not in output.split("error:")[0]
     assert "failed" in ray_job(head, "status", "bad", check=False)
     assert os.listdir(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Plans for a laptop and for H100s, and refusals of what cannot fit; the cluster file against Ray's own schema."""
+"""Resource plans for a laptop and for H100s, refusals of what cannot fit, and the cluster file against Ray's schema."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def total(p, unit):
     return p.slots * p.workers * per_worker + p.auditors * per_auditor
 
 
-def test_two_cpus():
+def test_a_plan_for_two_cpus():
     p = plan([Node(2)])
     assert (p.slots, p.workers, p.auditors, p.late_auditors, p.worker_gpus) == (2, 1, 2, 0, 0)
     assert total(p, "cpu") + p.concurrent_trials * make_plan([Node(2)], load(None), trial_slots=False).driver_cpus <= 2
@@ -32,7 +32,7 @@ def test_two_cpus():
     assert plan([Node(1)]).slots >= 1
 
 
-def test_one_node_of_eight():
+def test_a_plan_for_a_node_of_eight_gpus():
     p = plan([Node(192, 8)])
     assert (p.slots, p.worker_gpus, p.auditors, p.auditor_gpus) == (6, 1, 2, 1)
     assert plan([Node(192, 8)], "train.workers=2").slots == 3
@@ -41,7 +41,7 @@ def test_one_node_of_eight():
     assert total(p, "gpu") == 8
 
 
-def test_four_nodes_of_eight():
+def test_a_plan_for_four_nodes_of_eight_gpus():
     nodes = [Node(16, 0, "control"), *[Node(192, 8, "train")] * 3, Node(192, 8, "audit")]
     p = plan(nodes)
     assert (p.slots, p.auditors, p.roles) == (24, 8, True)
@@ -61,12 +61,14 @@ def test_four_nodes_of_eight():
         ([Node(192, 8)], ("resources.gpus_per_auditor=9",), "largest node"),
     ],
 )
-def test_what_cannot_fit_is_refused(nodes, overrides, message):
+def test_requests_beyond_the_cluster_are_refused(nodes, overrides, message):
     with pytest.raises(ConfigError, match=message):
         plan(nodes, *overrides)
 
 
-def test_cluster_file():
+def test_the_cluster_file_is_valid_and_plans_for_its_nodes():
+    import tomllib
+
     from packaging.requirements import Requirement
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -86,8 +88,6 @@ def test_cluster_file():
     assert plan(nodes).slots == 24
     commands = " ".join(cluster["setup_commands"])
     pinned = commands.split("ray[default,train,tune]==")[1].split("'")[0]
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     wanted = next(Requirement(d) for d in project if d.startswith("ray["))
     assert wanted.specifier.contains(pinned)
