@@ -1,8 +1,8 @@
-"""What must hold on a GPU: steps equal those of a CPU, trials repeat, images do not depend on their batch, checks run.
+"""On a GPU: steps equal those of a CPU, trials repeat, images do not depend on their batch, checks run.
 
     pytest -n 0 -m gpu tests/test_gpu.py
 
-TensorFloat-32 is off, which rounds to ten bits.
+TensorFloat-32, which rounds to ten bits, is off unless a test switches it on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.fixture(autouse=True)
-def exact():
+def without_tf32():
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
@@ -57,12 +57,12 @@ def built(name: str, family: str, device: torch.device, dtype: torch.dtype = tor
     model.to(device)
     if family == "text-ddpm":
         task = encoded(task, model)
-    prepared = {k: v.cpu() for k, v in cls.prepare(model, task, 0, hp).items()}  # as a file gives them back
+    prepared = {k: v.cpu() for k, v in cls.prepare(model, task, 0, hp).items()}  # as read from a file
     return cls(model, hp, prepared, task.goal), task
 
 
 def stepped(method, task, start: int = 0, stop: int = 2) -> torch.Tensor:
-    """The weights after some steps, float64 on the CPU."""
+    """The weights after steps start to stop, as one float64 vector on the CPU."""
     weight = next(iter(method.model.net.parameters()))
     for step in range(start, min(stop, method.steps)):
         batch = task.batch(method.draws(), 3, step)
@@ -71,7 +71,7 @@ def stepped(method, task, start: int = 0, stop: int = 2) -> torch.Tensor:
 
 
 def trained(name: str, family: str, folder: Path, tag: str, device: torch.device = GPU, **more):
-    """The outcome of a job of a train worker, and the folder of its candidate."""
+    """(outcome, folder of the candidate) of a train worker's job, after its preparation."""
     base, task_dir = folder / "base", folder / "task"
     task, model = instance(name, family)
     if not base.exists():
@@ -93,24 +93,32 @@ def trained(name: str, family: str, folder: Path, tag: str, device: torch.device
     return outcome, out
 
 
-def test_adapters(tmp_path):
+def test_one_module_and_adapters_train(tmp_path):
     pytest.importorskip("peft")
     trained("finetune", "text-ddpm", tmp_path, "one", modules=("unet",))
     trained("finetune", "text-ddpm", tmp_path, "two", lora={"rank": 2, "alpha": 2})
 
 
 WIDE = {
-    "unet": {"sample_size": 16, "in_channels": 3, "out_channels": 3, "block_out_channels": (64, 128), "layers_per_block": 2,
-             "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-             "num_class_embeds": 7},
-    "scheduler": {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}, "null_label": 6,
-}  # fmt: skip
+    "unet": {
+        "sample_size": 16,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (64, 128),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "num_class_embeds": 7,
+    },
+    "scheduler": {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"},
+    "null_label": 6,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("kind", ["wide", "latent", "edm"])
-def test_an_image_is_the_same_to_the_last_bit_in_any_company(kind, dtype, tf32):
+def test_an_image_is_bit_identical_in_any_batch(kind, dtype, tf32):
     from evaluators.base import Subject
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -133,7 +141,7 @@ def test_an_image_is_the_same_to_the_last_bit_in_any_company(kind, dtype, tf32):
 
 
 @pytest.mark.parametrize("kind", ["points", "class", "text-ddpm", "edm", "clip"])
-def test_checks_run_and_agree_with_those_of_a_cpu(kind, points_task, class_task):
+def test_checks_run_and_agree_with_a_cpu(kind, points_task, class_task):
     from evaluators.judge import train_judge
 
     judge = None
@@ -161,16 +169,16 @@ def test_checks_run_and_agree_with_those_of_a_cpu(kind, points_task, class_task)
         subject.peers = {"base": subject} | {f"oracle-{k}": one(k + 1) for k in range(2)}
         return measure(subject, tier)
 
-    here, there = measured(CPU), measured(GPU)
-    failed = [(r.check, r.reason) for r in there.rows if r.status == "failed"]
-    assert not failed
-    assert [(r.check, r.name, r.status) for r in here.rows] == [(r.check, r.name, r.status) for r in there.rows]
+    on_cpu, on_gpu = measured(CPU), measured(GPU)
+    assert [(r.check, r.reason) for r in on_gpu.rows if r.status == "failed"] == []
+    checks_cpu, checks_gpu = ([(r.check, r.name, r.status) for r in result.rows] for result in (on_cpu, on_gpu))
+    assert checks_cpu == checks_gpu
     for metric in ("denoising.forget_loss", "denoising.retain_loss", "loss.auc", "contrast.retain_loss"):
-        if metric in here.values:
-            assert there.values[metric] == pytest.approx(here.values[metric], rel=1e-2), metric
+        if metric in on_cpu.values:
+            assert on_gpu.values[metric] == pytest.approx(on_cpu.values[metric], rel=1e-2), metric
 
 
-def test_prompts_embedded_once_are_those_embedded_anew():
+def test_stored_embeddings_of_prompts_equal_new_ones():
     task, model = instance("finetune", "text-ddpm")
     model.to(GPU)
     model.train_only(("unet",))
@@ -183,7 +191,7 @@ def test_prompts_embedded_once_are_those_embedded_anew():
 
 
 @pytest.mark.parametrize(("name", "family"), JOBS)
-def test_a_trial_repeats_to_the_last_bit_and_its_candidate_loads(name, family, tmp_path):
+def test_a_trial_repeats_bit_for_bit_and_its_candidate_loads(name, family, tmp_path):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     one, out = trained(name, family, tmp_path, "one")
     assert families.load(out).to(GPU).digest == one.digest
@@ -192,7 +200,7 @@ def test_a_trial_repeats_to_the_last_bit_and_its_candidate_loads(name, family, t
 
 
 @pytest.mark.parametrize(("name", "family"), JOBS)
-def test_mixed_precision(name, family, tmp_path):
+def test_weights_stay_finite_and_single_in_mixed_precision(name, family, tmp_path):
     _, out = trained(name, family, tmp_path, "one", precision="bf16")
     for p in families.load(out).net.parameters():
         assert p.dtype == torch.float32
@@ -200,7 +208,7 @@ def test_mixed_precision(name, family, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "family"), [job for job in TRAINS if job[1] in ("pixel-ddpm", "text-ddpm")])
-def test_resuming_on_a_gpu(name, family):
+def test_a_resumed_method_ends_with_the_same_weights(name, family):
     whole, task = built(name, family, GPU)
     expected = stepped(whole, task, 0, 3)
     first, _ = built(name, family, GPU)
@@ -214,9 +222,9 @@ def test_resuming_on_a_gpu(name, family):
 @pytest.mark.parametrize(("name", "family"), [*TRAINS, *((n, f) for n, f in FAMILIES if f == "vlm")])
 def test_steps_equal_those_of_a_cpu(name, family, dtype, tolerance):
     method, task = built(name, family, CPU, dtype)
-    here = stepped(method, task)
-    there, _ = built(name, family, GPU, dtype)
-    found = stepped(there, task)
-    there.finish()
-    assert all(p.device.type == "cuda" for p in there.model.net.parameters())
-    assert float((here - found).norm() / here.norm()) < tolerance
+    expected = stepped(method, task)
+    on_gpu, _ = built(name, family, GPU, dtype)
+    weights = stepped(on_gpu, task)
+    on_gpu.finish()
+    assert all(p.device.type == "cuda" for p in on_gpu.model.net.parameters())
+    assert float((expected - weights).norm() / expected.norm()) < tolerance
