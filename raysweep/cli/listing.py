@@ -125,7 +125,7 @@ def _method(name: str) -> dict[str, Any]:
         "needs": "needs " + (", ".join(sorted(f"{n} images" for n in method.needs)) or "no data"),
         "forgets": "forgets " + " or ".join(sorted(method.kinds)),
         "families": ", ".join(family for family in names("family") if not unserved(method, family)),
-        "cost": f"{method.forwards_per_step:g} forward units per step",
+        "cost": f"{method.forwards_per_step:g} forward passes of a batch per step",
         "external": name in external("method"),
     }
 

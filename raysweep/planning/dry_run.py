@@ -71,12 +71,12 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
 
 
 def untested(sweep: Sweep, task: Task) -> list[str]:
-    """What the audit of this sweep leaves open, for people."""
+    """What the audit of this sweep does not test, in sentences."""
     checks = set(sweep.audit.audit.checks_for(task))
-    made = set(sweep.audit.durability.checks_for(task)) if sweep.audit.finalists else set()
+    attacking = set(sweep.audit.durability.checks_for(task)) if sweep.audit.finalists else set()
     by_weights = checks_by_weights()
     costly = {name for name, check in EVALUATORS.items() if check.costly}
-    left_out = [n for n in names("evaluator") if n not in (*checks, *made, *attacks(), *by_weights)]
+    left_out = [n for n in names("evaluator") if n not in (*checks, *attacking, *attacks(), *by_weights)]
     lines = [f"check {name!r} is left out" + (" for its cost" if name in costly else "") for name in left_out]
     lines += [f"check {n!r}: needs audit.audit.weights.{key}" for n, key in by_weights.items() if n not in checks]
     lines += [
@@ -84,7 +84,7 @@ def untested(sweep: Sweep, task: Task) -> list[str]:
         for name in sorted(checks)
         if task.kind not in resolve("evaluator", name).kinds
     ]
-    lines += [f"attack {name!r} is switched off" for name in attacks() if name not in made]
+    lines += [f"attack {name!r} is switched off" for name in attacks() if name not in attacking]
     lines += ["adversarial prompts"]
     if sweep.oracles < 3:
         lines.append(f"{sweep.oracles} oracles: too few for an interval on the oracle's own spread")
