@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from raysweep.models.folders import quiet_logs
+
+if TYPE_CHECKING:
+    from methods.base import Method
 
 # Stable Diffusion as published for 1.4.
 STABLE_DIFFUSION: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -66,7 +69,7 @@ class Footprint:
         sizes = {"unet": self.parameters} | self.others
         return sum(sizes[m] for m in modules or [m for m in sizes if m != "vae"] if m in sizes)
 
-    def step(self, method: Any, rows: float, modules: tuple[str, ...] = (), precision: str = "fp32") -> float:
+    def step(self, method: type[Method], rows: float, modules: tuple[str, ...] = (), precision: str = "fp32") -> float:
         """Peak bytes of a training step of a method on so many rows; precision: fp32 or bf16.
 
         `method.copies` and `method.tape` state what it holds (see `methods.base.Method`).
@@ -156,7 +159,10 @@ def _of_unet(kind: str, config: dict[str, Any]) -> Footprint:
     def run(net: Any, rows: int) -> torch.Tensor:
         size, channels = net.config.sample_size, net.config.in_channels
         labels = torch.zeros(rows, dtype=torch.long) if net.config.num_class_embeds else None
-        return net(torch.empty(rows, channels, size, size), torch.zeros(rows), class_labels=labels).sample
+        noise: torch.Tensor = net(
+            torch.empty(rows, channels, size, size), torch.zeros(rows), class_labels=labels
+        ).sample
+        return noise
 
     return _both(lambda: NETWORKS[kind](**config), run)
 
@@ -168,7 +174,8 @@ def _of_stable_diffusion(config: dict[str, Any]) -> Footprint:
     def run(net: Any, rows: int) -> torch.Tensor:
         size, width = net.config.sample_size, net.config.cross_attention_dim
         text = torch.empty(rows, TEXT_LENGTH, width)
-        return net(torch.empty(rows, 4, size, size), torch.zeros(rows), text).sample
+        noise: torch.Tensor = net(torch.empty(rows, 4, size, size), torch.zeros(rows), text).sample
+        return noise
 
     with torch.device("meta"):
         encoder, vae = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)), AutoencoderKL(**AUTOENCODER)
@@ -183,7 +190,8 @@ def _of_clip(name: str) -> Footprint:
         size = net.visual.image_size
         height, width = (size, size) if isinstance(size, int) else size
         images = net.encode_image(torch.empty(rows, 3, height, width))
-        return images + net.encode_text(torch.zeros(rows, TEXT_LENGTH, dtype=torch.long))
+        embeddings: torch.Tensor = images + net.encode_text(torch.zeros(rows, TEXT_LENGTH, dtype=torch.long))
+        return embeddings
 
     def make() -> Any:  # `open_clip.create_model` moves the model, which fake tensors do not support
         config = dict(open_clip.get_model_config(name) or {})
@@ -224,7 +232,8 @@ def _fused_attention() -> Iterator[list[float]]:
 
     def replacement(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         flops.append(2.0 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1]))
-        return _Attention.apply(q, k, v)
+        out: torch.Tensor = _Attention.apply(q, k, v)
+        return out
 
     F.scaled_dot_product_attention = replacement  # type: ignore[assignment]
     try:

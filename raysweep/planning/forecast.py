@@ -14,7 +14,7 @@ import yaml
 
 from methods.base import Descent
 from raysweep.config import presets
-from raysweep.config.schema import ConfigError, Sweep
+from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.engine.resources import Node, make_plan
 from raysweep.models.folders import is_hub_id
 from raysweep.planning import footprint
@@ -169,7 +169,8 @@ def _memory(sweep: Sweep, network: Footprint, space: Space) -> float:
 
 def _audit_seconds(sweep: Sweep, network: Footprint, name: str) -> float:
     """Seconds of one model's audit at a tier, from its number of forward passes, to the leading order."""
-    tier, task = getattr(sweep.audit, name), images_task(sweep)
+    tier: Tier = getattr(sweep.audit, name)
+    task = images_task(sweep)
     guided = 1 if task.guidance in (0, 1) else 2
     drawn = tier.class_samples if name == "durability" else 2 * tier.samples + tier.class_samples
     trained = sum(tier.relearn_steps) * RELEARNING_ROWS * 3 if name == "durability" else 0
