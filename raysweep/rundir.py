@@ -166,7 +166,7 @@ class RunDir:
 
     @property
     def run_id(self) -> str:
-        """The name of the run's study, actors and jobs. It is fixed when the run begins, since later settings change the digest."""
+        """Name of the run's study, actors and jobs, by the config's digest when it began: a newer raysweep may compute another."""
         manifest = self.read_manifest()
         return f"{manifest['name']}-{manifest['config_digest'][:8]}"
 
