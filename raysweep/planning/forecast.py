@@ -59,7 +59,7 @@ def missing(sweep: Sweep, about: presets.About) -> list[tuple[presets.Bring, str
     data = sweep.resolved()
     inputs = []
     for item in about.bring:
-        value, parent = setting_at(data, item.key)
+        value, parent = _setting_at(data, item.key)
         values = value if isinstance(value, list) else [value]
         absent = [str(v) for v in values if v is None or not _exists(str(v), parent)]
         if absent or not values:
@@ -179,7 +179,7 @@ def _audit_seconds(sweep: Sweep, network: Footprint, name: str) -> float:
     return (drawing + (trained + membership) / PEAK["fp32"]) * network.flops / SHARE
 
 
-def setting_at(data: Any, key: str) -> tuple[Any, Any]:
+def _setting_at(data: Any, key: str) -> tuple[Any, Any]:
     """(value, the mapping or list that holds it) at a dotted key, where numbers index lists; (None, ...) if there is none."""
     parent = None
     for part in key.split("."):
