@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 
 from filelock import FileLock, Timeout
 
@@ -23,6 +23,9 @@ from raysweep.storage.code_digests import ROOT
 from raysweep.storage.files import CHECKPOINT, DAY_S, clear_temporaries, write_bytes, write_json
 from raysweep.storage.places import PlaceError, check_writable
 from raysweep.storage.texts import load_yaml
+
+if TYPE_CHECKING:
+    from raysweep.tasks.records import Account
 
 PACKAGES = (
     "raysweep",
@@ -51,7 +54,7 @@ class Changes(TypedDict, total=False):
     pid: int
     resumed_at: str
     commits: list[str]  # of raysweep, as the run began and at every resumption
-    data: list[dict[str, Any]]  # accounts of what was read for the task
+    data: list[Account]  # of what was read for the task
     digests: dict[str, str]  # "config" and "task" -> hash
     train_workers_idle: float  # share of the search's time
 
