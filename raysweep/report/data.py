@@ -15,7 +15,7 @@ from raysweep.registry import resolve
 from raysweep.results.audited import keys_of, rows_of, scores_of
 from raysweep.results.front_row import FrontRow, read_front
 from raysweep.results.trials import Trial, trial_table
-from raysweep.rundir import RunDir
+from raysweep.rundir import Manifest, RunDir
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")  # colour-blind safe
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "pentagon", "hexagon", "star-triangle-down")
@@ -32,7 +32,7 @@ class ReportData:
     """
 
     sweep: Sweep
-    manifest: dict[str, Any]
+    manifest: Manifest
     commits: list[str]
     front: dict[str, Any]
     points: list[FrontRow]
