@@ -21,6 +21,7 @@ from raysweep.report.answer import (
 from raysweep.report.data import ReportData
 from raysweep.report.glossary import GLOSSARY
 from raysweep.report.pictures import Strips, strips
+from raysweep.rundir import Manifest
 from raysweep.tasks.records import lines_of
 
 
@@ -76,7 +77,7 @@ def _hypervolume(data: ReportData) -> str:
     return f"{volume['value']:.3f} (95 % interval {volume['lo']:.3f} to {volume['hi']:.3f})"
 
 
-def _plugins(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+def _plugins(manifest: Manifest) -> list[tuple[str, str]]:
     """(name, package) of what other packages provide."""
     return [(name, f"external, {package}") for name, package in sorted(manifest.get("plugins", {}).items())]
 
