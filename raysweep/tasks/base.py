@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,7 +22,8 @@ class HasObjectives(Protocol):
     def validity(self) -> str: ...
 
 
-class ObjectiveMetrics(NamedTuple):
+@dataclass(frozen=True)
+class ObjectiveMetrics:
     """The metrics of a task's objectives, as CHECK.METRIC.
 
     views: the worst of them is the residue; quality: the metric behind the damage; validity: the share of valid samples.

@@ -175,7 +175,7 @@ def images_task(config: ImagesTask) -> Task:
         model={},
         recipe={**config.recipe, "steps": max(1, config.base_steps)},
         splits=_splits(config, model, labels, samples) | prompts.splits,
-        **_objectives(config.kind, family)._asdict(),
+        **vars(_objectives(config.kind, family)),
         sampling=config.sampling if family.model_kind == "diffusion" else {},
         forget_class=labels.classes.index(config.forget.labels[0]) if by_class else None,
         override_class=None if config.override is None or not by_class else labels.classes.index(config.override),
