@@ -89,11 +89,11 @@ def test_a_veil_keeps_only_means():
 @pytest.mark.skipif(CHROMIUM is None or shutil.which("pdftoppm") is None, reason="needs chromium and poppler-utils")
 def test_print_shows_no_sensitive_picture(tmp_path):
     """Every picture of the page is a chequerboard: none of its edges may be left in the PDF."""
-    made = run(tmp_path / "a", front([GOOD], {"000-rgd": LIKE}), sensitive=True)
+    home = run(tmp_path / "a", front([GOOD], {"000-rgd": LIKE}), sensitive=True)
     contrasts = {}
-    for name, html in (("veiled", build(made).read_text()), ("clear", None)):
+    for name, html in (("veiled", build(home).read_text()), ("clear", None)):
         if html is None:
-            html = re.sub(r'src="[^"]*" data-other="([^"]*)"', r'src="\1"', build(made).read_text()).replace(
+            html = re.sub(r'src="[^"]*" data-other="([^"]*)"', r'src="\1"', build(home).read_text()).replace(
                 'class="veil"', ""
             )
         (tmp_path / f"{name}.html").write_text(html)
@@ -145,11 +145,11 @@ def test_a_report_mentions_no_second_judge_for_models_that_judge_themselves(tmp_
 
 
 def test_a_front_of_an_earlier_raysweep_is_refused_by_name(tmp_path):
-    made = run(tmp_path / "a", front([GOOD]))
-    content = json.loads(made.front_json.read_text())
+    home = run(tmp_path / "a", front([GOOD]))
+    content = json.loads(home.front_json.read_text())
     del content["answer"], content["best"]
-    made.front_json.write_text(json.dumps(content))
-    refused = call("report", str(made.path))
+    home.front_json.write_text(json.dumps(content))
+    refused = call("report", str(home.path))
     assert refused.exit_code == 2
     assert "front.json: was written by an earlier raysweep" in refused.output
 

@@ -1,4 +1,4 @@
-"""What a report is made from: a run's tables, read in any state of the run."""
+"""The input of a report: the tables of a run in any state, as records."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ class ReportData:
 
 
 def gather(folder: RunDir) -> ReportData:
-    """Reads a run in any state: what it has not come to yet is empty. Raises StoreError or ConfigError for what cannot be read."""
+    """Reads a run in any state; tables that it has not written yet are empty.
+
+    Raises StoreError for a table that cannot be read, ConfigError for the front of an earlier raysweep.
+    """
     sweep = folder.sweep()
     front: dict[str, Any] = json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {}
     if front and "answer" not in front:

@@ -1,4 +1,4 @@
-"""The choice among the audited candidates: what speaks against each, what is uncertain about the best, what to try next.
+"""The choice among the audited candidates: objections to each, reservations about the best, next steps.
 
 A candidate is recommended only if there is no objection to it. Objections: it remembers without any attack; its residue is
 shown to be above `FORGOTTEN` (or above the largest residue of an oracle, if that is more) or is at least `MIDWAY`; it is
