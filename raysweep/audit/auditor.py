@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from evaluators import statistics
-from raysweep.audit.request import AuditRequest
+from raysweep.audit.request import Answer, AuditRequest
 from raysweep.storage.files import StoreError, digest_of, write_bytes
 from raysweep.storage.recent import Recent
 from raysweep.storage.schemas import ROWS, SCORES, read_table, write_table
@@ -66,8 +66,8 @@ class Auditor:
         self.models: dict[str, Any] = {}
         self.batches = Batches()
 
-    def measure(self, request: AuditRequest) -> dict[str, Any]:
-        """Performs an audit; returns "seconds", "images" (generated) and "failed" (checks).
+    def measure(self, request: AuditRequest) -> Answer:
+        """Performs an audit.
 
         An audit that the run or the cache already holds without failed checks is not repeated.
         """
@@ -131,7 +131,7 @@ class Auditor:
             return subject(families.load(request.anchors[0][1]).fresh(derive_seed("destroyed")).to(_device()))
         return subject(families.load(request.model).to(_device()))
 
-    def _measure(self, request: AuditRequest) -> dict[str, Any]:
+    def _measure(self, request: AuditRequest) -> Answer:
         from raysweep.audit.measure import measure
 
         result = measure(self.subject(request), request.tier)

@@ -13,13 +13,12 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.metrics import Gauge
 
-from raysweep.audit.request import AuditRequest
+from raysweep.audit.request import Answer, AuditRequest, Outcome
 from raysweep.settings import TIMEOUT
 
 LOG = "audits.jsonl"
@@ -35,7 +34,7 @@ class AuditManager:
 
     def __init__(self, run: str, auditors: list[str], namespace: str, attempts: int, timeout_s: float):
         self.path, self.attempts, self.timeout_s = Path(run) / LOG, attempts, timeout_s
-        self.done: dict[str, dict[str, Any]] = read_log(self.path)
+        self.done: dict[str, Outcome] = read_log(self.path)
         self.pending: dict[str, asyncio.Task] = {}
         self.starting: set[asyncio.Task] = set()
         self.callers: set[asyncio.Task] = set()
@@ -58,12 +57,8 @@ class AuditManager:
             self._expect(self.known, ray.get_actor(name, namespace=self.namespace))
             self.known += 1
 
-    async def audit(self, request: AuditRequest) -> dict[str, Any]:
-        """Waits for the end of an audit and returns "status", "reason", "seconds" and "failed" (checks).
-
-        A failed audit also has "limit", the setting of the time limit that ended it, or "". Raises RuntimeError if the run
-        ends first.
-        """
+    async def audit(self, request: AuditRequest) -> Outcome:
+        """Waits for the end of an audit; raises RuntimeError if the run ends first."""
         if request.key in self.done:
             return self.done[request.key]
         if self.closed:
@@ -98,7 +93,7 @@ class AuditManager:
         """The id of this process, for tests that kill it."""
         return os.getpid()
 
-    async def _lease(self, request: AuditRequest) -> dict[str, Any]:
+    async def _lease(self, request: AuditRequest) -> Outcome:
         reason = limit = ""
         for _ in range(self.attempts):
             number, auditor = await self.idle.get()
@@ -109,7 +104,7 @@ class AuditManager:
                 tags = {"run": self.run, "tier": request.tier_name}
                 self.gauges["seconds"].set(answer["seconds"], tags)
                 self.gauges["images"].set(answer["images"] / max(answer["seconds"], 1e-9), tags)
-                return self._end(request.key, {"status": "ok", "reason": ""} | answer)
+                return self._end(request.key, {"status": "ok", "reason": "", **answer})
             except TimeoutError:
                 reason, limit = f"no answer within {self.timeout_s:g} s", TIMEOUT
                 ray.kill(auditor, no_restart=False)
@@ -126,8 +121,10 @@ class AuditManager:
                     self._expect(number, auditor)
             self._queued(1)
         self._queued(-1)
-        failure = {"status": "failed", "reason": f"{reason} ({self.attempts} attempts)", "seconds": 0.0, "failed": []}
-        return self._end(request.key, failure | {"limit": limit})
+        failure = f"{reason} ({self.attempts} attempts)"
+        return self._end(
+            request.key, {"status": "failed", "reason": failure, "seconds": 0.0, "failed": [], "limit": limit}
+        )
 
     def _expect(self, number: int, auditor: ActorHandle) -> None:
         start = asyncio.ensure_future(self._when_up(number, auditor))
@@ -148,17 +145,17 @@ class AuditManager:
         self.waiting += change
         self.gauges["queue"].set(self.waiting, {"run": self.run})
 
-    def _end(self, key: str, answer: dict[str, Any]) -> dict[str, Any]:
+    def _end(self, key: str, outcome: Outcome) -> Outcome:
         with open(self.path, "a", encoding="utf-8") as log:
-            log.write("\n" + json.dumps({"key": key} | answer))  # the newline first: it also ends a truncated line
+            log.write("\n" + json.dumps({"key": key, **outcome}))  # the newline first: it also ends a truncated line
             log.flush()
             os.fsync(log.fileno())
-        self.done[key] = answer
+        self.done[key] = outcome
         self.pending.pop(key, None)
-        return answer
+        return outcome
 
 
-def read_log(path: Path) -> dict[str, dict[str, Any]]:
+def read_log(path: Path) -> dict[str, Outcome]:
     """The finished audits of a log, by key; a last line that a crash truncated is ignored.
 
     Audits that failed, or in which a check failed, are left out: the cause may have been fixed before the run is resumed.
@@ -183,5 +180,5 @@ async def _up(auditor: ActorHandle) -> None:
             await asyncio.sleep(RETRY_S)
 
 
-async def _ask(auditor: ActorHandle, request: AuditRequest) -> dict[str, Any]:
+async def _ask(auditor: ActorHandle, request: AuditRequest) -> Answer:
     return await auditor.measure.remote(request)

@@ -1,9 +1,10 @@
-"""Requests for audits: what identifies one, and the files that it leaves in its run."""
+"""Requests for audits and their answers: what identifies an audit, the files that it leaves in its run, and its outcome."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NotRequired, TypedDict
 
 from raysweep.config.schema import Tier
 from raysweep.storage.files import digest_of
@@ -52,6 +53,28 @@ class AuditRequest:
     def scores_path(self) -> Path:
         """The Parquet file of its scores."""
         return scores_path(Path(self.run), self.key)
+
+
+class Answer(TypedDict):
+    """An auditor's answer: seconds of work, images generated, and the checks that failed."""
+
+    seconds: float
+    images: int
+    failed: list[str]
+
+
+class Outcome(TypedDict):
+    """The manager's answer, and a line of its log.
+
+    A failed audit has a `reason`, and in `limit` the setting of the time limit that ended it, or "".
+    """
+
+    status: Literal["ok", "failed"]
+    reason: str
+    seconds: float
+    failed: list[str]
+    images: NotRequired[int]
+    limit: NotRequired[str]
 
 
 def rows_path(run: Path, key: str) -> Path:
