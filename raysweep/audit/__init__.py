@@ -1,1 +1,1 @@
-"""Judges one model: audit actors, what they measure, objectives, verdict, audit card."""
+"""Judges one model: requests, audit actors and their manager, measurements, objectives, verdict, audit card."""

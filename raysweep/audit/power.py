@@ -123,8 +123,8 @@ def requirements(sweep: Sweep, task: Task) -> list[Requirement]:
             raise ConfigError(f"{setting}: {check} has no metric {name!r}{suggest(name, metrics)}")
         if check not in checks:
             key = checks_by_weights().get(check)
-            brought = f": it needs audit.audit.weights.{key}" if key else f"; those are: {', '.join(checks)}"
-            raise ConfigError(f"{setting}: {check} is not among the checks of the tier audit{brought}")
+            remedy = f": it needs audit.audit.weights.{key}" if key else f"; those are: {', '.join(checks)}"
+            raise ConfigError(f"{setting}: {check} is not among the checks of the tier audit{remedy}")
         if task.kind not in evaluator.kinds or unserved(evaluator, task.family):
             raise ConfigError(
                 f"{setting}: {check} does not apply to a task of kind {task.kind!r} with a {task.family} model"
