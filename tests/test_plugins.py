@@ -13,7 +13,8 @@ from small import log, start
 from tiny import ROOT, tiny_task
 
 from raysweep import plugins
-from raysweep.audit.card import _code, _recomputed
+from raysweep.audit.card import Finding
+from raysweep.audit.verify import compare_code, recompute
 from raysweep.cli import main
 from raysweep.config.reader import load
 from raysweep.config.schema import AuditConfig, ConfigError
@@ -199,36 +200,22 @@ def test_faults_are_told_before_a_run_begins(tmp_path, monkeypatch):
 
 
 def test_a_card_with_checks_of_a_package_that_is_not_here_says_so(installed, monkeypatch):
-    found = {
-        "findings": [{"check": "brightness"}, {"check": "loss"}],
-        "code": {"audit": plugins.audit_code(["brightness"])},
-    }
-    assert _code(found).holds
+    checks = ["brightness", "loss"]
+    stated = plugins.audit_code(["brightness"])
+    assert compare_code(checks, stated).holds
     monkeypatch.setattr("sys.path", [p for p in sys.path if p != str(installed.parent)])
-    unknown = _code(found)
+    unknown = compare_code(checks, stated)
     assert unknown.holds is None
     assert "'brightness' is not a known evaluator" in unknown.detail
 
 
 def test_the_numbers_of_checks_that_are_not_here_are_not_recomputed(tmp_path):
     """The card of a model that is its own judge, so that none lies beside it."""
-    checks = {"checks": ["brightness"]}
-    number = {
-        "tier": "audit",
-        "check": "brightness",
-        "metric": "mean",
-        "status": "ok",
-        "value": 1.0,
-        "lo": None,
-        "hi": None,
-    }
-    content = {
-        "tiers": {"audit": AuditConfig().audit.model_dump(mode="json") | checks},
-        "judge_digest": "",
-        "findings": [number],
-    }
-    write_table(tmp_path / "audit-scores.parquet", [], SCORES)
-    (only,) = _recomputed(content, tmp_path, tiny_task())
+    settings = AuditConfig().audit.model_dump(mode="json") | {"checks": ["brightness"]}
+    finding = Finding("audit", "brightness", "mean", 1.0, None, None, 20, "none", "target", "ok", "")
+    scores = tmp_path / "scores.parquet"
+    write_table(scores, [], SCORES)
+    (only,) = recompute("audit", settings, [finding], scores, tiny_task(), None)
     assert (only.what, only.holds) == ("audit: brightness", None)
     assert "'brightness' is not a known evaluator" in only.detail
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from tiny import tiny_task
 from raysweep.audit import card
 from raysweep.audit.objectives import Objectives
 from raysweep.audit.request import AuditRequest
+from raysweep.audit.verdict import Verdict
 from raysweep.config.reader import load
 from raysweep.config.schema import Tier
 from raysweep.context import Context
@@ -28,7 +28,7 @@ ANCHORS = {"base": ("/models/base", "b" * 16), "oracle-0": ("/models/o0", "0" * 
 
 @pytest.mark.parametrize("called", ["base", "oracle-0", "destroyed", "mine"])
 def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, called):
-    monkeypatch.setattr(single, "verdict_of", lambda *_: SimpleNamespace(sentence=str, plain=dict))
+    monkeypatch.setattr(single, "verdict_of", lambda *_: Verdict("not tested", (), None, 0))
     monkeypatch.setattr(card, "findings_of", lambda *_: [])
     sweep, folder = load(None, (f"storage={tmp_path}",)), RunDir(tmp_path / "run")
     context = Context(

@@ -53,13 +53,13 @@ def audit(
     with run_display("none" if as_json else None) as display:
         path, card = audit_model(Path(model_dir), load_sweep(config, overrides), display)
     if as_json:
-        print_json(card)
+        print_json(card.plain())
     else:
-        print_rows([finding | {"paired_with": ""} for finding in card["findings"]])
-        for line in card["answer"]:
+        print_rows([vars(finding) | {"paired_with": ""} for finding in card.findings])
+        for line in card.answer:
             click.echo(line)
         click.echo(f"card {path.parent}")
-    return INCOMPLETE if card["incomplete"] else OK
+    return INCOMPLETE if card.incomplete else OK
 
 
 @click.command()
@@ -72,18 +72,18 @@ def verify(card: str, task: str | None, as_json: bool) -> int:
 
     Exit codes: 0 everything agrees, 1 something differs, 3 something could not be checked because its files are missing.
     """
-    from raysweep.audit.card import verify as check
+    from raysweep.audit.verify import verify as check
 
-    findings = check(Path(card), None if task is None else Path(task))
+    lines = check(Path(card), None if task is None else Path(task))
     if as_json:
-        print_json([vars(finding) for finding in findings])
+        print_json([vars(line) for line in lines])
     else:
         words = {True: "ok", False: "DIFFERS", None: "unknown"}
-        for finding in findings:
-            click.echo(f"{words[finding.holds]:<8} {finding.what:<32} {finding.detail}")
-    if any(finding.holds is False for finding in findings):
+        for line in lines:
+            click.echo(f"{words[line.holds]:<8} {line.what:<32} {line.detail}")
+    if any(line.holds is False for line in lines):
         return FAILED
-    return INCOMPLETE if any(finding.holds is None for finding in findings) else OK
+    return INCOMPLETE if any(line.holds is None for line in lines) else OK
 
 
 @click.command()

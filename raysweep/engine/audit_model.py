@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from raysweep.audit import card
+from raysweep.audit.card import Card, Code, Finding, ModelFolder, TaskFolder
 from raysweep.audit.informative import caveat
 from raysweep.audit.objectives import Objectives, objectives
 from raysweep.audit.request import AuditRequest, rows_path, scores_path
@@ -31,7 +32,7 @@ from raysweep.tasks.task import Task
 TIERS = ("audit", "durability")
 
 
-def audit_model(model: Path, sweep: Sweep, events: Events) -> tuple[Path, dict[str, Any]]:
+def audit_model(model: Path, sweep: Sweep, events: Events) -> tuple[Path, Card]:
     """Audits a diffusers folder in the full tier and by all attacks, next to base and oracles; (path of the card, card).
 
     The run directory is that of the sweep with "-audits" after its name. Raises ConfigError if the folder holds no model that
@@ -94,30 +95,31 @@ def write_card(
     folder, request = context.folder, requests["audit"]
     verdict = verdict_of(folder, request.subject, {tier: r.key for tier, r in requests.items()}, context)
     findings = _findings(folder, task, requests)
-    checks = {f["check"] for f in findings}
-    content = {
-        "subject": request.subject,
-        "created_at": now(),
-        "answer": [
+    models = {request.subject: ModelFolder(str(request.model), request.digest)}
+    models |= {anchor: ModelFolder(path, digest) for anchor, path, digest in request.anchors}
+    checks = sorted({f.check for f in findings})
+    content = Card(
+        subject=request.subject,
+        created_at=now(),
+        answer=(
             f"Residue {result.residue:.3f} (standard error {result.residue_se:.3f}; 0 like a model that never saw the forgotten "
             f"data, 1 like the base) at damage {result.damage:.3f} (standard error {result.damage_se:.3f}; 0 like the oracles, "
             "1 like a destroyed model).",
             f"Under attack: {verdict.sentence()}.",
-        ],
-        "asked": _question(sweep, task, request),
-        "objectives": {k: v for k, v in result.plain().items() if k != "replicates"},
-        "verdict": verdict.plain(),
-        "findings": findings,
-        "untested": _untested(task, findings, incomplete),
-        "incomplete": incomplete,
-        "tiers": {tier: r.tier.model_dump(mode="json") for tier, r in requests.items()},
-        "models": {request.subject: {"folder": request.model, "digest": request.digest}}
-        | {anchor: {"folder": path, "digest": digest} for anchor, path, digest in request.anchors},
-        "task": {"name": task.name, "digest": task.digest, "folder": str(folder.task)},
-        "judge_digest": request.judge_digest,
-        "code": {"version": versions()["raysweep"], "commit": git_commit(), "audit": audit_code(sorted(checks))},
-        "versions": versions(),
-    }
+        ),
+        asked=_question(sweep, task, request),
+        objectives=result.placement(),
+        verdict=verdict,
+        findings=tuple(findings),
+        untested=tuple(_untested(task, findings, incomplete)),
+        incomplete=tuple(incomplete),
+        tiers={tier: r.tier.model_dump(mode="json") for tier, r in requests.items()},
+        models=models,
+        task=TaskFolder(task.name, task.digest, str(folder.task)),
+        judge_digest=request.judge_digest,
+        code=Code(versions()["raysweep"], git_commit(), audit_code(checks)),
+        versions=versions(),
+    )
     tables = {
         f"{tier}-{kind}.parquet": path_of(folder.path, r.key)
         for tier, r in requests.items()
@@ -127,15 +129,17 @@ def write_card(
     return card.write(out, content, tables, Path(request.judge) if request.judge else None)
 
 
-def _findings(folder: RunDir, task: Task, requests: dict[str, AuditRequest]) -> list[dict[str, Any]]:
+def _findings(folder: RunDir, task: Task, requests: dict[str, AuditRequest]) -> list[Finding]:
     """The findings of all tiers, each with the caveat that its check carries on this kind of task."""
     findings = []
     for tier, request in requests.items():
         paired = folder.rows / f"paired-{request.key}.parquet"
         findings += card.findings_of(rows_path(folder.path, request.key), paired, tier)
-    for f in findings:
-        f["reason"] = "; ".join(filter(None, (f["reason"], caveat(task.kind, f"{f['check']}.{f['metric']}"))))
-    return findings
+    caveats = (caveat(task.kind, f"{f.check}.{f.metric}") for f in findings)
+    return [
+        replace(f, reason="; ".join(filter(None, (f.reason, warning))))
+        for f, warning in zip(findings, caveats, strict=True)
+    ]
 
 
 def _question(sweep: Sweep, task: Task, request: AuditRequest) -> str:
@@ -149,10 +153,10 @@ def _question(sweep: Sweep, task: Task, request: AuditRequest) -> str:
     )
 
 
-def _untested(task: Task, findings: list[dict[str, Any]], incomplete: list[str]) -> list[str]:
+def _untested(task: Task, findings: list[Finding], incomplete: list[str]) -> list[str]:
     """What the card must not be read as covering."""
-    skipped = [f for f in findings if f["status"] == "skipped" and f["metric"] in ("auc", "presence")]
-    untested = ["Adversarial prompts were not tried.", *(f"{f['check']}: {f['reason']}" for f in skipped)]
+    skipped = [f for f in findings if f.status == "skipped" and f.metric in ("auc", "presence")]
+    untested = ["Adversarial prompts were not tried.", *(f"{f.check}: {f.reason}" for f in skipped)]
     if task.kind == "concept":
         untested.append("Other prompts than the audit's were not tried, and no interval covers them.")
     return untested + [f"{text}: the check failed." for text in incomplete]

@@ -60,7 +60,7 @@ def cards_table(paths: Sequence[Path]) -> CardsTable:
     """
     cards = [card.read(path) for path in paths]
     refuse_card_copies(paths, cards)
-    by_card = [{(f["tier"], f["check"], f["metric"]): f for f in c["findings"]} for c in cards]
+    by_card = [{(f.tier, f.check, f.metric): f for f in c.findings} for c in cards]
     metrics = [
         TableLine(
             f"{check}.{metric}" + (" (attack)" if tier == "durability" else ""),
@@ -69,35 +69,33 @@ def cards_table(paths: Sequence[Path]) -> CardsTable:
         for tier, check, metric in dict.fromkeys(key for findings in by_card for key in findings)
     ]
     objectives = [
-        TableLine(key + suffix, [f"{c['objectives'][key]:.3f}" for c in cards])
+        TableLine(key + suffix, [f"{getattr(c.objectives, key):.3f}" for c in cards])
         for name in ("residue", "damage")
         for key, suffix in ((name, ""), (f"{name}_se", " (standard error)"))
     ]
     return CardsTable(
-        subjects=[c["subject"] for c in cards],
-        digests=[c["digest"] for c in cards],
-        answers=[CardAnswer(c["subject"], c["answer"]) for c in cards],
+        subjects=[c.subject for c in cards],
+        digests=[c.digest for c in cards],
+        answers=[CardAnswer(c.subject, list(c.answer)) for c in cards],
         warnings=_incomparable(cards),
         rows=[
             *objectives,
-            TableLine("under attack", [c["verdict"]["label"] for c in cards]),
-            TableLine(
-                "seeds", [", ".join(f"{name} {tier['seed']}" for name, tier in c["tiers"].items()) for c in cards]
-            ),
-            TableLine("commit", [c["code"]["commit"][:12] for c in cards]),
+            TableLine("under attack", [c.verdict.label for c in cards]),
+            TableLine("seeds", [", ".join(f"{name} {tier['seed']}" for name, tier in c.tiers.items()) for c in cards]),
+            TableLine("commit", [c.code.commit[:12] for c in cards]),
             *metrics,
         ],
     )
 
 
-def _incomparable(cards: Sequence[dict[str, Any]]) -> list[str]:
+def _incomparable(cards: Sequence[card.Card]) -> list[str]:
     """A warning for everything that must be equal in cards to compare their numbers, and is not."""
     parts = {
-        "tasks": [c["task"]["digest"] for c in cards],
-        "judges": [c["judge_digest"] for c in cards],
-        "settings or seeds of the audit": [json.dumps(c["tiers"], sort_keys=True) for c in cards],
-        "code of the checks": [c["code"]["audit"] for c in cards],
-        "bases": [c["models"]["base"]["digest"] for c in cards],
+        "tasks": [c.task.digest for c in cards],
+        "judges": [c.judge_digest for c in cards],
+        "settings or seeds of the audit": [json.dumps(c.tiers, sort_keys=True) for c in cards],
+        "code of the checks": [c.code.audit for c in cards],
+        "bases": [c.models["base"].digest for c in cards],
     }
     differing = [part for part, values in parts.items() if len(set(values)) > 1]
     return [f"The cards differ in the {part}: their numbers do not compare." for part in differing]
@@ -220,11 +218,11 @@ def _identities(folder: RunDir, sweep: Sweep) -> dict[str, str]:
     return identities | {"seeds": sweep.digest}
 
 
-def refuse_card_copies(paths: Sequence[Path], cards: Sequence[dict[str, Any]]) -> None:
+def refuse_card_copies(paths: Sequence[Path], cards: Sequence[card.Card]) -> None:
     """Raises ConfigError if two cards are one, or copies of one."""
     seen: dict[str, int] = {}
     for k, content in enumerate(cards):
-        digest = digest_of({key: value for key, value in content.items() if key != "digest"})
+        digest = content.content_digest
         first = seen.setdefault(digest, k)
         if first != k:
             raise ConfigError(f"{paths[k]} and {paths[first]} are the same card (digest {digest}): name each card once")
@@ -269,13 +267,13 @@ def write(paths: Sequence[Path], folders: Sequence[RunDir], out: Path) -> Path:
     return out
 
 
-def _cell(finding: Mapping[str, Any] | None) -> str:
+def _cell(finding: card.Finding | None) -> str:
     if finding is None:
         return "-"
-    if finding["status"] != "ok":
-        return finding["status"]
-    interval = "" if finding["lo"] is None else f" [{finding['lo']:.3g}, {finding['hi']:.3g}]"
-    return f"{finding['value']:.3g}{interval}"
+    if finding.status != "ok":
+        return finding.status
+    interval = "" if finding.lo is None else f" [{finding.lo:.3g}, {finding.hi:.3g}]"
+    return f"{finding.value:.3g}{interval}"
 
 
 def _mean(values: np.ndarray) -> str:
