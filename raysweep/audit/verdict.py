@@ -70,11 +70,11 @@ class Excess:
 
 
 def verdict(
-    rows: Iterable[Mapping[str, Any]], reach: Mapping[str, str], validity: float, oracle_validity: float
+    rows: Iterable[Mapping[str, Any]], reach: Mapping[str, str | None], validity: float, oracle_validity: float
 ) -> Verdict:
     """The verdict on a model from its `rows` of the durability tier (see `ROWS`).
 
-    reach: attack -> "input", "weights", or "base", which does not count. validity, oracle_validity: shares of valid samples
+    reach: attack -> "input", "weights", or "base" or None, which do not count. validity, oracle_validity: shares of valid samples
     of the model and of the oracles.
     """
     from scipy import stats
@@ -98,13 +98,13 @@ def verdict(
     return Verdict("like the oracle", (), max(excess.hi for excess in excesses.values()), tested)
 
 
-def _excesses(rows: Iterable[Mapping[str, Any]], reach: Mapping[str, str]) -> dict[str, Excess]:
+def _excesses(rows: Iterable[Mapping[str, Any]], reach: Mapping[str, str | None]) -> dict[str, Excess]:
     """The excesses that count, by attack and strength."""
     excesses = {}
     for row in rows:
         kind, _, strength = row["metric"].partition("@")
-        counts = reach.get(row["check"]) in COUNTED and row["status"] == "ok" and not row["paired_with"]
-        if counts and kind == "excess" and strength:
+        way = reach.get(row["check"])
+        if way in COUNTED and kind == "excess" and strength and row["status"] == "ok" and not row["paired_with"]:
             name = UNATTACKED if strength == "none" else f"{row['check']} {strength}"
-            excesses[name] = Excess(reach[row["check"]], row["value"], row["se"] or 0.0, row["hi"])
+            excesses[name] = Excess(way, row["value"], row["se"] or 0.0, row["hi"])
     return excesses
