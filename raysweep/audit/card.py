@@ -165,9 +165,9 @@ def read(path: Path) -> Card:
     try:
         return _parse(json.dumps(read_json(path)))
     except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"]))
+        key = ".".join(map(str, error.errors()[0]["loc"]))
         raise ConfigError(
-            f"{file}: not a card of this version of raysweep ({place}: {error.errors()[0]['msg']})"
+            f"{file}: not a card of this version of raysweep ({key}: {error.errors()[0]['msg']})"
         ) from error
 
 
