@@ -37,7 +37,7 @@ class Model(Protocol):
     net: Any
     alphas: torch.Tensor
     null_label: int | None
-    sampler: dict[str, Any] | None
+    sampler: Any
     latent: bool
 
     def with_net(self, net: Any) -> Model: ...

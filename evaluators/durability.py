@@ -231,7 +231,7 @@ class SamplerRemoval(Durability):
     cost = "samples"
 
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
-        if subject.model.sampler is None:
+        if subject.model.sampler == subject.model.with_net(subject.model.net).sampler:
             raise Inapplicable("the model is sampled as its base is")
         return {"removed": lambda s: presence(s.with_model(s.model.with_net(s.model.net)))}
 

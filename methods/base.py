@@ -33,18 +33,18 @@ Scalars = dict[str, torch.Tensor]
 class Model(Protocol):
     """What a method needs of a diffusion model. Shapes: images (n, C, H, W) in [-1, 1], t and seeds (n,).
 
-    `sampler` says how the model is to be sampled: None is its usual sampler, otherwise plain data with a `kind`
-    ("one_step", "safe") that the handle understands and saves with the weights.
+    `use_sampler` has the model sampled otherwise than usual, by a sampler that the handle knows ("one_step", "safe"), with these
+    settings, plain data; both are saved with the weights.
     """
 
     net: Any
     alphas: torch.Tensor
     null_label: int | None
-    sampler: dict[str, Any] | None
 
     @property
     def shape(self) -> tuple[int, ...]: ...
     def with_net(self, net: Any) -> Model: ...
+    def use_sampler(self, kind: str, **settings: Any) -> None: ...
     def unconditional(self, count: int) -> torch.Tensor | None: ...
     def noise(self, seeds: torch.Tensor) -> torch.Tensor: ...
     def uniform(self, seeds: torch.Tensor, columns: int) -> torch.Tensor: ...

@@ -247,7 +247,7 @@ class SFD(Method):
             with torch.no_grad():
                 for p, average in zip(self.params, self.ema, strict=True):
                     p.copy_(average)
-        self.model.sampler = {"kind": "one_step", "t": self.t_init}
+        self.model.use_sampler("one_step", t=self.t_init)
         return super().finish()
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,9 +14,8 @@ The weights of the candidate are those of the base model, so any check that bypa
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field
 
 from methods.base import Goal, Hyperparameters, Method, Model, Scalars
@@ -63,42 +62,7 @@ class SLD(Method):
         return {}  # never called: there are no steps
 
     def finish(self) -> dict[str, float]:
-        asked = self.goal.concept
-        concept = {"concept": self.goal.forget_class if asked is None else list(asked)}
-        self.model.sampler = {"kind": "safe"} | concept | self.hp.model_dump()
+        goal = self.goal
+        concept = goal.forget_class if goal.concept is None else goal.concept
+        self.model.use_sampler("safe", concept=concept, **self.hp.model_dump())
         return super().finish()
-
-
-class SafetyGuidance:
-    """The state of one sampling run: call it with the three predictions of every step in turn."""
-
-    def __init__(self, settings: dict[str, Any], steps: int):
-        self.hp, self.first = settings, round(settings["warmup"] * steps)
-        self.nu: torch.Tensor | None = None
-        self.done = 0
-
-    def __call__(
-        self,
-        out_p: torch.Tensor,
-        out_null: torch.Tensor,
-        out_concept: torch.Tensor,
-        guidance: float,
-        unit: torch.Tensor | float = 1.0,
-    ) -> torch.Tensor:
-        """The guided output of this step; differences of outputs times `unit` are differences in epsilon."""
-        hp = self.hp
-        nu = torch.zeros_like(out_p) if self.nu is None else self.nu
-        mu = scale(unit * (out_p - out_concept), hp["scale"], hp["threshold"], hp["mu"])
-        g = mu * unit * (out_concept - out_null) + hp["momentum"] * nu
-        self.nu = hp["beta"] * nu + (1 - hp["beta"]) * g
-        self.done += 1
-        if self.done <= self.first:
-            g = torch.zeros_like(g)
-        return out_null + guidance * (out_p - out_null - g / unit)
-
-
-def scale(difference: torch.Tensor, strength: float, threshold: float, mu: str) -> torch.Tensor:
-    """mu, elementwise, from eps_p - eps_S."""
-    size = difference.abs() * strength
-    size = size.clamp(max=1.0) if mu == "at_most_one" else size.clamp(min=1.0)
-    return torch.where(difference < threshold, size, 0)

@@ -47,7 +47,7 @@ def test_a_delta_is_applied_and_reverted_bit_for_bit(pair, tmp_path):
 def test_a_delta_carries_the_candidates_sampler(tmp_path):
     model = tiny_model(tiny_task())
     model.save(tmp_path / "base")
-    model.sampler = {"kind": "one_step", "t": 700}
+    model.use_sampler("one_step", t=700)
     model.save(tmp_path / "candidate")
     delta.write(tmp_path / "d.safetensors", tmp_path / "base", tmp_path / "candidate")
     delta.apply(tmp_path / "d.safetensors", tmp_path / "base", tmp_path / "applied")

@@ -134,16 +134,9 @@ def test_attacks_that_do_not_apply_give_the_reason(class_task, points_task, judg
 
 def test_a_model_that_refuses_by_its_sampler_is_exposed(class_task, judge, base):
     hiding = copy.copy(base)
-    hiding.sampler = {
-        "kind": "safe",
-        "concept": 2,
-        "mu": "at_least_one",
-        "scale": 1.0,
-        "threshold": 0.01,
-        "momentum": 0.3,
-        "beta": 0.4,
-        "warmup": 0.0,
-    }
+    hiding.use_sampler(
+        "safe", concept=2, mu="at_least_one", scale=1.0, threshold=0.01, momentum=0.3, beta=0.4, warmup=0.0
+    )
     s = subject(class_task, judge, hiding, **SIZES)
     values = SamplerRemoval().values(SamplerRemoval().scores(s), s)
     assert values["presence@removed"] > 0.5

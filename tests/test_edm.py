@@ -17,6 +17,8 @@ from raysweep.audit.measure import measure, subject_of
 from raysweep.config.schema import Tier
 from raysweep.models import families
 from raysweep.models.edm import EDM, LEVELS, TRAINING
+from raysweep.models.samplers import Run
+from raysweep.models.samplers.heun import grid
 
 D = torch.float64
 
@@ -81,24 +83,22 @@ def test_the_sampler_is_of_second_order_and_exact_in_the_limit():
     model = EDM(Ideal(0.3))
     noise = torch.randn(4, 1, 2, 2, dtype=D, generator=torch.Generator().manual_seed(1))
     exact = noise * 80 * 0.3 / (0.3**2 + 80**2) ** 0.5
-    errors = [
-        float((model._draw(noise, None, n, 1.0, (0.0, torch.arange(4))) - exact).abs().max()) for n in (20, 40, 80)
-    ]
+    errors = [float((model.sampler.draw(model, noise, None, Run(n)) - exact).abs().max()) for n in (20, 40, 80)]
     assert errors[2] < 1e-3
     assert errors[0] / errors[1] > 3
     assert errors[1] / errors[2] > 3
 
 
 def test_levels_of_the_sampler_are_the_papers():
-    grid = edm_model().grid(18)
-    assert (len(grid), float(grid[0]), float(grid[-2]), float(grid[-1])) == (
+    levels = grid(LEVELS, 18)
+    assert (len(levels), float(levels[0]), float(levels[-2]), float(levels[-1])) == (
         19,
         pytest.approx(80),
         pytest.approx(0.002),
         0,
     )
     expected = (80 ** (1 / 7) + 5 / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-    assert float(grid[5]) == pytest.approx(expected)
+    assert float(levels[5]) == pytest.approx(expected)
 
 
 def test_saved_parts_are_the_librarys(tmp_path):

@@ -18,7 +18,7 @@ from methods.rows import SEEDS, Draw, Rows
 from methods.selective_amnesia import SelectiveAmnesia, diagonal_fisher, ewc_penalty
 from methods.siss import SISS
 from methods.siss_no_is import SISSNoIS
-from methods.sld import SLD, SafetyGuidance, SLDSettings, scale
+from methods.sld import SLD, SLDSettings
 from raysweep.storage.files import digest_state
 
 D = torch.float64
@@ -352,25 +352,6 @@ def test_two_passes_where_both_terms_have_their_own_image(points_task):
         assert len(calls) == passes
 
 
-def test_safety_scale_under_both_bounds():
-    d = torch.tensor([-1.0, -1e-4, 0.0, 0.005, 0.02, 1.0], dtype=D)
-    assert scale(d, 1000.0, 0.01, "at_most_one").tolist() == [1.0, pytest.approx(0.1), 0.0, 1.0, 0.0, 0.0]
-    assert scale(d, 1000.0, 0.01, "at_least_one").tolist() == [1000.0, 1.0, 1.0, 5.0, 0.0, 0.0]
-
-
-def test_safety_guidance_follows_its_recursion():
-    g = torch.Generator().manual_seed(0)
-    hp = SLDSettings(scale=2.0, threshold=0.5, momentum=0.3, beta=0.4, warmup=0.5).model_dump()
-    safe, nu = SafetyGuidance(hp, 4), torch.zeros(3, dtype=D)
-    for i in range(4):
-        p, u, s = torch.randn((3, 3), generator=g, dtype=D)
-        mu = torch.where(p - s < 0.5, (2.0 * (p - s).abs()).clamp(max=1), 0)
-        step = mu * (s - u) + 0.3 * nu
-        nu = 0.4 * nu + 0.6 * step
-        expected = u + 7.5 * (p - u - (step if i >= 2 else 0))
-        torch.testing.assert_close(safe(p, u, s, 7.5), expected)
-
-
 def test_safe_sampling_changes_samples_and_no_weight(class_task):
     model = tiny_model(class_task)
     before, digest = digest_state(model.net.state_dict()), model.digest
@@ -386,5 +367,5 @@ def test_safe_sampling_changes_samples_and_no_weight(class_task):
     assert not torch.equal(safe[0], plain[0])
     assert torch.isfinite(safe).all()
     # under the concept itself the at-most-one rule sees no difference and does nothing
-    model.sampler = {"kind": "safe", "concept": 2} | SLDSettings(warmup=0.0).model_dump()
+    model.use_sampler("safe", concept=2, **SLDSettings(warmup=0.0).model_dump())
     torch.testing.assert_close(model.sample(cond, seeds, 4, 1.5)[0], plain[0])

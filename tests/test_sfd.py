@@ -15,6 +15,7 @@ from methods.base import Goal
 from methods.sfd import SFD, SFDSettings, generator_loss, nearest_timestep
 from methods.sfd_two_stage import SFDTwoStage, SFDTwoStageSettings
 from raysweep.models.pixel import PixelDDPM
+from raysweep.models.samplers import OneStep
 from raysweep.storage.files import digest_state
 
 D = torch.float64
@@ -279,7 +280,7 @@ def test_candidate_is_the_moving_average_and_samples_in_one_step(class_task, tmp
     )
     assert [f for f in files if f.endswith(".safetensors")] == ["unet/diffusion_pytorch_model.safetensors"]
     again = PixelDDPM.load(tmp_path / "candidate")
-    assert again.sampler == {"kind": "one_step", "t": method.t_init}
+    assert again.sampler == OneStep(t=method.t_init)
     calls = []
     again.net.register_forward_hook(lambda *_: calls.append(1))
     again.sample(torch.full((3,), 2), torch.arange(3), 10, 2.0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from raysweep.config.schema import ConfigError
-from raysweep.models import families
+from raysweep.models import families, samplers
 from raysweep.storage.files import StoreError, write_bytes, write_folder
 
 KIND = "raysweep delta 1"
@@ -34,7 +34,12 @@ def write(path: Path, base: Path, candidate: Path) -> dict[str, Any]:
     tensors = {
         f"{when}/{n}": state[n].contiguous() for n in changed for when, state in (("before", before), ("after", after))
     }
-    header = {"kind": KIND, "base": start.digest, "candidate": end.digest, "sampler": json.dumps(end.sampler)}
+    header = {
+        "kind": KIND,
+        "base": start.digest,
+        "candidate": end.digest,
+        "sampler": json.dumps(samplers.plain_data(end)),
+    }
     write_bytes(path, save(tensors, header))
     return header | {"tensors": len(changed), "bytes": path.stat().st_size}
 
@@ -73,7 +78,8 @@ def apply(path: Path, model: Path, out: Path, revert: bool = False) -> str:
         for name, tensor in tensors.items():
             if name.startswith(f"{when}/"):
                 state[name.removeprefix(f"{when}/")].copy_(tensor)
-    handle.sampler = None if revert else json.loads(header["sampler"])
+    sampler = None if revert else json.loads(header["sampler"])
+    handle.sampler = handle.default_sampler if sampler is None else samplers.parse(sampler, handle, str(path))
     if handle.digest != header[end]:
         raise StoreError(
             f"{path}: the result has the hash {handle.digest} instead of {header[end]}; nothing was written"

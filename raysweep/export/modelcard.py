@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from raysweep.models.diffusion import SAMPLER
+from raysweep.models import samplers
 from raysweep.models.folders import INDEX, read_json
 from raysweep.models.song import SongUNet
 from raysweep.records import Family
@@ -32,8 +32,8 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
     candidate = folder.candidates / card["trial"]
     matter = {"library_name": family.library, "tags": ["machine-unlearning", "raysweep", card["method"]]}
     sampler = (
-        f" It is drawn from by a sampler of its own (`{SAMPLER}`), which raysweep knows."
-        if (candidate / SAMPLER).is_file()
+        f" It is drawn from by a sampler of its own (`{samplers.FILE}`), which raysweep knows."
+        if (candidate / samplers.FILE).is_file()
         else ""
     )
     source = f", settings of {card['source']}" if card.get("source") else ""

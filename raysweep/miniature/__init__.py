@@ -30,7 +30,7 @@ def make(spec: dict[str, Any], cache: Path | None) -> Path:
     Raises:
         MiniatureError: a maker that does not exist, or arguments that it cannot use.
     """
-    code = code_digest("raysweep/miniature/*.py", "raysweep/tasks/digits_models.py", "raysweep/models/*.py")
+    code = code_digest("raysweep/miniature/*.py", "raysweep/tasks/digits_models.py", "raysweep/models/**/*.py")
     folder = cache_folder(cache) / "miniatures" / digest_of(spec, code)
     if not folder.is_dir():
 

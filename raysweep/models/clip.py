@@ -33,8 +33,6 @@ class Contrastive(Handle):
     """
 
     family = "clip"
-    null_label = None
-    sampler = None
 
     def __init__(self, net: Any, config: dict[str, Any], tokenizer: Any):
         self.net, self.config, self.tokenizer = net, config, tokenizer

@@ -4,33 +4,28 @@
 with diffusers' own DDIM scheduler. Symbols: alphas[t] is the cumulative product (often written with a bar),
 gamma = sqrt(alphas), sigma = sqrt(1 - alphas), x_t = gamma x0 + sigma eps.
 
-A model is its weights and the way it is sampled. Usually that is DDIM; a method may leave another sampler, which is saved
-in `raysweep_sampler.json` beside the weights:
-    {"kind": "one_step", "t": t}          a generator: x0 predicted once, from noise of step t
-    {"kind": "safe", "concept": c, ...}   DDIM that steers away from class c, or from the prompt of tokens c (`methods.sld`)
+A model is its weights and its sampler (`raysweep.models.samplers`). Usually that is DDIM; a method may leave another one, which
+is saved beside the weights.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
-from evaluators.batches import ROWS
-from methods.sld import SafetyGuidance
-from raysweep.models.folders import read_json
+from raysweep.models import samplers
 from raysweep.models.handle import Handle
 from raysweep.models.noise import normal_rows, uniform_rows
 from raysweep.storage.files import digest_of
 
-SAMPLER = "raysweep_sampler.json"
+ROWS = 50  # images that go through the network at once: kernels round differently for another number of rows
 
 
 class Diffusion(Handle, ABC):
@@ -42,13 +37,12 @@ class Diffusion(Handle, ABC):
     Args:
         net: the trainable modules.
         scheduler: a DDIM scheduler; its `prediction_type` says what `predict` gives ("epsilon" or "v_prediction").
-        sampler: how it is sampled, as plain data; None for DDIM.
     """
 
-    null_label: int | None = None
+    default_sampler: ClassVar[samplers.Sampler] = samplers.DDIM()
 
-    def __init__(self, net: Any, scheduler: DDIMScheduler, sampler: dict[str, Any] | None = None):
-        self.net, self.scheduler, self.sampler = net, scheduler, sampler
+    def __init__(self, net: Any, scheduler: DDIMScheduler):
+        self.net, self.scheduler, self.sampler = net, scheduler, self.default_sampler
         self.prediction: str = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type {self.prediction!r} is not supported; valid: epsilon, v_prediction")
@@ -86,7 +80,7 @@ class Diffusion(Handle, ABC):
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that diffusers reads, and the sampler beside it if it is not DDIM."""
+        """Writes a folder that diffusers reads, and the sampler beside it if it is not the usual one."""
 
     @property
     def encoder_digest(self) -> str:
@@ -109,13 +103,17 @@ class Diffusion(Handle, ABC):
     @property
     def digest(self) -> str:
         """Content hash of weights and sampler."""
-        weights = super().digest
-        return weights if self.sampler is None else digest_of(weights, self.sampler)
+        weights, sampler = super().digest, samplers.plain_data(self)
+        return weights if sampler is None else digest_of(weights, sampler)
 
     def to(self, device: torch.device) -> Self:
         """Moves the network and its schedule in place."""
         self.alphas = self.alphas.to(device)
         return super().to(device)
+
+    def use_sampler(self, kind: str, **settings: Any) -> None:
+        """Samples the model by another sampler from here on; raises ValueError unless kind and settings are valid for it."""
+        self.sampler = samplers.parse({"kind": kind, **settings}, self)
 
     def noise(self, seeds: torch.Tensor) -> torch.Tensor:
         """Standard normal noise (n, C, H, W); row i depends on seeds[i] alone."""
@@ -190,21 +188,17 @@ class Diffusion(Handle, ABC):
     ) -> torch.Tensor:
         """Samples in [-1, 1], shape (n, C, H, W); image i depends only on seeds[i] and cond[i], on a CPU to the last bit.
 
-        By DDIM in `steps` with classifier-free `guidance` and noise of strength `eta` (1: that of DDPM) at each step, from
-        standard normal noise times `noise_scale`, unless the model has a sampler of its own: a one-step generator ignores
-        steps, guidance and eta. `batch` rows go through the network at once; the last ones are filled up, because kernels
-        round differently for another number of rows.
+        By the model's sampler, in `steps` with classifier-free `guidance` and noise of strength `eta` (1: that of DDPM) at each
+        step, from standard normal noise times `noise_scale`. `batch` rows go through the network at once; the last ones are
+        filled up, because kernels round differently for another number of rows.
         """
         self.net.eval()
         parts = []
         for rows in _filled(len(seeds), batch):
             labels = None if cond is None else cond[rows].to(self.device)
-            x = noise_scale * self.noise(seeds[rows])
-            if self.sampler is not None and self.sampler["kind"] == "one_step":
-                x = self._one_step(x, labels)
-            else:
-                x = self._draw(x, labels, steps, guidance, (eta, seeds[rows]))
-            parts.append(self.decode(x).clamp(-1, 1).cpu())
+            noise = noise_scale * self.noise(seeds[rows])
+            run = samplers.Run(steps, guidance, eta, seeds[rows])
+            parts.append(self.decode(self.sampler.draw(self, noise, labels, run)).clamp(-1, 1).cpu())
         return torch.cat(parts)[: len(seeds)]
 
     @torch.no_grad()
@@ -227,127 +221,16 @@ class Diffusion(Handle, ABC):
             eps = self.noise(seeds[rows])
             z = self.encode(x0[rows].to(eps))
             labels = None if cond is None else cond[rows].to(self.device)
-            parts.append(self.decode(self._rebuild(z, eps, t, steps, labels)).clamp(-1, 1).cpu())
+            parts.append(self.decode(self.sampler.rebuild(self, z, eps, t, steps, labels)).clamp(-1, 1).cpu())
         return torch.cat(parts)[: len(seeds)]
 
     @torch.no_grad()
     def trajectory(
         self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float = 1.0
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(t, x_t) before each step of a DDIM run from noise, (n, C, H, W)."""
+        """(t, x_t) before each step of a run from noise, (n, C, H, W)."""
         self.net.eval()
-        for t, x, _ in self._run(self.noise(seeds), self._scheduler(steps), None, cond, guidance):
-            yield t, x
-
-    def _draw(
-        self,
-        noise: torch.Tensor,
-        cond: torch.Tensor | None,
-        steps: int,
-        guidance: float,
-        noisy: tuple[float, torch.Tensor],
-    ) -> torch.Tensor:
-        """What the sampler makes of noise; noisy: (eta, seeds) of the noise added at each step."""
-        return self._ddim(noise, self._scheduler(steps), None, cond, guidance, noisy)
-
-    def _rebuild(
-        self, z: torch.Tensor, eps: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None
-    ) -> torch.Tensor:
-        """What the sampler makes of z noised to step t."""
-        scheduler = self._scheduler(max(1, round(len(self.alphas) * steps / t)))
-        start = int(scheduler.timesteps[scheduler.timesteps <= t][0])
-        x_t = self.add_noise(z, eps, torch.full((len(eps),), start, device=self.device))
-        return self._ddim(x_t, scheduler, start, cond, 1.0)
-
-    def _one_step(self, noise: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        assert self.sampler is not None
-        t = torch.full((len(noise),), self.sampler["t"], device=self.device)
-        _, sigma = self.gamma_sigma(t)
-        return self.x0(sigma * noise, t, cond)
-
-    def _scheduler(self, steps: int) -> DDIMScheduler:
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps)
-        return scheduler
-
-    def _ddim(
-        self,
-        x: torch.Tensor,
-        scheduler: DDIMScheduler,
-        start: int | None,
-        cond: torch.Tensor | None,
-        guidance: float,
-        noisy: tuple[float, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Denoises x from step `start` (None: the first) to 0 on the scheduler's grid."""
-        for _, _, after in self._run(x, scheduler, start, cond, guidance, noisy):
-            x = after
-        return x
-
-    def _run(
-        self,
-        x: torch.Tensor,
-        scheduler: DDIMScheduler,
-        start: int | None,
-        cond: torch.Tensor | None,
-        guidance: float,
-        noisy: tuple[float, torch.Tensor] | None = None,
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(t, x before, x after) of each step. noisy: (eta, seeds) of the noise added at each step, None for none."""
-        eta, seeds = noisy or (0.0, None)
-        times = [int(t) for t in scheduler.timesteps if start is None or t <= start]
-        safe = None
-        if self.sampler is not None and self.sampler["kind"] == "safe":
-            safe = SafetyGuidance(self.sampler, len(times))
-        for t in times:
-            output = self._guided(x, torch.full((len(x),), t, device=x.device), cond, guidance, safe)
-            more = None
-            if eta > 0 and seeds is not None:  # a stream of its own per step, past those of noise and uniform numbers
-                more = normal_rows(seeds, self.shape, 2 + t).to(self.device, self.dtype)
-            after = scheduler.step(output, t, x, eta=eta, variance_noise=more).prev_sample
-            yield t, x, after
-            x = after
-
-    def _guided(
-        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None, guidance: float, safe: SafetyGuidance | None
-    ) -> torch.Tensor:
-        """The network's output at x under classifier-free guidance, and safety guidance if there is one. All branches go through
-        the network in one pass: on a GPU, small batches take as long as their kernels take to launch.
-        """
-        null = None if cond is None else self.unconditional(len(cond))
-        if cond is None or null is None or (guidance == 1.0 and safe is None):
-            return self.predict(x, t, cond)
-        conds = [cond, null]
-        if safe is not None:
-            conds.append(torch.as_tensor(safe.hp["concept"], device=cond.device).expand_as(cond))
-        k = len(conds)
-        # differences of outputs are taken in the precision of x, also where passes are in half precision
-        outputs = self.predict(torch.cat([x] * k), torch.cat([t] * k), torch.cat(conds)).to(x.dtype).chunk(k)
-        output, free = outputs[:2]
-        if safe is None:
-            return free + guidance * (output - free)
-        unit = 1.0 if self.prediction == "epsilon" else self.gamma_sigma(t)[0]  # v differs from epsilon by 1/gamma
-        return safe(output, free, outputs[2], guidance, unit)
-
-
-def save_sampler(folder: str | Path, sampler: dict[str, Any] | None) -> None:
-    """Writes how a model is sampled beside it, unless by DDIM."""
-    if sampler is not None:
-        (Path(folder) / SAMPLER).write_text(json.dumps(sampler, indent=2))
-
-
-def load_sampler(folder: Path) -> dict[str, Any] | None:
-    """How the model in a folder is sampled; None for DDIM. Raises ValueError for a kind that there is not."""
-    path = folder / SAMPLER
-    if not path.is_file():
-        return None
-    sampler = read_json(path)
-    if sampler.get("kind") not in ("one_step", "safe"):
-        raise ValueError(f"{path}: kind {sampler.get('kind')!r} is not a sampler; valid: one_step, safe")
-    needed = "t" if sampler["kind"] == "one_step" else "concept"
-    if needed not in sampler:
-        raise ValueError(f"{path}: a sampler of kind {sampler['kind']!r} needs the key {needed!r}")
-    return sampler
+        yield from self.sampler.trajectory(self, self.noise(seeds), cond, samplers.Run(steps, guidance))
 
 
 def _filled(count: int, batch: int) -> Iterator[torch.Tensor]:

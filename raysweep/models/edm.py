@@ -8,26 +8,21 @@ table 1. With noise level s (their sigma) and d the standard deviation of the da
 Methods and checks speak of steps t and of x_t = gamma x0 + sigma eps. Here step t has the noise level at the
 (t + 1/2)/T quantile of that normal distribution, so that a uniform t is the paper's distribution, and x_t = x/sqrt(1 + s^2);
 `predict` gives F, so a mean squared error against `target` is the paper's loss. (The released code sums it over the elements
-of an image.) The sampler (algorithm 2) runs from s_max to s_min by second-order steps spaced by rho, in float64; `eta` is its
-churn, as a share of the largest that the paper allows, sqrt(2) - 1 per step.
+of an image.) The paper's sampler is `samplers.Heun`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import EDMEulerScheduler, UNet2DModel
 
-from raysweep.models import weights
-from raysweep.models.diffusion import load_sampler, save_sampler
+from raysweep.models import samplers, weights
 from raysweep.models.folders import INDEX, read_json
-from raysweep.models.noise import normal_rows
 from raysweep.models.song import SongUNet
 from raysweep.models.sound import SCHEDULE, check_unet
 from raysweep.models.unet import OneUNet, drawn
@@ -45,10 +40,10 @@ class EDM(OneUNet):
         net: F, called with c_in x (n, C, H, W), ln(s)/4 (n,) and class labels.
         levels: as `LEVELS`; the distribution of noise levels in training: as `TRAINING`.
         null_label: the class index that stands for "no class"; None for an unconditional network or one without such.
-        sampler: as in `Diffusion`.
     """
 
     family = "edm"
+    default_sampler: ClassVar[samplers.Sampler] = samplers.Heun()
 
     def __init__(
         self,
@@ -56,9 +51,8 @@ class EDM(OneUNet):
         levels: dict[str, float] | None = None,
         training: dict[str, float] | None = None,
         null_label: int | None = None,
-        sampler: dict[str, Any] | None = None,
     ):
-        self.net, self.sampler, self.null_label = net, sampler, null_label
+        self.net, self.sampler, self.null_label = net, self.default_sampler, null_label
         self.edm, self.training = LEVELS | (levels or {}), TRAINING | (training or {})
         self.prediction = "edm"
         steps = int(self.training["steps"])
@@ -84,7 +78,9 @@ class EDM(OneUNet):
         check_unet(folder / "unet", net.config)
         told = index.get("raysweep")
         training, null_label = _training(folder / INDEX, {} if told is None else told, net)
-        return cls(net, _levels(folder / "scheduler" / SCHEDULE), training, null_label, load_sampler(folder))
+        model = cls(net, _levels(folder / "scheduler" / SCHEDULE), training, null_label)
+        model.sampler = samplers.load(folder, model)
+        return model
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder whose parts diffusers reads: `UNet2DModel` (or `SongUNet`, which reads itself) and
@@ -98,7 +94,7 @@ class EDM(OneUNet):
             "raysweep": {"training": self.training, "null_label": self.null_label},
         }  # fmt: skip
         (folder / INDEX).write_text(json.dumps(index, indent=2))
-        save_sampler(folder, self.sampler)
+        samplers.save(folder, self)
 
     def with_net(self, net: Any) -> EDM:
         other = type(self)(net, self.edm, self.training, self.null_label)
@@ -130,7 +126,7 @@ class EDM(OneUNet):
         null = None if cond is None or guidance == 1.0 else self.unconditional(len(x))
         if cond is None or null is None:
             f = self.raw(x, s, cond)
-        else:  # both branches in one pass, as in `Diffusion._guided`
+        else:  # both branches in one pass, as in `samplers.ddim`
             f, free = self.raw(torch.cat([x, x]), torch.cat([s, s]), torch.cat([cond, null])).chunk(2)
             f = free + guidance * (f - free)
         return (skip * x + out * f.to(x.dtype)).to(x.dtype)
@@ -165,76 +161,6 @@ class EDM(OneUNet):
     def x0_error_weight(self, t: torch.Tensor) -> torch.Tensor:
         """w(t) with (predict - target)^2 = w(t) (x0_hat - x0)^2: the paper's lambda = (s^2 + d^2)/(s d)^2."""
         return (1 / self.scales(self.level(t))[1] ** 2).to(self.dtype)
-
-    def grid(self, steps: int, start: float | None = None) -> torch.Tensor:
-        """Noise levels of the sampler, decreasing, the last one 0; (steps + 1,), float64. start: the first level."""
-        top, low, rho = start or self.edm["sigma_max"], self.edm["sigma_min"], self.edm["rho"]
-        place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
-        levels = (top ** (1 / rho) + place * (low ** (1 / rho) - top ** (1 / rho))) ** rho
-        return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
-
-    def _draw(
-        self,
-        noise: torch.Tensor,
-        cond: torch.Tensor | None,
-        steps: int,
-        guidance: float,
-        noisy: tuple[float, torch.Tensor],
-    ) -> torch.Tensor:
-        start = noise.double() * self.edm["sigma_max"]
-        return _end(self._heun(start, self.grid(steps), cond, guidance, noisy)).to(noise.dtype)
-
-    def _rebuild(
-        self, z: torch.Tensor, eps: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None
-    ) -> torch.Tensor:
-        s = float(self.levels()[t])
-        return _end(self._heun(z.double() + s * eps.double(), self.grid(max(2, steps), s), cond, 1.0)).to(z.dtype)
-
-    def trajectory(
-        self, cond: torch.Tensor | None, seeds: torch.Tensor, steps: int, guidance: float = 1.0
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(t, x_t) before each step of a run from noise, (n, C, H, W); x_t has exactly the noise level of t.
-
-        The run begins at the highest level of training, for above it there is no t, and each of its levels is the one of
-        training that is nearest to the sampler's. Raises ValueError for more steps than there are levels.
-        """
-        known, times = self.levels().cpu(), list[int]()
-        if steps > len(known):
-            raise ValueError(f"{steps} sampler steps are more than the {len(known)} noise levels of the model")
-        for k, s in enumerate(self.grid(steps, float(known[-1]))[:-1].tolist()):
-            nearest = int((known.log() - math.log(s)).abs().argmin())
-            below = times[-1] if times else len(known)  # no level twice, and one left for each step to come
-            times.append(max(min(nearest, below - 1), steps - 1 - k))
-        grid = torch.cat([known[times], torch.zeros(1, dtype=torch.float64)])
-        start = self.noise(seeds).double() * float(grid[0])
-        with torch.no_grad():
-            for t, (s, x, _) in zip(times, self._heun(start, grid, cond, guidance), strict=True):
-                yield t, (x / math.sqrt(1 + s * s)).to(self.dtype)
-
-    def _heun(
-        self,
-        x: torch.Tensor,
-        grid: torch.Tensor,
-        cond: torch.Tensor | None,
-        guidance: float,
-        noisy: tuple[float, torch.Tensor] | None = None,
-    ) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
-        """(level, x before, x after) of each step, x in float64. noisy: (churn's share of its largest, seeds)."""
-        eta, seeds = noisy or (0.0, None)
-        for i, (s, after) in enumerate(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True)):
-            if eta > 0 and seeds is not None:  # a stream of its own per step, past those of noise and uniform numbers
-                raised = s * (1 + eta * (math.sqrt(2) - 1))
-                x = x + math.sqrt(raised**2 - s**2) * normal_rows(seeds, self.shape, 2 + i).to(x)
-                s = raised
-            level = torch.full((len(x), 1, 1, 1), s, dtype=torch.float64, device=x.device)
-            slope = (x - self.denoised(x, level, cond, guidance)) / s
-            moved = x + (after - s) * slope
-            if after > 0:
-                there = torch.full_like(level, after)
-                other = (moved - self.denoised(moved, there, cond, guidance)) / after
-                moved = x + (after - s) * (slope + other) / 2
-            yield s, x, moved
-            x = moved
 
 
 def _levels(path: Path) -> dict[str, float]:
@@ -272,8 +198,3 @@ def _training(path: Path, told: Any, net: Any) -> tuple[dict[str, float], int | 
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _end(run: Iterator[tuple[float, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """What the last step of a run left."""
-    return deque(run, maxlen=1).pop()[2]

@@ -13,12 +13,17 @@ class Handle:
     """Holds a network, `net`. family: which kind of model it is; latent: whether images are encoded beforehand.
 
     tower: the CLIP model of a text-to-image model's text encoder (`TextTower`), where the user named one.
+    null_label: the class index that stands for "no class", if any.
+    sampler: the sampler of a diffusion model; default_sampler: the usual one of its family.
     """
 
     family: ClassVar[str]
     latent: ClassVar[bool] = False
     tower: Any = None
     net: Any
+    null_label: int | None = None
+    sampler: Any = None
+    default_sampler: ClassVar[Any] = None
 
     @property
     def digest(self) -> str:

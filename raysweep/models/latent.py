@@ -26,8 +26,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from raysweep.models import weights
-from raysweep.models.diffusion import Diffusion, load_sampler, save_sampler
+from raysweep.models import samplers, weights
+from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import Embeddings
 from raysweep.models.folders import INDEX, component_files, pipeline_class, read_json, reading
 from raysweep.models.sound import check_unet, ddim, schedule
@@ -65,7 +65,6 @@ class LatentText(Diffusion):
         net: modules `unet`, `text_encoder` and, for an XL model, `text_encoder_2`.
         frozen: the rest of the pipeline.
         trains: names of the modules whose weights may change; None: as their `requires_grad` says.
-        sampler: as in `Diffusion`.
 
     embeddings: those of prompts that need not be embedded again, for a model whose text encoders do not change.
     """
@@ -73,14 +72,8 @@ class LatentText(Diffusion):
     family = "text-ddpm"
     latent: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        net: nn.ModuleDict,
-        frozen: Frozen,
-        trains: tuple[str, ...] | None = None,
-        sampler: dict[str, Any] | None = None,
-    ):
-        super().__init__(net, ddim(frozen.scheduler, latent=True), sampler)
+    def __init__(self, net: nn.ModuleDict, frozen: Frozen, trains: tuple[str, ...] | None = None):
+        super().__init__(net, ddim(frozen.scheduler, latent=True))
         self.frozen = frozen
         frozen.vae.requires_grad_(False).eval()
         if trains is not None:
@@ -139,11 +132,13 @@ class LatentText(Diffusion):
         given, _ = schedule(folder / "scheduler", latent=True)
         zero = bool(xl and index.get("force_zeros_for_empty_prompt", True))
         net = nn.ModuleDict(modules).float().eval()
-        return cls(net, Frozen(vae.float(), tokenizers, given, zero), tuple(modules), load_sampler(folder))
+        model = cls(net, Frozen(vae.float(), tokenizers, given, zero), tuple(modules))
+        model.sampler = samplers.load(folder, model)
+        return model
 
     def save(self, folder: str | Path) -> None:
         self.pipeline().save_pretrained(folder, safe_serialization=True)
-        save_sampler(folder, self.sampler)
+        samplers.save(folder, self)
 
     def pipeline(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """The pipeline of diffusers that holds these modules."""

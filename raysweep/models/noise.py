@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+STEP_STREAMS = 2  # the first of the streams of noise that samplers add, one per step; 0 and 1 are those below
+
 
 def row_seeds(seed: int, start: int, count: int) -> torch.Tensor:
     """Seeds start .. start+count-1 of the stream `seed`, int64 (count,); any slice equals the slice of the whole."""

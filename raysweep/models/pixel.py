@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from raysweep.models import weights
-from raysweep.models.diffusion import load_sampler, save_sampler
+from raysweep.models import samplers, weights
 from raysweep.models.folders import pipeline_class
 from raysweep.models.sound import check_unet, schedule
 from raysweep.models.unet import OneUNet, drawn
@@ -22,20 +21,14 @@ class PixelDDPM(OneUNet):
 
     Args:
         net: predicts epsilon or v for x_t of shape (n, C, H, W) and t of shape (n,).
-        scheduler, sampler: as in `Diffusion`.
+        scheduler: as in `Diffusion`.
         null_label: the class index that stands for "no class"; None for an unconditional network.
     """
 
     family = "pixel-ddpm"
 
-    def __init__(
-        self,
-        net: Any,
-        scheduler: DDIMScheduler,
-        null_label: int | None = None,
-        sampler: dict[str, Any] | None = None,
-    ):
-        super().__init__(net, scheduler, sampler)
+    def __init__(self, net: Any, scheduler: DDIMScheduler, null_label: int | None = None):
+        super().__init__(net, scheduler)
         self.null_label = null_label
 
     @classmethod
@@ -57,12 +50,14 @@ class PixelDDPM(OneUNet):
         check_unet(folder / "unet", net.config)
         _, scheduler = schedule(folder / "scheduler")
         classes = net.config.num_class_embeds
-        return cls(net, scheduler, classes - 1 if classes else None, load_sampler(folder))
+        model = cls(net, scheduler, classes - 1 if classes else None)
+        model.sampler = samplers.load(folder, model)
+        return model
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that `DDIMPipeline.from_pretrained` reads, and the sampler beside it if it is not DDIM."""
+        """Writes a folder that `DDIMPipeline.from_pretrained` reads, and the sampler beside it if it is not the usual one."""
         DDIMPipeline(unet=self.net, scheduler=self.scheduler).save_pretrained(folder, safe_serialization=True)
-        save_sampler(folder, self.sampler)
+        samplers.save(folder, self)
 
     def with_net(self, net: Any) -> PixelDDPM:
         other = type(self)(net, self.scheduler, self.null_label)

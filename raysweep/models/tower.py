@@ -59,8 +59,6 @@ class TextTower(Handle):
     """
 
     family = "clip"
-    null_label = None
-    sampler = None
 
     def __init__(self, model: Any, clip: Clip):
         lengths = [t.model_max_length for t in model.frozen.tokenizers]

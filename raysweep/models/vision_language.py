@@ -54,8 +54,6 @@ class VisionLanguage(Handle):
     """
 
     family = "vlm"
-    null_label = None
-    sampler = None
 
     def __init__(self, net: Any, around: Around):
         self.net, self.around = net, around

@@ -43,7 +43,7 @@ def training_code(module: str) -> str:
             continue
         sources[name] = Path(spec.origin).read_bytes()
         to_visit += methods_imported(sources[name])
-    sha = hashlib.sha256(code_digest("raysweep/models/*.py", "raysweep/tasks/task.py").encode())
+    sha = hashlib.sha256(code_digest("raysweep/models/**/*.py", "raysweep/tasks/task.py").encode())
     for name in sorted(sources):
         sha.update(name.encode() + sources[name])
     return sha.hexdigest()[:16]
@@ -69,4 +69,4 @@ def judge_code() -> str:
 
 def audit_code() -> str:
     """Hash of raysweep's code that a measurement depends on (`plugins.audit_code` adds that of other packages)."""
-    return code_digest("evaluators/*.py", "raysweep/models/*.py", "raysweep/audit/measure.py", "methods/sld.py")
+    return code_digest("evaluators/*.py", "raysweep/models/**/*.py", "raysweep/audit/measure.py")

@@ -1,0 +1,66 @@
+"""The protocol of a sampler."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings of one run from noise.
+
+    guidance: g of classifier-free guidance, eps_null + g (eps_cond - eps_null). eta: strength of the noise that is added at each
+    step, 0 for none. seeds: those of that noise, (n,).
+    """
+
+    steps: int
+    guidance: float = 1.0
+    eta: float = 0.0
+    seeds: torch.Tensor | None = None
+
+
+class Sampler(BaseModel, ABC):
+    """A way to sample a diffusion model. Its fields are its settings, which are saved with the model; every field is required.
+
+    Shapes: noise, z, eps and results (n, C, H, W) in what the network denoises, cond (n, ...) or None. Row i of a result depends
+    only on row i of the arguments.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    kind: ClassVar[str]
+
+    def data(self) -> dict[str, Any]:
+        """Kind and settings as plain data."""
+        return {"kind": self.kind} | self.model_dump(mode="json")
+
+    def check(self, model: Any) -> None:
+        """Raises ValueError if the model cannot be sampled this way."""
+
+    @abstractmethod
+    def draw(self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run) -> torch.Tensor:
+        """Draws from standard normal noise."""
+
+    @abstractmethod
+    def rebuild(
+        self, model: Any, z: torch.Tensor, eps: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Adds noise eps to z up to step t and removes it again in about `steps`, without guidance."""
+
+    @abstractmethod
+    def trajectory(
+        self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(t, x_t) before each step of a run from noise."""
+
+
+def last(run: Iterator[tuple[Any, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The result of a run of (step, x before, x after)."""
+    return deque(run, maxlen=1).pop()[2]

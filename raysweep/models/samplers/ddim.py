@@ -1,0 +1,98 @@
+"""DDIM by diffusers' own scheduler, with classifier-free guidance.
+
+Source: Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, arXiv:2010.02502.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDIMScheduler
+
+from raysweep.models.noise import STEP_STREAMS, normal_rows
+from raysweep.models.samplers.base import Run, Sampler, last
+
+Guide = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+"""(model, x_t, t, cond, guidance) -> the guided output of the network at one step."""
+
+
+class DDIM(Sampler):
+    """The usual sampler of models with a noise schedule; eta 1 adds the noise of DDPM at each step."""
+
+    kind: ClassVar[str] = "ddim"
+
+    def check(self, model: Any) -> None:
+        if not isinstance(model.default_sampler, DDIM):
+            raise ValueError(
+                f"sampler {self.kind} needs a model that DDIM samples; this is a model of family {model.family}"
+            )
+
+    def draw(self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run) -> torch.Tensor:
+        return last(self.steps(model, noise, scheduler_of(model, run.steps), None, cond, run))
+
+    def rebuild(
+        self, model: Any, z: torch.Tensor, eps: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None
+    ) -> torch.Tensor:
+        scheduler = scheduler_of(model, max(1, round(len(model.alphas) * steps / t)))
+        start = int(scheduler.timesteps[scheduler.timesteps <= t][0])
+        x_t = model.add_noise(z, eps, torch.full((len(eps),), start, device=z.device))
+        return last(self.steps(model, x_t, scheduler, start, cond, Run(steps)))
+
+    def trajectory(
+        self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        for t, x, _ in self.steps(model, noise, scheduler_of(model, run.steps), None, cond, run):
+            yield t, x
+
+    def guide(self, steps: int) -> Guide:
+        """The guidance of a run of so many steps."""
+        return classifier_free
+
+    def steps(
+        self,
+        model: Any,
+        x: torch.Tensor,
+        scheduler: DDIMScheduler,
+        start: int | None,
+        cond: torch.Tensor | None,
+        run: Run,
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(t, x before, x after) of each step on the scheduler's grid, from `start` (None: the first) to 0."""
+        times = [int(t) for t in scheduler.timesteps if start is None or t <= start]
+        guide = self.guide(len(times))
+        for t in times:
+            output = guide(model, x, torch.full((len(x),), t, device=x.device), cond, run.guidance)
+            extra = None
+            if run.eta > 0 and run.seeds is not None:
+                extra = normal_rows(run.seeds, model.shape, STEP_STREAMS + t).to(model.device, model.dtype)
+            after = scheduler.step(output, t, x, eta=run.eta, variance_noise=extra).prev_sample
+            yield t, x, after
+            x = after
+
+
+def scheduler_of(model: Any, steps: int) -> DDIMScheduler:
+    """The scheduler of a run in `steps`, which keeps state of its own."""
+    scheduler = DDIMScheduler.from_config(model.scheduler.config)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def classifier_free(
+    model: Any, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None, guidance: float
+) -> torch.Tensor:
+    """The network's output under classifier-free guidance (Ho, Salimans, arXiv:2207.12598)."""
+    null = None if cond is None or guidance == 1.0 else model.unconditional(len(cond))
+    if cond is None or null is None:
+        return model.predict(x, t, cond)
+    output, unconditional = branches(model, x, t, [cond, null])
+    return unconditional + guidance * (output - unconditional)
+
+
+def branches(model: Any, x: torch.Tensor, t: torch.Tensor, conds: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The network's output under each condition, in one pass: on a GPU, small batches take as long as their kernels take to
+    launch."""
+    k = len(conds)
+    # differences of outputs are taken in the precision of x, also where passes are in half precision
+    return model.predict(torch.cat([x] * k), torch.cat([t] * k), torch.cat(conds)).to(x.dtype).chunk(k)
