@@ -21,7 +21,7 @@ from raysweep.models.folders import VARIANTS, located
 from raysweep.models.latent import LatentText
 from raysweep.models.noise import row_seeds
 from raysweep.models.pixel import PixelDDPM
-from raysweep.models.sound import check_pass
+from raysweep.models.validation import check_pass
 from raysweep.models.weights import ReadOtherwise
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

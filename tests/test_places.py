@@ -228,13 +228,13 @@ def test_a_moved_run_directory_is_read_from_its_new_path(tmp_path):
 
 def test_notes_about_folders_are_shown_once_and_plainly(capsys):
     from raysweep.cli.common import quiet_libraries
-    from raysweep.models.weights import ReadOtherwise, tell
+    from raysweep.models.weights import ReadOtherwise, warn
 
     before = warnings.showwarning
     with warnings.catch_warnings(), quiet_libraries():
         warnings.simplefilter("always")
-        tell("m: read as half")
-        tell("m: read as half")
+        warn("m: read as half")
+        warn("m: read as half")
         warnings.warn("something else", RuntimeWarning, stacklevel=1)
     assert warnings.showwarning is before
     shown = capsys.readouterr().err.splitlines()

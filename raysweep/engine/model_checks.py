@@ -6,7 +6,7 @@ from typing import Any
 
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.models import families
-from raysweep.models.sound import check_serves
+from raysweep.models.validation import check_serves
 from raysweep.tasks.task import Task
 
 

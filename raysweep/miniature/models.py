@@ -100,7 +100,7 @@ def _train_clip(model: Any, rows: Sequence[tuple[Image.Image, str]], out: Path) 
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
 
     from raysweep.models.tower import text_tensors
-    from raysweep.models.unet import drawn
+    from raysweep.models.unet import draw_weights
 
     encoder, processor = model.net["text_encoder"], CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
     text = encoder.config.to_dict() | {"num_hidden_layers": encoder.config.num_hidden_layers + 1, "projection_dim": 32}
@@ -112,7 +112,9 @@ def _train_clip(model: Any, rows: Sequence[tuple[Image.Image, str]], out: Path) 
         image_size=16,
         patch_size=4,
     )
-    net = drawn(lambda: CLIPModel(CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=32)), 0)
+    net = draw_weights(
+        lambda: CLIPModel(CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=32)), 0
+    )
     mean, std = (torch.tensor(getattr(processor, k)).view(1, 3, 1, 1) for k in ("image_mean", "image_std"))
     pixels = ((tensors([image for image, _ in rows]) + 1) / 2 - mean) / std
     _learn_captions(net, pixels, [text for _, text in rows], model.tokens, 300, torch.Generator().manual_seed(0))
@@ -204,7 +206,7 @@ def untrained_vlm(names: Sequence[str] = NAMES, seed: int = 0) -> Any:
         LlavaProcessor,
     )
 
-    from raysweep.models.unet import drawn
+    from raysweep.models.unet import draw_weights
     from raysweep.models.vision_language import Around, VisionLanguage
     from raysweep.models.words import tokenizer_of
     from raysweep.storage.files import digest_state
@@ -232,12 +234,12 @@ def untrained_vlm(names: Sequence[str] = NAMES, seed: int = 0) -> Any:
         eos_token_id=2,
         pad_token_id=0,
     )
-    net = drawn(
+    net = draw_weights(
         lambda: CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=32)),
         seed,
     )
     config = LlavaConfig(vision_config=vision, text_config=language, image_token_index=4, image_seq_length=16)
-    whole: Any = drawn(lambda: LlavaForConditionalGeneration(config), seed)
+    whole: Any = draw_weights(lambda: LlavaForConditionalGeneration(config), seed)
     images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor = LlavaProcessor(
         image_processor=images,

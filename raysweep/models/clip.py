@@ -1,7 +1,7 @@
 """Contrastive image-text models of open_clip, in folders that open_clip itself reads.
 
-A folder holds `open_clip_config.json` and `open_clip_model.safetensors`, as open_clip's own `save_pretrained` layout and the
-hub have them: `open_clip.create_model_from_pretrained("local-dir:FOLDER")`. Conditions are the tokens of captions, (n, L).
+A folder holds `open_clip_config.json` and `open_clip_model.safetensors`, the layout of the hub and of open_clip's own saving:
+`open_clip.create_model_from_pretrained("local-dir:FOLDER")` reads it. Conditions are the tokens of captions, (n, L).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raysweep.models.handle import Handle
 
 
 class Contrastive(Handle):
-    """A CLIP model and how it takes images and captions.
+    """A CLIP model and its preprocessing of images and captions.
 
     Args:
         net: open_clip's model.
@@ -38,8 +38,8 @@ class Contrastive(Handle):
         self.net, self.config, self.tokenizer = net, config, tokenizer
         for name, p in net.named_parameters():
             p.requires_grad_(not name.startswith(tuple(config.get("fixed", ())) or "\0"))
-        how = open_clip.get_model_preprocess_cfg(net)
-        self.mean, self.std = (torch.tensor(how[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+        preprocessing = open_clip.get_model_preprocess_cfg(net)
+        self.mean, self.std = (torch.tensor(preprocessing[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
 
     @classmethod
     def build(cls, config: dict[str, Any], seed: int) -> Contrastive:
@@ -66,18 +66,23 @@ class Contrastive(Handle):
         with reading(folder), quiet_logs():
             net = open_clip.create_model(f"local-dir:{folder}", load_weights=False, device="cpu")
             tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-            own = {n: tuple(t.shape) for n, t in net.state_dict().items()}
-            # the library would stretch embeddings of another length to fit
-            odd = {n: (s, own[n]) for n, s in shapes.items() if n in own and math.prod(s) != math.prod(own[n])}
+            needed = {n: tuple(t.shape) for n, t in net.state_dict().items()}
+            # the library would interpolate embeddings of another length
+            reshaped = {
+                n: (s, needed[n]) for n, s in shapes.items() if n in needed and math.prod(s) != math.prod(needed[n])
+            }
             if wrapped:
-                left = weights.fill(net, {weights.plain_name(n): t for n, t in weights.tensors_of([file]).items()})
-            elif not odd:
-                unfit = open_clip.load_checkpoint(net, str(file), strict=False)  # knows the names of older releases
-                left = {"missing_keys": unfit.missing_keys, "unexpected_keys": unfit.unexpected_keys}
+                report = weights.fill(net, {weights.plain_name(n): t for n, t in weights.tensors_of([file]).items()})
+            elif not reshaped:
+                keys = open_clip.load_checkpoint(net, str(file), strict=False)  # knows the names of older releases
+                report = {"missing_keys": keys.missing_keys, "unexpected_keys": keys.unexpected_keys}
             else:
-                left = {"missing_keys": own.keys() - shapes.keys(), "unexpected_keys": shapes.keys() - own.keys()}
-        odd |= {n: (tuple(a), tuple(b)) for n, a, b in left.get("mismatched_keys", ())}
-        weights.refuse_others(folder, "model", len(own), left["missing_keys"], left["unexpected_keys"], odd)
+                report = {
+                    "missing_keys": needed.keys() - shapes.keys(),
+                    "unexpected_keys": shapes.keys() - needed.keys(),
+                }
+        reshaped |= {n: (tuple(a), tuple(b)) for n, a, b in report.get("mismatched_keys", ())}
+        weights.check_tensors(folder, "model", len(needed), report["missing_keys"], report["unexpected_keys"], reshaped)
         weights.check_finite(folder, net)
         with reading(folder / OPEN_CLIP):
             model = cls(net, config, tokenizer)
@@ -115,7 +120,7 @@ class Contrastive(Handle):
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """What cosines are multiplied with before the softmax, a scalar."""
+        """Factor of the cosines before the softmax, a scalar."""
         return self.net.logit_scale.exp()
 
     def encode_image(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,8 +132,8 @@ class Contrastive(Handle):
         return self.net.encode_text(tokens)
 
     def unconditional(self, count: int) -> None:
-        """There is no branch without a caption."""
+        """None: there is no branch without a caption."""
 
     def tokens(self, captions: list[str]) -> torch.Tensor:
-        """(n, L)."""
+        """The tokens of captions, (n, L)."""
         return self.tokenizer(captions)

@@ -1,11 +1,10 @@
-"""What all diffusion models share: the noise schedule, its parameterisations, and sampling.
+"""The common base of diffusion models: the noise schedule, its parameterisations, and sampling.
 
-`Diffusion` hides the parameterisation (epsilon or v prediction), draws every random number from per-row seeds, and samples
-with diffusers' own DDIM scheduler. Symbols: alphas[t] is the cumulative product (often written with a bar),
+`Diffusion` hides the parameterisation (epsilon or v prediction) and draws every random number from per-row seeds. Symbols: alphas[t] is the cumulative product (often written with a bar),
 gamma = sqrt(alphas), sigma = sqrt(1 - alphas), x_t = gamma x0 + sigma eps.
 
-A model is its weights and its sampler (`raysweep.models.samplers`). Usually that is DDIM; a method may leave another one, which
-is saved beside the weights.
+A model carries its sampler (`raysweep.models.samplers`). Usually that is DDIM; a method may leave another one, which is saved
+beside the weights.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ ROWS = 50  # images that go through the network at once: kernels round different
 class Diffusion(Handle, ABC):
     """A network and its noise schedule; see `methods.base.Model` for shapes.
 
-    What the network denoises need not be images: `encode` and `decode` lead from images in [-1, 1] to what it denoises
-    and back. Rows of data for methods are encoded beforehand; `sample` and `reconstruct` give and take images.
+    The network denoises images in [-1, 1] or latents; `encode` and `decode` convert between the two. Methods see rows of data
+    that are encoded already; `sample` and `reconstruct` return images.
 
     Args:
         net: the trainable modules.
-        scheduler: a DDIM scheduler; its `prediction_type` says what `predict` gives ("epsilon" or "v_prediction").
+        scheduler: a DDIM scheduler; its `prediction_type` is the output of `predict` ("epsilon" or "v_prediction").
     """
 
     default_sampler: ClassVar[samplers.Sampler] = samplers.DDIM()
@@ -51,7 +50,7 @@ class Diffusion(Handle, ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network denoises."""
+        """(C, H, W) of the network's input."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -63,16 +62,16 @@ class Diffusion(Handle, ABC):
         """The network's own output (epsilon or v). `cond` is ignored by an unconditional network."""
 
     def outline(self, x: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        """What the network gives for x (n, C, H, W) at some step: for its shape alone, on any device."""
+        """The network's output for x (n, C, H, W) at some step, for its shape alone; on any device."""
         return self.predict(x, torch.zeros(len(x), dtype=torch.long, device=x.device), cond)
 
     @abstractmethod
     def unconditional(self, count: int) -> torch.Tensor | None:
-        """The condition of the unconditional branch for `count` rows; None where there is none to choose."""
+        """The condition of the unconditional branch for `count` rows; None if the network has no such branch."""
 
     @abstractmethod
     def with_net(self, net: Any) -> Self:
-        """Other trainable modules of the same architecture, on the same schedule and with the usual sampler."""
+        """The model with other trainable modules of the same architecture, and the usual sampler."""
 
     @abstractmethod
     def fresh(self, seed: int) -> Self:
@@ -84,19 +83,19 @@ class Diffusion(Handle, ABC):
 
     @property
     def encoder_digest(self) -> str:
-        """Content hash of what `encode` depends on."""
+        """Content hash of everything that `encode` depends on."""
         return ""
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """What the network denoises, of images (n, C, H, W) in [-1, 1]."""
+        """The network's input for images (n, C, H, W) in [-1, 1]."""
         return x
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Images of what the network made."""
+        """Images from the network's samples."""
         return z
 
     def reduced(self, cond: torch.Tensor) -> list[torch.Tensor]:
-        """Conditions that say less than `cond` (n, ...): here the unconditional one alone."""
+        """Less specific conditions than `cond` (n, ...): here the unconditional one alone."""
         null = self.unconditional(len(cond))
         return [] if null is None else [null]
 
@@ -148,7 +147,7 @@ class Diffusion(Handle, ABC):
     def eps_at(self, x: torch.Tensor, s: float, cond: torch.Tensor | None) -> torch.Tensor:
         """Predicted noise at x = x0 + s eps (n, C, H, W) for any s between the ends of `levels`.
 
-        The network is asked at the step that lies there when log s is interpolated between steps.
+        The network is evaluated at the (fractional) step whose level is s, log s being interpolated between steps.
         """
         levels = self.levels().cpu().log().numpy()
         step = float(np.interp(math.log(s), levels, np.arange(len(levels))))
@@ -164,7 +163,7 @@ class Diffusion(Handle, ABC):
         return (x_t - sigma * output) / gamma if self.prediction == "epsilon" else gamma * x_t - sigma * output
 
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What `predict` is trained to give: eps, or v = gamma eps - sigma x0."""
+        """The training target of `predict`: eps, or v = gamma eps - sigma x0."""
         if self.prediction == "epsilon":
             return eps
         gamma, sigma = self.gamma_sigma(t)

@@ -24,8 +24,8 @@ from diffusers import EDMEulerScheduler, UNet2DModel
 from raysweep.models import samplers, weights
 from raysweep.models.folders import INDEX, read_json
 from raysweep.models.song import SongUNet
-from raysweep.models.sound import SCHEDULE, check_unet
-from raysweep.models.unet import OneUNet, drawn
+from raysweep.models.unet import OneUNet, draw_weights
+from raysweep.models.validation import SCHEDULE, check_unet
 
 CLASS = "EDMPipeline"
 NETWORKS = {"unet": UNet2DModel, "song_unet": SongUNet}
@@ -57,42 +57,44 @@ class EDM(OneUNet):
         self.prediction = "edm"
         steps = int(self.training["steps"])
         quantiles = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-        drawn = self.training["p_mean"] + self.training["p_std"] * torch.special.ndtri(quantiles)
-        self.alphas = 1 / (1 + drawn.exp() ** 2)
+        log_levels = self.training["p_mean"] + self.training["p_std"] * torch.special.ndtri(quantiles)
+        self.alphas = 1 / (1 + log_levels.exp() ** 2)
 
     @classmethod
     def build(cls, config: dict[str, Any], seed: int) -> EDM:
         """A freshly initialised model. `config` holds keyword arguments of `unet` or `song_unet`, and `levels`, `training`,
         `null_label`."""
         kind = next(k for k in NETWORKS if k in config)
-        net = drawn(lambda: NETWORKS[kind](**config[kind]), seed)
+        net = draw_weights(lambda: NETWORKS[kind](**config[kind]), seed)
         return cls(net, config.get("levels"), config.get("training"), config.get("null_label"))
 
     @classmethod
     def load(cls, folder: str | Path) -> EDM:
-        """Reads what `save` wrote; raises ValueError, saying what is wrong with the folder."""
+        """Reads a folder that `save` wrote; raises ValueError, saying what is wrong with it."""
         folder = Path(folder)
         index, config = read_json(folder / INDEX), read_json(folder / "unet" / "config.json")
         kind = next((n for n in NETWORKS.values() if n.__name__ == config.get("_class_name")), UNet2DModel)
         net = weights.read(kind, folder / "unet")
         check_unet(folder / "unet", net.config)
-        told = index.get("raysweep")
-        training, null_label = _training(folder / INDEX, {} if told is None else told, net)
+        settings = index.get("raysweep")
+        training, null_label = _training(folder / INDEX, {} if settings is None else settings, net)
         model = cls(net, _levels(folder / "scheduler" / SCHEDULE), training, null_label)
         model.sampler = samplers.load(folder, model)
         return model
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder whose parts diffusers reads: `UNet2DModel` (or `SongUNet`, which reads itself) and
-        `EDMEulerScheduler`. It has no pipeline of them."""
+        """Writes a folder whose parts diffusers reads, `UNet2DModel` (or `SongUNet`, by its own class) and `EDMEulerScheduler`.
+        diffusers has no pipeline for them."""
         folder, network = Path(folder), type(self.net)
         library = "diffusers" if network is UNet2DModel else "raysweep"
         self.net.save_pretrained(folder / "unet", safe_serialization=True)
         EDMEulerScheduler(**self.edm).save_pretrained(folder / "scheduler")
         index = {
-            "_class_name": CLASS, "unet": [library, network.__name__], "scheduler": ["diffusers", "EDMEulerScheduler"],
+            "_class_name": CLASS,
+            "unet": [library, network.__name__],
+            "scheduler": ["diffusers", "EDMEulerScheduler"],
             "raysweep": {"training": self.training, "null_label": self.null_label},
-        }  # fmt: skip
+        }
         (folder / INDEX).write_text(json.dumps(index, indent=2))
         samplers.save(folder, self)
 
@@ -148,12 +150,12 @@ class EDM(OneUNet):
         return self.raw(x, torch.ones(len(x), 1, 1, 1, device=x.device), cond)
 
     def eps_at(self, x: torch.Tensor, s: float, cond: torch.Tensor | None) -> torch.Tensor:
-        """Predicted noise at x = x0 + s eps (n, C, H, W), for any s: the network takes noise levels as they are."""
+        """Predicted noise at x = x0 + s eps (n, C, H, W), for any s: the network's input is the noise level itself."""
         level = torch.full((len(x), 1, 1, 1), s, dtype=torch.float64, device=x.device)
         return (x - self.denoised(x, level, cond)) / s
 
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What `predict` is trained to give: (x0 - c_skip x)/c_out."""
+        """The training target of `predict`: (x0 - c_skip x)/c_out."""
         s = self.level(t)
         skip, out, _ = self.scales(s)
         return ((x0 - skip * (x0 + s * eps)) / out).to(x0.dtype)
@@ -164,31 +166,31 @@ class EDM(OneUNet):
 
 
 def _levels(path: Path) -> dict[str, float]:
-    """The noise levels that a folder's scheduler states; raises ValueError unless they are some."""
+    """The noise levels in a folder's scheduler; raises ValueError unless they are valid."""
     config = read_json(path)
     if config.get("_class_name", EDMEulerScheduler.__name__) != EDMEulerScheduler.__name__:
         raise ValueError(f"{path}: holds a {config['_class_name']}; an EDM model has an {EDMEulerScheduler.__name__}")
     levels = {k: config.get(k, v) for k, v in LEVELS.items()}
-    odd = [k for k, v in levels.items() if not (_number(v) and v > 0)]
-    if odd:
-        raise ValueError(f"{path}: {odd[0]} is {levels[odd[0]]!r}; it must be a positive number")
+    for key, level in levels.items():
+        if not (_is_number(level) and level > 0):
+            raise ValueError(f"{path}: {key} is {level!r}; it must be a positive number")
     if levels["sigma_min"] >= levels["sigma_max"]:
         raise ValueError(f"{path}: sigma_min {levels['sigma_min']} is not below sigma_max {levels['sigma_max']}")
     return {k: float(v) for k, v in levels.items()}
 
 
-def _training(path: Path, told: Any, net: Any) -> tuple[dict[str, float], int | None]:
-    """What an index tells of the distribution of noise levels in training, and the label that stands for no class."""
-    training = told.get("training", {}) if isinstance(told, dict) else None
+def _training(path: Path, settings: Any, net: Any) -> tuple[dict[str, float], int | None]:
+    """The distribution of noise levels in training and the null label, from an index's own settings."""
+    training = settings.get("training", {}) if isinstance(settings, dict) else None
     if not isinstance(training, dict) or not training.keys() <= TRAINING.keys():
         raise ValueError(f"{path}: raysweep.training: may hold the numbers {', '.join(TRAINING)}")
     values = TRAINING | training
-    if not all(map(_number, values.values())) or values["p_std"] <= 0 or int(values["steps"]) < 2:
+    if not all(map(_is_number, values.values())) or values["p_std"] <= 0 or int(values["steps"]) < 2:
         raise ValueError(
             f"{path}: raysweep.training: needs numbers, p_std above 0 and 2 steps or more; it is {training}"
         )
-    null, classes = told.get("null_label"), net.config.num_class_embeds or 0
-    top = classes if isinstance(net, SongUNet) else classes - 1  # its label after the last class stands for none
+    null, classes = settings.get("null_label"), net.config.num_class_embeds or 0
+    top = classes if isinstance(net, SongUNet) else classes - 1  # a SongUNet takes one more label, for no class
     if null is not None and not (isinstance(null, int) and 0 <= null <= top):
         raise ValueError(
             f"{path}: raysweep.null_label: {null!r} is not a class index of the network, 0 to {top}, or null"
@@ -196,5 +198,5 @@ def _training(path: Path, told: Any, net: Any) -> tuple[dict[str, float], int | 
     return values, null
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)

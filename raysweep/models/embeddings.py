@@ -1,4 +1,4 @@
-"""What frozen text encoders make of a task's prompts, computed once and looked up by content."""
+"""A table of a task's prompts embedded by frozen text encoders, looked up by content."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-RECENT = 4  # answers that are kept where they were asked for: a sampler asks the same at every step
-CHUNK = 32  # prompts at once: kernels round by the size of a batch, so it is the same for whoever computes them
+RECENT = 4  # answers that stay on the device: a sampler asks the same at every step
+CHUNK = 32  # prompts per forward pass; fixed, because kernels round differently for another number
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """rows: a prompt's tokens -> its place; hidden: (n, length, width); pooled: (n, width), or None where there is none."""
+    """rows: a prompt's tokens -> its row; hidden: (n, length, width); pooled: (n, width), or None if the model has none."""
 
     rows: dict[bytes, int]
     hidden: torch.Tensor
@@ -25,22 +25,22 @@ class Embeddings:
     def of(cls, model: Any, tokens: torch.Tensor) -> Embeddings:
         """The embeddings of all distinct rows of `tokens` (n, L), on the CPU."""
         distinct = torch.unique(tokens.cpu(), dim=0)
-        made = [model.encoded(part.to(model.device)) for part in distinct.split(CHUNK)]
-        pooled = None if made[0][1] is None else torch.cat([p.cpu() for _, p in made])
-        return cls({k: i for i, k in enumerate(_keys(distinct))}, torch.cat([h.cpu() for h, _ in made]), pooled)
+        embedded = [model.encoded(part.to(model.device)) for part in distinct.split(CHUNK)]
+        pooled = None if embedded[0][1] is None else torch.cat([p.cpu() for _, p in embedded])
+        return cls({k: i for i, k in enumerate(_keys(distinct))}, torch.cat([h.cpu() for h, _ in embedded]), pooled)
 
     def look_up(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """(hidden, pooled) of the prompts where the tokens are; None if one of them is not known."""
-        here = tokens.cpu()
-        key = (here.numpy().tobytes(), tuple(here.shape), tokens.device)
+        """(hidden, pooled) of prompts, on the device of their tokens; None if one of them is not in the table."""
+        on_cpu = tokens.cpu()
+        key = (on_cpu.numpy().tobytes(), tuple(on_cpu.shape), tokens.device)
         if key not in self.recent:
-            places = [self.rows.get(row) for row in _keys(here)]
-            if None in places:
+            rows = [self.rows.get(row) for row in _keys(on_cpu)]
+            if None in rows:
                 return None
-            # each prompt is sent to the device once, however many rows ask for it
-            used, back = torch.unique(torch.tensor(places), return_inverse=True)
+            # each distinct prompt is sent to the device once
+            used, inverse = torch.unique(torch.tensor(rows), return_inverse=True)
             hidden, pooled = (
-                None if table is None else table[used].to(tokens.device)[back.to(tokens.device)]
+                None if table is None else table[used].to(tokens.device)[inverse.to(tokens.device)]
                 for table in (self.hidden, self.pooled)
             )
             assert hidden is not None

@@ -1,4 +1,4 @@
-"""What all handles of models share: where the weights are, and their hash."""
+"""The common base of all model handles: the network, its hash and its device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from raysweep.storage.files import digest_state
 
 
 class Handle:
-    """Holds a network, `net`. family: which kind of model it is; latent: whether images are encoded beforehand.
+    """A model of a family, around its network.
 
-    tower: the CLIP model of a text-to-image model's text encoder (`TextTower`), where the user named one.
-    null_label: the class index that stands for "no class", if any.
-    sampler: the sampler of a diffusion model; default_sampler: the usual one of its family.
+    family: name of the family. latent: whether the network denoises latents instead of images. net: the trainable modules.
+    tower: the CLIP model of a text-to-image model's text encoder (`TextTower`), where the user named one. null_label: the class
+    index that stands for "no class", if any. sampler: the sampler of a diffusion model; default_sampler: the usual one of its
+    family.
     """
 
     family: ClassVar[str]
@@ -27,10 +28,10 @@ class Handle:
 
     @property
     def digest(self) -> str:
-        """Content hash of all that makes the model what it is."""
+        """Content hash of everything that the model's output depends on."""
         return digest_state(self.net.state_dict())
 
-    # diffusers' own `dtype` walks through every module at each look, a tenth of a step of a small network
+    # diffusers' own `dtype` walks through all modules at each access, a tenth of a step of a small network
     @property
     def dtype(self) -> torch.dtype:
         return next(self.net.parameters()).dtype

@@ -1,4 +1,4 @@
-"""Random numbers as data: every row of noise is a function of its own seed, never of batch size, order or worker."""
+"""Seeded random rows: each row is a function of its own seed, never of batch size, order or worker."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def _rows(
 ) -> np.ndarray:
     """Rows filled by Philox generators with the keys (seed, stream).
 
-    One generator takes each key in turn: making a generator per row costs eight times as much, which is felt in a step of
-    a small network.
+    One generator is given each key in turn: a new generator per row costs eight times as much, which slows the step of a small
+    network.
     """
     bits = np.random.Philox(key=0)
     generator, state = np.random.Generator(bits), bits.state

@@ -10,8 +10,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 from raysweep.models import samplers, weights
 from raysweep.models.folders import pipeline_class
-from raysweep.models.sound import check_unet, schedule
-from raysweep.models.unet import OneUNet, drawn
+from raysweep.models.unet import OneUNet, draw_weights
+from raysweep.models.validation import check_unet, schedule
 
 CLASSES = ("DDIMPipeline", "DDPMPipeline")
 
@@ -34,7 +34,7 @@ class PixelDDPM(OneUNet):
     @classmethod
     def build(cls, config: dict, seed: int) -> PixelDDPM:
         """A freshly initialised model. `config` holds `unet` and `scheduler` keyword arguments and `null_label`."""
-        net = drawn(lambda: UNet2DModel(**config["unet"]), seed)
+        net = draw_weights(lambda: UNet2DModel(**config["unet"]), seed)
         return cls(net, DDIMScheduler(**config["scheduler"]), config.get("null_label"))
 
     @classmethod

@@ -1,8 +1,8 @@
-"""Reads the published EDM snapshots, and those that the released training code writes: the tensors alone, never the code.
+"""Reads the published EDM snapshots, and those that the released training code writes: only tensors, never code.
 
-Such a file is a pickle: objects that carry the source of their own class, and the state to give it. Here no class of it is
-ever made. Whatever has a state becomes an inert record of it, and any name beyond those below is refused before it is looked up.
-The tensors are renamed to those of `SongUNet`; every one must be there, fit, and be used.
+Such a file is a pickle of objects, each with the source of its class and its state. None of these classes is ever created: a
+state is read into an inert record, and any name other than those below is refused before it is looked up. The tensors are renamed
+to those of `SongUNet`; all of them must be present, fit, and be used.
 
 Released code: https://github.com/NVlabs/edm (what its files hold; none of it is needed, or imported).
 """
@@ -23,19 +23,19 @@ from raysweep.models.edm import EDM
 from raysweep.models.song import FILTER, SongUNet
 from raysweep.storage.unpickle import Restricted, Unsafe
 
-NETWORK = "ema"  # the moving average, which is all that a snapshot has
+NETWORK = "ema"  # the moving average, the only network in a snapshot
 SCALARS = {("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")}
 PRECONDITIONING = "EDMPrecond"
 
 
 class Record:
-    """What a pickled object holds, by name; it does nothing. kind: the name of its class."""
+    """The state of a pickled object, without behaviour. kind: the name of its class."""
 
     kind: str
     state: dict[str, Any]
 
-    def __new__(cls, *given: Any) -> Record:  # pickles may make objects without `__init__`
-        record, meta = super().__new__(cls), given[0] if given and isinstance(given[0], dict) else {}
+    def __new__(cls, *args: Any) -> Record:  # pickles may create objects without `__init__`
+        record, meta = super().__new__(cls), args[0] if args and isinstance(args[0], dict) else {}
         record.kind, record.state = str(meta.get("class_name", "")), dict(meta.get("state") or {})
         return record
 
@@ -46,7 +46,7 @@ class Record:
         return self.state.get(name, default)
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters and buffers of it and of all below, named as a state dict names them."""
+        """Its parameters and buffers and those of all its modules, by their names in a state dict."""
         for holder in ("_parameters", "_buffers"):
             for name, tensor in (self.get(holder) or {}).items():
                 if isinstance(tensor, torch.Tensor):
@@ -57,7 +57,7 @@ class Record:
 
 
 class Settings(dict[str, Any]):
-    """A dictionary, in place of one whose keys are attributes."""
+    """A plain dictionary in place of the released code's, whose keys are attributes."""
 
 
 def _storage(data: bytes) -> Any:
@@ -69,7 +69,7 @@ def _parameter(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _allowed(module: str, name: str) -> Any:
-    """What stands for a name of the pickle; None: it is not one of a snapshot."""
+    """The object for a name in the pickle; None: refused, no snapshot has this name."""
     known: dict[tuple[str, str], Any] = {
         ("torch_utils.persistence", "_reconstruct_persistent_obj"): Record,
         ("dnnlib.util", "EasyDict"): Settings,
@@ -83,15 +83,15 @@ def _allowed(module: str, name: str) -> Any:
     if module.startswith("torch.nn.modules."):
         return Record
     if (module, name) in SCALARS:
-        return np.float64(0).__reduce__()[0]  # wherever this version has it
-    found = getattr(torch, name, None) if module == "torch" else None
-    return found if isinstance(found, torch.dtype) else known.get((module, name))
+        return np.float64(0).__reduce__()[0]  # in whichever module this version of numpy has it
+    dtype = getattr(torch, name, None) if module == "torch" else None
+    return dtype if isinstance(dtype, torch.dtype) else known.get((module, name))
 
 
 def read(path: Path) -> EDM:
     """The model in a snapshot, in single precision.
 
-    Raises ValueError, saying what, if the file is none, is of another network, or names anything that could run code.
+    Raises ValueError if the file is not a snapshot, is of another network, or names anything that could run code.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -100,14 +100,14 @@ def read(path: Path) -> EDM:
             content = Restricted(file, _allowed).load()
     except Unsafe as error:
         raise ValueError(f"{path}: refused: {error}") from error
-    except Exception as error:  # what a library makes of bytes that are no pickle has many names
+    except Exception as error:  # bytes that are no pickle raise errors of many classes
         raise ValueError(f"{path}: not a snapshot of EDM ({type(error).__name__}: {error})") from error
-    held = content if isinstance(content, dict) else {}
-    found = held.get(NETWORK)
-    if not isinstance(found, Record):
+    snapshot = content if isinstance(content, dict) else {}
+    network = snapshot.get(NETWORK)
+    if not isinstance(network, Record):
         raise ValueError(f"{path}: not a snapshot of EDM: it holds no network under {NETWORK}")
     try:
-        return _model(found, held.get("loss_fn"))
+        return _model(network, snapshot.get("loss_fn"))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -132,7 +132,7 @@ def _model(outer: Record, loss: Any) -> EDM:
 
 
 def _config(outer: Record, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Arguments of `SongUNet`, from what tensors there are and their shapes."""
+    """Arguments of `SongUNet`, from the names and shapes of the tensors."""
     if any(part in name for name in tensors for part in ("_aux_down", "_aux_skip", "_aux_up")):
         raise ValueError("its encoder or decoder is of the type 'skip'; read are DDPM++ and NCSN++")
     size = int(outer.state["img_resolution"])
@@ -175,12 +175,15 @@ WHOLE = {
     "map_noise.freqs": "time_proj.weight", "map_label": "class_embedding", "map_layer0": "time_embedding.linear_1",
     "map_layer1": "time_embedding.linear_2",
 }  # fmt: skip
-LEFT_OUT = ("resample_filter", "map_augment.weight")  # constants of the architecture; what only its training used
+LEFT_OUT = (
+    "resample_filter",
+    "map_augment.weight",
+)  # constants of the architecture, and weights that only training uses
 
 
 def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict of a `SongUNet` from that of a published one. Raises ValueError at a name that it does not know."""
-    state, places = dict[str, torch.Tensor](), _places(tensors)
+    state, layers = dict[str, torch.Tensor](), _layers(tensors)
     for name, tensor in tensors.items():
         if name.endswith(LEFT_OUT):
             continue
@@ -190,57 +193,59 @@ def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 break
         else:
             side, layer, *rest = name.split(".")
-            if side not in ("enc", "dec") or layer not in places[side]:
+            if side not in ("enc", "dec") or layer not in layers[side]:
                 raise ValueError(f"its tensor {name} is not of a SongUNet")
-            state |= _part(places[side][layer], rest, tensor)
+            state |= _part(layers[side][layer], rest, tensor)
     return state
 
 
-def _places(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, str]]:
-    """Where each layer of encoder and decoder stands in a `SongUNet`; they come in the order of the network."""
-    found: dict[str, dict[str, str]] = {"enc": {}, "dec": {}}
+def _layers(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, str]]:
+    """The module of a `SongUNet` for each layer of encoder and decoder. tensors: in the order of the network."""
+    modules: dict[str, dict[str, str]] = {"enc": {}, "dec": {}}
     counts = dict.fromkeys(("down_blocks", "mid_blocks", "up_blocks", "residuals"), 0)
     for name in tensors:
         side, layer = (*name.split("."), "")[:2]
-        if side not in found or layer in found[side]:
+        if side not in modules or layer in modules[side]:
             continue
         ends = {"_conv": "conv_in", "_aux_norm": "conv_norm_out", "_aux_conv": "conv_out"}
-        fixed = next((ends[e] for e in ("_aux_norm", "_aux_conv", "_conv") if layer.endswith(e)), None)
-        if fixed is None:
+        module = next((ends[e] for e in ("_aux_norm", "_aux_conv", "_conv") if layer.endswith(e)), None)
+        if module is None:
             group = "residuals" if layer.endswith("_aux_residual") else "down_blocks" if side == "enc" else "up_blocks"
             group = "mid_blocks" if layer.endswith(("_in0", "_in1")) else group
-            fixed = f"{group}.{counts[group]}" + (".Conv2d_0" if group == "residuals" else "")
+            module = f"{group}.{counts[group]}" + (".Conv2d_0" if group == "residuals" else "")
             counts[group] += 1
-        found[side][layer] = fixed
-    return found
+        modules[side][layer] = module
+    return modules
 
 
-def _part(place: str, rest: list[str], tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One tensor of a layer under its new name, or three: query, key and value of a channel stood beside each other."""
+def _part(module: str, rest: list[str], tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A tensor of a layer under its new name, or three: snapshots interleave query, key and value channel by channel."""
     *inner, kind = rest
     if not inner:
-        return {f"{place}.{kind}": tensor}
+        return {f"{module}.{kind}": tensor}
     part = ".".join(inner)
     if part == "qkv":
         three = tensor.reshape(-1, 3, *tensor.shape[1:2]).unbind(1)
-        return {f"{place}.attention.to_{n}.{kind}": t.contiguous() for n, t in zip("qkv", three, strict=True)}
+        return {f"{module}.attention.to_{n}.{kind}": t.contiguous() for n, t in zip("qkv", three, strict=True)}
     if part not in PARTS:
         raise ValueError(f"its tensor {'.'.join(rest)} is not of a block of a SongUNet")
     flat = tensor.flatten(1) if part == "proj" and kind == "weight" else tensor
-    return {f"{place}.{PARTS[part]}.{kind}": flat}
+    return {f"{module}.{PARTS[part]}.{kind}": flat}
 
 
 def _fill(net: SongUNet, tensors: dict[str, torch.Tensor]) -> None:
-    state, own = renamed(tensors), net.state_dict()
-    missing, other = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or other:
+    state, needed = renamed(tensors), net.state_dict()
+    missing, unknown = sorted(needed.keys() - state.keys()), sorted(state.keys() - needed.keys())
+    if missing or unknown:
         raise ValueError(
             f"its tensors are not those of its architecture: {len(missing)} missing ({', '.join(missing[:3])}), "
-            f"{len(other)} unknown ({', '.join(other[:3])})"
+            f"{len(unknown)} unknown ({', '.join(unknown[:3])})"
         )
     for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(f"its tensor for {name} is {tuple(tensor.shape)}, and {tuple(own[name].shape)} is needed")
+        if tensor.shape != needed[name].shape:
+            raise ValueError(
+                f"its tensor for {name} is {tuple(tensor.shape)}, and {tuple(needed[name].shape)} is needed"
+            )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"its tensor for {name} is not finite")
     net.load_state_dict({n: t.float() for n, t in state.items()})

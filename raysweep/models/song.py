@@ -1,11 +1,14 @@
-"""The U-Nets of the published EDM snapshots, DDPM++ and NCSN++, put together from the parts of diffusers.
+"""The U-Nets of the published EDM snapshots, DDPM++ and NCSN++, built from the parts of diffusers.
 
 Sources: Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021,
 arXiv:2011.13456, appendix C; in the form of Karras et al., NeurIPS 2022, arXiv:2206.00364, table 1 and appendix C.
-They differ from `UNet2DModel` in these: a resampling block projects on its skip path, too; attention follows every encoder block
-of its resolution, but in the decoder only the last one; the class is embedded before the layers of the noise level's embedding,
-from a one-hot vector times the root of the number of classes; NCSN++ (`encoder="residual"`) adds to each resolution the image,
-resampled by a filter and projected. Dropout and the augmentation labels of training are left out.
+They differ from `UNet2DModel` as follows:
+- a resampling block also projects on its skip path;
+- attention follows every encoder block of its resolution, but in the decoder only the last one;
+- the class is embedded before the layers of the noise level's embedding, from a one-hot vector times the root of the number of
+  classes;
+- NCSN++ (`encoder="residual"`) adds the image, resampled by a filter and projected, at each resolution.
+Dropout and the augmentation labels of training are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 from torch.nn import functional as F
 
-FILTER = (1, 3, 3, 1)  # of NCSN++, and the only one that diffusers has; DDPM++ averages and repeats
+FILTER = (1, 3, 3, 1)  # the filter of NCSN++, and the only one in diffusers; DDPM++ averages and repeats
 ROOT2 = math.sqrt(2)
 EPS = 1e-6
 
@@ -33,27 +36,44 @@ def _groups(channels: int) -> int:
 
 
 class Block(nn.Module):
-    """(n, cin, H, W) to (n, cout, H', W') under an embedding (n, width): a residual block, and attention where it is asked for.
+    """A residual block, with attention if asked for: (n, cin, H, W) and an embedding (n, width) to (n, cout, H', W').
 
-    way: "up" or "down": resamples by two; None: does not. fir: resamples by `FILTER`.
+    resample: "up" or "down" by two, or None. fir: resamples by `FILTER`.
     """
 
     def __init__(
-        self, cin: int, cout: int, width: int, fir: bool = False, way: str | None = None, attention: bool = False
+        self, cin: int, cout: int, width: int, fir: bool = False, resample: str | None = None, attention: bool = False
     ):
         super().__init__()
-        self.way = way
+        self.resample = resample
         self.resnet = ResnetBlock2D(
-            in_channels=cin, out_channels=cout, temb_channels=width, groups=_groups(cin), groups_out=_groups(cout), eps=EPS,
-            skip_time_act=True, output_scale_factor=ROOT2, use_in_shortcut=cin != cout or way is not None,
-            up=way == "up", down=way == "down", kernel="fir" if fir else "sde_vp",
-        )  # fmt: skip
+            in_channels=cin,
+            out_channels=cout,
+            temb_channels=width,
+            groups=_groups(cin),
+            groups_out=_groups(cout),
+            eps=EPS,
+            skip_time_act=True,
+            output_scale_factor=ROOT2,
+            use_in_shortcut=cin != cout or resample is not None,
+            up=resample == "up",
+            down=resample == "down",
+            kernel="fir" if fir else "sde_vp",
+        )
         self.attention = None
         if attention:
             self.attention = Attention(
-                cout, heads=1, dim_head=cout, bias=True, norm_num_groups=_groups(cout), eps=EPS, residual_connection=True,
-                rescale_output_factor=ROOT2, upcast_softmax=True, _from_deprecated_attn_block=True,
-            )  # fmt: skip
+                cout,
+                heads=1,
+                dim_head=cout,
+                bias=True,
+                norm_num_groups=_groups(cout),
+                eps=EPS,
+                residual_connection=True,
+                rescale_output_factor=ROOT2,
+                upcast_softmax=True,
+                _from_deprecated_attn_block=True,
+            )
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         x = self.resnet(x, emb)
@@ -61,16 +81,16 @@ class Block(nn.Module):
 
 
 class SongUNet(ModelMixin, ConfigMixin):
-    """Called as a `UNet2DModel`: with (n, C, H, W), ln(s)/4 (n,) and class labels (n,) or None; gives an object with `sample`.
+    """A U-Net that is called as a `UNet2DModel`: with (n, C, H, W), ln(s)/4 (n,) and class labels (n,) or None.
 
-    The label after the last class stands for no class, as None does.
+    Returns an object with `sample`. The label after the last class stands for no class, as None does.
 
     Args:
         num_class_embeds: number of classes; None: unconditional.
         channel_mult: width of each resolution in units of `model_channels`, the finest first.
         emb_width: width of the embedding, in the same units.
         attn_resolutions: sizes of feature maps, in pixels, that are attended to.
-        embedding: of the noise level: "positional" (DDPM++), or "fourier" (NCSN++) of `noise_width` model channels.
+        embedding: embedding of the noise level: "positional" (DDPM++), or "fourier" (NCSN++) of `noise_width` model channels.
         encoder: "standard" (DDPM++), or "residual" (NCSN++).
         fir: resamples by `FILTER` (NCSN++).
     """
@@ -128,10 +148,10 @@ class SongUNet(ModelMixin, ConfigMixin):
                 self.up_blocks.append(Block(cin, cout, width, fir, attention=attends and i == num_blocks))
         self.conv_norm_out = nn.GroupNorm(_groups(cout), cout, eps=EPS)
         self.conv_out = nn.Conv2d(cout, out_channels, 3, padding=1)
-        self._draw()
+        self._draw_weights()
 
-    def _draw(self) -> None:
-        """Weights as at the start of the published training: at first a block adds next to nothing."""
+    def _draw_weights(self) -> None:
+        """Draws weights as at the start of the published training, where each block adds almost nothing."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 last = name.endswith((".conv2", ".to_out.0")) or name == "conv_out"
@@ -144,10 +164,10 @@ class SongUNet(ModelMixin, ConfigMixin):
         emb = self.time_proj(t.expand(len(x))).to(x.dtype)
         if self.class_embedding is not None:
             classes = self.class_embedding.in_features
-            hot = emb.new_zeros(len(x), classes)
+            one_hot = emb.new_zeros(len(x), classes)
             if class_labels is not None:
-                hot = F.one_hot(class_labels, classes + 1)[:, :-1].to(emb)
-            emb = emb + self.class_embedding(math.sqrt(classes) * hot)
+                one_hot = F.one_hot(class_labels, classes + 1)[:, :-1].to(emb)
+            emb = emb + self.class_embedding(math.sqrt(classes) * one_hot)
         emb = self.time_embedding(emb)
 
         aux, residuals = x, iter(self.residuals or ())
@@ -155,11 +175,11 @@ class SongUNet(ModelMixin, ConfigMixin):
         skips = [x]
         for block in self.down_blocks:
             x = block(x, emb)
-            if block.way and self.residuals is not None:
+            if block.resample and self.residuals is not None:
                 x = aux = (x + next(residuals)(aux)) / ROOT2
             skips.append(x)
         for block in self.mid_blocks:
             x = block(x, emb)
         for block in self.up_blocks:
-            x = block(x if block.way else torch.cat([x, skips.pop()], 1), emb)
+            x = block(x if block.resample else torch.cat([x, skips.pop()], 1), emb)
         return UNet2DOutput(sample=self.conv_out(F.silu(self.conv_norm_out(x))))

@@ -1,8 +1,8 @@
-"""The CLIP model that a text-to-image pipeline's text encoder is of: pictures and prompts compared through that very encoder.
+"""The CLIP model to which a text-to-image pipeline's text encoder belongs: compares pictures and prompts through that encoder.
 
-The folder is transformers' (`CLIPModel` with its image processor). Text passes through the pipeline's own weights; only what a
-pipeline leaves out comes from the folder: the vision tower, both projections, and the last blocks of a text tower of which the
-pipeline holds the first ones alone, as Stable Diffusion 2 does.
+The folder is transformers' (`CLIPModel` with its image processor). Text passes through the pipeline's own weights. The folder
+adds the parts that the pipeline lacks: the vision tower, both projections and, where the pipeline holds only the first blocks
+of the text tower (Stable Diffusion 2), the others.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from raysweep.models.folders import component_files, reading
 from raysweep.models.handle import Handle
 from raysweep.storage.files import alike, digest_of, digest_state
 
-PREFIX = "text_model."  # of the encoder's tensors in some classes of transformers and not in others
+PREFIX = "text_model."  # before the names of the encoder's tensors in some of transformers' classes
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP model that does not change, and how it takes images. folder: where it came from."""
+    """A frozen CLIP model. images: its image processor; folder: the folder that it was read from."""
 
     net: Any
     images: Any
@@ -46,7 +46,7 @@ class Clip:
 
     @property
     def digest(self) -> str:
-        """Content hash of the weights and of how images are prepared."""
+        """Content hash of the weights and of the images' normalisation."""
         return digest_of(digest_state(self.net.state_dict()), self.images.image_mean, self.images.image_std)
 
 
@@ -69,9 +69,9 @@ class TextTower(Handle):
                 f"{clip.folder}: is not the CLIP model of this text encoder: {differing[0][0]} differs, or is missing in "
                 "one of the two"
             )
-        which = differing.index([])
-        self.name, start = encoders[which], sum(lengths[:which])
-        self.part = slice(start, start + lengths[which])
+        index = differing.index([])
+        self.name, start = encoders[index], sum(lengths[:index])
+        self.columns = slice(start, start + lengths[index])
         self.net, self.clip = nn.ModuleDict({self.name: model.net[self.name]}), clip.net
         size = clip.net.config.vision_config.image_size
         self.image_shape = (3, size, size)
@@ -80,14 +80,14 @@ class TextTower(Handle):
         )
 
     def to(self, device: torch.device) -> Self:
-        """Moves what the folder holds; the encoder lives with its pipeline."""
+        """Moves the folder's parts; the encoder moves with its pipeline."""
         self.clip.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """What cosines are multiplied with before the softmax, a scalar."""
+        """Factor of the cosines before the softmax, a scalar."""
         return self.clip.logit_scale.exp()
 
     @torch.no_grad()
@@ -99,12 +99,12 @@ class TextTower(Handle):
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings (n, d), not normalised, of the pipeline's tokens of prompts."""
-        own = text_tensors(self.net[self.name])
-        out = functional_call(self.clip.text_model, own, (), {"input_ids": tokens[:, self.part]})
+        tensors = text_tensors(self.net[self.name])
+        out = functional_call(self.clip.text_model, tensors, (), {"input_ids": tokens[:, self.columns]})
         return self.clip.text_projection(out.pooler_output)
 
     def unconditional(self, count: int) -> None:
-        """There is no branch without a caption."""
+        """None: there is no branch without a caption."""
 
 
 def text_tensors(encoder: Any) -> dict[str, torch.Tensor]:
@@ -117,6 +117,6 @@ def text_tensors(encoder: Any) -> dict[str, torch.Tensor]:
 
 
 def _differing(encoder: Any, tower: Any) -> list[str]:
-    """The names of an encoder's tensors that the tower has not, or has with other values than half precision tells apart."""
-    theirs = text_tensors(tower)
-    return [name for name, own in text_tensors(encoder).items() if name not in theirs or not alike(theirs[name], own)]
+    """The names of an encoder's tensors that the tower lacks, or whose values differ after rounding to half precision."""
+    expected = text_tensors(tower)
+    return [name for name, p in text_tensors(encoder).items() if name not in expected or not alike(expected[name], p)]

@@ -1,4 +1,4 @@
-"""What pixel-space models over one U-Net share, unconditional or class-conditional."""
+"""Pixel-space models over one U-Net, unconditional or class-conditional."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ class OneUNet(Diffusion):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        size = self.net.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.net.config.in_channels, height, width
+        return unet_shape(self.net.config)
 
     def unconditional(self, count: int) -> torch.Tensor | None:
         return None if self.null_label is None else torch.full((count,), self.null_label, device=self.device)
 
     def fresh(self, seed: int) -> Self:
-        return self.with_net(drawn(lambda: type(self.net).from_config(self.net.config), seed).to(self.dtype))
+        return self.with_net(draw_weights(lambda: type(self.net).from_config(self.net.config), seed).to(self.dtype))
 
 
-def drawn(make: Callable[[], Any], seed: int) -> Any:
-    """What `make` builds with weights drawn from `seed`; the process's own random state stays as it was."""
+def unet_shape(config: Any) -> tuple[int, int, int]:
+    """(C, H, W) of what a U-Net takes, by its configuration."""
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.in_channels, height, width
+
+
+def draw_weights(make: Callable[[], Any], seed: int) -> Any:
+    """The network that `make` builds, with weights drawn from `seed`; the global random state is left unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()

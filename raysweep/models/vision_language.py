@@ -1,9 +1,9 @@
-"""Vision-language models of LLaVA's kind: a CLIP vision tower whose patches a language model reads.
+"""Vision-language models like LLaVA: a CLIP vision tower whose patches a language model reads.
 
-A folder holds the model as transformers saves it (`LlavaForConditionalGeneration`, `LlavaProcessor`) and, in `clip`, the whole
-CLIP model that its tower is of (`CLIPModel` with tokenizer and image processor). What methods see is that CLIP model, of which
-only the vision tower may change, and of that only the layers that the language model reads: LLaVA takes the last but one.
-A change reaches the language model because both share the tower, so nothing but edited tensors differs in what is saved.
+A folder holds the model as transformers saves it (`LlavaForConditionalGeneration`, `LlavaProcessor`) and, in `clip`, the whole CLIP
+model of its tower (`CLIPModel` with tokenizer and image processor). Methods see that CLIP model. Only its vision tower may change,
+and of that only the layers that the language model reads: LLaVA takes the output of the last but one. Both models share the tower,
+so a change reaches the language model, and only edited tensors differ in the saved folder.
 """
 
 from __future__ import annotations
@@ -16,27 +16,24 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.utils import logging
 
 from raysweep.models import weights
-from raysweep.models.folders import component_files, reading
+from raysweep.models.folders import component_files, no_progress_bars, reading
 from raysweep.models.handle import Handle
-from raysweep.models.unet import drawn
+from raysweep.models.unet import draw_weights
 from raysweep.storage.files import digest_of, digest_state
-
-logging.disable_progress_bar()  # bars of files under those of a sweep tell nobody anything
 
 CLIP = "clip"  # the subfolder of the whole CLIP model
 PROMPT = "USER: <image>\n{question} ASSISTANT:"  # of LLaVA 1.5
 QUESTION = "Who is in this picture?"
-LONGEST = 12  # tokens of an answer
-ROWS = 8  # questions at once
+MAX_ANSWER = 12  # tokens of an answer
+ROWS = 8  # questions per forward pass
 
 
 @dataclass(frozen=True)
 class Around:
-    """What stays as it is: the language model with its projector, and how pictures and words are prepared. digest: hash of the
-    weights outside the tower."""
+    """The parts that never change. vlm: the language model with its projector; processor: its preprocessing; tokenizer, images:
+    those of the CLIP model; digest: hash of the weights outside the tower."""
 
     vlm: Any
     processor: Any
@@ -46,27 +43,27 @@ class Around:
 
 
 class VisionLanguage(Handle):
-    """A LLaVA-type model seen through the CLIP model that its vision tower is of.
+    """A LLaVA-type model, seen through the CLIP model of its vision tower.
 
     Args:
         net: transformers' `CLIPModel`.
-        around: the rest.
+        around: the other parts.
     """
 
     family = "vlm"
 
     def __init__(self, net: Any, around: Around):
         self.net, self.around = net, around
-        read = net.config.vision_config.num_hidden_layers + 1 + around.vlm.config.vision_feature_layer
+        layers = net.config.vision_config.num_hidden_layers + 1 + around.vlm.config.vision_feature_layer
         for name, p in net.named_parameters():
-            p.requires_grad_(name.startswith("vision_model") and _is_read(name, read))
+            p.requires_grad_(name.startswith("vision_model") and _is_read(name, layers))
         self.mean, self.std = (
             torch.tensor(getattr(around.images, k)).view(1, 3, 1, 1) for k in ("image_mean", "image_std")
         )
 
     @classmethod
     def load(cls, folder: str | Path) -> VisionLanguage:
-        """Reads such a folder, safetensors only; raises ValueError, saying what is wrong with it."""
+        """Reads a folder, safetensors only; raises ValueError, saying what is wrong with it."""
         folder = Path(folder)
         if not (folder / CLIP / "config.json").is_file():
             raise ValueError(f"{folder / CLIP}: missing: it must hold the CLIP model that the vision tower is of")
@@ -79,33 +76,21 @@ class VisionLanguage(Handle):
         with reading(folder / CLIP):
             tokenizer = CLIPTokenizer.from_pretrained(folder / CLIP, local_files_only=True)
             images = CLIPImageProcessor.from_pretrained(folder / CLIP, local_files_only=True)
-        for place, tokens, known in (
-            (folder, len(processor.tokenizer), vlm.get_input_embeddings().num_embeddings),
-            (folder / CLIP, len(tokenizer), net.config.text_config.vocab_size),
-        ):
-            if tokens > known:
-                raise ValueError(
-                    f"{place}: the tokenizer has {tokens} tokens, but the model knows {known}: they are not of the same model"
-                )
-        tower, own = vlm.model.vision_tower.state_dict(), net.vision_model.state_dict()
-        other = [n for n, t in tower.items() if n not in own or not torch.equal(own[n].to(t.dtype), t)]
-        if other:
-            raise ValueError(
-                f"{folder / CLIP}: is not the CLIP model of this vision tower: {len(other)} of {len(tower)} tensors differ, "
-                f"among them {other[0]}"
-            )
+        _check_vocabulary(folder, processor.tokenizer, vlm.get_input_embeddings().num_embeddings)
+        _check_vocabulary(folder / CLIP, tokenizer, net.config.text_config.vocab_size)
+        _check_tower(folder / CLIP, vlm.model.vision_tower.state_dict(), net.vision_model.state_dict())
         rest = {n: t for n, t in vlm.state_dict().items() if "vision_tower" not in n}
-        return cls(
-            net.eval(), Around(vlm.eval().requires_grad_(False), processor, tokenizer, images, digest_state(rest))
-        )
+        vlm.eval().requires_grad_(False)
+        return cls(net.eval(), Around(vlm, processor, tokenizer, images, digest_state(rest)))
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `LlavaForConditionalGeneration.from_pretrained` reads, with the CLIP model beside it."""
         around, folder = self.around, Path(folder)
-        self.whole().save_pretrained(folder)
-        around.processor.save_pretrained(folder)
-        for part in (self.net, around.tokenizer, around.images):
-            part.save_pretrained(folder / CLIP)
+        with no_progress_bars():
+            self.whole().save_pretrained(folder)
+            around.processor.save_pretrained(folder)
+            for part in (self.net, around.tokenizer, around.images):
+                part.save_pretrained(folder / CLIP)
 
     def whole(self) -> Any:
         """The language model with this vision tower."""
@@ -114,8 +99,7 @@ class VisionLanguage(Handle):
         return vlm
 
     def placed(self) -> Any:
-        """The language model with this vision tower, where it can answer: where the network is, or spread over all GPUs of
-        this process if it was given several."""
+        """The language model with this vision tower, on the network's device, or spread over all GPUs that this process sees."""
         vlm = self.around.vlm
         if getattr(vlm, "hf_device_map", None) is None:
             if self.device.type == "cuda" and torch.cuda.device_count() > 1:
@@ -124,20 +108,20 @@ class VisionLanguage(Handle):
                 vlm.to(self.device)
         return self.whole().eval()
 
-    def spread(self, places: dict[str, Any] | None = None) -> None:
-        """Puts the parts of the language model on several devices, once for all handles of it.
+    def spread(self, devices: dict[str, Any] | None = None) -> None:
+        """Puts the parts of the language model on several devices, once for all handles that share it.
 
-        places: module -> device; None: by size over all GPUs. Raises ValueError if the library that does it is missing.
+        devices: module -> device; None: by size over all GPUs. Raises ValueError if accelerate is not installed.
         """
         try:
             from accelerate import dispatch_model, infer_auto_device_map
         except ImportError as error:
             raise ValueError("a model on several devices needs: pip install 'raysweep[large]'") from error
         vlm = self.around.vlm
-        vlm.model.vision_tower = copy.deepcopy(self.net.vision_model)  # towers come and go; they stay without hooks
-        if places is None:
-            places = infer_auto_device_map(vlm, no_split_module_classes=vlm._no_split_modules)
-        dispatch_model(vlm, places, force_hooks=True)
+        vlm.model.vision_tower = copy.deepcopy(self.net.vision_model)  # candidates' towers are swapped in without hooks
+        if devices is None:
+            devices = infer_auto_device_map(vlm, no_split_module_classes=vlm._no_split_modules)
+        dispatch_model(vlm, devices, force_hooks=True)
 
     def with_net(self, net: Any) -> VisionLanguage:
         """Another CLIP model of the same architecture."""
@@ -145,10 +129,10 @@ class VisionLanguage(Handle):
 
     def fresh(self, seed: int) -> VisionLanguage:
         """The same language model with a newly drawn CLIP model."""
-        return self.with_net(drawn(lambda: CLIPModel(self.net.config), seed).to(self.dtype))
+        return self.with_net(draw_weights(lambda: CLIPModel(self.net.config), seed).to(self.dtype))
 
     def to(self, device: torch.device) -> VisionLanguage:
-        """Moves what methods see; the language model follows when it is asked something."""
+        """Moves the CLIP model; the language model follows in `answers`."""
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return super().to(device)
 
@@ -164,7 +148,7 @@ class VisionLanguage(Handle):
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """What cosines are multiplied with before the softmax, a scalar."""
+        """Factor of the cosines before the softmax, a scalar."""
         return self.net.logit_scale.exp()
 
     def encode_image(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,10 +161,10 @@ class VisionLanguage(Handle):
         return self.net.text_projection(self.net.text_model(input_ids=tokens).pooler_output)
 
     def unconditional(self, count: int) -> None:
-        """There is no branch without a caption."""
+        """None: there is no branch without a caption."""
 
     def tokens(self, captions: list[str]) -> torch.Tensor:
-        """(n, L)."""
+        """The tokens of captions, (n, L)."""
         length = self.net.config.text_config.max_position_embeddings
         return self.around.tokenizer(
             captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -188,22 +172,40 @@ class VisionLanguage(Handle):
 
     @torch.no_grad()
     def answers(self, x: torch.Tensor, question: str) -> list[str]:
-        """What the language model answers to the question about each image (n, 3, H, W) in [-1, 1], greedily."""
-        vlm, processor, found = self.placed(), self.around.processor, list[str]()
+        """The language model's answers to the question about each image (n, 3, H, W) in [-1, 1], decoded greedily."""
+        vlm, processor, answers = self.placed(), self.around.processor, list[str]()
         for part in x.split(ROWS):
             pixels = ((part + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
             text = [PROMPT.format(question=question)] * len(part)
-            asked = processor(images=[Image.fromarray(p) for p in pixels], text=text, return_tensors="pt", padding=True)
-            asked = {
-                k: v.to(vlm.device, vlm.dtype) if v.is_floating_point() else v.to(vlm.device) for k, v in asked.items()
+            batch = processor(images=[Image.fromarray(p) for p in pixels], text=text, return_tensors="pt", padding=True)
+            inputs = {
+                k: v.to(vlm.device, vlm.dtype) if v.is_floating_point() else v.to(vlm.device) for k, v in batch.items()
             }
-            out = vlm.generate(**asked, max_new_tokens=LONGEST, do_sample=False)
-            found += processor.batch_decode(out[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [answer.strip() for answer in found]
+            out = vlm.generate(**inputs, max_new_tokens=MAX_ANSWER, do_sample=False)
+            answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any, known: int) -> None:
+    """Raises ValueError if a tokenizer has more tokens than the model has embeddings."""
+    if len(tokenizer) > known:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model knows {known}: they are not of the same model"
+        )
+
+
+def _check_tower(folder: Path, tower: dict[str, torch.Tensor], clip: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError unless the tensors of a vision tower are those of its CLIP model, rounded to the tower's type."""
+    differing = [n for n, t in tower.items() if n not in clip or not torch.equal(clip[n].to(t.dtype), t)]
+    if differing:
+        raise ValueError(
+            f"{folder}: is not the CLIP model of this vision tower: {len(differing)} of {len(tower)} tensors differ, "
+            f"among them {differing[0]}"
+        )
 
 
 def _is_read(name: str, layers: int) -> bool:
-    """Whether the language model sees what a parameter of the tower does, if it reads the output of so many layers."""
+    """Whether a parameter of the tower affects the language model, which reads the output of so many layers."""
     if "encoder.layers." in name:
         return int(name.split("encoder.layers.")[1].split(".")[0]) < layers
     return "post_layernorm" not in name

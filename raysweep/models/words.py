@@ -1,7 +1,7 @@
-"""A CLIP tokenizer cut down to a few words, for models that are trained here.
+"""A CLIP tokenizer with a vocabulary of few words, for small models that raysweep trains itself.
 
-Its merges are those of open_clip's bundled vocabulary that the words need, so any text can still be tokenized: other words
-fall into letters.
+It has only the merges of open_clip's bundled vocabulary that the words need. Other words are split into letters, so any text can
+be tokenized.
 """
 
 from __future__ import annotations
