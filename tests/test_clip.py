@@ -24,9 +24,21 @@ from raysweep.models import families
 from raysweep.registry import resolve, unserved
 
 TIER = Tier(
-    seed=1, judge="audit", groups=5, relearn_steps=(1, 20),
-    checks=("contrast", "relearning", "finetuning", "quantisation", "weight_noise", "interpolation", "classifier", "loss"),
-)  # fmt: skip
+    seed=1,
+    judge="audit",
+    groups=5,
+    relearn_steps=(1, 20),
+    checks=(
+        "contrast",
+        "relearning",
+        "finetuning",
+        "quantisation",
+        "weight_noise",
+        "interpolation",
+        "classifier",
+        "loss",
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +52,7 @@ def trained():
     return task, model
 
 
-def test_the_plain_library_reads_what_is_saved(tmp_path, trained):
+def test_open_clip_reads_a_saved_model(tmp_path, trained):
     task, model = trained
     model.save(tmp_path / "m")
     plain, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'm'}")
@@ -66,7 +78,7 @@ def test_fresh_models_differ_by_seed():
 
 
 @pytest.mark.parametrize("harm", ["config", "weights", "cut"])
-def test_folders_that_are_not_whole_are_refused_in_one_sentence(tmp_path, harm):
+def test_incomplete_folders_are_refused_in_one_sentence(tmp_path, harm):
     clip_model().save(tmp_path / "m")
     weights, config = tmp_path / "m" / "open_clip_model.safetensors", tmp_path / "m" / "open_clip_config.json"
     if harm == "config":
@@ -80,7 +92,7 @@ def test_folders_that_are_not_whole_are_refused_in_one_sentence(tmp_path, harm):
     assert "\n" not in str(error.value)
 
 
-def test_zero_shot_is_what_the_library_computes(trained):
+def test_zero_shot_scores_equal_the_librarys(trained):
     task, model = trained
     subject = subject_of(model, task, None, TIER)
     split = task.splits["judge_audit"]

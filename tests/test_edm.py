@@ -24,17 +24,17 @@ D = torch.float64
 
 
 class Ideal(nn.Module):
-    """F for which D is the mean of data that is normal with standard deviation `own` around 0."""
+    """F for which D is the mean of data that is normal with standard deviation `spread` around 0."""
 
-    def __init__(self, own: float):
+    def __init__(self, spread: float):
         super().__init__()
-        self.own, self.weight = own, nn.Parameter(torch.ones(1, dtype=D))
+        self.spread, self.weight = spread, nn.Parameter(torch.ones(1, dtype=D))
         self.config = type("Config", (), {"sample_size": 2, "in_channels": 1, "num_class_embeds": None})()
 
     def forward(self, x, t, class_labels=None):
         s, d = (4 * t).exp().view(-1, 1, 1, 1), LEVELS["sigma_data"]
         skip, out, scale = d**2 / (s**2 + d**2), s * d / (s**2 + d**2).sqrt(), 1 / (s**2 + d**2).sqrt()
-        best = self.own**2 / (self.own**2 + s**2)
+        best = self.spread**2 / (self.spread**2 + s**2)
         return type("Out", (), {"sample": (best - skip) / out * (x / scale)})()
 
 
@@ -67,10 +67,10 @@ def test_the_loss_is_the_papers():
     model.net.to(D)
     x0, eps, t, cond = batch()
     x_t, s = model.add_noise(x0, eps, t), model.level(t)
-    own = (model.predict(x_t, t, cond) - model.target(x0, eps, t)) ** 2
+    loss = (model.predict(x_t, t, cond) - model.target(x0, eps, t)) ** 2
     lam = (s**2 + 0.25) / (s * 0.5) ** 2
     clean = model.denoised(x0 + s * eps, s, cond)
-    torch.testing.assert_close(own, lam * (clean - x0) ** 2, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(loss, lam * (clean - x0) ** 2, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(model.x0_error_weight(t), lam)
     torch.testing.assert_close(model.x0(x_t, t, cond), clean)
     torch.testing.assert_close(model.eps(x_t, t, cond), (x0 + s * eps - clean) / s)
@@ -79,7 +79,7 @@ def test_the_loss_is_the_papers():
 
 
 def test_the_sampler_is_of_second_order_and_exact_in_the_limit():
-    """For normal data the flow is linear: x(0) = x(s_max) own / sqrt(own^2 + s_max^2)."""
+    """For normal data the flow is linear: x(0) = x(s_max) spread / sqrt(spread^2 + s_max^2)."""
     model = EDM(Ideal(0.3))
     noise = torch.randn(4, 1, 2, 2, dtype=D, generator=torch.Generator().manual_seed(1))
     exact = noise * 80 * 0.3 / (0.3**2 + 80**2) ** 0.5
@@ -101,7 +101,7 @@ def test_levels_of_the_sampler_are_the_papers():
     assert float(levels[5]) == pytest.approx(expected)
 
 
-def test_saved_parts_are_the_librarys(tmp_path):
+def test_diffusers_reads_the_saved_parts(tmp_path):
     model, seeds, cond = edm_model(), torch.tensor([3, 4]), torch.tensor([1, 2])
     model.save(tmp_path / "m")
     again = families.load(tmp_path / "m")
@@ -141,11 +141,36 @@ def test_training_and_every_check():
     )
     torch.manual_seed(0)
     tier = Tier(
-        seed=1, judge="audit", groups=5, samples=20, class_samples=10, noises=5, loss_noises=5, loss_images=4, timesteps=3,
-        membership_images=12, membership_t=(50, 150), membership_noises=2, relearn_steps=(1,), injection_steps=3,
-        recall_noises=5, likelihood_steps=3, likelihood_probes=1, strips=2,
-        checks=("classifier", "denoising", "fidelity", "loss", "pia", "likelihood", "recall", "relearning", "latent_noise"),
-    )  # fmt: skip
+        seed=1,
+        judge="audit",
+        groups=5,
+        samples=20,
+        class_samples=10,
+        noises=5,
+        loss_noises=5,
+        loss_images=4,
+        timesteps=3,
+        membership_images=12,
+        membership_t=(50, 150),
+        membership_noises=2,
+        relearn_steps=(1,),
+        injection_steps=3,
+        recall_noises=5,
+        likelihood_steps=3,
+        likelihood_probes=1,
+        strips=2,
+        checks=(
+            "classifier",
+            "denoising",
+            "fidelity",
+            "loss",
+            "pia",
+            "likelihood",
+            "recall",
+            "relearning",
+            "latent_noise",
+        ),
+    )
     result = measure(subject_of(model, task, Judge(1, 6), tier), tier)
     assert {r.check for r in result.rows if r.status == "ok"} == set(tier.checks)
 

@@ -1,8 +1,10 @@
-"""Model folders as people have them: what their files hold must be the network, and their configurations must make sense."""
+"""Model folders as users have them: their tensors must be those of the network, and their configurations must make sense."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import LATENT, clip_model, edm_model, tiny_config, tiny_model, tiny_task
 
 from raysweep.miniature import models
-from raysweep.models import families
+from raysweep.models import families, folders
 from raysweep.models.edm import EDM
 from raysweep.models.folders import VARIANTS, located
 from raysweep.models.latent import LatentText
@@ -89,7 +91,7 @@ def test_tensors_that_are_not_the_networks_are_refused_by_name(copy, family, fil
 
 
 @pytest.mark.parametrize(("family", "file"), EVERY)
-def test_what_wrappers_put_before_names_is_taken_off_and_told(copy, family, file):
+def test_prefixes_of_wrappers_are_removed_with_a_warning(copy, family, file):
     folder = copy(family)
     plain = families.load(folder).digest
     whole = load_file(folder / file)
@@ -107,7 +109,7 @@ def test_what_wrappers_put_before_names_is_taken_off_and_told(copy, family, file
 
 
 @pytest.mark.parametrize("family", ["pixel", "text"])
-def test_a_variant_alone_is_read_and_told(copy, family):
+def test_a_variant_alone_is_read_with_a_warning(copy, family):
     folder = copy(family)
     plain, half = folder / UNET, folder / UNET.replace(".safe", ".fp16.safe")
     edit(plain, lambda state: {n: t.half() for n, t in state.items()})
@@ -151,7 +153,7 @@ def test_shards_are_read_and_a_missing_one_is_named(copy):
     ],
 )
 @pytest.mark.parametrize("family", ["pixel", "edm", "text"])
-def test_folders_that_are_cut_short_or_foreign(copy, family, harm, message):
+def test_damaged_and_foreign_folders_are_refused(copy, family, harm, message):
     folder = copy(family)
     harm(folder / UNET)
     refused(folder, message)
@@ -166,7 +168,7 @@ def test_folders_that_are_cut_short_or_foreign(copy, family, harm, message):
         ({"in_channels": 3}, "in_channels is 3 and out_channels 1"),
     ],
 )
-def test_networks_that_cannot_be_what_they_are_taken_for(tmp_path, unet, message):
+def test_networks_of_another_kind_are_refused(tmp_path, unet, message):
     config = tiny_config()
     PixelDDPM.build(config | {"unet": config["unet"] | unet}, 0).save(tmp_path / "m")
     refused(tmp_path / "m", message)
@@ -187,13 +189,13 @@ def test_networks_that_cannot_be_what_they_are_taken_for(tmp_path, unet, message
     ],
 )
 @pytest.mark.parametrize("family", ["pixel", "text"])
-def test_schedules_that_no_sampler_here_can_use(copy, family, settings, message):
+def test_schedules_that_no_sampler_can_use_are_refused(copy, family, settings, message):
     folder = copy(family)
     configure(folder / "scheduler" / "scheduler_config.json", **settings)
     refused(folder, message)
 
 
-def test_what_a_schedule_leaves_out_is_told(copy):
+def test_defaults_of_a_schedule_are_a_warning(copy):
     folder = copy("pixel")
     path = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text())
@@ -227,14 +229,14 @@ def test_latents_are_never_clipped_and_images_are(copy, scheduler):
 
 def test_a_tokenizer_without_its_configuration_has_the_encoders_length(copy):
     folder = copy("text")
-    wanted = families.load(folder).tokens(["a ring", "the small box"])
+    expected = families.load(folder).tokens(["a ring", "the small box"])
     (folder / "tokenizer" / "tokenizer_config.json").unlink()
     with pytest.warns(ReadOtherwise, match="tokenizer_config.json is missing: .* the 6 tokens of the text encoder"):
         model = families.load(folder)
-    assert torch.equal(model.tokens(["a ring", "the small box"]), wanted)
+    assert torch.equal(model.tokens(["a ring", "the small box"]), expected)
 
 
-def test_parts_that_nobody_needs_may_be_missing(copy):
+def test_unused_parts_may_be_missing(copy):
     folder = copy("text")
     configure(
         folder / "model_index.json",
@@ -253,13 +255,13 @@ def test_parts_that_nobody_needs_may_be_missing(copy):
         ("vae/config.json", {"latents_mean": [0.0, 0.0]}, "latents that are shifted are not supported"),
     ],
 )
-def test_parts_that_are_something_else(copy, file, changes, message):
+def test_parts_of_another_class_are_refused(copy, file, changes, message):
     folder = copy("text")
     configure(folder / file, **changes)
     refused(folder, message)
 
 
-def test_a_text_encoder_of_another_width(tmp_path):
+def test_a_text_encoder_of_another_width_is_refused(tmp_path):
     wide = LATENT["unet"] | {"cross_attention_dim": 32}
     LatentText.build(LATENT | {"unet": wide}, 0).save(tmp_path / "m")
     refused(tmp_path / "m", "gives embeddings of width 16, and the U-Net attends to those of 32")
@@ -273,20 +275,20 @@ def test_one_pass_on_shapes_alone(originals, family):
     if family == "text":
         model.net["unet"].register_to_config(num_class_embeds=3)
     else:
-        model.net.register_to_config(sample_size=5)  # which is not halved and doubled without a rest
+        model.net.register_to_config(sample_size=5)  # an odd size cannot be halved and doubled
     with pytest.raises(ValueError, match=r"^here: "):
         check_pass(model, cond, "here")
 
 
-def test_edm_folders_made_by_hand(copy):
+def test_edm_folders_with_wrong_settings_are_refused(copy):
     folder = copy("edm")
     index = json.loads((folder / "model_index.json").read_text())
-    for told, message in (
+    for settings, message in (
         ({"null_label": 40}, "null_label: 40 is not a class index of the network, 0 to 6"),
         ({"training": {"p_std": 0}}, "p_std above 0"),
         ([], "raysweep.training: may hold"),
     ):
-        configure(folder / "model_index.json", raysweep=told)
+        configure(folder / "model_index.json", raysweep=settings)
         refused(folder, message)
     del index["raysweep"]
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -311,7 +313,7 @@ def test_a_repository_of_variants_alone_is_fetched_again(tmp_path, monkeypatch):
     assert len(asked) == 3
 
 
-def test_a_folder_that_is_not_the_pipeline_says_where_one_is(copy, tmp_path):
+def test_the_refusal_of_another_folder_says_where_the_pipeline_is(copy, tmp_path):
     folder = copy("pixel")
     with pytest.raises(ValueError, match=f"there is one in {folder}$"):
         families.load(tmp_path)
@@ -322,7 +324,7 @@ def test_a_folder_that_is_not_the_pipeline_says_where_one_is(copy, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["pixel", "edm"])
-def test_weights_that_lead_to_no_finite_answer_are_refused(copy, family):
+def test_weights_with_an_output_that_is_not_finite_are_refused(copy, family):
     folder = copy(family)
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     edit(file, lambda t: {n: x.sign() * 3e38 if x.dim() > 1 else x for n, x in t.items()})
@@ -339,3 +341,36 @@ def test_tensors_in_two_precisions_are_read_in_single(copy, family):
     model = families.load(folder)
     assert {p.dtype for p in model.net.parameters()} == {torch.float32}
     check_pass(model, None, str(folder))
+
+
+def test_loading_and_saving_show_no_bars_and_leave_the_libraries_as_they_were(copy, tmp_path, monkeypatch, capfd):
+    import diffusers.utils.logging
+    import transformers.utils.logging
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    monkeypatch.delenv(folders.ASYNC, raising=False)
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    assert all(library.is_progress_bar_enabled() for library in libraries)
+    hub = are_progress_bars_disabled()
+    families.load(copy("text")).save(tmp_path / "again")
+    families.load(copy("vlm")).save(tmp_path / "again-vlm")
+    assert "%|" not in capfd.readouterr().err
+    with folders.reading(tmp_path):
+        assert not any(library.is_progress_bar_enabled() for library in libraries)
+        assert os.environ[folders.ASYNC] == "1"
+    assert all(library.is_progress_bar_enabled() for library in libraries)
+    assert are_progress_bars_disabled() == hub
+    assert folders.ASYNC not in os.environ
+
+
+def test_muted_logs_stay_muted_where_they_were():
+    logging.disable(logging.ERROR)
+    try:
+        with folders.quiet_logs():
+            assert logging.root.manager.disable == logging.ERROR
+        assert logging.root.manager.disable == logging.ERROR
+    finally:
+        logging.disable(logging.NOTSET)
+    with folders.quiet_logs():
+        assert logging.root.manager.disable == logging.WARNING
+    assert logging.root.manager.disable == logging.NOTSET

@@ -1,38 +1,24 @@
-"""Latent text-to-image models: the folders of diffusers' own pipelines, their conditions, and concept tasks on them."""
+"""Latent text-to-image models: the folders of diffusers' own pipelines, and their conditions."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionXLPipeline
-from tiny import LATENT, ROOT, latent_task
+from tiny import LATENT
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from evaluators.judge import Judge
-from methods.retrain import Retrain, RetrainSettings
-from raysweep.audit.measure import measure, subject_of
-from raysweep.config.reader import load
-from raysweep.config.schema import ConfigError, Sweep, Tier
-from raysweep.engine.audit_model import audit_model
-from raysweep.engine.checks import resolve_sweep
-from raysweep.engine.events import Silent
-from raysweep.engine.model_checks import check_oracles
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import RECENT, Embeddings
-from raysweep.models.latent import ATTENTION, Frozen, LatentText
+from raysweep.models.latent import Frozen, LatentText
 from raysweep.models.words import tokenizer_of
-from raysweep.registry import EVALUATORS, checks_by_weights, resolve, unserved
-from raysweep.tasks.task import Split, encoded
-from raysweep.train.jobs import Job
-from raysweep.train.loop import Resident, run
 
 SEEDS = torch.tensor([5, 6, 7])
 
@@ -51,13 +37,19 @@ def xl() -> LatentText:
     torch.manual_seed(1)
     tokenizer = base.frozen.tokenizers[0]
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, projection_dim=12, **LATENT["text_encoder"],
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=12,
+        **LATENT["text_encoder"],
+    )
     unet = UNet2DConditionModel(
-        **LATENT["unet"] | {"cross_attention_dim": 32}, addition_embed_type="text_time", addition_time_embed_dim=4,
+        **LATENT["unet"] | {"cross_attention_dim": 32},
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=12 + 6 * 4,
-    )  # fmt: skip
+    )
     net = nn.ModuleDict(
         {"unet": unet, "text_encoder": CLIPTextModel(config), "text_encoder_2": CLIPTextModelWithProjection(config)}
     )
@@ -79,19 +71,25 @@ def saved(tmp_path) -> Path:
 
 
 def by_pipeline(folder: Path, model: Diffusion, prompts: list[str], guidance: float) -> torch.Tensor:
-    """What the plain library draws from the same noise, with the scheduler that raysweep samples by."""
+    """The images that diffusers draws from the same noise, with raysweep's scheduler."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = model.scheduler
     pipe.set_progress_bar_config(disable=True)
-    more = {"original_size": (8, 8), "target_size": (8, 8)} if isinstance(pipe, StableDiffusionXLPipeline) else {}
+    sizes = {"original_size": (8, 8), "target_size": (8, 8)} if isinstance(pipe, StableDiffusionXLPipeline) else {}
     images = pipe(
-        prompts, latents=model.noise(SEEDS), num_inference_steps=4, guidance_scale=guidance, output_type="pt", height=8,
-        width=8, **more,
-    ).images  # fmt: skip
+        prompts,
+        latents=model.noise(SEEDS),
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        output_type="pt",
+        height=8,
+        width=8,
+        **sizes,
+    ).images
     return images * 2 - 1
 
 
-def test_the_plain_library_draws_the_same_pictures(model, tmp_path):
+def test_diffusers_draws_the_same_pictures(model, tmp_path):
     prompts = ["a ring", "the small box", "a dot"]
     model.save(tmp_path / "m")
     ours = model.sample(model.tokens(prompts), SEEDS, 4, 3.0)
@@ -99,7 +97,7 @@ def test_the_plain_library_draws_the_same_pictures(model, tmp_path):
     torch.testing.assert_close(ours, by_pipeline(tmp_path / "m", model, prompts, 3.0), atol=1e-5, rtol=0)
 
 
-def test_saved_and_loaded_it_is_the_same(model, tmp_path):
+def test_a_saved_model_is_the_same_when_loaded(model, tmp_path):
     model.save(tmp_path / "m")
     again = families.load(tmp_path / "m")
     cond = model.tokens(["a ring", "a box", "a dot"])
@@ -150,13 +148,13 @@ def test_reduced_prompts_lack_the_words_that_matter_most(model):
     )
 
 
-def test_remembered_prompts_are_what_the_encoders_make_of_them(model):
+def test_tabulated_embeddings_are_those_of_the_encoders(model):
     prompts = model.tokens(["a ring", "a box", "", "a ring", "a dot"])
     model = model.with_net(copy.deepcopy(model.net).requires_grad_(False))
     model.embeddings = Embeddings.of(model, prompts)
     assert len(model.embeddings.rows) == 4
-    (hidden, added), (own, pooled) = model.embed(prompts), model.encoded(prompts)
-    torch.testing.assert_close(hidden, own)
+    (hidden, added), (expected, pooled) = model.embed(prompts), model.encoded(prompts)
+    torch.testing.assert_close(hidden, expected)
     if pooled is not None:
         torch.testing.assert_close(added["text_embeds"], pooled)
     unknown = model.tokens(["the small ring", "a box"])
@@ -168,7 +166,7 @@ def test_remembered_prompts_are_what_the_encoders_make_of_them(model):
     assert model.with_net(other).embeddings is None
 
 
-def test_prompts_asked_for_again_are_not_fetched_again(model):
+def test_recent_embeddings_are_not_fetched_again(model):
     words = ["a ring", "a box", "", "a dot", "the small ring", "the small box"]
     kept = Embeddings.of(model, model.tokens(words))
     asked = [model.tokens([word] * 3 + ["a ring"]) for word in words]
@@ -180,7 +178,7 @@ def test_prompts_asked_for_again_are_not_fetched_again(model):
     assert kept.look_up(model.tokens(["a ring", "the box"])) is None
 
 
-def test_embeddings_in_half_precision_are_not_taken_for_others(model):
+def test_embeddings_in_half_precision_are_cached_apart(model):
     cond = model.tokens(["a ring", "a box"])
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
@@ -188,27 +186,6 @@ def test_embeddings_in_half_precision_are_not_taken_for_others(model):
         whole = model.embed(cond)[0]
     assert not torch.equal(half.float(), whole)
     assert torch.equal(whole, model.encoded(cond)[0])
-
-
-@pytest.mark.parametrize(("modules", "calls"), [(("unet",), 1), ((), 3)])
-def test_frozen_text_encoders_run_once_for_all_trials(tmp_path, monkeypatch, modules, calls):
-    """Of 32 rows and fewer, that is; those that train run at every step."""
-    task, base = latent_task(), plain()
-    task.save(_made(tmp_path / "task"))
-    base.save(tmp_path / "base")
-    ran, resident, digests = [], Resident(), []
-    forward = CLIPTextModel.forward
-    monkeypatch.setattr(CLIPTextModel, "forward", lambda *a, **k: ran.append(1) or forward(*a, **k))
-    for name in ("first", "second"):
-        job = Job(
-            id=name, kind="train", method="finetune", hyperparameters={"lr": 1e-2, "steps": 3, "batch_size": 8}, seed=1,
-            task=str(tmp_path / "task"), base=str(tmp_path / "base"), out=str(tmp_path / name), modules=modules,
-        )  # fmt: skip
-        digests.append(run(job, resident).digest)
-        assert len(ran) == (calls if name == "first" or modules else 2 * calls)
-    assert digests[0] == digests[1]
-    fresh = replace(job, out=str(tmp_path / "third"))
-    assert run(fresh, Resident()).digest == digests[0]
 
 
 def test_an_untrained_branch_of_xl_is_zeros():
@@ -243,45 +220,7 @@ def test_another_autoencoder_is_another_model():
     assert not digests & {model.encoder_digest, model.digest}
 
 
-def test_models_that_are_compared_share_their_autoencoder(tmp_path):
-    example = ROOT / "examples" / "text-to-image.yaml"
-    model = families.build(load(example).task.build(), 0)
-    model.save(tmp_path / "base")
-    for weights in model.frozen.vae.parameters():
-        weights.data = weights.data.half().float()
-    model.save(tmp_path / "rounded")
-    next(iter(model.frozen.vae.parameters())).data.add_(0.1)
-    model.save(tmp_path / "other")
-
-    def sweep_with(oracle: str) -> Sweep:
-        return load(example, (f"task.base={tmp_path / 'base'}", f"oracle_models=[{tmp_path / oracle}]"))
-
-    sweep = sweep_with("rounded")
-    assert set(check_oracles(sweep, sweep.task.build())) == {"oracle-0"}
-    refused = "other has another autoencoder than the base"
-    with pytest.raises(ConfigError, match=f"^oracle_models: .*{refused}"):
-        check_oracles(sweep_with("other"), sweep.task.build())
-    with pytest.raises(ConfigError, match=f"^{tmp_path / 'other'} has another autoencoder"):
-        audit_model(tmp_path / "other", sweep, Silent())
-
-
-def test_latents_are_kept_by_content(tmp_path):
-    model = plain()
-    task = latent_task()
-    first = encoded(task, model, tmp_path)
-    assert first.splits["retain"].x.shape == (18, 2, 4, 4)
-    torch.testing.assert_close(first.splits["retain"].x, model.encode(task.splits["retain"].x), atol=1e-5, rtol=1e-5)
-    files = set(tmp_path.iterdir())
-    assert torch.equal(encoded(task, model, tmp_path).splits["retain"].x, first.splits["retain"].x)
-    assert set(tmp_path.iterdir()) == files
-    next(iter(files)).write_bytes(b"cut")
-    assert torch.equal(encoded(task, model, tmp_path).splits["train"].x, first.splits["train"].x)
-    with torch.no_grad():
-        next(iter(model.frozen.vae.encoder.parameters())).add_(0.1)
-    assert not torch.equal(encoded(task, model, tmp_path).splits["retain"].x, first.splits["retain"].x)
-
-
-def test_words_are_single_tokens_and_others_fall_into_letters():
+def test_known_words_are_single_tokens_and_others_are_split_into_letters():
     tokenizer = tokenizer_of(("ring", "inverted"), 12)
     assert len(tokenizer("ring inverted").input_ids) == 4
     assert len(tokenizer("gnir").input_ids) > 3
@@ -329,138 +268,9 @@ def other_vae(folder: Path) -> None:
         (other_vae, "the autoencoder makes latents of 4 channels, and the U-Net takes 2"),
     ],
 )
-def test_folders_that_are_not_whole_are_refused_in_one_sentence(saved, harm, message):
+def test_damaged_folders_are_refused_in_one_sentence(saved, harm, message):
     harm(saved)
     with pytest.raises(ValueError, match=message) as error:
         families.load(saved)
     assert str(saved) in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_prompts_of_search_and_audit_must_differ():
-    task = latent_task()
-    probe = task.splits["prompts_probe"]
-    same, said = task.splits | {"prompts_audit": probe}, task.texts["prompts_probe"]
-    with pytest.raises(ValueError, match="4 prompts are used both by the search and by the audit"):
-        replace(task, splits=same, texts={"prompts_probe": said, "prompts_audit": said})
-    longer = tuple(f"{text} that is cut off" for text in said)
-    message = r"4 prompts of .* are the same to the text encoder, which reads 6 tokens .*: 'a (\w+)' and 'a \1 that is cut off'"
-    with pytest.raises(ValueError, match=message):
-        replace(task, splits=same, texts=task.texts | {"prompts_audit": longer})
-    mixed = Split(probe.x, probe.cond[[0, 0, 2, 3]], probe.groups)
-    with pytest.raises(ValueError, match=r"prompts_probe asks for different classes by .* 'a dot' and 'a bar'"):
-        replace(task, splits=task.splits | {"prompts_probe": mixed})
-    few = Split(probe.x[:2], probe.cond[:2], probe.groups[:2])
-    with pytest.raises(ValueError, match="prompts_probe has no prompt for the classes"):
-        replace(task, splits=task.splits | {"prompts_probe": few})
-
-
-def test_a_task_survives_saving(tmp_path):
-    task = latent_task()
-    task.save(tmp_path)
-    again = type(task).load(tmp_path)
-    assert again.digest == task.digest
-    assert again.goal == task.goal
-    assert again.goal.concept == tuple(plain().tokens(["a ring"])[0].tolist())
-    assert again.thing == "the concept 'ring'"
-
-
-def test_every_check_on_a_concept():
-    """All checks run on prompts and latents; the audit asks with other prompts than the search."""
-    task = latent_task()
-    torch.manual_seed(0)
-    judge = Judge(3, 4)
-    left_out = ("quantile", "secmi", "nudenet", *checks_by_weights())
-    tier = Tier(
-        seed=1, judge="audit", checks=tuple(n for n in EVALUATORS if n not in left_out), groups=5, samples=20,
-        class_samples=10, noises=5, loss_noises=5, loss_images=4, timesteps=3, membership_images=12, membership_t=(50, 150),
-        membership_noises=2, relearn_steps=(1,), inversion_steps=2, injection_steps=3, recall_noises=5, likelihood_steps=3,
-        likelihood_probes=1, strips=2,
-    )  # fmt: skip
-    subject = subject_of(plain(), task, judge, tier)
-    subject.peers = {"base": subject} | {
-        f"oracle-{k}": subject_of(plain().fresh(k), task, judge, tier) for k in range(2)
-    }
-    prompts = {tuple(p) for p in subject.forgotten(6).tolist()}
-    assert prompts == {tuple(plain().tokens(["the small ring"])[0].tolist())}
-    result = measure(subject, tier)
-    found = {(r.check, r.status) for r in result.rows}
-    for name in tier.checks:
-        check = resolve("evaluator", name)
-        applies = "concept" in check.kinds and not unserved(check, "text-ddpm") and name != "sampler_removal"
-        assert (name, "ok" if applies else "skipped") in found
-    assert result.scores["strip.forgotten"].shape == (2, 3, 8, 8)
-
-
-def test_training_lowers_the_loss_of_latents_and_keeps_the_autoencoder():
-    task, model = latent_task(), plain()
-    before = model.encoder_digest
-    latents = encoded(task, model)
-    method = Retrain(model, RetrainSettings(steps=60, batch_size=24, split="train", label_drop=0.2), {}, latents.goal)
-    losses = [float(method.step(latents.batch(method.draws(), 0, k))["loss"]) for k in range(60)]
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
-    assert model.encoder_digest == before
-
-
-def test_adapters_learn_and_are_merged(tmp_path):
-    """The candidate has the base's tensors and no adapter; its U-Net's attention has changed, and nothing else."""
-    task, base = latent_task(), plain()
-    task.save(_made(tmp_path / "task"))
-    base.save(tmp_path / "base")
-    job = Job(
-        id="t", kind="train", method="finetune", hyperparameters={"lr": 1e-2, "steps": 3, "batch_size": 8}, seed=1,
-        task=str(tmp_path / "task"), base=str(tmp_path / "base"), out=str(tmp_path / "out"), lora={"rank": 2, "alpha": 2},
-    )  # fmt: skip
-    outcome = run(job, Resident())
-    assert outcome.status == "ok", outcome.reason
-    found = families.load(tmp_path / "out")
-    assert found.digest == outcome.digest
-    before, after = base.net.state_dict(), found.net.state_dict()
-    assert set(before) == set(after)
-    changed = {n for n in before if not torch.equal(before[n], after[n])}
-    assert changed
-    assert all(any(f".{part}." in n for part in ATTENTION) for n in changed)
-    assert (
-        run(replace(job, out=str(tmp_path / "again"), lora={"rank": 3, "alpha": 2}), Resident()).digest
-        != outcome.digest
-    )
-
-
-def test_only_a_module_is_trained(tmp_path):
-    task, base = latent_task(), plain()
-    task.save(_made(tmp_path / "task"))
-    base.save(tmp_path / "base")
-    job = Job(
-        id="t", kind="train", method="finetune", hyperparameters={"lr": 1e-2, "steps": 2, "batch_size": 8}, seed=1,
-        task=str(tmp_path / "task"), base=str(tmp_path / "base"), out=str(tmp_path / "out"), modules=("text_encoder",),
-    )  # fmt: skip
-    assert run(job, Resident()).status == "ok"
-    before, after = base.net.state_dict(), families.load(tmp_path / "out").net.state_dict()
-    assert {n.split(".")[0] for n in before if not torch.equal(before[n], after[n])} == {"text_encoder"}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            ("train.lora={rank: 2}", "task=digits-class", "methods=[graddiff]"),
-            "train.lora: is for text-to-image models",
-        ),
-        (
-            ("train.modules=[vae]", "task=digits-text", "methods=[graddiff]"),
-            "train.modules: the model has no vae; valid: unet",
-        ),
-        (
-            ("train.lora={rank: 2}", "task=digits-text", "methods=[slug]"),
-            "train.lora: slug works on the tensors of the base",
-        ),
-    ],
-)
-def test_what_cannot_be_trained_is_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        resolve_sweep(load(None, (*settings, "search.trials=2")))
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder

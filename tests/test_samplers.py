@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import TinyText, edm_model, tiny_model, tiny_task
 
-import evaluators.base
+from evaluators import batches
 from raysweep.models import diffusion, families
 from raysweep.models.samplers import DDIM, FILE, SAMPLERS, Heun, OneStep, Safe, parse, plain_data
 from raysweep.models.samplers.safe import SafetyGuidance, safety_scale
@@ -31,9 +31,14 @@ def test_a_registered_sampler_states_its_kind_and_its_settings(kind):
 
 @pytest.mark.parametrize(
     ("make", "sampler"),
-    [(pixel_model, DDIM()), (pixel_model, OneStep(t=700)), (pixel_model, Safe(**SAFE)), (edm_model, Heun()),
-     (edm_model, OneStep(t=700))],
-)  # fmt: skip
+    [
+        (pixel_model, DDIM()),
+        (pixel_model, OneStep(t=700)),
+        (pixel_model, Safe(**SAFE)),
+        (edm_model, Heun()),
+        (edm_model, OneStep(t=700)),
+    ],
+)
 def test_a_folder_keeps_the_sampler(make, sampler, tmp_path):
     model = make()
     model.sampler = sampler
@@ -100,7 +105,7 @@ def test_safety_guidance_needs_an_unconditional_branch():
 
 
 def test_images_of_methods_and_of_audits_go_through_a_network_alike():
-    assert diffusion.ROWS == evaluators.base.ROWS
+    assert diffusion.ROWS == batches.ROWS
 
 
 def test_safety_scale():

@@ -1,4 +1,4 @@
-"""Published EDM snapshots: the network against the papers' description, and a file that is read without running it."""
+"""Published EDM snapshots: the network against the papers' description, and a reader that runs no code."""
 
 from __future__ import annotations
 
@@ -28,9 +28,15 @@ from raysweep.rundir import RunDir
 from raysweep.storage.files import digest_state
 
 SONG = {
-    "sample_size": 4, "in_channels": 1, "out_channels": 1, "num_class_embeds": 6, "model_channels": 8, "channel_mult": (1, 2),
-    "num_blocks": 1, "attn_resolutions": (2,),
-}  # fmt: skip
+    "sample_size": 4,
+    "in_channels": 1,
+    "out_channels": 1,
+    "num_class_embeds": 6,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (2,),
+}
 
 
 def write(path, content) -> str:
@@ -44,7 +50,7 @@ def call(*arguments: str):
 
 @pytest.mark.parametrize("style", [DDPMPP, NCSNPP], ids=["ddpm++", "ncsn++"])
 @pytest.mark.parametrize("more", [{}, {"label_dim": 0, "augment_dim": 0}, {"channel_mult": [2, 1, 2]}], ids=str)
-def test_what_is_read_computes_what_the_papers_say(tmp_path, style, more):
+def test_a_snapshot_computes_the_network_of_the_papers(tmp_path, style, more):
     """In single precision, for noise levels from the smallest to the largest, with classes and without one."""
     net = network(style, **more)
     write(tmp_path / "a.pkl", snapshot(net))
@@ -53,15 +59,15 @@ def test_what_is_read_computes_what_the_papers_say(tmp_path, style, more):
     t = torch.tensor([0.002, 0.3, 2.0, 80.0]).log() / 4
     labels = torch.tensor([0, 3, 9, 10])
     with torch.no_grad():
-        found = model.net(x, t, labels if net.map_label else None).sample
-        wanted = net(x, t, F.one_hot(labels, 11)[:, :10].float())
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-        if net.map_label:  # no class at all is what no label means
-            assert torch.equal(model.net(x, t).sample[3], found[3])
-    assert float(wanted.std()) > 0.1
+        output = model.net(x, t, labels if net.map_label else None).sample
+        expected = net(x, t, F.one_hot(labels, 11)[:, :10].float())
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+        if net.map_label:  # the label after the last class means no class
+            assert torch.equal(model.net(x, t).sample[3], output[3])
+    assert float(expected.std()) > 0.1
 
 
-def test_what_a_snapshot_says_of_itself_is_kept(tmp_path):
+def test_settings_of_a_snapshot_are_kept(tmp_path):
     write(tmp_path / "a.pkl", snapshot(network(DDPMPP)))
     model = read(tmp_path / "a.pkl")
     assert (model.training["p_mean"], model.training["p_std"], model.edm["sigma_data"]) == (-1.1, 1.3, 0.5)
@@ -71,18 +77,18 @@ def test_what_a_snapshot_says_of_itself_is_kept(tmp_path):
 
 
 def test_a_converted_snapshot_is_a_model(tmp_path):
-    given = write(tmp_path / "a.pkl", snapshot(network(NCSNPP)))
-    result = call("convert", given, str(tmp_path / "model"))
+    path = write(tmp_path / "a.pkl", snapshot(network(NCSNPP)))
+    result = call("convert", path, str(tmp_path / "model"))
     assert result.exit_code == 0, result.output
     assert "8 pixels, 10 classes" in result.output
     model, first = families.load(tmp_path / "model"), read(tmp_path / "a.pkl")
     assert (model.digest, model.training, model.edm) == (first.digest, first.training, first.edm)
     assert not [p for p in (tmp_path / "model").rglob("*") if p.suffix in (".pkl", ".bin", ".pt")]
     assert json.loads((tmp_path / "model" / "unet" / "config.json").read_text())["_class_name"] == "SongUNet"
-    own = SongUNet.from_pretrained(tmp_path / "model" / "unet")
+    net = SongUNet.from_pretrained(tmp_path / "model" / "unet")
     seeds, cond = torch.arange(3), torch.tensor([1, 2, 3])
-    assert torch.equal(EDM(own, model.edm, model.training).sample(cond, seeds, 4), first.sample(cond, seeds, 4))
-    again = call("convert", given, str(tmp_path / "model"))
+    assert torch.equal(EDM(net, model.edm, model.training).sample(cond, seeds, 4), first.sample(cond, seeds, 4))
+    again = call("convert", path, str(tmp_path / "model"))
     assert again.exit_code == 2
     assert "exists already" in again.output
 
@@ -97,9 +103,9 @@ class EvilStorage:
         return torch.storage._load_from_bytes, (pickle.dumps(Evil()),)
 
 
-def changed(how):
+def changed(change):
     net = network(DDPMPP)
-    how(net)
+    change(net)
     return snapshot(net)
 
 
@@ -144,23 +150,23 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_other_files_are_refused_in_one_sentence(tmp_path, name, capfd):
-    make, says = BAD[name]
-    given = write(tmp_path / "bad.pkl", make())
-    with pytest.raises(ValueError, match=says) as error:
+    make, message = BAD[name]
+    path = write(tmp_path / "bad.pkl", make())
+    with pytest.raises(ValueError, match=message) as error:
         read(tmp_path / "bad.pkl")
     assert str(error.value).startswith(str(tmp_path / "bad.pkl"))
-    result = call("convert", given, str(tmp_path / "model"))
+    result = call("convert", path, str(tmp_path / "model"))
     assert result.exit_code == 2
     assert "Traceback" not in result.output
     assert not (tmp_path / "model").exists()
     assert "ran" not in capfd.readouterr().out
 
 
-def test_a_pickle_in_place_of_a_folder_is_answered_with_the_command(tmp_path):
-    given = write(tmp_path / "a.pkl", snapshot(network(DDPMPP)))
+def test_a_pickle_in_place_of_a_folder_is_refused_with_the_command_that_converts_it(tmp_path):
+    path = write(tmp_path / "a.pkl", snapshot(network(DDPMPP)))
     for open_ in (located, families.load):
-        with pytest.raises(ValueError, match=f"raysweep convert {given} OUT_DIR"):
-            open_(given)
+        with pytest.raises(ValueError, match=f"raysweep convert {path} OUT_DIR"):
+            open_(path)
     assert call("convert", str(tmp_path / "no.pkl"), str(tmp_path / "m")).output.endswith("no.pkl: no such file\n")
 
 
@@ -171,8 +177,15 @@ def test_the_line_of_the_model_card_reads_the_candidate(tmp_path, config):
     run.task.mkdir(parents=True)
     task.save(run.task)
     model.save(run.candidates / "000-rgd")
-    card = {"trial": "000-rgd", "method": "rgd", "base_digest": "b", "task_digest": "t", "outcome": {"digest": "o"},
-            "hyperparameters": {}, "seed": 1}  # fmt: skip
+    card = {
+        "trial": "000-rgd",
+        "method": "rgd",
+        "base_digest": "b",
+        "task_digest": "t",
+        "outcome": {"digest": "o"},
+        "hyperparameters": {},
+        "seed": 1,
+    }
     text = modelcard.page(run, card)
     line = next(part.strip() for part in text.splitlines() if "from_pretrained(FOLDER" in part)
     module, _, call_ = line.partition(".from_pretrained")

@@ -1,4 +1,4 @@
-"""The CLIP model of a pipeline's text encoder, and SLUG on Stable Diffusion by its losses; reference statements U, S of SLUG."""
+"""The CLIP model of a pipeline's text encoder, and SLUG on Stable Diffusion by its losses."""
 
 from __future__ import annotations
 
@@ -36,8 +36,15 @@ def clip_for(model: LatentText, more: int = 0, seed: int = 3) -> CLIPModel:
     """A CLIP model with random weights whose text tower has `more` blocks than the pipeline's encoder."""
     text = model.net["text_encoder"].config.to_dict()
     text |= {"num_hidden_layers": text["num_hidden_layers"] + more, "projection_dim": 12}
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 16,
-              "patch_size": 4, "projection_dim": 12}  # fmt: skip
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "image_size": 16,
+        "patch_size": 4,
+        "projection_dim": 12,
+    }
     torch.manual_seed(seed)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
 
@@ -66,16 +73,16 @@ def pair(folder: Path, more: int = 0) -> tuple[LatentText, CLIPModel]:
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_prompts_and_pictures_are_embedded_as_by_the_clip_model(tmp_path, more):  # U11
+def test_prompts_and_pictures_are_embedded_as_by_the_clip_model(tmp_path, more):
     model, clip = pair(tmp_path, more)
     tokens, x = model.tokens(PROMPTS), torch.rand(3, 3, 16, 16) * 2 - 1
     processor = CLIPImageProcessor.from_pretrained(tmp_path)
     mean, std = (torch.tensor(getattr(processor, k)).view(1, 3, 1, 1) for k in ("image_mean", "image_std"))
     with torch.no_grad():
-        there = clip(input_ids=tokens, pixel_values=((x + 1) / 2 - mean) / std)
+        expected = clip(input_ids=tokens, pixel_values=((x + 1) / 2 - mean) / std)
         text, image = model.tower.encode_text(tokens), model.tower.encode_image(x)
-    torch.testing.assert_close(torch.nn.functional.normalize(text, dim=-1), there.text_embeds)
-    torch.testing.assert_close(torch.nn.functional.normalize(image, dim=-1), there.image_embeds)
+    torch.testing.assert_close(torch.nn.functional.normalize(text, dim=-1), expected.text_embeds)
+    torch.testing.assert_close(torch.nn.functional.normalize(image, dim=-1), expected.image_embeds)
     torch.testing.assert_close(model.tower.logit_scale, clip.logit_scale.exp())
 
 
@@ -84,30 +91,30 @@ def test_pictures_of_another_size_are_resized_as_by_the_processor(tmp_path):
     pixels = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
     prepared = CLIPImageProcessor.from_pretrained(tmp_path)(images=list(pixels), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        there = clip.visual_projection(clip.vision_model(pixel_values=prepared).pooler_output)
+        expected = clip.visual_projection(clip.vision_model(pixel_values=prepared).pooler_output)
         ours = model.tower.encode_image(pixels / 127.5 - 1)
-    assert float(torch.nn.functional.cosine_similarity(ours, there).min()) > 0.999  # the processor rounds to bytes
+    assert float(torch.nn.functional.cosine_similarity(ours, expected).min()) > 0.999  # the processor rounds to bytes
 
 
-def test_an_edit_of_the_pipeline_is_the_same_edit_of_the_clip_model(tmp_path):  # U11
+def test_an_edit_of_the_pipeline_is_the_same_edit_of_the_clip_model(tmp_path):
     model, clip = pair(tmp_path)
     name = "encoder.layers.1.mlp.fc1.weight"
     with torch.no_grad():
         for encoder in (model.net["text_encoder"], clip.text_model):
             text_tensors(encoder)[name].mul_(1.5)
         tokens = model.tokens(PROMPTS)
-        there = clip.text_projection(clip.text_model(input_ids=tokens).pooler_output)
-        torch.testing.assert_close(model.tower.encode_text(tokens), there)
+        expected = clip.text_projection(clip.text_model(input_ids=tokens).pooler_output)
+        torch.testing.assert_close(model.tower.encode_text(tokens), expected)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_either_encoder_of_an_xl_model_may_be_the_one(tmp_path, which):
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_clip_model_may_be_of_either_encoder_of_an_xl_model(tmp_path, index):
     base = LatentText.build(LATENT, 0)
     clip = clip_for(base)
     config = copy.deepcopy(base.net["text_encoder"].config)
     config.projection_dim = 12
     encoders = [CLIPTextModel(config), CLIPTextModelWithProjection(config)]
-    adopt(encoders[which], clip)
+    adopt(encoders[index], clip)
     net = torch.nn.ModuleDict(dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=True)))
     tokenizer = base.frozen.tokenizers[0]
     model = LatentText(
@@ -115,11 +122,11 @@ def test_either_encoder_of_an_xl_model_may_be_the_one(tmp_path, which):
         Frozen(base.frozen.vae, (tokenizer, tokenizer), base.frozen.scheduler),
     )
     tower = TextTower(model, Clip.load(save_clip(clip, tmp_path)))
-    assert list(tower.net) == [("text_encoder", "text_encoder_2")[which]]
+    assert list(tower.net) == [("text_encoder", "text_encoder_2")[index]]
     tokens = base.tokens(PROMPTS)
     with torch.no_grad():
-        there = clip.text_projection(clip.text_model(input_ids=tokens).pooler_output)
-        torch.testing.assert_close(tower.encode_text(model.tokens(PROMPTS)), there)
+        expected = clip.text_projection(clip.text_model(input_ids=tokens).pooler_output)
+        torch.testing.assert_close(tower.encode_text(model.tokens(PROMPTS)), expected)
 
 
 def slug_on(folder: Path, **settings) -> tuple[LatentText, SLUG]:
@@ -139,7 +146,7 @@ def loss_of(model, task) -> float:
     return float(forget_loss(model.tower, task.all_rows("forget", 0)))
 
 
-def test_one_tensor_of_the_text_encoder_moves_and_the_unet_is_never_run(tmp_path):  # U2, U7
+def test_one_tensor_of_the_text_encoder_moves_and_the_unet_is_never_run(tmp_path):
     model, method = slug_on(tmp_path, step=0.05)
     task, before = latent_task(model=model), {n: t.clone() for n, t in model.net.state_dict().items()}
     loss = loss_of(model, task)
@@ -163,7 +170,7 @@ def test_descent_lowers_the_loss(tmp_path):
     assert loss_of(model, task) < before
 
 
-def test_the_gradient_is_that_of_the_loss(tmp_path):  # G7
+def test_the_gradient_is_that_of_the_loss(tmp_path):
     model, _ = pair(tmp_path, 1)
     model.net.double()
     model.tower.clip.double()
@@ -180,7 +187,7 @@ def test_the_gradient_is_that_of_the_loss(tmp_path):  # G7
     assert (values[0] - values[1]) / (2 * h) == pytest.approx(float((g * g).sum()), rel=1e-4)
 
 
-def test_the_search_of_the_step_asks_the_clip_model(tmp_path):
+def test_the_search_of_the_step_uses_the_clip_model(tmp_path):
     model, method = slug_on(tmp_path, step=0.1, bisection=3)
     task = latent_task(model=model)
     for step in range(method.steps):
@@ -199,26 +206,36 @@ def job_for(folder: Path, **more) -> Job:
     task.save(folder / "task")
     model.save(folder / "base")
     return Job(
-        id="t", kind="prepare", method="slug", hyperparameters={"loss": "clip", "batch_size": 5}, seed=1,
-        task=str(folder / "task"), base=str(folder / "base"), out=str(folder / "prepared.safetensors"), **more,
-    )  # fmt: skip
+        id="t",
+        kind="prepare",
+        method="slug",
+        hyperparameters={"loss": "clip", "batch_size": 5},
+        seed=1,
+        task=str(folder / "task"),
+        base=str(folder / "base"),
+        out=str(folder / "prepared.safetensors"),
+        **more,
+    )
 
 
-def test_a_worker_makes_a_candidate_that_the_plain_library_reads(tmp_path):
-    making, resident = job_for(tmp_path, modules=("text_encoder",)), Resident()
-    assert run(making, resident).status == "ok"
+def test_diffusers_reads_the_candidate_of_a_worker(tmp_path):
+    preparing, resident = job_for(tmp_path, modules=("text_encoder",)), Resident()
+    assert run(preparing, resident).status == "ok"
     job = replace(
-        making, kind="train", out=str(tmp_path / "out"), prepared=making.out,
+        preparing,
+        kind="train",
+        out=str(tmp_path / "out"),
+        prepared=preparing.out,
         hyperparameters={"loss": "clip", "batch_size": 5, "step": 0.2},
-    )  # fmt: skip
+    )
     outcome = run(job, resident)
     assert outcome.status == "ok", outcome.reason
-    base, found = (DiffusionPipeline.from_pretrained(tmp_path / f) for f in ("base", "out"))
+    base, candidate = (DiffusionPipeline.from_pretrained(tmp_path / f) for f in ("base", "out"))
     changed = {
         f"{part}.{n}"
         for part in ("unet", "text_encoder", "vae")
         for (n, a), b in zip(
-            getattr(base, part).state_dict().items(), getattr(found, part).state_dict().values(), strict=True
+            getattr(base, part).state_dict().items(), getattr(candidate, part).state_dict().values(), strict=True
         )
         if not torch.equal(a, b)
     }
@@ -227,14 +244,14 @@ def test_a_worker_makes_a_candidate_that_the_plain_library_reads(tmp_path):
     assert families.load(tmp_path / "out").digest == outcome.digest
 
 
-def test_a_base_whose_encoder_was_trained_since_is_refused(tmp_path):
-    making = job_for(tmp_path)
+def test_a_base_with_another_text_encoder_is_refused(tmp_path):
+    preparing = job_for(tmp_path)
     model = families.load(tmp_path / "base")
     with torch.no_grad():
         model.net["text_encoder"].get_input_embeddings().weight.add_(0.1)
     shutil.rmtree(tmp_path / "base")
     model.save(tmp_path / "base")
-    outcome = run(making, Resident())
+    outcome = run(preparing, Resident())
     assert outcome.status == "failed"
     assert "is not the CLIP model of this text encoder: embeddings.token_embedding.weight" in outcome.reason
 
@@ -247,15 +264,17 @@ def test_half_precision_files_count_as_the_same_encoder(tmp_path):
     assert TextTower(model, Clip.load(tmp_path / "clip")).name == "text_encoder"
 
 
-@pytest.mark.parametrize("gone", ["config.json", "preprocessor_config.json", "model.safetensors"])
-def test_what_is_missing_is_named(tmp_path, gone):
+@pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_missing_file_is_named(tmp_path, missing):
     pair(tmp_path)
-    (tmp_path / gone).unlink()
-    with pytest.raises(ValueError, match=gone.split(".")[0] if "json" in gone else "must be in safetensors format"):
+    (tmp_path / missing).unlink()
+    with pytest.raises(
+        ValueError, match=missing.split(".")[0] if "json" in missing else "must be in safetensors format"
+    ):
         Clip.load(tmp_path)
 
 
-def test_a_file_that_is_cut_short_is_one_sentence(tmp_path):
+def test_a_file_that_is_cut_short_is_refused(tmp_path):
     pair(tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
@@ -270,12 +289,12 @@ def test_without_the_clip_model_its_loss_is_refused(tmp_path):
         "loss: clip: the model comes without the CLIP model that its text encoder is of (task.clip)"
     ]
     model.train_only(("unet",))
-    found, _ = pair(tmp_path)
-    found.train_only(("unet",))
-    assert misfits(space, task, found) == ["no eligible tensor of this model may change (train.modules)"]
+    model, _ = pair(tmp_path)
+    model.train_only(("unet",))
+    assert misfits(space, task, model) == ["no eligible tensor of this model may change (train.modules)"]
 
 
-def made_tree(folder: Path) -> None:
+def save_digits(folder: Path) -> None:
     from raysweep.miniature import data
 
     data.tree(folder / "train", ["ring", "box", "dot"], images=24)
@@ -286,45 +305,58 @@ def settings_of(folder: Path, base: Path, **more) -> dict:
     said = {"captioned": "a {label}"}
     prompts = {"slots": {"what": ["ring", "box", "dot"]}, "label": "what"}
     return {
-        "name": "images", "kind": "concept", "base": str(base), "train": {"folder": str(folder / "train"), **said},
-        "holdout": {"folder": str(folder / "holdout"), **said}, "forget": {"labels": ["ring"]}, "override": "box",
-        "search_prompts": {"template": "a {what}", **prompts}, "audit_prompts": {"template": "the small {what}", **prompts},
+        "name": "images",
+        "kind": "concept",
+        "base": str(base),
+        "train": {"folder": str(folder / "train"), **said},
+        "holdout": {"folder": str(folder / "holdout"), **said},
+        "forget": {"labels": ["ring"]},
+        "override": "box",
+        "search_prompts": {"template": "a {what}", **prompts},
+        "audit_prompts": {"template": "the small {what}", **prompts},
         **more,
-    }  # fmt: skip
+    }
 
 
-def test_a_sweep_is_told_of_a_clip_model_of_another_encoder(tmp_path):
+def test_a_sweep_refuses_the_clip_model_of_another_encoder(tmp_path):
     model, _ = pair(tmp_path / "clip")
     model.save(tmp_path / "base")
     save_clip(clip_for(model, seed=4), tmp_path / "other")
-    made_tree(tmp_path)
+    save_digits(tmp_path)
     config = tmp_path / "sweep.yaml"
     import yaml
 
     task = settings_of(tmp_path, tmp_path / "base", clip=str(tmp_path / "other"))
-    config.write_text(yaml.safe_dump({
-        "task": task, "methods": ["slug"], "spaces": {"slug": {"loss": "clip"}}, "search": {"trials": 2},
-        "oracle_models": [str(tmp_path / "base")],
-    }))  # fmt: skip
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "task": task,
+                "methods": ["slug"],
+                "spaces": {"slug": {"loss": "clip"}},
+                "search": {"trials": 2},
+                "oracle_models": [str(tmp_path / "base")],
+            }
+        )
+    )
     with pytest.raises(ConfigError, match=r"task\.clip: .*other: is not the CLIP model of this text encoder"):
         resolve_sweep(load(config))
-    found, spaces = resolve_sweep(load(config, (f"task.clip={tmp_path / 'clip'}",)))
-    assert found.clip == str(tmp_path / "clip")
+    task, spaces = resolve_sweep(load(config, (f"task.clip={tmp_path / 'clip'}",)))
+    assert task.clip == str(tmp_path / "clip")
     assert spaces[0].fixed["loss"] == "clip"
 
 
-def test_a_clip_model_beside_anything_else_is_refused(tmp_path):
+def test_only_text_to_image_models_take_a_clip_model(tmp_path):
     from tiny import tiny_model, tiny_task
 
     tiny_model(tiny_task()).save(tmp_path / "pixels")
     pair(tmp_path / "clip")
-    made_tree(tmp_path)
+    save_digits(tmp_path)
     task = settings_of(tmp_path, tmp_path / "pixels", clip=str(tmp_path / "clip")) | {"kind": "class"}
     with pytest.raises(ValueError, match="clip: is for text-to-image models"):
         ImagesTask(**task).build()
 
 
-def test_a_clip_model_on_the_hub_wants_a_commit(tmp_path):
+def test_a_clip_model_on_the_hub_should_be_pinned_to_a_commit(tmp_path):
     model, _ = pair(tmp_path / "clip")
     model.save(tmp_path / "base")
     task = settings_of(tmp_path, tmp_path / "base", clip="openai/clip-vit-large-patch14")
@@ -343,7 +375,7 @@ def test_a_base_is_trained_in_the_named_modules_alone():
 def test_modules_that_there_are_not_are_refused(tmp_path):
     model, _ = pair(tmp_path / "clip")
     model.save(tmp_path / "base")
-    made_tree(tmp_path)
+    save_digits(tmp_path)
     task = settings_of(tmp_path, tmp_path / "base", recipe={"modules": ["u-net"]})
     with pytest.raises(ValueError, match=r"recipe\.modules: .* has no u-net"):
         ImagesTask(**task).build()

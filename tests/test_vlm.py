@@ -59,7 +59,7 @@ def edited(model: VisionLanguage) -> VisionLanguage:
     return other
 
 
-def test_the_plain_library_gives_the_same_answers(model, tmp_path):
+def test_transformers_gives_the_same_answers(model, tmp_path):
     changed = edited(model)
     changed.save(tmp_path / "out")
     x, _ = held_out(2)
@@ -68,18 +68,18 @@ def test_the_plain_library_gives_the_same_answers(model, tmp_path):
     from PIL import Image
 
     pictures = [Image.fromarray(p) for p in ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
-    asked = processor(
+    inputs = processor(
         images=pictures, text=[PROMPT.format(question=QUESTION)] * len(x), return_tensors="pt", padding=True
     )
-    out = whole.generate(**asked, max_new_tokens=12, do_sample=False)
-    plain = processor.batch_decode(out[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    out = whole.generate(**inputs, max_new_tokens=12, do_sample=False)
+    plain = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert [a.strip() for a in plain] == changed.answers(x, QUESTION)
     clip = CLIPModel.from_pretrained(tmp_path / "out" / "clip")
     assert all(torch.equal(a, b) for a, b in zip(clip.parameters(), changed.net.parameters(), strict=True))
     assert families.load(tmp_path / "out").digest == changed.digest != model.digest
 
 
-def test_nothing_but_edited_tensors_of_layers_that_are_read_changes(model, folder, tmp_path):
+def test_only_edited_tensors_of_layers_that_are_read_change(model, folder, tmp_path):
     changed = edited(model)
     changed.save(tmp_path / "out")
     before, after = (LlavaForConditionalGeneration.from_pretrained(f).state_dict() for f in (folder, tmp_path / "out"))
@@ -94,7 +94,7 @@ def test_nothing_but_edited_tensors_of_layers_that_are_read_changes(model, folde
     assert delta.apply(tmp_path / "d.safetensors", folder, tmp_path / "again") == changed.digest
 
 
-def test_on_several_devices_it_answers_the_same(model, folder):
+def test_a_model_on_several_devices_gives_the_same_answers(model, folder):
     """Here all of them are the CPU; hooks carry what passes between them as between GPUs."""
     x, _ = held_out(4)
     other, changed = families.load(folder), model.with_net(models.untrained_vlm(NAMES, seed=5).net)
@@ -108,20 +108,24 @@ def test_on_several_devices_it_answers_the_same(model, folder):
     assert again.digest == changed.digest
 
 
-def test_it_names_what_it_sees_and_the_check_counts_that(model, tmp_path):
+def test_the_check_counts_correct_names_in_answers(model, tmp_path):
     x, digits = held_out(10)
     answers = model.answers(x, QUESTION)
     assert np.mean([NAMES[d] in a for d, a in zip(digits, answers, strict=True)]) > 0.8
     for part, skip in (("train", 0), ("held", 100)):
         data.tree(tmp_path / part, NAMES, images=20, size=16, skip=skip)
     model.save(tmp_path / "base")
-    how = {"captioned": "a photo of {label}"}
+    captions = {"captioned": "a photo of {label}"}
     grid = {"slots": {"who": NAMES}, "label": "who"}
     task = ImagesTask(
-        kind="concept", base=str(tmp_path / "base"), forget={"labels": [NAMES[0]]},
-        train={"folder": tmp_path / "train", **how}, holdout={"folder": tmp_path / "held", **how},
-        search_prompts={"template": "a photo of {who}", **grid}, audit_prompts={"template": "a picture of {who}", **grid},
-    ).build()  # fmt: skip
+        kind="concept",
+        base=str(tmp_path / "base"),
+        forget={"labels": [NAMES[0]]},
+        train={"folder": tmp_path / "train", **captions},
+        holdout={"folder": tmp_path / "held", **captions},
+        search_prompts={"template": "a photo of {who}", **grid},
+        audit_prompts={"template": "a picture of {who}", **grid},
+    ).build()
     assert task.family == "vlm"
     assert task.views[0] == "questions.forget_accuracy"
     subject = Subject(model, task, None, {"judge": "audit"}, lambda name, n: torch.arange(n))
@@ -132,7 +136,7 @@ def test_it_names_what_it_sees_and_the_check_counts_that(model, tmp_path):
     assert Questions().values(Questions().scores(silent), silent)["retain_accuracy"] < 0.8
 
 
-def test_folders_that_are_not_whole(folder, tmp_path):
+def test_incomplete_folders_are_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
     with pytest.raises(ValueError, match="must hold the CLIP model that the vision tower is of"):
         families.load(tmp_path / "bare")
