@@ -9,7 +9,8 @@ each step of sampling uses
 Where the condition *is* the concept, eps_p - eps_S = 0 and so is mu: the release does nothing there. `mu: at_least_one`
 is the other bound of the scale, max(1, s_S |eps_p - eps_S|), which falls back to eps_null under the concept itself.
 
-The weights of the candidate are those of the base model, so any check that bypasses the sampler finds the concept there.
+The model's own sampler computes this (`use_sampler("safe", ...)`); the method chooses its settings. The weights of the candidate
+are those of the base model, so any check that bypasses the sampler finds the concept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Training of a small variational autoencoder, the frozen part of the embedded latent model.
 
 The usual recipe of latent diffusion (Rombach et al., CVPR 2022, arXiv:2112.10752), without its adversarial loss: mean
-absolute error of the reconstruction and a little Kullback-Leibler divergence. The scaling factor makes latents of unit
+absolute error of the reconstruction plus a small weight of Kullback-Leibler divergence. The scaling factor gives latents unit
 standard deviation, as in the release.
 """
 

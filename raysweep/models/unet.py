@@ -25,7 +25,7 @@ class OneUNet(Diffusion):
 
 
 def unet_shape(config: Any) -> tuple[int, int, int]:
-    """(C, H, W) of what a U-Net takes, by its configuration."""
+    """(C, H, W) of a U-Net's input, by its configuration."""
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return config.in_channels, height, width

@@ -25,7 +25,7 @@ SMALL = 50_000_000  # weights of a network that answers for one row in about a s
 
 
 def check_unet(folder: Path, config: Any) -> None:
-    """Raises ValueError unless a U-Net's configuration gives a size, and as many channels back as it takes."""
+    """Raises ValueError unless a U-Net's configuration has a sample size, and as many output as input channels."""
     path, size = folder / "config.json", config.sample_size
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
     if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):

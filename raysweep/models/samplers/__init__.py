@@ -1,7 +1,7 @@
-"""Samplers of diffusion models: how noise becomes what a model draws. A model carries one, and its folder saves it.
+"""Samplers of diffusion models. A model carries one, and its folder saves it.
 
-A folder whose model is sampled otherwise than its family usually is has the file `raysweep_sampler.json` beside the weights: the
-`kind` of the sampler and its settings. A new sampler is a subclass of `Sampler` in a file of this package, and a line in `SAMPLERS`.
+A sampler other than the usual one of the model's family is saved in `raysweep_sampler.json` beside the weights, by its `kind` and
+settings. A new sampler is a subclass of `Sampler` in a file of this package, and a line in `SAMPLERS`.
 """
 
 from __future__ import annotations

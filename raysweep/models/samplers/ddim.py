@@ -73,7 +73,7 @@ class DDIM(Sampler):
 
 
 def scheduler_of(model: Any, steps: int) -> DDIMScheduler:
-    """The scheduler of a run in `steps`, which keeps state of its own."""
+    """A new scheduler for one run of `steps`, because schedulers keep state."""
     scheduler = DDIMScheduler.from_config(model.scheduler.config)
     scheduler.set_timesteps(steps)
     return scheduler
@@ -91,8 +91,7 @@ def classifier_free(
 
 
 def branches(model: Any, x: torch.Tensor, t: torch.Tensor, conds: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The network's output under each condition, in one pass: on a GPU, small batches take as long as their kernels take to
-    launch."""
+    """The network's outputs under each condition, from one pass: on a GPU, the time of small batches is that of kernel launches."""
     k = len(conds)
     # differences of outputs are taken in the precision of x, also where passes are in half precision
     return model.predict(torch.cat([x] * k), torch.cat([t] * k), torch.cat(conds)).to(x.dtype).chunk(k)

@@ -52,11 +52,11 @@ class Safe(DDIM):
             if cond is None or null is None:
                 return model.predict(x, t, cond)
             concept = torch.as_tensor(self.concept, device=cond.device).expand_as(cond)
-            outputs = branches(model, x, t, [cond, null, concept])
+            out_p, out_null, out_concept = branches(model, x, t, [cond, null, concept])
             unit = (
                 1.0 if model.prediction == "epsilon" else model.gamma_sigma(t)[0]
             )  # v differs from epsilon by 1/gamma
-            return guidance(*outputs, strength, unit)
+            return guidance(out_p, out_null, out_concept, strength, unit)
 
         return output
 
