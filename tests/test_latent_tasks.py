@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from raysweep.engine.events import Silent
-from raysweep.engine.model_checks import check_oracles
 from test_latent import plain
 from tiny import ROOT, latent_task
 from transformers import CLIPTextModel
@@ -20,6 +18,8 @@ from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.engine.audit_model import audit_model
 from raysweep.engine.checks import resolve_sweep
+from raysweep.engine.events import Silent
+from raysweep.engine.model_checks import check_oracles
 from raysweep.models import families
 from raysweep.models.latent import ATTENTION
 from raysweep.registry import EVALUATORS, checks_by_weights, resolve, unserved

@@ -108,7 +108,7 @@ def test_images_of_methods_and_of_audits_go_through_a_network_alike():
     assert diffusion.ROWS == batches.ROWS
 
 
-def test_safety_scale():
+def test_safety_scale_under_both_bounds():
     d = torch.tensor([-1.0, -1e-4, 0.0, 0.005, 0.02, 1.0], dtype=D)
     assert safety_scale(d, 1000.0, 0.01, "at_most_one").tolist() == [1.0, pytest.approx(0.1), 0.0, 1.0, 0.0, 0.0]
     assert safety_scale(d, 1000.0, 0.01, "at_least_one").tolist() == [1000.0, 1.0, 1.0, 5.0, 0.0, 0.0]
