@@ -1,4 +1,4 @@
-"""What a sweep tells of its trials, when it begins and when it goes on."""
+"""Events and counts of a sweep's trials, at its start and when it resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LR = Space("rgd", {}, (Parameter("lr", "log", (1e-5, 1e-3), {}),), ())
 
 
 class Gauge:
-    """Stands in for Ray's."""
+    """Stands in for Ray's gauge, and keeps the last value of every name and tags."""
 
     seen: dict[tuple, float] = {}
 
@@ -35,7 +35,7 @@ def counted(monkeypatch):
     return lambda state: Gauge.seen.get(("raysweep_trials", ("run", "r"), ("state", state)))
 
 
-def test_counts_go_on_where_they_were(tmp_path, counted):
+def test_counts_continue_after_a_resumption(tmp_path, counted):
     sweep, said = load(None, (f"storage={tmp_path}", "methods=[rgd]", "search.trials=5")), []
     folder = RunDir.of(sweep)
     folder.path.mkdir()
@@ -52,7 +52,7 @@ def test_counts_go_on_where_they_were(tmp_path, counted):
     left.write_bytes(b"")
     events.ended(configs[3], {"reason": "exceeded its budget of 3 s"})
     assert (counted("failed"), counted("ended")) == (3, 4)
-    assert not left.exists()  # a trial that ended does not go on from its checkpoint
+    assert not left.exists()  # a trial that ended needs its checkpoint no longer
     events.ended(configs[4], {"residue": 0.1, "damage": 0.2, "train_s": 1.0, "audit_s": 2.0})
     assert (counted("failed"), counted("ended")) == (3, 5)
     assert [kind for kind, _ in said] == ["failed", "trial"]
