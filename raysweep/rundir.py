@@ -218,11 +218,14 @@ class RunDir:
             )
 
     @contextlib.contextmanager
-    def claim(self, sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...] = ()) -> Iterator[None]:
+    def claim(
+        self, sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...] = (), family: str = ""
+    ) -> Iterator[None]:
         """Reserves the directory for this process inside a `with` block, and writes config and manifest.
 
-        digests: "config" and "task" -> hash; checks: names of all tiers' checks. Both go to the manifest of a new run; an
-        existing run must have the same task. Raises ConfigError as `check` does, or if another process holds the directory.
+        digests: "config" and "task" -> hash; checks: names of all tiers' checks; family: that of the task's models. They go to the
+        manifest of a new run; an existing run must have the same task. Raises ConfigError as `check` does, or if another process
+        holds the directory.
         """
         self.check(sweep, digests.get("task", ""))
         try:
@@ -242,7 +245,7 @@ class RunDir:
             if not self.config.is_file() or self.config.read_bytes() != text:  # limits, resources or paths changed
                 write_bytes(self.config, text)
             if not self.exists():
-                write_json(self.manifest, _manifest(sweep, digests, checks))
+                write_json(self.manifest, _manifest(sweep, digests, checks, family))
             self.update(state="running", pid=os.getpid(), resumed_at=now())
             yield
         finally:
@@ -284,14 +287,20 @@ def _git(*arguments: str) -> str:
     return process.stdout.strip()
 
 
-def _manifest(sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...]) -> Manifest:
+def _manifest(sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...], family: str) -> Manifest:
     return {
         "name": sweep.name,
         "config_digest": sweep.digest,
         "digests": digests,
         "seeds": {"search": sweep.search.seed, "probe": sweep.audit.probe.seed, "audit": sweep.audit.audit.seed},
         "versions": versions(),
-        "plugins": used(method=sweep.methods, evaluator=checks, task=[sweep.task.name], sampler=[sweep.search.sampler]),
+        "plugins": used(
+            method=sweep.methods,
+            evaluator=checks,
+            task=[sweep.task.name],
+            family=[family],
+            sampler=[sweep.search.sampler],
+        ),
         "commit": git_commit(),
         "created_at": now(),
         "state": "new",

@@ -25,7 +25,8 @@ def attempt(folder: RunDir, sweep: Sweep, task: Task, on_failure: Callable[[], N
     on_failure: called once the manifest says why the attempt failed. Raises ConfigError if the directory cannot be claimed, and
     RunFailed in place of Unmeasured; other errors of the block pass.
     """
-    with folder.claim(sweep, {"config": sweep.digest, "task": task.digest}, sweep.audit.checks_for(task)):
+    digests = {"config": sweep.digest, "task": task.digest}
+    with folder.claim(sweep, digests, sweep.audit.checks_for(task), task.family):
         commits, commit = folder.commits, git_commit()
         folder.update(
             data=list(task.accounts),
