@@ -166,6 +166,22 @@ FAULTS = {
         "from evaluators.durability import Quantisation\nclass Odd_Reach(Quantisation):\n    name = 'odd_reach'\n    reach = 'x'\n",
         "one of input, weights, base",
     ),
+    "dated": (
+        "method",
+        "from methods.neggrad import NegGrad\nclass Dated(NegGrad):\n    name = 'dated'\n    families = frozenset({'edm'})\n",
+        "sets families, which is no longer read: state model_kinds",
+    ),
+    "strange": (
+        "evaluator",
+        "from evaluators.classifier import Classifier\nclass Strange(Classifier):\n    name = 'strange'\n"
+        "    model_kinds = frozenset({'edm'})\n",
+        r"has the model_kinds \['edm'\]; valid: diffusion, contrastive",
+    ),
+    "blunt": (
+        "evaluator",
+        "from evaluators.durability import Quantisation\nclass Blunt(Quantisation):\n    name = 'blunt'\n",
+        "is an attack and lacks reach",
+    ),
     "bare": (
         "task",
         "from typing import Literal\nfrom raysweep.tasks.base import TaskSettings\n"
