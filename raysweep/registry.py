@@ -289,7 +289,8 @@ def _fault_of_family(record: Any) -> str:
 def _fault_of_class(kind: str, name: str, offered: Any) -> str:
     """Why an object cannot be used as the class of a method, an evaluator or a task; "" if it can."""
     base: Any = imported(_BASES[kind])
-    if not (isinstance(offered, type) and issubclass(offered, base)):
+    is_subclass = isinstance(offered, type) and issubclass(offered, base)
+    if not is_subclass:
         return f"is not a subclass of {base.__module__}.{base.__qualname__}"
     fields = getattr(offered, "model_fields", {})
     stated = fields["name"].default if "name" in fields else getattr(offered, "name", None)
