@@ -34,7 +34,7 @@ from scipy.stats import mannwhitneyu
 
 from evaluators.statistics import t_interval
 from methods.slug import SLUG, SLUGSettings, candidates
-from raysweep.audit.measure import measure, subject_of
+from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.schema import Tier
 from raysweep.storage.seeds import derive_seed
 

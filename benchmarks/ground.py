@@ -17,12 +17,12 @@ import torch
 
 from evaluators.base import Subject
 from methods.base import Diverged, Method
-from raysweep.audit.auditor import load_judge
-from raysweep.audit.measure import Measurement, measure, subject_of
-from raysweep.audit.objectives import Anchors, Measured, Objectives, View, assess_views, objectives
+from raysweep.auditing.judges import judge_files, load_judge
+from raysweep.auditing.measure import Measurement, measure, subject_of
+from raysweep.auditing.objectives import Anchors, Measured, Objectives, View, assess_views, objectives
 from raysweep.config.reader import load
 from raysweep.config.schema import Sweep, Tier
-from raysweep.engine.cached_jobs import judge_files, prepares, retrain_jobs
+from raysweep.engine.cached_jobs import prepares, retrain_jobs
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
 from raysweep.storage.cache import load_tensors, save_tensors
@@ -75,7 +75,7 @@ class Ground:
 
     def judge(self, name: str) -> torch.nn.Module:
         """The judge of a tier, trained if it is not in the cache."""
-        path, seed, split = judge_files(self.sweep, self.task)[name]
+        path, seed, split = judge_files(self.task, self.sweep.cache)[name]
         if not path.is_file():
             from evaluators.judge import train_judge
 

@@ -30,9 +30,9 @@ from unlearning import RESULTS, ground
 from evaluators import membership
 from evaluators.statistics import auc_interval, clopper_pearson
 from methods.retrain import Retrain, RetrainSettings
-from raysweep.audit import verdict
-from raysweep.audit.informative import LEAST
-from raysweep.audit.measure import measure, subject_of
+from raysweep.auditing import verdict
+from raysweep.auditing.informative import LEAST
+from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.schema import Tier
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import checks_by_weights, names, reach_of
@@ -138,7 +138,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def rate(kind: str, results: list[dict[str, Any]]) -> None:
-    """Writes what reports say of each check into `raysweep/audit/informative.json`."""
+    """Writes what reports say of each check into `raysweep/auditing/informative.json`."""
     data = json.loads(TABLE.read_text()) if TABLE.is_file() else {"auc": {}, "models": {}}
     data["auc"][kind] = {name: [round(v, 3) for v in found[:3]] for name, found in ratings(results).items()}
     data["models"][kind] = [sum(r["has"] is has for r in results) for has in (True, False)]

@@ -21,9 +21,9 @@ import torch
 from diffusers import DDIMPipeline
 from ground import Ground, machine
 
-from raysweep.audit.auditor import Auditor
-from raysweep.audit.manager import AuditManager
-from raysweep.audit.request import AuditRequest
+from raysweep.auditing.auditor import Auditor
+from raysweep.auditing.manager import AuditManager
+from raysweep.auditing.request import AuditRequest
 from raysweep.engine.cluster import ENVIRONMENT
 from raysweep.storage.cache import save_tensors
 from raysweep.storage.files import write_folder

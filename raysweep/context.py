@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.audit.objectives import Anchors, Measured, View
-from raysweep.audit.request import AuditRequest, rows_path
+from raysweep.auditing.objectives import Anchors, Measured, View
+from raysweep.auditing.request import AuditRequest, rows_path
 from raysweep.config.schema import Sweep, Tier
 from raysweep.plugins import audit_code, method_code
 from raysweep.rundir import RunDir

@@ -300,7 +300,7 @@ def _fault_of_class(kind: str, name: str, offered: Any) -> str:
     lacking += [
         a for a in base.__annotations__ if a not in base.__dict__ and a not in fields and not hasattr(offered, a)
     ]
-    if kind == "task" and offered.build is base.build:
+    if kind == "task" and getattr(offered, "build", None) is base.build:
         lacking.append("build")
     if lacking:
         return f"lacks {', '.join(lacking)}"

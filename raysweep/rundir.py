@@ -43,6 +43,7 @@ PACKAGES = (
     "torchdiffeq",
 )
 MONTH_S = 30 * DAY_S
+STORAGE = Path("runs")  # where runs are looked for by name
 
 
 class Changes(TypedDict, total=False):
@@ -76,6 +77,15 @@ class RunDir:
 
     def __init__(self, path: Path):
         self.path = path.absolute()
+
+    @classmethod
+    def open(cls, name: str | Path) -> RunDir:
+        """A run that exists, by its directory or by its name below ./runs; raises ConfigError if there is none."""
+        folder = cls(Path(name))
+        if not folder.exists() and cls(STORAGE / name).exists():
+            folder = cls(STORAGE / name)
+        folder.read_manifest()
+        return folder
 
     @classmethod
     def of(cls, sweep: Sweep) -> RunDir:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tiny import tiny_task
 
-from raysweep.audit.verdict import Verdict
+from raysweep.auditing.verdict import Verdict
 from raysweep.config.reader import load
 from raysweep.registry import FAMILIES
 from raysweep.results import pareto

@@ -9,8 +9,8 @@ import pytest
 from tiny import tiny_model, tiny_task
 
 from evaluators.judge import train_judge
-from raysweep.audit.auditor import Auditor
-from raysweep.audit.request import AuditRequest
+from raysweep.auditing.auditor import Auditor
+from raysweep.auditing.request import AuditRequest
 from raysweep.config.schema import Tier
 from raysweep.models import families
 from raysweep.storage.cache import save_tensors

@@ -9,13 +9,13 @@ import pytest
 from tiny import tiny_model, tiny_task
 
 from evaluators.judge import train_judge
-from raysweep.audit import card
-from raysweep.audit.auditor import Auditor
-from raysweep.audit.card import Card, Code, ModelFolder, TaskFolder
-from raysweep.audit.objectives import Placement
-from raysweep.audit.request import AuditRequest
-from raysweep.audit.verdict import Verdict
-from raysweep.audit.verify import verify
+from raysweep.auditing import card
+from raysweep.auditing.auditor import Auditor
+from raysweep.auditing.card import Card, Code, ModelFolder, TaskFolder
+from raysweep.auditing.objectives import Placement
+from raysweep.auditing.request import AuditRequest
+from raysweep.auditing.verdict import Verdict
+from raysweep.auditing.verify import verify
 from raysweep.config.schema import ConfigError, Tier
 from raysweep.models import families
 from raysweep.plugins import audit_code

@@ -12,9 +12,9 @@ from test_durability import trained
 
 from evaluators.judge import train_judge
 from evaluators.tampering import changed, fine_tuned, quantised
-from raysweep.audit.measure import measure, subject_of
-from raysweep.audit.objectives import Anchors, Measured, assess_views, objectives
-from raysweep.audit.verdict import verdict
+from raysweep.auditing.measure import measure, subject_of
+from raysweep.auditing.objectives import Anchors, Measured, assess_views, objectives
+from raysweep.auditing.verdict import verdict
 from raysweep.config.schema import Tier
 from raysweep.models.noise import row_seeds
 from raysweep.registry import attacks, reach_of

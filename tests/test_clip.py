@@ -18,7 +18,7 @@ from evaluators.contrast import zero_shot
 from methods.losses import forget_loss, retain_loss
 from methods.retrain import Retrain
 from methods.rows import Rows
-from raysweep.audit.measure import measure, subject_of
+from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.schema import Tier
 from raysweep.models import families
 from raysweep.registry import resolve, unserved

@@ -13,7 +13,7 @@ from torch import nn
 from evaluators.judge import Judge
 from methods.losses import squared_errors
 from methods.retrain import Retrain, RetrainSettings
-from raysweep.audit.measure import measure, subject_of
+from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.schema import Tier
 from raysweep.models import families
 from raysweep.models.edm import EDM, LEVELS, TRAINING

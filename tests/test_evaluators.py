@@ -12,7 +12,7 @@ from evaluators.batches import Batches
 from evaluators.fidelity import Fidelity
 from evaluators.judge import Judge, train_judge
 from evaluators.statistics import frechet, precision_recall
-from raysweep.audit.measure import measure, subject_of
+from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.schema import Tier
 from raysweep.models.noise import row_seeds
 from raysweep.registry import EVALUATORS, resolve

@@ -19,7 +19,7 @@ from small import log, start
 from tiny import ROOT, SCHEDULER, batch_for, tiny_model
 
 from evaluators.judge import Judge
-from raysweep.audit.measure import measure, subject_of
+from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError, Tier
 from raysweep.engine.checks import refusals, resolve_sweep

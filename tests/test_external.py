@@ -32,7 +32,7 @@ from evaluators.judge import Judge
 from evaluators.memorisation import CopyDetection
 from evaluators.recognition import CLIPIQA, Alignment, Detection, NudeNet, OutsideClassifier, ZeroShot
 from evaluators.statistics import frechet
-from raysweep.audit.measure import measure, reduce, subject_of
+from raysweep.auditing.measure import measure, reduce, subject_of
 from raysweep.config.reader import validate
 from raysweep.config.schema import ConfigError, Tier
 from raysweep.registry import checks_by_weights

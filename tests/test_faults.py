@@ -16,9 +16,9 @@ from small import install_faulty
 from tiny import LATENT, latent_task, tiny_model, tiny_task
 
 from evaluators.judge import train_judge
-from raysweep.audit.auditor import Auditor
-from raysweep.audit.manager import LOG, AuditManager
-from raysweep.audit.request import AuditRequest
+from raysweep.auditing.auditor import Auditor
+from raysweep.auditing.manager import LOG, AuditManager
+from raysweep.auditing.request import AuditRequest
 from raysweep.config.schema import Tier
 from raysweep.models.latent import LatentText
 from raysweep.storage.cache import load_tensors, save_tensors

@@ -16,7 +16,7 @@ from test_evaluators import TIER
 from test_methods import FAMILIES, JOBS, TRAINED, instance, settings_for, slow, through_a_file
 from tiny import LATENT, latent_task, vlm_pairs
 
-from raysweep.audit.measure import measure, subject_of
+from raysweep.auditing.measure import measure, subject_of
 from raysweep.models import families
 from raysweep.models.embeddings import Embeddings
 from raysweep.models.latent import LatentText

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 from evaluators.judge import Judge
 from methods.retrain import Retrain, RetrainSettings
-from raysweep.audit.measure import measure, subject_of
+from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.engine.audit_model import audit_model

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny import ROOT
 
-from raysweep.audit.informative import LEAST, caveat, measured
+from raysweep.auditing.informative import LEAST, caveat, measured
 from raysweep.registry import EVALUATORS, resolve
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from finished import row
 
-from raysweep.audit.objectives import Anchors, Measured, Unmeasured, assess_views, check_scale, objectives
+from raysweep.auditing.objectives import Anchors, Measured, Unmeasured, assess_views, check_scale, objectives
 from raysweep.results.front import search_against_audit
 
 RNG = np.random.default_rng(0)

@@ -13,8 +13,8 @@ from small import log, start
 from tiny import ROOT, tiny_task
 
 from raysweep import plugins
-from raysweep.audit.card import Finding
-from raysweep.audit.verify import compare_code, recompute
+from raysweep.auditing.card import Finding
+from raysweep.auditing.verify import compare_code, recompute
 from raysweep.cli import main
 from raysweep.config.reader import load
 from raysweep.config.schema import AuditConfig, ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evaluators.statistics import clopper_pearson
-from raysweep.audit.power import Requirement, detectable, requirements, undecidable
+from raysweep.auditing.power import Requirement, detectable, requirements, undecidable
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
 from raysweep.engine.checks import resolve_sweep

@@ -125,7 +125,7 @@ def test_choices_come_from_the_prepared_model(place):
 
 
 def test_what_depends_on_data_and_judge_alone_is_computed_once(place):
-    from raysweep.audit.auditor import Auditor
+    from raysweep.auditing.auditor import Auditor
 
     calls, fresh = [], Auditor.__ray_metadata__.modified_class
 

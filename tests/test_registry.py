@@ -20,10 +20,11 @@ from raysweep.config.presets import path_of
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
 from raysweep.engine.cached_jobs import prepares
-from raysweep.engine.checks import check_training, refusals
+from raysweep.engine.checks import check_training
 from raysweep.models import families
 from raysweep.registry import EVALUATORS, FAMILIES, METHODS, TASKS, UnknownName, attacks, names, resolve
 from raysweep.storage.code_digests import code_digest, training_code
+from raysweep.train.unlearning import refusals
 
 
 def test_tables_match_the_files():
@@ -197,7 +198,7 @@ def test_methods_and_evaluators_work_without_the_engine():
 
 def test_helper_processes_of_a_run_stay_light():
     """Ray imports these in every trial and helper process; torch there would cost seconds and memory each."""
-    code = "import sys, raysweep.engine.trial, raysweep.train.executors, raysweep.audit.manager\nassert 'torch' not in sys.modules"
+    code = "import sys, raysweep.engine.trial, raysweep.train.executors, raysweep.auditing.manager\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
 
 
@@ -217,7 +218,7 @@ def test_the_config_of_a_run_is_read_without_the_libraries_of_training(tmp_path)
 def test_libraries_of_other_families_are_not_loaded():
     """A worker that trains a pixel model, and the driver of its sweep, would wait seconds for each of them."""
     code = (
-        "import sys, raysweep.engine.run, raysweep.train.loop, raysweep.audit.auditor, raysweep.audit.measure\n"
+        "import sys, raysweep.engine.run, raysweep.train.loop, raysweep.auditing.auditor, raysweep.auditing.measure\n"
         "from raysweep.models import families; families.handle('pixel-ddpm')\n"
         "bad = {'open_clip', 'timm', 'transformers.models.llava'} & set(sys.modules); assert not bad, bad"
     )

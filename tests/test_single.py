@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny import tiny_task
 
-from raysweep.audit import card
-from raysweep.audit.objectives import Objectives
-from raysweep.audit.request import AuditRequest
-from raysweep.audit.verdict import Verdict
+from raysweep.auditing import card
+from raysweep.auditing.objectives import Objectives
+from raysweep.auditing.request import AuditRequest
+from raysweep.auditing.verdict import Verdict
 from raysweep.config.reader import load
 from raysweep.config.schema import Tier
 from raysweep.context import Context

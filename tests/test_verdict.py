@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysweep.audit.verdict import verdict
+from raysweep.auditing.verdict import verdict
 
 REACH = {"latent_noise": "input", "relearning": "weights", "interpolation": "base", "quantisation": "weights"}
 

@@ -72,7 +72,7 @@ def verify(card: str, task: str | None, as_json: bool) -> int:
 
     Exit codes: 0 everything agrees, 1 something differs, 3 something could not be checked because its files are missing.
     """
-    from raysweep.audit.verify import verify as check
+    from raysweep.auditing.verify import verify as check
 
     lines = check(Path(card), None if task is None else Path(task))
     if as_json:

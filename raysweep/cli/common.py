@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from raysweep.rundir import RunDir
 
 OK, FAILED, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
-STORAGE = Path("runs")
 
 P = ParamSpec("P")
 
@@ -121,18 +120,14 @@ def config_path(name: str) -> Path:
     """The file of a config, named by its path or as a preset."""
     from raysweep.config import presets
 
-    return presets.path_of(name) if name in presets.names() and not Path(name).exists() else Path(name)
+    return presets.file_of(name)
 
 
 def open_run(name: str) -> RunDir:
     """A run, named by its directory or below ./runs; raises ConfigError if it is neither."""
     from raysweep.rundir import RunDir
 
-    folder = RunDir(Path(name))
-    if not folder.exists() and RunDir(STORAGE / name).exists():
-        folder = RunDir(STORAGE / name)
-    folder.read_manifest()
-    return folder
+    return RunDir.open(name)
 
 
 def require_absent(path: Path, noun: str = "place") -> None:

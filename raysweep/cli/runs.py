@@ -156,7 +156,7 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
     the run directory holds no other config; and that everything fits the cluster. Prints the smallest differences that
     the configured sample sizes can detect, and refuses requirements that they cannot decide.
     """
-    from raysweep.audit.power import detectable
+    from raysweep.auditing.power import detectable
     from raysweep.engine.checks import resolve_sweep
     from raysweep.engine.resources import make_plan
     from raysweep.rundir import RunDir
@@ -200,7 +200,7 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
 @reports_errors
 def status(run: str, as_json: bool) -> int:
     """Show how far a run is, and what failed."""
-    from raysweep.audit.manager import LOG, read_log
+    from raysweep.auditing.manager import LOG, read_log
     from raysweep.results.trials import trial_table
 
     folder = open_run(run)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from raysweep.cli.common import FAILED, OK, STORAGE, print_json, reports_errors, require_absent
+from raysweep.cli.common import FAILED, OK, print_json, reports_errors, require_absent
 
 
 @click.command()
@@ -43,6 +43,7 @@ def list_(kind: str, name: str | None, as_json: bool) -> int:
     """
     from raysweep.cli.listing import first_points, listing
     from raysweep.config.schema import ConfigError
+    from raysweep.rundir import STORAGE
     from raysweep.search.released import shown
 
     if name is not None and kind != "spaces":

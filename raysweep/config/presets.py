@@ -92,6 +92,11 @@ def path_of(name: str) -> Path:
     return Path(str(folder().joinpath(f"{name}.yaml")))
 
 
+def file_of(config: str) -> Path:
+    """The file of a config, named by its path or as a preset."""
+    return path_of(config) if config in names() and not Path(config).exists() else Path(config)
+
+
 def about(name: str) -> About:
     """The description of a preset."""
     return About.model_validate(load_yaml(read_text(path_of(name)))["about"])

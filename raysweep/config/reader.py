@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -57,6 +59,26 @@ def load(path: Path | None, overrides: tuple[str, ...] = (), absent: bool = Fals
                 "or from the method's defaults (null), never from the space for the embedded models"
             )
     return sweep
+
+
+def assignments(overrides: Mapping[str, Any]) -> tuple[str, ...]:
+    """Overrides by dotted key in the form that `load` takes, key=value. Raises ConfigError for a value that is not plain data."""
+    try:
+        return tuple(f"{key}={json.dumps(value, default=_plain)}" for key, value in overrides.items())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"overrides: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{value!r} is not plain data: a number, a text, a truth value, or lists and mappings of these")
+
+
+def changed(sweep: Sweep, overrides: Mapping[str, Any]) -> Sweep:
+    """A sweep with some settings changed, by dotted key; raises ConfigError."""
+    data = sweep.resolved()
+    return validate(data, "overrides", set_by_hand=[_override(data, item) for item in assignments(overrides)])
 
 
 def _expand_preset(data: dict[str, Any], overrides: tuple[str, ...], source: str, text: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 
-from raysweep.audit.objectives import Unmeasured
+from raysweep.auditing.objectives import Unmeasured
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.engine.cluster import RunFailed
 from raysweep.rundir import RunDir, git_commit

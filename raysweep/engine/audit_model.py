@@ -6,11 +6,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from raysweep.audit import card
-from raysweep.audit.card import Card, Code, Finding, ModelFolder, TaskFolder
-from raysweep.audit.informative import caveat
-from raysweep.audit.objectives import Objectives, objectives
-from raysweep.audit.request import AuditRequest, rows_path, scores_path
+from raysweep.auditing import card
+from raysweep.auditing.card import Card, Code, Finding, ModelFolder, TaskFolder
+from raysweep.auditing.informative import caveat
+from raysweep.auditing.objectives import Objectives, objectives
+from raysweep.auditing.request import AuditRequest, rows_path, scores_path
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.engine.attempt import attempt

@@ -7,9 +7,9 @@ from typing import Any
 
 import ray
 
-from raysweep.audit.objectives import Anchors, Indistinct, Unmeasured, assess_views, check_scale
-from raysweep.audit.power import remedies
-from raysweep.audit.request import AuditRequest
+from raysweep.auditing.objectives import Anchors, Indistinct, Unmeasured, assess_views, check_scale
+from raysweep.auditing.power import remedies
+from raysweep.auditing.request import AuditRequest
 from raysweep.config.schema import Tier
 from raysweep.context import Context, load_measured
 from raysweep.engine.cluster import RunFailed

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.base import Method
+from raysweep.auditing.judges import judge_files
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, prepared_key
 from raysweep.models import families
@@ -15,7 +16,7 @@ from raysweep.registry import resolve
 from raysweep.rundir import RunDir
 from raysweep.search.spaces import Space
 from raysweep.storage.cache import cache_folder
-from raysweep.storage.code_digests import code_digest, judge_code
+from raysweep.storage.code_digests import code_digest
 from raysweep.storage.files import digest_of
 from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task
@@ -57,24 +58,12 @@ def autoencoder_folder(sweep: Sweep, task: Task) -> Path | None:
     return cache_folder(sweep.cache) / "models" / f"{task.name}-autoencoder-{key}"
 
 
-def judge_files(sweep: Sweep, task: Task) -> dict[str, tuple[Path, int, str]]:
-    """Judge -> (file in the cache, seed, split to train on); none where a model is its own judge."""
-    files: dict[str, tuple[Path, int, str]] = {}
-    if task.model_kind == "contrastive":
-        return files
-    for seed, name in enumerate(("probe", "audit")):
-        split = f"judge_{name}"
-        key = digest_of(task.splits[split].ids, task.splits[split].groups.tolist(), seed, judge_code())
-        files[name] = (cache_folder(sweep.cache) / "judges" / f"{name}-{key}.safetensors", seed, split)
-    return files
-
-
 def cached(sweep: Sweep, task: Task, folder: RunDir) -> dict[str, bool]:
     """Base, oracles, autoencoder and judges -> whether they are in the cache already."""
     present = {s: finished(job) is not None for s, job in retrain_jobs(sweep, task, folder.task).items()}
     frozen = autoencoder_folder(sweep, task)
     present |= {} if frozen is None else {"autoencoder": frozen.is_dir()}
-    return present | {f"judge {n}": spec[0].is_file() for n, spec in judge_files(sweep, task).items()}
+    return present | {f"judge {n}": spec[0].is_file() for n, spec in judge_files(task, sweep.cache).items()}
 
 
 def prepares(method: type[Method]) -> bool:

@@ -6,16 +6,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from methods.base import Method
-from raysweep.audit.power import undecidable
+from raysweep.auditing.power import undecidable
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.engine.cached_jobs import prepares
 from raysweep.engine.model_checks import check_fits, check_oracles
 from raysweep.models import families
-from raysweep.registry import external, resolve, unserved
+from raysweep.registry import external, resolve
 from raysweep.search.spaces import Space, SpaceError
 from raysweep.search.spaces import load as load_space
 from raysweep.tasks.task import Task
+from raysweep.train.unlearning import refusals
 
 
 def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
@@ -145,14 +145,6 @@ def check_training(sweep: Sweep, task: Task, model: Any) -> None:
     for name in sweep.methods:
         if prepares(resolve("method", name)):
             raise ConfigError(f"train.lora: {name} works on the tensors of the base model by name, not on adapters")
-
-
-def refusals(method: type[Method], task: Task) -> list[str]:
-    """Why a method cannot serve a task at all."""
-    reasons = unserved(method, task.family)
-    if task.kind not in method.kinds:
-        reasons.append(f"it forgets {' or '.join(sorted(method.kinds))}, and the task is of kind {task.kind!r}")
-    return reasons + [f"it needs the {need} set" for need in sorted(method.needs - set(task.splits))]
 
 
 def misfits(space: Space, task: Task, model: Any) -> list[str]:

@@ -18,8 +18,8 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raysweep.audit.auditor import Auditor
-from raysweep.audit.manager import AuditManager
+from raysweep.auditing.auditor import Auditor
+from raysweep.auditing.manager import AuditManager
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.engine.resources import TRIAL_SLOT, Node, Plan
 from raysweep.engine.trial import scaling

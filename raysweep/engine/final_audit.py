@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from raysweep.audit.objectives import Unmeasured
-from raysweep.audit.power import requirements
-from raysweep.audit.request import AuditRequest
+from raysweep.auditing.objectives import Unmeasured
+from raysweep.auditing.power import requirements
+from raysweep.auditing.request import AuditRequest
 from raysweep.config.schema import Tier
 from raysweep.context import Context
 from raysweep.engine.audits import Audits, measure_anchors

@@ -11,10 +11,10 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from raysweep.auditing.judges import judge_files
 from raysweep.context import Context
 from raysweep.engine.cached_jobs import (
     autoencoder_folder,
-    judge_files,
     preparation_defaults,
     prepare_jobs,
     retrain_jobs,
@@ -40,7 +40,7 @@ def prepare(engine: Engine) -> Context:
         auditors, training = _start_autoencoder(engine)
         judges = {
             name: threads.submit(_judge, auditors[i % len(auditors)], folder.task, *spec)
-            for i, (name, spec) in enumerate(judge_files(sweep, task).items())
+            for i, (name, spec) in enumerate(judge_files(task, sweep.cache).items())
         }
         if training is not None:
             started = time.monotonic()

@@ -19,8 +19,8 @@ import numpy as np
 
 from evaluators.attacks import lira_online
 from evaluators.statistics import auc_interval, clopper_pearson, t_interval
-from raysweep.audit.request import scores_path
-from raysweep.audit.verify import load_scores
+from raysweep.auditing.request import scores_path
+from raysweep.auditing.verify import load_scores
 from raysweep.config.schema import ConfigError
 from raysweep.context import Context
 from raysweep.engine.audits import Audits

@@ -11,8 +11,8 @@ import ray
 from ray import tune
 from ray.train import ScalingConfig
 
-from raysweep.audit.objectives import Unmeasured, objectives
-from raysweep.audit.request import AuditRequest
+from raysweep.auditing.objectives import Unmeasured, objectives
+from raysweep.auditing.request import AuditRequest
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.engine.resources import Plan

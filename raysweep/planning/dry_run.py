@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from methods.base import Method
-from raysweep.audit.measure import measure, subject_of
+from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.schema import Sweep, Tier
 from raysweep.engine.cached_jobs import cached
 from raysweep.engine.resources import Plan

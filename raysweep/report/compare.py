@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from evaluators.statistics import t_interval
-from raysweep.audit import card
+from raysweep.auditing import card
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.report.tables import TableLine
 from raysweep.results import pareto

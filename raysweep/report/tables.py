@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raysweep.audit.informative import caveat
+from raysweep.auditing.informative import caveat
 from raysweep.report.data import ReportData
 from raysweep.results.front_row import FrontRow, Objective
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from raysweep.audit.request import rows_path, scores_path
+from raysweep.auditing.request import rows_path, scores_path
 from raysweep.config.schema import ConfigError
 from raysweep.results.trials import Trial
 from raysweep.rundir import RunDir

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raysweep.audit.verdict import INVALID, Verdict
+from raysweep.auditing.verdict import INVALID, Verdict
 from raysweep.results import pareto
 from raysweep.results.front_row import OBJECTIVES, FrontRow, Objective
 

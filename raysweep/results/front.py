@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from evaluators.statistics import jackknife_se, t_interval
-from raysweep.audit.objectives import Anchors, Objectives, Unmeasured, objectives
-from raysweep.audit.power import Requirement, decided_by
-from raysweep.audit.request import rows_path
-from raysweep.audit.verdict import Verdict, verdict
+from raysweep.auditing.objectives import Anchors, Objectives, Unmeasured, objectives
+from raysweep.auditing.power import Requirement, decided_by
+from raysweep.auditing.request import rows_path
+from raysweep.auditing.verdict import Verdict, verdict
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.registry import reach_of

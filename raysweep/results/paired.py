@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from evaluators.statistics import jackknife_interval
-from raysweep.audit.objectives import Measured
+from raysweep.auditing.objectives import Measured
 from raysweep.context import Context, load_measured
 from raysweep.rundir import RunDir
 from raysweep.storage.schemas import ROWS, write_table

@@ -69,4 +69,4 @@ def judge_code() -> str:
 
 def audit_code() -> str:
     """Hash of raysweep's code that a measurement depends on (`plugins.audit_code` adds that of other packages)."""
-    return code_digest("evaluators/*.py", "raysweep/models/**/*.py", "raysweep/audit/measure.py")
+    return code_digest("evaluators/*.py", "raysweep/models/**/*.py", "raysweep/auditing/measure.py")

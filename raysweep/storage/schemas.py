@@ -109,6 +109,18 @@ FRONT = _schema(
 )
 
 
+METRICS = pa.schema([ROWS.field(name) for name in (
+    "check", "metric", "value", "n", "se", "lo", "hi", "interval", "direction", "status", "reason")])  # fmt: skip
+TABLES = {"trials": TRIALS, "front": FRONT, "rows": ROWS, "scores": SCORES, "metrics": METRICS}
+
+
+def describe(table: str) -> dict[str, str]:
+    """Column -> description of a table; raises ValueError for a name that is not in `TABLES`."""
+    if table not in TABLES:
+        raise ValueError(f"{table!r} is not a table; valid: {', '.join(TABLES)}")
+    return {field.name: field.metadata[b"comment"].decode() for field in TABLES[table]}
+
+
 def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
     """Writes one Parquet part, atomically; every key of a row must be a column of `schema`."""
     table = pa.Table.from_pylist(list(rows), schema=schema)

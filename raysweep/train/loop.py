@@ -6,17 +6,14 @@ base, the random state is set from the job's seed, and gradients, hooks and auto
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from methods.base import Diverged, Method
 from raysweep.models import families
@@ -24,18 +21,18 @@ from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import Embeddings
 from raysweep.registry import resolve
 from raysweep.storage.cache import load_tensors, save_tensors
-from raysweep.storage.files import checkpoint_path, digest_state, write_file, write_folder, write_json
+from raysweep.storage.files import checkpoint_path, digest_state, write_folder, write_json
 from raysweep.storage.recent import Recent
 from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task, encoded
 from raysweep.train.jobs import CARD, Job, Outcome, file_digest, finished
+from raysweep.train.unlearning import Checkpoint, apply, prepare, rank_and_world, trainable_copy
 
 if TYPE_CHECKING:
     from raysweep.models.latent import LatentText
     from raysweep.models.tower import Clip
 
 Progress = Callable[[str, int, int, float], None]  # of (job, steps done, steps in all, the method's first diagnostic)
-REPORT_EVERY = 25  # steps; each report waits for the device
 
 
 class Resident:
@@ -70,12 +67,7 @@ class Resident:
             return families.build(task, derive_seed("init", job.seed), job.frozen).to(self.device)
         base = job.base
         loaded = self._models.get(base, lambda: families.load(base).to(self.device))
-        model = loaded.with_net(copy.deepcopy(loaded.net))
-        if job.modules:
-            model.train_only(job.modules)
-        if job.lora is not None:
-            model.adapt(job.lora["rank"], job.lora["alpha"], derive_seed("adapter", job.seed))
-        return model
+        return trainable_copy(loaded, job.seed, job.modules, job.lora)
 
     def for_method(self, job: Job, method: type[Method], settings: Any) -> tuple[Any, Task]:
         """(a model that the method may change, the task in the form that the method takes: pixels or latents)."""
@@ -119,24 +111,22 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
         if job.kind == "prepare":
             return _prepare(job, method_class, settings, model, task, rank, started)
         prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
-        method = method_class(model, settings, prepared, task.goal)
         checkpoint = Checkpoint(checkpoint_path(Path(job.out)), job.digest, job.checkpoint_s)
         report = None if progress is None else partial(progress, job.id)
-        step_seconds, diagnostics = train(method, task, job.seed, job.precision, checkpoint, report)
-        diagnostics |= method.finish()
+        result = apply(method_class, settings, model, task, prepared, job.seed, job.precision, checkpoint, report)
         if job.lora is not None:
-            method.model.merge()  # type: ignore[attr-defined]
+            result.model.merge()
     except Diverged as error:
         return Outcome("failed", str(error), seconds=time.monotonic() - started)
     except Exception as error:  # whatever a method raises must end as a recorded failure of its trial alone
         return Outcome("failed", f"{type(error).__name__}: {error}", seconds=time.monotonic() - started)
-    digest = method.model.digest  # type: ignore[attr-defined]
-    outcome = Outcome("ok", "", digest, time.monotonic() - started, step_seconds, diagnostics)
+    seconds = time.monotonic() - started
+    outcome = Outcome("ok", "", result.model.digest, seconds, result.step_seconds, result.diagnostics)
     if rank == 0:
         card = job.card | {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome)}
 
         def fill(folder: Path) -> None:
-            method.model.save(folder)  # type: ignore[attr-defined]
+            result.model.save(folder)
             write_json(folder / CARD, card)
 
         write_folder(Path(job.out), fill)
@@ -144,82 +134,10 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
     return outcome
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A file that keeps a method's state while it trains. every_s: least seconds between two writes."""
-
-    path: Path
-    job_digest: str
-    every_s: float
-
-    def write(self, state: dict[str, Any]) -> None:
-        """Writes a method's state atomically."""
-        write_file(self.path, partial(torch.save, state | {"job_digest": self.job_digest}))
-
-    def read(self, device: torch.device) -> dict[str, Any] | None:
-        """The state on a device; None if there is none, it is another job's, or it cannot be read.
-
-        A job without its checkpoint starts again and ends with the same weights.
-        """
-        if not self.path.is_file():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(self.path, weights_only=True, map_location=device)
-        except (RuntimeError, EOFError, UnpicklingError):
-            return None
-        return state if state.pop("job_digest", None) == self.job_digest else None
-
-
-def train(
-    method: Method,
-    task: Task,
-    seed: int,
-    precision: str = "fp32",
-    checkpoint: Checkpoint | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> tuple[float, dict[str, float]]:
-    """Steps a method to its end, from its checkpoint if it has one.
-
-    seed: of data order, noise, time steps and dropout. precision: of the passes, fp32 or bf16; weights and optimiser stay in
-    fp32. progress: called on rank 0 with (steps done, steps in all, the method's first diagnostic).
-    Returns (seconds per step, diagnostics of the last step as last/NAME).
-    """
-    rank, world = rank_and_world()
-    weight = next(iter(method.model.net.parameters()))
-    state = None if checkpoint is None else checkpoint.read(weight.device)
-    if state is not None:
-        method.load_state_dict(state)
-    row_seed, steps, first = derive_seed("trial", seed), method.steps, method.done
-    began = saved = time.monotonic()
-    scalars: dict[str, torch.Tensor] = {}
-    while method.done < steps:
-        batch = task.batch(method.draws(), row_seed, method.done, rank, world)
-        # dropout is the network's only use of the global random state
-        torch.manual_seed(derive_seed("dropout", seed, method.done, rank))
-        # nothing is cached, since a step may change weights more than once
-        with torch.autocast(weight.device.type, torch.bfloat16, precision == "bf16", cache_enabled=False):
-            scalars = method.step({name: rows.to(weight.device, weight.dtype) for name, rows in batch.items()})
-        if progress is not None and rank == 0 and (method.done % REPORT_EVERY == 0 or method.done == steps):
-            progress(method.done, steps, float(next(iter(scalars.values()), 0.0)))
-        if checkpoint is not None and rank == 0 and time.monotonic() - saved > checkpoint.every_s:
-            checkpoint.write(method.state_dict())
-            saved = time.monotonic()
-    done = max(1, method.done - first)
-    return (time.monotonic() - began) / done, {f"last/{name}": float(value) for name, value in scalars.items()}
-
-
-def rank_and_world() -> tuple[int, int]:
-    """(rank, world size) of this process; (0, 1) outside a process group."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def _prepare(
     job: Job, method_class: type[Method], settings: Any, model: Any, task: Task, rank: int, started: float
 ) -> Outcome:
-    # every rank computes on all rows, and rank 0 saves the result
-    tensors = method_class.prepare(model, task, derive_seed("prepare", job.seed), settings)
+    tensors = prepare(method_class, settings, model, task, job.seed)
     outcome = Outcome("ok", digest=digest_state(tensors), seconds=time.monotonic() - started)
     if rank == 0:
         out = Path(job.out)

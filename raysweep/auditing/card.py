@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from raysweep.audit.objectives import Placement
-from raysweep.audit.verdict import Verdict
+from raysweep.auditing.objectives import Placement
+from raysweep.auditing.verdict import Verdict
 from raysweep.config.schema import ConfigError
 from raysweep.storage.files import digest_of, write_bytes, write_json
 from raysweep.storage.schemas import ROWS, read_table
@@ -123,7 +123,7 @@ class Card:
 def thresholds() -> dict[str, str]:
     """What was fixed before any model was looked at, in words."""
     from evaluators import classifier, membership, memorisation, reconstruction
-    from raysweep.audit import objectives, verdict
+    from raysweep.auditing import objectives, verdict
 
     return {
         "membership": f"equivalent to the oracles within {membership.MARGIN} of the AUC; step and sign by half of the base's "

@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from evaluators import statistics
-from raysweep.audit.request import Answer, AuditRequest
+from raysweep.auditing.request import Answer, AuditRequest
 from raysweep.storage.files import StoreError, digest_of, write_bytes
 from raysweep.storage.recent import Recent
 from raysweep.storage.schemas import ROWS, SCORES, read_table, write_table
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from evaluators.base import Subject
-    from raysweep.audit.measure import Measurement
+    from raysweep.auditing.measure import Measurement
     from raysweep.tasks.task import Task
 
 
@@ -82,14 +82,9 @@ class Auditor:
     def train_judge(self, task: str, seed: int, split: str, out: str) -> str:
         """Trains a judge on a split of the task, saves it, and returns the hash of its weights."""
         _use_one_thread()
-        from evaluators.judge import train_judge
-        from raysweep.storage.cache import save_tensors
-        from raysweep.storage.files import digest_state
+        from raysweep.auditing.judges import train_judge
 
-        images = self._task(task).splits[split]
-        state = train_judge(images.x, images.groups, seed).state_dict()
-        save_tensors(Path(out), state)
-        return digest_state(state)
+        return train_judge(self._task(task), seed, split, Path(out))
 
     def train_autoencoder(self, task: str, config: dict[str, Any], seed: int, out: str) -> str:
         """Trains the autoencoder of a latent model on a task's retained images, saves it, and returns its folder."""
@@ -103,7 +98,7 @@ class Auditor:
 
     def subject(self, request: AuditRequest) -> Subject:
         """The model to audit and its peers; of the subjects only the anchors stay in memory."""
-        from raysweep.audit.measure import subject_of
+        from raysweep.auditing.measure import subject_of
         from raysweep.models import families
         from raysweep.storage.seeds import derive_seed
 
@@ -132,7 +127,7 @@ class Auditor:
         return subject(families.load(request.model).to(_device()))
 
     def _measure(self, request: AuditRequest) -> Answer:
-        from raysweep.audit.measure import measure
+        from raysweep.auditing.measure import measure
 
         result = measure(self.subject(request), request.tier)
         rows = _table_rows(request, result)
@@ -155,6 +150,8 @@ class Auditor:
 
     def _judge(self, path: str) -> torch.nn.Module | None:
         """The judge of a tier; None for models that are their own judge."""
+        from raysweep.auditing.judges import load_judge
+
         return self.judges.get(path, lambda: load_judge(Path(path))) if path else None
 
     def _kept(self, request: AuditRequest, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -177,17 +174,6 @@ class Auditor:
                     save_tensors(path, {"array": torch.from_numpy(array)})
             arrays[name] = array
         return arrays[name]
-
-
-def load_judge(path: Path) -> torch.nn.Module:
-    """Reads a judge from its weights; raises StoreError if they cannot be read."""
-    from evaluators.judge import Judge
-    from raysweep.storage.cache import load_tensors
-
-    state = load_tensors(path)
-    judge = Judge(state["body.0.weight"].shape[1], state["head.weight"].shape[0])
-    judge.load_state_dict(state)
-    return judge.eval()
 
 
 def _table_rows(request: AuditRequest, result: Measurement) -> list[dict[str, Any]]:

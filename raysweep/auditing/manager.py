@@ -18,7 +18,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.metrics import Gauge
 
-from raysweep.audit.request import Answer, AuditRequest, Outcome
+from raysweep.auditing.request import Answer, AuditRequest, Outcome
 from raysweep.settings import TIMEOUT
 
 LOG = "audits.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.audit.card import JUDGE, Finding, content_digest, read, read_json, sha256
+from raysweep.auditing.card import JUDGE, Finding, content_digest, read, read_json, sha256
 from raysweep.config.schema import Tier
 from raysweep.registry import RegistryError
 from raysweep.storage.files import StoreError, digest_state
@@ -79,8 +79,8 @@ def recompute(
 
     settings: of the tier. judge: file of its weights, None for a model that is its own judge.
     """
-    from raysweep.audit.auditor import load_judge
-    from raysweep.audit.measure import reduce, subject_of
+    from raysweep.auditing.judges import load_judge
+    from raysweep.auditing.measure import reduce, subject_of
     from raysweep.registry import resolve
 
     # the packages of its checks may not be installed here

@@ -15,7 +15,7 @@ LEAST = 0.9  # AUC below which a check counts as uninformative
 @cache
 def measured() -> dict[str, dict[str, list[float]]]:
     """Kind of task -> "check.metric" -> [AUC over models, low, high]; below one half if a check points the wrong way."""
-    table = files("raysweep.audit") / "informative.json"
+    table = files("raysweep.auditing") / "informative.json"
     return json.loads(table.read_text(encoding="utf-8"))["auc"] if table.is_file() else {}
 
 

@@ -1,0 +1,59 @@
+"""Measures one model in this process, with the checks that auditors run, without a run directory. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from pydantic import ValidationError
+
+from evaluators.batches import Batches
+from raysweep.auditing.judges import judge_of
+from raysweep.auditing.measure import measure, subject_of
+from raysweep.config.schema import AuditConfig, ConfigError, Tier
+from raysweep.storage.schemas import METRICS
+from raysweep.tasks.task import Task
+
+
+def measure_model(
+    model: Any,
+    task: Task,
+    checks: Sequence[str] = (),
+    *,
+    base: Any = None,
+    oracles: Sequence[Any] = (),
+    judge: torch.nn.Module | None = None,
+    cache: Path | None = None,
+    **sizes: Any,
+) -> pa.Table:
+    """One row per metric of a model, with the columns of `storage.schemas.METRICS`; `raysweep.measure` describes the arguments."""
+    tier = tier_of(checks, sizes)
+    if judge is None:
+        judge = judge_of(task, tier.judge, cache)
+    batches = Batches()
+    named = ({} if base is None else {"base": base}) | {f"oracle-{k}": oracle for k, oracle in enumerate(oracles)}
+    peers = {name: subject_of(peer, task, judge, tier, batches) for name, peer in named.items()}
+    subject = next((peers[name] for name, peer in named.items() if peer is model), None)
+    subject = subject or subject_of(model, task, judge, tier, batches)
+    for each in (subject, *peers.values()):
+        each.peers = peers
+    rows = [
+        {"check": m.check, "metric": m.name} | {c: getattr(m, c) for c in METRICS.names[2:]}
+        for m in measure(subject, tier).rows
+    ]
+    return pa.Table.from_pylist(rows, schema=METRICS)
+
+
+def tier_of(checks: Sequence[str], sizes: dict[str, Any]) -> Tier:
+    """The full audit's tier with other checks and sizes; raises ConfigError if they are not valid."""
+    settings = AuditConfig().audit.model_dump() | {"strips": 0} | sizes
+    if checks:
+        settings["checks"] = tuple(checks)
+    try:
+        return Tier.model_validate(settings)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise ConfigError("\n".join(problems)) from error
