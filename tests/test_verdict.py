@@ -1,4 +1,4 @@
-"""Verdicts: labels by the attacks that bring the forgotten thing back."""
+"""Verdicts: labels by the attacks that bring the forgotten data back."""
 
 from __future__ import annotations
 

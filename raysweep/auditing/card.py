@@ -134,7 +134,7 @@ def thresholds() -> dict[str, str]:
         "validity": f"a sample is valid above the {classifier.REAL_QUANTILE:.0%} quantile of real images' energy",
         "views": f"a view counts if base and oracles differ by {objectives.INFORMATIVE:g} standard errors, and the base does not "
         "show less of what must be forgotten",
-        "attacks": f"the thing comes back if presence exceeds the oracles' by more than {verdict.MARGIN}, one-sided, false "
+        "attacks": f"forgotten data come back if presence exceeds the oracles' by more than {verdict.MARGIN}, one-sided, false "
         f"discoveries at most {verdict.RATE:.0%}; destroyed below {verdict.INVALID:.0%} of the oracles' validity",
         "intervals": "95 %, by the method named in each line",
     }

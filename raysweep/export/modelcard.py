@@ -82,7 +82,7 @@ def _findings(front: dict[str, Any], trial: str) -> list[str]:
     else:
         lines.append(" ".join(f"{with_interval(row, o).capitalize()}: {MEANING[o]}." for o in OBJECTIVES))
     verdict = front.get("verdicts", {}).get(trial, {}).get("sentence")
-    unknown = "It was not attacked, so whether the forgotten thing comes back is unknown."
+    unknown = "It was not attacked, so whether the forgotten data come back is unknown."
     return [*lines, "", f"Under attack: {verdict}." if verdict else unknown]
 
 
