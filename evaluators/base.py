@@ -165,7 +165,7 @@ class Subject:
 
     @property
     def classed(self) -> bool:
-        """Whether the forgotten thing is one of several classes, requested by a label or by prompts."""
+        """Whether the task forgets one of several classes, requested by a label or by prompts."""
         return self.task.forget_class is not None
 
     def condition(self, classes: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Accuracies within the domain of what was forgotten and across domains, as in UnlearnCanvas.
 
 Source: Zhang et al., arXiv:2402.11846. Prompts name a member of each of two domains, such as an object and a style. The judge
-recognises the members of the domain that the forgotten thing belongs to; a second judge, trained on the same images with their
+recognises the members of the domain of the forgotten class; a second judge, trained on the same images with their
 labels of the other domain, recognises the others. The samples are those of `classifier`, of retained classes and of the
 forgotten one.
 """

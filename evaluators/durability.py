@@ -1,4 +1,4 @@
-"""Attacks that bring the forgotten thing back, and how much of it comes back.
+"""Attacks that bring the forgotten data back, and how much of them comes back.
 
 The presence of a class is the share of samples under its label in which the judge sees it; that of an image, the
 correlation with it of what the model rebuilds from a noised copy (both between 0 and 1, on the same seeds before and
@@ -193,7 +193,7 @@ class PartialDiffusion(Durability):
 class Inversion(Durability):
     """The embedding of the forgotten class replaced by one optimised on at most 10 forgotten images, the network frozen.
 
-    For a text model these are the embeddings of the tokens that occur in prompts of the forgotten thing alone. After Gal et
+    For a text model these are the embeddings of the tokens that occur only in prompts of the forgotten class. After Gal et
     al., arXiv:2208.01618, and Pham et al., arXiv:2308.01508.
     """
 
@@ -237,7 +237,7 @@ class SamplerRemoval(Durability):
 
 
 def presence(subject: Subject, stream: str = "durability", **sampling: Any) -> np.ndarray:
-    """Presence of the forgotten thing per unit (n,).
+    """Presence of the forgotten data per unit (n,).
 
     0 or 1 per sample for a class, the correlation per draw of noise for an image, and for a contrastive model 0 or 1 per real
     image of the class.

@@ -34,9 +34,9 @@ def fine_tuned(subject: Subject, images: Images, steps: Sequence[int], stream: s
 
 
 def inverted(subject: Subject, steps: int) -> Subject:
-    """A copy whose embeddings of the forgotten thing were optimised on at most 10 forgotten images, the network frozen.
+    """A copy whose embeddings of the forgotten class were optimised on at most 10 forgotten images, the network frozen.
 
-    Raises Inapplicable if the network has no table of embeddings, or no row of it belongs to the forgotten thing alone.
+    Raises Inapplicable if the network has no table of embeddings, or no row of it belongs only to the forgotten class.
     """
     model = copied(subject.model)
     images = subject.task.splits["forget"].distinct()
@@ -100,7 +100,7 @@ def _embedding_tables(net: Any) -> list[torch.nn.Embedding]:
 
 
 def _embedding_rows(subject: Subject) -> torch.Tensor:
-    """The rows of those tables that belong to the forgotten thing alone."""
+    """The rows of those tables that belong only to the forgotten class."""
     task = subject.task
     if task.kind != "concept":
         return subject.forgotten(1)
@@ -109,7 +109,7 @@ def _embedding_rows(subject: Subject) -> torch.Tensor:
     tokens = torch.unique(prompts.cond[forgotten])
     tokens = tokens[~torch.isin(tokens, torch.unique(prompts.cond[~forgotten]))]
     if not len(tokens):
-        raise Inapplicable("no token occurs in prompts of the forgotten thing alone")
+        raise Inapplicable("no token occurs only in prompts of the forgotten class")
     return tokens
 
 

@@ -71,7 +71,7 @@ from evaluators.durability import Durability
 
 
 class Planted(Durability):
-    """Finds the forgotten thing in every model but the oracles."""
+    """Finds the forgotten data in every model but the oracles."""
 
     name = "planted"
     reach = "input"

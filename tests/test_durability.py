@@ -1,4 +1,4 @@
-"""Attacks that bring the forgotten thing back: what they change, their controls, and what they detect."""
+"""Attacks that bring the forgotten data back: what they change, their controls, and what they detect."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_front_and_anchors(run):
     assert points["destroyed"]["damage"] == pytest.approx(1.0)
     worst = {n: max(points[n]["residue"], points[n]["damage"]) for n in front["candidates"]}
     sound = {n: worst[n] for n, reasons in front["against"].items() if not reasons}
-    chosen = front["recommended"]["trial"]  # none where something speaks against each
+    chosen = front["recommended"]["trial"]  # None if there is an objection to each
     assert chosen is None if not sound else sound[chosen] == min(sound.values())
     for n, v in front["verdicts"].items():
         assert n not in sound or v["label"] not in ("remembers", "destroyed")

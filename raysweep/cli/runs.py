@@ -49,7 +49,7 @@ def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
 
     \b
     raysweep run
-    raysweep run examples/class.yaml search.trials=14 name=quick
+    raysweep run examples/class.yaml search.trials=17 name=quick
 
     Exit codes: 0 finished, whether or not a candidate is recommended (front.json says: recommended.trial), 1 failed,
     2 bad input, 3 finished but some checks failed or are missing, 130 interrupted.

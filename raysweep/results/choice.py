@@ -163,7 +163,7 @@ def _best_so_far(rows: Sequence[FrontRow], attacked: Mapping[str, Verdict]) -> F
 def _objections(
     row: FrontRow, unmet: Sequence[str], valid: tuple[float, float], verdict: Verdict | None, limit: float
 ) -> tuple[str, ...]:
-    """What speaks against a candidate, apart from missing attacks; see `choose`."""
+    """The objections to a candidate, except missing attacks; see `choose`."""
     objections = []
     if verdict is not None and verdict.label == "remembers":
         excess = verdict.by[0].removeprefix("no attack ")
