@@ -17,7 +17,7 @@ import torch
 
 from evaluators.base import Subject
 from methods.base import Diverged, Method
-from raysweep.auditing.judges import judge_files, load_judge
+from raysweep.auditing.judges import judge_of
 from raysweep.auditing.measure import Measurement, measure, subject_of
 from raysweep.auditing.objectives import Anchors, Measured, Objectives, View, assess_views, objectives
 from raysweep.config.reader import load
@@ -25,7 +25,7 @@ from raysweep.config.schema import Sweep, Tier
 from raysweep.engine.cached_jobs import prepares, retrain_jobs
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import resolve
-from raysweep.storage.cache import load_tensors, save_tensors
+from raysweep.storage.cache import load_tensors
 from raysweep.storage.files import write_folder
 from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task
@@ -75,14 +75,9 @@ class Ground:
 
     def judge(self, name: str) -> torch.nn.Module:
         """The judge of a tier, trained if it is not in the cache."""
-        path, seed, split = judge_files(self.task, self.sweep.cache)[name]
-        if not path.is_file():
-            from evaluators.judge import train_judge
-
-            save_tensors(
-                path, train_judge(self.task.splits[split].x, self.task.splits[split].groups, seed).state_dict()
-            )
-        return load_judge(path)
+        judge = judge_of(self.task, name, self.sweep.cache)
+        assert judge is not None
+        return judge
 
     def tier(self, name: str) -> Tier:
         """The sweep's tier "probe" or "audit", with no more checks than the benchmarks show."""

@@ -243,7 +243,7 @@ class _ByOracles(Attack):
     cost = "that of `loss`, also on the oracles"
 
     @abstractmethod
-    def combine(self, own: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
+    def combine(self, model: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
         """Scores (n,) of one population."""
 
     def raw(self, subject: Subject) -> Scores:
@@ -254,10 +254,10 @@ class _ByOracles(Attack):
         if len(oracles) < self.least:
             raise Inapplicable(f"needs {self.least} oracles besides the model itself; there are {len(oracles)}")
         step, sign = self.calibration(subject)
-        own, others = self.raw(subject), [self.raw(o) for o in oracles]
+        model, others = self.raw(subject), [self.raw(o) for o in oracles]
         scores = {"calibration": np.array([[0, 1.0]])}
         for name in ("forget", "forget_holdout"):
-            scores[name] = self.combine(own, others, name, step, sign)[:, None]
+            scores[name] = self.combine(model, others, name, step, sign)[:, None]
             if len(others) > self.least:  # each oracle against the rest
                 columns = [
                     self.combine(o, others[:k] + others[k + 1 :], name, step, sign) for k, o in enumerate(others)
@@ -273,9 +273,9 @@ class LiRA(_ByOracles):
     least = 2
     needs = "forget set and its holdout; two oracles"
 
-    def combine(self, own: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
+    def combine(self, model: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
         out = sign * np.stack([o[name][:, step] for o in oracles], 1)
-        return attacks.lira_offline(sign * own[name][:, step], out)
+        return attacks.lira_offline(sign * model[name][:, step], out)
 
 
 class RMIA(_ByOracles):
@@ -287,12 +287,12 @@ class RMIA(_ByOracles):
     name = "rmia"
     needs = "forget set, its holdout and the population; an oracle"
 
-    def combine(self, own: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
+    def combine(self, model: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
         def reference(part: str) -> np.ndarray:
             return sign * np.mean([o[part][:, step] for o in oracles], axis=0)
 
         return attacks.rmia(
-            sign * own[name][:, step], reference(name), sign * own["holdout"][:, step], reference("holdout")
+            sign * model[name][:, step], reference(name), sign * model["holdout"][:, step], reference("holdout")
         )
 
 

@@ -20,13 +20,21 @@ from raysweep.train.jobs import Job
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What a method prepared. by: the settings that it depends on, with their defaults; files: its files, by `prepared_key`."""
+
+    by: dict[str, Any]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Context:
     """Paths and digests that do not change during a run.
 
     run, run_id: the run's directory, and the name of its study, actors and jobs.
     quality, validity, views: metrics of damage, of valid samples, and of residue.
     base, base_digest; oracles: folder and hash of the models; judges: tier's judge -> (file, hash).
-    prepared: method -> {"by": settings that its preparation depends on, with their defaults, "files": {key: file}}.
+    prepared: what each method that prepares something has prepared.
     cache: folder of the anchors' audits. clip_digest: hash of the CLIP model that a task names beside its base; "" for none.
     """
 
@@ -39,7 +47,7 @@ class Context:
     base_digest: str
     oracles: dict[str, tuple[str, str]]
     judges: dict[str, tuple[str, str]]
-    prepared: dict[str, dict[str, Any]]
+    prepared: dict[str, Prepared]
     cache: str
     views: tuple[str, ...] = ()
     clip_digest: str = ""
@@ -51,8 +59,9 @@ class Context:
     def load(cls, run: str) -> Context:
         data = json.loads(RunDir(Path(run)).context.read_text())
         pairs = {k: {n: tuple(v) for n, v in data[k].items()} for k in ("oracles", "judges")}
-        views = tuple(data.get("views", ()))
-        return cls(**data | pairs | {"views": views, "run": str(Path(run).absolute())})  # a run may have been moved
+        views, prepared = tuple(data.get("views", ())), {n: Prepared(**p) for n, p in data["prepared"].items()}
+        path = str(Path(run).absolute())  # a run may have been moved
+        return cls(**data | pairs | {"views": views, "prepared": prepared, "run": path})
 
     @property
     def folder(self) -> RunDir:
@@ -90,7 +99,7 @@ class Context:
         if method not in self.prepared:
             return None
         entry = self.prepared[method]
-        return entry["files"][prepared_key(entry["by"], hyperparameters)]
+        return entry.files[prepared_key(entry.by, hyperparameters)]
 
     def request(
         self,
@@ -105,11 +114,22 @@ class Context:
         """The audit of one model in one tier."""
         judge, judge_digest = self.judges.get(tier.judge, ("", ""))
         return AuditRequest(
-            subject=subject, method=method, model=model, digest=digest, tier_name=tier_name, tier=tier, judge=judge,
-            judge_digest=judge_digest, task=str(self.folder.task), task_digest=self.task_digest, run=self.run,
-            code=audit_code(tier.checks_for(self)), cache=cache, references=str(Path(self.cache).parent / "references"),
-            anchors=(("base", self.base, self.base_digest), *((n, *model) for n, model in sorted(self.oracles.items()))),
-        )  # fmt: skip
+            subject=subject,
+            method=method,
+            model=model,
+            digest=digest,
+            tier_name=tier_name,
+            tier=tier,
+            judge=judge,
+            judge_digest=judge_digest,
+            task=str(self.folder.task),
+            task_digest=self.task_digest,
+            run=self.run,
+            code=audit_code(tier.checks_for(self)),
+            cache=cache,
+            references=str(Path(self.cache).parent / "references"),
+            anchors=(("base", self.base, self.base_digest), *((n, *o) for n, o in sorted(self.oracles.items()))),
+        )
 
     def anchor_requests(self, tier_name: str, tier: Tier) -> dict[str, AuditRequest]:
         """The audits of the models that fix a tier's scales, by subject."""

@@ -46,6 +46,8 @@ class Family:
             NAME in the folder's model_index.json.
         pipelines: names of the diffusers pipelines whose folders hold such a model.
         marks: files by which its other folders are recognised, and what these JSON files must say ({}: nothing in particular).
+        null_labels: whether every class-conditional model of it has a class index for "no class"; models without one are then
+            unconditional.
     """
 
     handle: str
@@ -56,6 +58,7 @@ class Family:
     loading: str
     pipelines: tuple[str, ...] = ()
     marks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    null_labels: bool = False
 
     @property
     def text_to_image(self) -> bool:

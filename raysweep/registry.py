@@ -104,6 +104,7 @@ FAMILIES = {
         library="diffusers",
         loading="diffusers.DDIMPipeline.from_pretrained(FOLDER)",
         pipelines=("DDIMPipeline", "DDPMPipeline"),
+        null_labels=True,
     ),
     "text-ddpm": Family(
         handle="raysweep.models.latent:LatentText",

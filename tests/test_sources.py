@@ -509,11 +509,11 @@ def test_starting_weights_and_their_recipe(tmp_path):
     with pytest.raises(ValidationError, match="lr"):
         ImagesTask(**rows, recipe={"lr": -1})
     task = ImagesTask(**rows, trained=False, base_steps=7, recipe={"lr": 1e-3}).build()
-    assert task.given is None
+    assert task.given_base is None
     assert task.recipe == {"lr": 1e-3, "steps": 7}
     assert families.build(task, 5).digest == families.load(task.base).digest
     given = ImagesTask(**rows).build()
-    assert given.given == given.base
+    assert given.given_base == given.base
     assert families.build(given, 5).digest != families.load(task.base).digest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +16,27 @@ if TYPE_CHECKING:
     from evaluators.judge import Judge
 
 
-def judge_files(task: Task, cache: Path | None = None) -> dict[str, tuple[Path, int, str]]:
-    """Judge -> (file in the cache, seed, split to train on); empty where a model is its own judge.
+@dataclass(frozen=True)
+class JudgeFile:
+    """A judge's file in the cache, and the seed and the split of the task by which it is trained."""
+
+    path: Path
+    seed: int
+    split: str
+
+
+def judge_files(task: Task, cache: Path | None = None) -> dict[str, JudgeFile]:
+    """The file of each judge, by its name; empty where a model is its own judge.
 
     cache: as configured; None for the default folder.
     """
-    files: dict[str, tuple[Path, int, str]] = {}
+    files: dict[str, JudgeFile] = {}
     if task.model_kind == "contrastive":
         return files
     for seed, name in enumerate(("probe", "audit")):
         split = f"judge_{name}"
         key = digest_of(task.splits[split].ids, task.splits[split].groups.tolist(), seed, judge_code())
-        files[name] = (cache_folder(cache) / "judges" / f"{name}-{key}.safetensors", seed, split)
+        files[name] = JudgeFile(cache_folder(cache) / "judges" / f"{name}-{key}.safetensors", seed, split)
     return files
 
 
@@ -55,8 +65,8 @@ def judge_of(task: Task, name: str, cache: Path | None = None) -> Judge | None:
     files = judge_files(task, cache)
     if not files:
         return None
-    file, seed, split = files[name]
+    file = files[name]
     with contextlib.suppress(StoreError):  # absent or cut short
-        return load_judge(file)
-    train_judge(task, seed, split, file)
-    return load_judge(file)
+        return load_judge(file.path)
+    train_judge(task, file.seed, file.split, file.path)
+    return load_judge(file.path)

@@ -35,11 +35,11 @@ class AuditManager:
     def __init__(self, run: str, auditors: list[str], namespace: str, attempts: int, timeout_s: float):
         self.path, self.attempts, self.timeout_s = Path(run) / LOG, attempts, timeout_s
         self.done: dict[str, Outcome] = read_log(self.path)
-        self.pending: dict[str, asyncio.Task] = {}
-        self.starting: set[asyncio.Task] = set()
-        self.callers: set[asyncio.Task] = set()
+        self.pending: dict[str, asyncio.Task[Outcome]] = {}
+        self.starting: set[asyncio.Task[None]] = set()
+        self.callers: set[asyncio.Task[Outcome]] = set()
         self.closed = False
-        self.idle: asyncio.PriorityQueue = asyncio.PriorityQueue()
+        self.idle: asyncio.PriorityQueue[tuple[int, ActorHandle]] = asyncio.PriorityQueue()
         self.namespace, self.known, self.waiting = namespace, 0, 0
         self.run = Path(run).name
         self.gauges = {
@@ -104,7 +104,8 @@ class AuditManager:
                 tags = {"run": self.run, "tier": request.tier_name}
                 self.gauges["seconds"].set(answer["seconds"], tags)
                 self.gauges["images"].set(answer["images"] / max(answer["seconds"], 1e-9), tags)
-                return self._end(request.key, {"status": "ok", "reason": "", **answer})
+                outcome: Outcome = {"status": "ok", "reason": "", **answer}  # type: ignore[typeddict-item]
+                return self._end(request.key, outcome)
             except TimeoutError:
                 reason, limit = f"no answer within {self.timeout_s:g} s", TIMEOUT
                 ray.kill(auditor, no_restart=False)
@@ -175,10 +176,12 @@ def read_log(path: Path) -> dict[str, Outcome]:
 async def _up(auditor: ActorHandle) -> None:
     while True:
         try:
-            return await auditor.__ray_ready__.remote()
+            await auditor.__ray_ready__.remote()
+            return
         except ray.exceptions.RayActorError:
             await asyncio.sleep(RETRY_S)
 
 
 async def _ask(auditor: ActorHandle, request: AuditRequest) -> Answer:
-    return await auditor.measure.remote(request)
+    answer: Answer = await auditor.measure.remote(request)
+    return answer

@@ -76,8 +76,8 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
     for name in tier.checks_for(task):
         evaluator: Evaluator = resolve("evaluator", name)()
         if task.kind not in evaluator.kinds or unserved(evaluator, task.family):
-            what = f"a task of kind {task.kind!r}" if task.kind not in evaluator.kinds else f"a {task.family} model"
-            result.rows += _absent(evaluator, "skipped", f"does not apply to {what}")
+            misfit = f"a task of kind {task.kind!r}" if task.kind not in evaluator.kinds else f"a {task.family} model"
+            result.rows += _absent(evaluator, "skipped", f"does not apply to {misfit}")
             continue
         halved = subject.batches.halved
         try:

@@ -226,7 +226,7 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
         if lacking:
             raise Unmeasured(f"{metric} was not measured on {', '.join(lacking)}")
     base, oracles, destroyed = anchors.base, anchors.oracles, anchors.destroyed
-    place = _place(metrics, quality, candidate.values, base.values, [o.values for o in oracles], destroyed.values)
+    whole = _place(metrics, quality, candidate.values, base.values, [o.values for o in oracles], destroyed.values)
     parts = [
         _place(
             metrics,
@@ -240,13 +240,13 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
     ]
     replicates = np.array([[part.residue, part.damage] for part in parts])
     return Objectives(
-        residue=place.residue,
-        damage=place.damage,
+        residue=whole.residue,
+        damage=whole.damage,
         residue_se=jackknife_se(replicates[:, 0]),
         damage_se=jackknife_se(replicates[:, 1]),
-        over_forgetting=place.over_forgetting,
+        over_forgetting=whole.over_forgetting,
         validity=candidate.values[validity],
-        views=place.views,
+        views=whole.views,
         replicates=replicates,
     )
 

@@ -73,7 +73,7 @@ def remedies(views: Sequence[View], task: Task, tier_name: str, tier: Tier) -> s
             )
     if name == "probe" and samples:  # the audit, with more samples, tells them apart
         return "; or ".join(samples)
-    if task.given:
+    if task.given_base:
         training = (
             "task.base may not have learned what must be forgotten, or the oracles may have: check that the model was trained on "
             "the forget set and the oracles without it"

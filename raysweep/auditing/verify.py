@@ -145,7 +145,8 @@ def _compare_digest(what: str, stated: str, path: Path, digest: Callable[[Path],
 def _model_digest(folder: Path) -> str:
     from raysweep.models.families import load
 
-    return load(folder).digest
+    digest: str = load(folder).digest
+    return digest
 
 
 def _judge_digest(path: Path) -> str:

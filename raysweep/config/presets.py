@@ -127,16 +127,16 @@ def settings(tiny: Any, methods: int, cache: Path | None) -> dict[str, Any]:
 
     parts = Tiny.model_validate(tiny)
     try:
-        made = str(make(parts.make, cache))
+        folder = str(make(parts.make, cache))
     except MiniatureError as error:
         raise PresetError(f"tiny.make.{error}") from error
-    return SMALL | {"search.trials": 2 * methods} | {key: _filled(value, made) for key, value in parts.set.items()}
+    return SMALL | {"search.trials": 2 * methods} | {key: _filled(value, folder) for key, value in parts.set.items()}
 
 
-def _filled(value: Any, made: str) -> Any:
-    """Plain data with {made} replaced in every text."""
+def _filled(value: Any, folder: str) -> Any:
+    """Plain data with `folder` for {made} in every text."""
     if isinstance(value, dict):
-        return {k: _filled(v, made) for k, v in value.items()}
+        return {k: _filled(v, folder) for k, v in value.items()}
     if isinstance(value, list):
-        return [_filled(v, made) for v in value]
-    return value.replace("{made}", made) if isinstance(value, str) else value
+        return [_filled(v, folder) for v in value]
+    return value.replace("{made}", folder) if isinstance(value, str) else value

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
@@ -90,7 +90,7 @@ class Tier(Section):
         return value
 
     @model_validator(mode="after")
-    def _enough_units(self, info: ValidationInfo):
+    def _enough_units(self, info: ValidationInfo) -> Self:
         for kind, path in self.weights.items():
             if not path.exists() and not (info.context or {}).get("absent") and not is_stored(info):
                 raise ValueError(f"weights.{kind}: {path} does not exist")
@@ -198,7 +198,7 @@ class AuditConfig(Section):
         return f"audit-{number}", self.audit.model_copy(update={"seed": seed, "strips": 0})
 
     @model_validator(mode="after")
-    def _apart(self):
+    def _apart(self) -> Self:
         if len({self.probe.seed, self.audit.seed, self.durability.seed}) < 3:
             raise ValueError(
                 f"probe.seed {self.probe.seed}, audit.seed {self.audit.seed} and durability.seed {self.durability.seed} "
@@ -293,7 +293,7 @@ class Sweep(Section):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self):
+    def _consistent(self) -> Self:
         for name in self.spaces:
             if name not in self.methods:
                 raise ValueError(f"spaces.{name}: not among the methods of this sweep ({', '.join(self.methods)})")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 
 from raysweep.auditing.objectives import Anchors, Indistinct, Unmeasured, assess_views, check_scale
 from raysweep.auditing.power import remedies
-from raysweep.auditing.request import AuditRequest
+from raysweep.auditing.request import AuditRequest, Outcome
 from raysweep.config.schema import Tier
 from raysweep.context import Context, load_measured
 from raysweep.engine.cluster import RunFailed
@@ -35,7 +34,7 @@ class Audits:
         while self.pending:
             ready, _ = ray.wait(list(self.pending), num_returns=1)
             name = self.pending.pop(ready[0])
-            answer = ray.get(ready[0])
+            answer: Outcome = ray.get(ready[0])
             events.tick("audits", len(self.requests) - len(self.pending), len(self.requests))
             failed += [f"{name}: {check}" for check in answer["failed"]]
             if answer["status"] == "ok":
@@ -53,7 +52,7 @@ def measure_anchors(engine: Engine, context: Context, tier_name: str, tier: Tier
     """
     requests, events = context.anchor_requests(tier_name, tier), engine.events
     references = [engine.actors.manager.audit.remote(r) for r in requests.values()]
-    answers: dict[str, dict[str, Any]] = dict(zip(requests, ray.get(references), strict=True))
+    answers: dict[str, Outcome] = dict(zip(requests, ray.get(references), strict=True))
     for name, answer in answers.items():
         if answer["status"] != "ok":
             raise RunFailed(f"{tier_name}: measuring {name} failed: {answer['reason']}")

@@ -25,7 +25,7 @@ from raysweep.train.jobs import Job, finished
 
 def retrain_jobs(sweep: Sweep, task: Task, task_folder: Path) -> dict[str, Job]:
     """The jobs that train the base model (unless given) and the oracles into the cache, by subject."""
-    subjects = {} if task.given else {"base": ("train", derive_seed("base", sweep.task.seed))}
+    subjects = {} if task.given_base else {"base": ("train", derive_seed("base", sweep.task.seed))}
     if not sweep.oracle_models:
         subjects |= {f"oracle-{k}": ("retain", derive_seed("oracle", sweep.task.seed, k)) for k in range(sweep.oracles)}
     return {s: retrain_job(sweep, task, task_folder, s, split, seed) for s, (split, seed) in subjects.items()}
@@ -42,11 +42,20 @@ def retrain_job(sweep: Sweep, task: Task, task_folder: Path, subject: str, split
         inputs["start"] = families.load(task.base).digest
     key = digest_of(settings, seed, inputs)
     return Job(
-        id=f"{subject}-{key}", kind="train", method="retrain", hyperparameters=settings, seed=seed, task=str(task_folder),
-        base=None, out=str(cache_folder(sweep.cache) / "models" / f"{task.name}-{subject}-{key}"), inputs=inputs,
-        card={"subject": subject}, budget_s=max(3600.0, sweep.train.budget_s), checkpoint_s=sweep.train.checkpoint_s,
+        id=f"{subject}-{key}",
+        kind="train",
+        method="retrain",
+        hyperparameters=settings,
+        seed=seed,
+        task=str(task_folder),
+        base=None,
+        out=str(cache_folder(sweep.cache) / "models" / f"{task.name}-{subject}-{key}"),
+        inputs=inputs,
+        card={"subject": subject},
+        budget_s=max(3600.0, sweep.train.budget_s),
+        checkpoint_s=sweep.train.checkpoint_s,
         frozen=None if frozen is None else str(frozen),
-    )  # fmt: skip
+    )
 
 
 def autoencoder_folder(sweep: Sweep, task: Task) -> Path | None:
@@ -63,7 +72,7 @@ def cached(sweep: Sweep, task: Task, folder: RunDir) -> dict[str, bool]:
     present = {s: finished(job) is not None for s, job in retrain_jobs(sweep, task, folder.task).items()}
     frozen = autoencoder_folder(sweep, task)
     present |= {} if frozen is None else {"autoencoder": frozen.is_dir()}
-    return present | {f"judge {n}": spec[0].is_file() for n, spec in judge_files(task, sweep.cache).items()}
+    return present | {f"judge {n}": file.path.is_file() for n, file in judge_files(task, sweep.cache).items()}
 
 
 def prepares(method: type[Method]) -> bool:
@@ -97,7 +106,15 @@ def prepare_job(sweep: Sweep, context: Context, name: str, settings: dict[str, A
     key = prepared_key(relevant, relevant)
     out = cache_folder(sweep.cache) / "prepared" / f"{name}-{digest_of(name, key, inputs)}.safetensors"
     return Job(
-        id=f"{context.run_id}-prepare-{name}-{key}-{context.base_digest}", kind="prepare", method=name, hyperparameters=relevant,
-        seed=derive_seed("prepare", name), task=str(context.folder.task), base=context.base, out=str(out), inputs=inputs,
-        budget_s=max(3600.0, sweep.train.budget_s), modules=sweep.train.modules,
-    )  # fmt: skip
+        id=f"{context.run_id}-prepare-{name}-{key}-{context.base_digest}",
+        kind="prepare",
+        method=name,
+        hyperparameters=relevant,
+        seed=derive_seed("prepare", name),
+        task=str(context.folder.task),
+        base=context.base,
+        out=str(out),
+        inputs=inputs,
+        budget_s=max(3600.0, sweep.train.budget_s),
+        modules=sweep.train.modules,
+    )

@@ -43,30 +43,49 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
     check_training(sweep, task, model)
     if sweep.train.modules:
         model.train_only(sweep.train.modules)
-    if task.clip is not None:
-        from raysweep.models.tower import Clip
+    check_tower(task, model)
+    spaces = [resolve_space(sweep, name, task, model) for name in sweep.methods]
+    resolve("sampler", sweep.search.sampler)  # a fault of another package is reported now and not by the search
+    check_tiers(sweep, task)
+    problems = undecidable(sweep, task)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return task, spaces
 
-        try:
-            families.with_tower(model, Clip.load(task.clip))
-        except ValueError as error:
-            raise ConfigError(f"task.clip: {error}") from error
-    spaces = []
-    for name in sweep.methods:
-        reasons = refusals(resolve("method", name), task)
-        if reasons:
-            raise ConfigError(f"methods: {name} cannot serve the task {task.name}: {'; '.join(reasons)}")
-        try:
-            spaces.append(load_space(name, sweep.spaces.get(name), task.kind))
-        except SpaceError as error:
-            raise ConfigError(str(error)) from error
-        reasons = misfits(spaces[-1], task, model)
-        if reasons:
-            raise ConfigError("\n".join(f"spaces.{name}: {reason}" for reason in reasons))
-    resolve("sampler", sweep.search.sampler)  # a fault of another package is told now and not by the search
+
+def resolve_space(sweep: Sweep, name: str, task: Task, model: Any) -> Space:
+    """The search space of the method `name`; raises ConfigError if the method or values of its space do not suit the task."""
+    reasons = refusals(resolve("method", name), task)
+    if reasons:
+        raise ConfigError(f"methods: {name} cannot serve the task {task.name}: {'; '.join(reasons)}")
+    try:
+        space = load_space(name, sweep.spaces.get(name), task.kind)
+    except SpaceError as error:
+        raise ConfigError(str(error)) from error
+    reasons = misfits(space, task, model)
+    if reasons:
+        raise ConfigError("\n".join(f"spaces.{name}: {reason}" for reason in reasons))
+    return space
+
+
+def check_tower(task: Task, model: Any) -> None:
+    """Raises ConfigError if the CLIP model that a task names beside its base cannot be read or is not part of the base."""
+    if task.clip is None:
+        return
+    from raysweep.models.tower import Clip
+
+    try:
+        families.with_tower(model, Clip.load(task.clip))
+    except ValueError as error:
+        raise ConfigError(f"task.clip: {error}") from error
+
+
+def check_tiers(sweep: Sweep, task: Task) -> None:
+    """Raises ConfigError unless the probe and the audit measure all objectives; imports the checks of other packages."""
     for tier_name in ("probe", "audit", "durability"):
         checks = getattr(sweep.audit, tier_name).checks_for(task)
         for name in checks:
-            if name in external("evaluator"):  # a fault of another package is told now and not by an auditor
+            if name in external("evaluator"):  # a fault of another package is reported now and not by an auditor
                 resolve("evaluator", name)
         if tier_name == "durability":
             continue
@@ -75,10 +94,6 @@ def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
                 raise ConfigError(
                     f"audit.{tier_name}.checks: {metric.split('.')[0]!r} is missing: {metric} is an objective"
                 )
-    problems = undecidable(sweep, task)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return task, spaces
 
 
 def check_steps(sweep: Sweep, task: Task, model: Any) -> None:
@@ -122,7 +137,7 @@ def check_weights(sweep: Sweep) -> None:
 def check_training(sweep: Sweep, task: Task, model: Any) -> None:
     """Raises ConfigError if the modules or adapters that are to be trained do not fit the task's model and the methods."""
     train = sweep.train
-    reasons = [] if task.given and sweep.oracle_models else refusals(resolve("method", "retrain"), task)
+    reasons = [] if task.given_base and sweep.oracle_models else refusals(resolve("method", "retrain"), task)
     if reasons:
         raise ConfigError(
             f"oracle_models: base and oracles of the task {task.name} cannot be trained here: {'; '.join(reasons)}; name folders of "
@@ -153,7 +168,7 @@ def misfits(space: Space, task: Task, model: Any) -> list[str]:
     start = space.fixed | {p.name: p.values[0] for p in space.parameters if not p.open and not p.when}
     trials = [start | {p.name: v} for p in space.parameters if not p.open and not p.when for v in p.values]
     trials += [start | point.values for point in space.points]
-    found = [
+    reasons = [
         reason for values in trials for reason in method.unsuited(method.Hyperparameters(**values), model, task.goal)
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(reasons))

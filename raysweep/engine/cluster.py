@@ -162,7 +162,7 @@ def interrupt(*_: Any) -> None:
 
 def has_trial_slots() -> bool:
     """Whether the connected cluster offers trial slots."""
-    return ray.cluster_resources().get(TRIAL_SLOT, 0) > 0
+    return bool(ray.cluster_resources().get(TRIAL_SLOT, 0) > 0)
 
 
 @dataclass

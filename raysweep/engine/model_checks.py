@@ -7,12 +7,14 @@ from typing import Any
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.models import families
 from raysweep.models.validation import check_serves
+from raysweep.registry import resolve
 from raysweep.tasks.task import Task
 
 
 def check_model(path: str, task: Task, key: str = "task.base") -> str:
     """Hash of a model given by the user; raises ConfigError, naming `key`, if it does not load or fit the task."""
-    return _loaded(path, task, key).digest
+    digest: str = _loaded(path, task, key).digest
+    return digest
 
 
 def _loaded(path: str, task: Task, key: str) -> Any:
@@ -33,7 +35,7 @@ def check_fits(model: Any, path: str, task: Task, key: str = "task.base") -> Non
     shape = tuple(task.splits["forget"].x.shape[1:])
     if model.image_shape != shape:
         raise ConfigError(f"{key}: {path} makes images of shape {model.image_shape}, but the task's are {shape}")
-    if task.family == "pixel-ddpm" and (model.null_label is not None) != (task.kind == "class"):
+    if resolve("family", task.family).null_labels and (model.null_label is not None) != (task.kind == "class"):
         raise ConfigError(f"{key}: {path} must be {'class-conditional' if task.kind == 'class' else 'unconditional'}")
     try:
         check_serves(model, task, path)

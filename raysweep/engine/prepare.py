@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from raysweep.auditing.judges import judge_files
-from raysweep.context import Context
+from raysweep.auditing.judges import JudgeFile, judge_files
+from raysweep.context import Context, Prepared
 from raysweep.engine.cached_jobs import (
     autoencoder_folder,
     preparation_defaults,
@@ -39,8 +39,8 @@ def prepare(engine: Engine) -> Context:
     with engine.threads() as threads:
         auditors, training = _start_autoencoder(engine)
         judges = {
-            name: threads.submit(_judge, auditors[i % len(auditors)], folder.task, *spec)
-            for i, (name, spec) in enumerate(judge_files(task, sweep.cache).items())
+            name: threads.submit(_judge, auditors[i % len(auditors)], folder.task, file)
+            for i, (name, file) in enumerate(judge_files(task, sweep.cache).items())
         }
         if training is not None:
             started = time.monotonic()
@@ -83,10 +83,8 @@ def prepare_methods(engine: Engine, context: Context) -> None:
                 if outcome.status != "ok":
                     raise RunFailed(f"preparing {method} failed: {outcome.reason}")
                 engine.events.say("prepare", f"{method}: prepared in {outcome.seconds:.1f} s")
-            context.prepared[method] = {
-                "by": preparation_defaults(resolve("method", method)),
-                "files": {key: job.out for key, job in by_key.items()},
-            }
+            files = {key: job.out for key, job in by_key.items()}
+            context.prepared[method] = Prepared(preparation_defaults(resolve("method", method)), files)
     context.save()
 
 
@@ -96,7 +94,7 @@ def open_choices(space: Space, context: Context) -> Space:
         return space
     method = resolve("method", space.method)
     settings = method.Hyperparameters(**space.fixed)
-    files = context.prepared[space.method]["files"].values()
+    files = context.prepared[space.method].files.values()
 
     def choices(name: str) -> list[Any]:
         offered = [method.choices(name, load_tensors(Path(file)), settings) for file in files]
@@ -117,7 +115,7 @@ def _start_autoencoder(engine: Engine) -> tuple[list[ActorHandle], ray.ObjectRef
 def _given_models(engine: Engine, trained: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """Folder and hash of the base and the oracles that the user gives, by subject, checked against each other."""
     sweep, task = engine.sweep, engine.task
-    models = {"base": (task.given, check_model(task.given, task))} if task.given else {}
+    models = {"base": (task.given_base, check_model(task.given_base, task))} if task.given_base else {}
     models |= check_oracles(sweep, task)
     if task.base is None and sweep.oracle_models:  # the base to compare them with has only now been trained
         base = families.load((trained | models)["base"][0])
@@ -141,15 +139,16 @@ def _model(subject: str, job: Job, outcome: Outcome) -> tuple[str, str]:
     return job.out, outcome.digest
 
 
-def _judge(auditor: ActorHandle, task: Path, file: Path, seed: int, split: str) -> tuple[str, str]:
-    """File and hash of a judge, trained on `split` of the task in the folder `task` unless it is cached."""
-    if file.is_file():
+def _judge(auditor: ActorHandle, task: Path, file: JudgeFile) -> tuple[str, str]:
+    """Path and hash of a judge, which is trained on the task in the folder `task` unless it is cached."""
+    path = str(file.path)
+    if file.path.is_file():
         with contextlib.suppress(StoreError):  # a file that was cut short is trained again
-            return str(file), digest_state(load_tensors(file))
-    return str(file), ray.get(auditor.train_judge.remote(str(task), seed, split, str(file)))
+            return path, digest_state(load_tensors(file.path))
+    return path, ray.get(auditor.train_judge.remote(str(task), file.seed, file.split, path))
 
 
-def _wait(engine: Engine, futures: dict[str, Future]) -> None:
+def _wait(engine: Engine, futures: dict[str, Future[Any]]) -> None:
     """Waits for all, reporting each end and the progress of jobs."""
     started, waiting = time.monotonic(), dict(futures)
     while waiting:

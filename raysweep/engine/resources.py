@@ -79,11 +79,17 @@ def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> 
         train_gpus = per_gpu if gpus > 1 else min(per_gpu, 0.5)
         slots = asked.slots or int((gpus - auditors * auditor_gpus) / (train_gpus * workers))
         plan = Plan(
-            slots=slots, workers=workers, worker_cpus=asked.cpus_per_worker or min(8.0, cpus / gpus / 2),
-            worker_gpus=train_gpus, auditors=auditors, auditor_cpus=min(8.0, cpus / gpus / 2),
-            auditor_gpus=auditor_gpus, late_auditors=max(1, int(slots * workers * train_gpus / auditor_gpus)),
-            trial_slots=trial_slots, roles=bool(labelled),
-        )  # fmt: skip
+            slots=slots,
+            workers=workers,
+            worker_cpus=asked.cpus_per_worker or min(8.0, cpus / gpus / 2),
+            worker_gpus=train_gpus,
+            auditors=auditors,
+            auditor_cpus=min(8.0, cpus / gpus / 2),
+            auditor_gpus=auditor_gpus,
+            late_auditors=max(1, int(slots * workers * train_gpus / auditor_gpus)),
+            trial_slots=trial_slots,
+            roles=bool(labelled),
+        )
     else:
         share = asked.cpus_per_worker or (CPU_SHARE if cpus >= 2 else cpus / 4)
         slots = asked.slots or max(1, min(MAX_CPU_SLOTS, int(cpus / 2 / (share * workers))))

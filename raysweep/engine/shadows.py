@@ -146,7 +146,7 @@ def _train(engine: Engine, context: Context, trial: Trial, shadows: int) -> dict
         return models
 
     with engine.threads() as threads:
-        futures: list[Future] = [threads.submit(train, k) for k in range(shadows)]
+        futures: list[Future[dict[str, tuple[str, str]]]] = [threads.submit(train, k) for k in range(shadows)]
         return {name: model for future in futures for name, model in future.result().items()}
 
 

@@ -12,7 +12,7 @@ from ray import tune
 from ray.train import ScalingConfig
 
 from raysweep.auditing.objectives import Unmeasured, objectives
-from raysweep.auditing.request import AuditRequest
+from raysweep.auditing.request import AuditRequest, Outcome
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.engine.resources import Plan
@@ -35,7 +35,7 @@ def trial(config: dict[str, Any]) -> None:
     folder = str(context.folder.candidates / config["trial"])
     request = context.request("probe", sweep.audit.probe, config["trial"], config["method"], folder, outcome.digest)
     answer = ask_audit(context.run_id, request)
-    costs = {"train_s": outcome.seconds, "audit_s": answer["seconds"], "step_s": outcome.step_seconds}
+    costs: dict[str, Any] = {"train_s": outcome.seconds, "audit_s": answer["seconds"], "step_s": outcome.step_seconds}
     if answer["status"] != "ok":
         _report(reason=f"probe: {answer['reason']}", limit=answer["limit"], **costs)
         return
@@ -72,10 +72,11 @@ def scaling(plan: Plan) -> ScalingConfig:
     )
 
 
-def ask_audit(run_id: str, request: AuditRequest) -> dict[str, Any]:
+def ask_audit(run_id: str, request: AuditRequest) -> Outcome:
     """Has a model audited; the manager's answer."""
     manager = ray.get_actor(actor_name("audits", request.run, run_id), namespace=NAMESPACE)
-    return ray.get(manager.audit.remote(request))
+    outcome: Outcome = ray.get(manager.audit.remote(request))
+    return outcome
 
 
 @cache

@@ -70,9 +70,15 @@ def searcher_of(engine: Engine, spaces: Sequence[Space]) -> ParetoSearch:
     """The searcher of a sweep, attached to its study."""
     settings, sweep = engine.sweep.search, engine.sweep
     return ParetoSearch(
-        engine.folder.journal, engine.run_id, list(spaces), settings.trials, settings.batch, settings.seed,
-        settings.sampler, sweep.limits,
-    )  # fmt: skip
+        engine.folder.journal,
+        engine.run_id,
+        list(spaces),
+        settings.trials,
+        settings.batch,
+        settings.seed,
+        settings.sampler,
+        sweep.limits,
+    )
 
 
 @contextlib.contextmanager
@@ -86,7 +92,7 @@ def restored_interrupts() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-class TrialEvents(tune.Callback):
+class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray is not typed
     """Reports the end of each trial to the run's events and to Ray's metrics."""
 
     def __init__(self, folder: RunDir, run_id: str, sweep: Sweep, events: Events):
@@ -104,10 +110,10 @@ class TrialEvents(tune.Callback):
         """Tune pickles its callbacks; events and gauges do not pickle and are of no use elsewhere."""
         return {k: v for k, v in self.__dict__.items() if k not in ("events", "gauges")}
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.ended(trial.config, trial.last_result or {})
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.ended(trial.config, {"reason": "the trial's process died"})
 
     def ended(self, config: dict[str, Any], result: dict[str, Any]) -> None:

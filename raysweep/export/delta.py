@@ -80,10 +80,8 @@ def apply(path: Path, model: Path, out: Path, revert: bool = False) -> str:
                 state[name.removeprefix(f"{when}/")].copy_(tensor)
     sampler = None if revert else json.loads(header["sampler"])
     handle.sampler = handle.default_sampler if sampler is None else samplers.parse(sampler, handle, str(path))
-    if handle.digest != header[end]:
-        raise StoreError(
-            f"{path}: the result has the hash {handle.digest} instead of {header[end]}; nothing was written"
-        )
-
+    digest: str = handle.digest
+    if digest != header[end]:
+        raise StoreError(f"{path}: the result has the hash {digest} instead of {header[end]}; nothing was written")
     write_folder(out, handle.save)
-    return handle.digest
+    return digest

@@ -171,7 +171,7 @@ def _sheet(data: ReportData, subject: str, point: FrontRow | None) -> Sheet:
 
 def _note(row: Mapping[str, Any], limit: str) -> str:
     if row["status"] != "ok":
-        return row["reason"]
+        return str(row["reason"])
     interval = "" if row["interval"] == "none" else row["interval"]
     return "; ".join(filter(None, (interval, row["reason"], limit)))
 

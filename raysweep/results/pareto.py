@@ -58,14 +58,16 @@ def pooled(values: np.ndarray, replicates: np.ndarray) -> tuple[np.ndarray, np.n
 def dominance_probability(draws: np.ndarray) -> np.ndarray:
     """P[i, j]: the share of draws (draws, n, k) in which point i dominates point j, shape (n, n)."""
     a, b = draws[:, :, None, :], draws[:, None, :, :]
-    return ((a <= b).all(-1) & (a < b).any(-1)).mean(0)
+    probability: np.ndarray = np.mean((a <= b).all(-1) & (a < b).any(-1), axis=0)
+    return probability
 
 
 def dominated_probability(draws: np.ndarray) -> np.ndarray:
     """The share of draws (draws, n, k) in which some other point dominates point i, (n,)."""
     a, b = draws[:, :, None, :], draws[:, None, :, :]
     beaten = np.logical_and((a <= b).all(-1), (a < b).any(-1))
-    return np.any(beaten, axis=1).mean(0)
+    probability: np.ndarray = np.any(beaten, axis=1).mean(0)
+    return probability
 
 
 def undecided(draws: np.ndarray, certain: float = 0.95) -> list[int]:

@@ -72,4 +72,5 @@ def _q_values(residue: np.ndarray, residue_se: Sequence[float]) -> np.ndarray:
         float(stats.norm.cdf((value - FORGOTTEN) / se)) if se > 0 else float(value >= FORGOTTEN)
         for value, se in zip(residue, residue_se, strict=True)
     ]
-    return stats.false_discovery_control(p)
+    adjusted: np.ndarray = stats.false_discovery_control(p)
+    return adjusted

@@ -14,7 +14,7 @@ default:
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -47,7 +47,7 @@ class Stated(_Part):
         return {"value": data[0], "at": data[1]} if isinstance(data, list) and len(data) == 2 else data
 
     @model_validator(mode="after")
-    def _units_are_explained(self):
+    def _units_are_explained(self) -> Self:
         if (self.times is not None or self.plus is not None) and not self.why:
             raise ValueError("why: other units need a reason")
         return self
@@ -75,7 +75,7 @@ class Setting(_Part):
     also: tuple[dict[str, Stated], ...] = Field((), description="further points of the source: the values that differ")
 
     @model_validator(mode="after")
-    def _is_complete(self):
+    def _is_complete(self) -> Self:
         valid = resolve("method", self.method).Hyperparameters.model_fields
         mentioned = [*self.values, *self.unused]
         unknown = sorted({*mentioned, *(k for more in self.also for k in more)} - set(valid))

@@ -25,7 +25,7 @@ _COSTS = ("train_s", "audit_s", "step_s", "probe")  # parts of a result that are
 _KEPT = ("residue", "damage", "residue_se", "damage_se", "over_forgetting", "validity", "digest", "views", *_COSTS)
 
 
-class ParetoSearch(Searcher):
+class ParetoSearch(Searcher):  # type: ignore[misc]  # Ray is not typed
     """Suggests settings to Tune and records how the trials ended.
 
     Args:
@@ -83,7 +83,7 @@ class ParetoSearch(Searcher):
         self.study.annotate(config["number"], "tune_id", trial_id)
         return config
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Records the end of a trial, as soon as the batch after its own has been suggested."""
         number = self.numbers.pop(trial_id, None)
         if number is None or self.study.trials[number].state.is_finished():
@@ -136,7 +136,7 @@ class ParetoSearch(Searcher):
 
     def left(self) -> int:
         """Number of trials that have not ended yet."""
-        return self.trials - sum(t.state.is_finished() for t in self.study.planned().values())
+        return self.trials - sum(bool(t.state.is_finished()) for t in self.study.planned().values())
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "study"}

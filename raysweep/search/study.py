@@ -69,7 +69,8 @@ def quiet() -> Iterator[None]:
 
 def config_of(trial: FrozenTrial) -> TrialConfig:
     """The config that was recorded with a trial."""
-    return json.loads(trial.user_attrs["config"])
+    config: TrialConfig = json.loads(trial.user_attrs["config"])
+    return config
 
 
 class SweepStudy:
@@ -83,7 +84,8 @@ class SweepStudy:
     @property
     def trials(self) -> list[FrozenTrial]:
         """All trials of the study, by number, with those that were interrupted or tried again."""
-        return self.study.trials
+        trials: list[FrozenTrial] = self.study.trials
+        return trials
 
     def planned(self) -> dict[int, FrozenTrial]:
         """Place in the sweep -> its trial. Trials interrupted while being suggested are failed, and their places free again."""
@@ -149,4 +151,5 @@ class SweepStudy:
     def _storage_id(self, number: int) -> int:
         """The storage's own id of a trial: `Study` offers no way to set attributes of a trial of an earlier process."""
         study = self.storage.get_study_id_from_name(self.name)
-        return self.storage.get_trial_id_from_study_id_trial_number(study, number)
+        trial: int = self.storage.get_trial_id_from_study_id_trial_number(study, number)
+        return trial

@@ -9,7 +9,7 @@ CLIP model of captioned digits must forget one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
@@ -28,7 +28,7 @@ class _DigitsTask(TaskSettings):
     )
 
     @model_validator(mode="after")
-    def _base_exists(self, info: ValidationInfo):
+    def _base_exists(self, info: ValidationInfo) -> Self:
         stored = (info.context or {}).get("stored")
         if self.base is not None and not stored and not (self.base / "model_index.json").is_file():
             raise ValueError(f"base: {self.base} is not a diffusers folder (no model_index.json)")
@@ -82,7 +82,7 @@ class TextTask(_DigitsTask):
     base_steps: int = Field(300, ge=1, description="optimiser steps of the base model and of each oracle")
 
     @model_validator(mode="after")
-    def _override_fits(self):
+    def _override_fits(self) -> Self:
         if self.override == self.forget or (self.override is not None and (self.override in STYLES) != self.by_style):
             raise ValueError(f"override: {self.override!r} must be another {'style' if self.by_style else 'digit'}")
         return self
@@ -165,7 +165,7 @@ class ClassTask(_DigitsTask):
     images: int = Field(900, ge=100, le=1200, description="number of scans in the training set")
 
     @model_validator(mode="after")
-    def _digits_exist(self):
+    def _digits_exist(self) -> Self:
         for key in ("forget", "override"):
             if getattr(self, key) not in range(10):
                 raise ValueError(f"{key}: class {getattr(self, key)} is not in the data; valid: 0 to 9")

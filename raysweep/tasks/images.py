@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -94,7 +94,7 @@ class ImagesTask(TaskSettings):
         return name if name is None or is_hub_id(name) else location(name)
 
     @model_validator(mode="after")
-    def _fits_together(self, info: ValidationInfo):
+    def _fits_together(self, info: ValidationInfo) -> Self:
         if self.kind != "points" and len(self.forget.labels) != 1:
             raise ValueError(f"forget.labels: a {self.kind} is named by exactly one label")
         context = info.context or {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import string
 from abc import ABC, abstractmethod
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
 
@@ -105,7 +105,7 @@ class PromptGrid(_Prompts):
     other: str | None = Field(None, description="the slot whose level is the label in a second domain; null: none")
 
     @model_validator(mode="after")
-    def _slots_fit(self):
+    def _slots_fit(self) -> Self:
         named = {name for _, name, _, _ in string.Formatter().parse(self.template) if name}
         if named != set(self.slots):
             odd = sorted(named ^ set(self.slots))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -23,7 +23,7 @@ class Selection(BaseModel):
     keys: tuple[Name, ...] = Field((), description="records with these names within the source")
 
     @model_validator(mode="after")
-    def _is_not_empty(self):
+    def _is_not_empty(self) -> Self:
         if not (self.labels or self.captions or self.keys):
             raise ValueError("name what must be forgotten: labels, captions or keys")
         return self

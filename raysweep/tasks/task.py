@@ -200,7 +200,7 @@ class Task:
         return kind
 
     @property
-    def given(self) -> str | None:
+    def given_base(self) -> str | None:
         """Folder of the base model, if it is already trained."""
         return self.base if self.trained else None
 
