@@ -25,7 +25,7 @@ def run(
     """Runs a sweep to its report, or resumes it, as `raysweep run` does.
 
     config: a YAML file, the name of a preset, a `Sweep`, or None for the embedded sweep. overrides: dotted keys, such as
-    {"search.trials": 14}. events: receives what happens (`raysweep.engine.events.Events`); None ignores it.
+    {"search.trials": 12}. events: receives what happens (`raysweep.engine.events.Events`); None ignores it.
 
     Raises ConfigError for bad input, RunFailed if the run cannot end with a front, Interrupted if it was stopped by a signal.
     """

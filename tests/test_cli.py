@@ -164,7 +164,9 @@ def test_every_kind_is_listed():
     for kind in ("methods", "evaluators", "spaces", "tasks", "runs"):
         rows = json.loads(call("ls", kind, "--json").output)
         assert (len(rows) > 1) == (kind != "runs")
-    assert "arXiv:2412.07808" in call("ls", "methods").output
+    text = call("ls", "methods").output
+    assert "arXiv:2412.07808" in text
+    assert "False" not in text  # what other packages offer is marked as external, and nothing else
 
 
 def test_doctor_reports_every_check():

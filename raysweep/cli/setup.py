@@ -53,12 +53,19 @@ def list_(kind: str, name: str | None, as_json: bool) -> int:
         print_json(rows)
         return OK
     for row in rows:
-        first, *rest = (value for column, value in row.items() if column != "values")
-        click.echo(f"{first:<18} " + "  ".join(str(value) for value in rest))
+        first, *rest = (_cell(column, value) for column, value in row.items() if column != "values")
+        click.echo(f"{first:<18} " + "  ".join(filter(None, rest)))
         for hyperparameter, origin in row.get("values", {}).items():
             value = "-" if origin["searched"] else shown(origin["value"])
             click.echo(f"    {hyperparameter:<20} {value:<14} {origin['from']}")
     return OK
+
+
+def _cell(column: str, value: object) -> str:
+    """A value in a line of text; a truth value as the name of its column, or nothing."""
+    if isinstance(value, bool):
+        return column if value else ""
+    return str(value)
 
 
 @click.command()
