@@ -24,7 +24,7 @@ def method_code(name: str) -> str:
     points = external("method").get(name)
     if not points:
         return code_digests.training_code(module_of("method", name))
-    return _digest(package_digest(points[0]), *(code_digests.training_code(m) for m in _methods_behind(points[0])))
+    return _digest(package_digest(points[0]), *(code_digests.training_code(m) for m in methods_behind(points[0])))
 
 
 def family_code(name: str) -> str:
@@ -58,11 +58,12 @@ def used(**names: Iterable[str]) -> dict[str, str]:
 def package_digest(point: EntryPoint) -> str:
     """Hash of the files of the package that offers an entry point: of its outermost folder that is no namespace (or its
     module), and of those that the installed distribution lists."""
-    return _files_digest(point.module, tuple(sorted(_listed(point).items())))
+    return files_digest(point.module, tuple(sorted(_listed(point).items())))
 
 
 @cache
-def _files_digest(module: str, listed: tuple[tuple[str, Path], ...]) -> str:
+def files_digest(module: str, listed: tuple[tuple[str, Path], ...]) -> str:
+    """Hash of the files of a module's outermost package and of `listed` (name, file), kept: many cache keys ask for it."""
     sha = hashlib.sha256()
     for name, path in sorted({**dict(listed), **_sources(module)}.items()):
         with path.open("rb") as file:
@@ -102,7 +103,7 @@ def _listed(point: EntryPoint) -> dict[str, Path]:
     }
 
 
-def _methods_behind(point: EntryPoint) -> list[str]:
+def methods_behind(point: EntryPoint) -> list[str]:
     """The modules of `methods` that the files of an entry point's package import, sorted."""
     files = {**_listed(point), **_sources(point.module)}
     sources = (path.read_bytes() for path in files.values() if path.suffix == ".py")

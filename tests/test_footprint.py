@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from test_methods import TRAINED, build
+from method_table import TRAINED, build
 from tiny import batch_for, tiny_task
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_table import TRAINED, settings_for, slow
 from test_evaluators import TIER
-from test_methods import FAMILIES, JOBS, TRAINED, instance, settings_for, slow, through_a_file
+from test_methods import FAMILIES, JOBS, instance, through_a_file
 from tiny import LATENT, latent_task, vlm_pairs
 
 from raysweep.auditing.measure import measure, subject_of

@@ -93,12 +93,12 @@ def installed(tmp_path, monkeypatch):
     """The package, in reach of this process, in a folder of its own."""
     monkeypatch.syspath_prepend(install(tmp_path / "site"))
     yield tmp_path / "site" / "oddments"
-    plugins._files_digest.cache_clear()
+    plugins.files_digest.cache_clear()
 
 
 def test_an_edited_package_changes_the_keys_of_what_it_makes(installed):
     def codes():
-        plugins._files_digest.cache_clear()
+        plugins.files_digest.cache_clear()
         return (
             plugins.audit_code(["brightness", "loss"]), plugins.audit_code(["loss"]), plugins.method_code("nudge"),
             plugins.method_code("finetune"),
@@ -118,7 +118,7 @@ def test_an_edited_package_changes_the_keys_of_what_it_makes(installed):
 
 
 def test_a_change_of_ours_reaches_the_methods_that_import_it(installed, monkeypatch):
-    assert plugins._methods_behind(plugins.external("method")["nudge"][0]) == ["methods.neggrad"]
+    assert plugins.methods_behind(plugins.external("method")["nudge"][0]) == ["methods.neggrad"]
     before = plugins.method_code("nudge")
     monkeypatch.setattr("raysweep.storage.code_digests.training_code", lambda module: f"another {module}")
     assert plugins.method_code("nudge") != before

@@ -7,9 +7,9 @@ import importlib
 import json
 import pickle
 
+import method_table
 import published
 import pytest
-import test_methods
 import torch
 from click.testing import CliRunner
 from published import DDPMPP, NCSNPP, DhariwalUNet, VPPrecond, network, pickled, snapshot
@@ -199,9 +199,9 @@ def test_the_line_of_the_model_card_reads_the_candidate(tmp_path, config):
 def test_every_method_of_the_family_takes_a_step_on_it(name):
     model = EDM.build({"song_unet": SONG, "null_label": 6}, 0)
     model.net.to(torch.float64)
-    method, task = test_methods.build(name, tiny_task("class"), model=model)
-    before = test_methods.weights(method).clone()
-    after = test_methods.run(method, task, 0, 1)
+    method, task = method_table.build(name, tiny_task("class"), model=model)
+    before = method_table.weights(method).clone()
+    after = method_table.run(method, task, 0, 1)
     method.finish()
     assert bool(torch.isfinite(after).all())
-    assert torch.equal(before, after) == (name not in test_methods.TRAINED)
+    assert torch.equal(before, after) == (name not in method_table.TRAINED)
