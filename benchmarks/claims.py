@@ -50,17 +50,17 @@ def ground(kind: str) -> Ground:
     return _grounds[kind]
 
 
-def made(kind: str, method: str, settings: dict[str, Any], seed: int) -> dict[str, float]:
+def audited(kind: str, method: str, settings: dict[str, Any], seed: int) -> dict[str, float]:
     """What the full audit says of one candidate."""
     g = ground(kind)
     candidate = g.make(method, settings, derive_seed("claim", seed))
     assert not isinstance(candidate, str), candidate
     measured = g.measure(candidate.model, "audit")
-    place, v = g.place(measured, "audit"), measured.values
-    found = {"residue": place.residue, "damage": place.damage, "frechet": v["fidelity.frechet"]}
+    result, v = g.objectives(measured, "audit"), measured.values
+    figures = {"residue": result.residue, "damage": result.damage, "frechet": v["fidelity.frechet"]}
     if kind == "class":
-        found |= {"ua": 1 - v["classifier.recognised"], "ra": v["classifier.retain_accuracy"]}
-    return found
+        figures |= {"ua": 1 - v["classifier.recognised"], "ra": v["classifier.retain_accuracy"]}
+    return figures
 
 
 def verdict(differences: list[float], margin: float = 0.0) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def rg_beats_graddiff() -> dict[str, Any]:
     """Both methods over a grid of lam; damage interpolated at equal residue."""
     lams, settings = (8.0, 4.0, 2.0, 1.0, 0.5), {"lr": 1.5e-4, "steps": 24, "batch_size": 64, "trunc_elem_sq": None}
     curves = {
-        m: [[made("points", m, settings | {"lam": lam}, s) for lam in lams] for s in SEEDS] for m in ("graddiff", "rg")
+        m: [[audited("points", m, settings | {"lam": lam}, s) for lam in lams] for s in SEEDS]
+        for m in ("graddiff", "rg")
     }
 
     def at(curve: list[dict[str, float]], residue: float) -> float:
@@ -88,37 +89,47 @@ def rg_beats_graddiff() -> dict[str, Any]:
 def balanced_beats_near() -> dict[str, Any]:
     """The ablation of the retain set: two near classes against nine, 162 rows in both."""
     common = {"lr": 1e-3, "steps": 20, "batch_size": 64, "lam": 1.0, "trunc_elem_sq": 1.0, "retain_pass": "balanced"}
-    near = [made("class", "rgd", common | {"retain_groups": (5, 8), "retain_per_group": 81}, s) for s in SEEDS]
-    nine = [made("class", "rgd", common | {"retain_per_group": 18}, s) for s in SEEDS]
+    near = [audited("class", "rgd", common | {"retain_groups": (5, 8), "retain_per_group": 81}, s) for s in SEEDS]
+    nine = [audited("class", "rgd", common | {"retain_per_group": 18}, s) for s in SEEDS]
     differences = [a["damage"] - b["damage"] for a, b in zip(near, nine, strict=True)]
     accuracy = [b["ra"] - a["ra"] for a, b in zip(near, nine, strict=True)]
     quality = [float(np.log(a["frechet"] / b["frechet"])) for a, b in zip(near, nine, strict=True)]
     return verdict(quality) | {
-        "what": "log Frechet distance of two near classes x 81 minus nine x 18", "retain_accuracy": verdict(accuracy),
-        "damage": verdict(differences), "near": near, "nine": nine,
-    }  # fmt: skip
+        "what": "log Frechet distance of two near classes x 81 minus nine x 18",
+        "retain_accuracy": verdict(accuracy),
+        "damage": verdict(differences),
+        "near": near,
+        "nine": nine,
+    }
 
 
 def _siss(lam: float, seed: int) -> dict[str, float]:
-    return made("points", "siss", {"lr": 4e-4, "steps": 24, "batch_size": 64, "rho": 0.8, "lam": lam}, seed)
+    return audited("points", "siss", {"lr": 4e-4, "steps": 24, "batch_size": 64, "rho": 0.8, "lam": lam}, seed)
 
 
 def siss_on_the_front() -> dict[str, Any]:
     """SISS between its two extremes."""
-    naive = [made("points", "finetune", {"lr": 4e-4, "steps": 24, "batch_size": 64}, s) for s in SEEDS]
-    ascent = [made("points", "neggrad", {"lr": 3e-4, "steps": 10, "batch_size": 64}, s) for s in SEEDS]
+    naive = [audited("points", "finetune", {"lr": 4e-4, "steps": 24, "batch_size": 64}, s) for s in SEEDS]
+    ascent = [audited("points", "neggrad", {"lr": 3e-4, "steps": 10, "batch_size": 64}, s) for s in SEEDS]
     middle = [_siss(0.5, s) for s in SEEDS]
     forgets = verdict([a["residue"] - b["residue"] for a, b in zip(naive, middle, strict=True)])
     keeps = verdict([a["damage"] - b["damage"] for a, b in zip(ascent, middle, strict=True)])
     both = "confirmed" if {forgets["verdict"], keeps["verdict"]} == {"confirmed"} else "undecided"
-    return {"verdict": both, "what": "residue below naive deletion's and damage below NegGrad's", "residue": forgets,
-            "damage": keeps, "naive": naive, "neggrad": ascent, "siss": middle}  # fmt: skip
+    return {
+        "verdict": both,
+        "what": "residue below naive deletion's and damage below NegGrad's",
+        "residue": forgets,
+        "damage": keeps,
+        "naive": naive,
+        "neggrad": ascent,
+        "siss": middle,
+    }
 
 
 def siss_middle_lam() -> dict[str, Any]:
     """The defensive mixture against its ends."""
-    found = {str(lam): [_siss(lam, s) for s in SEEDS] for lam in (0.0, 0.5, 1.0)}
-    worst = {lam: [max(f["residue"], f["damage"]) for f in each] for lam, each in found.items()}
+    models = {str(lam): [_siss(lam, s) for s in SEEDS] for lam in (0.0, 0.5, 1.0)}
+    worst = {lam: [max(f["residue"], f["damage"]) for f in each] for lam, each in models.items()}
     ends = {e: verdict([a - b for a, b in zip(worst[e], worst["0.5"], strict=True)]) for e in ("0.0", "1.0")}
     kinds = {v["verdict"] for v in ends.values()}
     outcome = "confirmed" if kinds == {"confirmed"} else "contradicted" if "contradicted" in kinds else "undecided"
@@ -126,7 +137,7 @@ def siss_middle_lam() -> dict[str, Any]:
         "verdict": outcome,
         "what": "max(residue, damage) of an end minus the middle's",
         "ends": ends,
-        "models": found,
+        "models": models,
     }
 
 
@@ -144,14 +155,18 @@ SFD = {
 
 def sfd_keeps_quality() -> dict[str, Any]:
     """One-step generators distilled with and without forgetting, equal steps."""
-    plain = [made("class", "sfd", SFD | {"forget": 0.0, "fake_forget": 0.0}, s) for s in SEEDS]
-    forgot = [made("class", "sfd", SFD | {"forget": 1.0, "fake_forget": 1.0}, s) for s in SEEDS]
-    start = made("class", "sfd", SFD | {"steps": 0}, 0)
+    plain = [audited("class", "sfd", SFD | {"forget": 0.0, "fake_forget": 0.0}, s) for s in SEEDS]
+    forgot = [audited("class", "sfd", SFD | {"forget": 1.0, "fake_forget": 1.0}, s) for s in SEEDS]
+    start = audited("class", "sfd", SFD | {"steps": 0}, 0)
     quality = verdict([float(np.log(a["frechet"] / b["frechet"])) for a, b in zip(plain, forgot, strict=True)], 0.25)
     if min(f["ua"] for f in forgot) < 0.95:
         quality["verdict"] = "undecided"
-    return quality | {"what": "log Frechet distance without minus with forgetting, margin 0.25", "start": start,
-                      "plain": plain, "forgot": forgot}  # fmt: skip
+    return quality | {
+        "what": "log Frechet distance without minus with forgetting, margin 0.25",
+        "start": start,
+        "plain": plain,
+        "forgot": forgot,
+    }
 
 
 def two_stage_is_sooner() -> dict[str, Any]:
@@ -165,8 +180,8 @@ def two_stage_is_sooner() -> dict[str, Any]:
         "stage1_ema": 0.97,
     }
     counts = (1, 2, 4, 8)
-    one = [[made("class", "sfd", common | {"steps": k}, s) for k in counts] for s in SEEDS]
-    two = [[made("class", "sfd_two_stage", common | stage1 | {"steps": k}, s) for k in counts] for s in SEEDS]
+    one = [[audited("class", "sfd", common | {"steps": k}, s) for k in counts] for s in SEEDS]
+    two = [[audited("class", "sfd_two_stage", common | stage1 | {"steps": k}, s) for k in counts] for s in SEEDS]
     mean = lambda run: float(np.mean([m["ua"] for m in run]))  # noqa: E731
     differences = [mean(b) - mean(a) for a, b in zip(one, two, strict=True)]
     return verdict(differences) | {
@@ -183,8 +198,16 @@ def _layers(prepared: dict[str, torch.Tensor], hp: SLUGSettings, score: Callable
     inside, outside = [s for n, s in scores.items() if n in front], [s for n, s in scores.items() if n not in front]
     p, other = (float(mannwhitneyu(inside, outside, alternative=a).pvalue) for a in ("greater", "less"))
     outcome = "confirmed" if p < 0.05 else "contradicted" if other < 0.05 else "undecided"
-    return {"verdict": outcome, "p": p, "pareto": {n: scores[n] for n in sorted(front)}, "pareto_mean": float(np.mean(inside)),
-            "others_mean": float(np.mean(outside)), "others_best": max(outside), "n": len(inside), "others": len(outside)}  # fmt: skip
+    return {
+        "verdict": outcome,
+        "p": p,
+        "pareto": {n: scores[n] for n in sorted(front)},
+        "pareto_mean": float(np.mean(inside)),
+        "others_mean": float(np.mean(outside)),
+        "others_best": max(outside),
+        "n": len(inside),
+        "others": len(outside),
+    }
 
 
 def slug_pareto_layers() -> dict[str, Any]:
@@ -208,7 +231,7 @@ def slug_pareto_on_clip() -> dict[str, Any]:
     """Every eligible tensor of a CLIP edited by itself, at six steps, for each of ten digits."""
     from clip_digits import WORDS, Digits
 
-    digits, hp, found = Digits(), SLUGSettings(batch_size=128), {}
+    digits, hp, by_digit = Digits(), SLUGSettings(batch_size=128), {}
     base = [digits.accuracy(digits.model) for digits.forget in range(len(WORDS))]
     for digits.forget in range(len(WORDS)):
         prepared = SLUG.prepare(digits.model, digits, 0, hp)
@@ -224,33 +247,41 @@ def slug_pareto_on_clip() -> dict[str, Any]:
                 best = max(best, min(1 - forget, others))
             return best
 
-        found[WORDS[digits.forget]] = _layers(prepared, hp, score)
-    means = [f["pareto_mean"] - f["others_mean"] for f in found.values()]
-    best = [max(f["pareto"].values()) for f in found.values()]
+        by_digit[WORDS[digits.forget]] = _layers(prepared, hp, score)
+    means = [f["pareto_mean"] - f["others_mean"] for f in by_digit.values()]
+    best = [max(f["pareto"].values()) for f in by_digit.values()]
     return verdict(means) | {
         "what": "best min(1 - forget accuracy, accuracy of the others): mean of Pareto layers minus mean of the others, by digit",
         "best_pareto_layer": {"mean": float(np.mean(best)), "min": min(best)},
-        "base_accuracy": float(np.mean([f for f, _ in base])), "digits": found,
-    }  # fmt: skip
+        "base_accuracy": float(np.mean([f for f, _ in base])),
+        "digits": by_digit,
+    }
 
 
 def salun_mask_helps() -> dict[str, Any]:
     """Random labels with half of the weights masked, and with none."""
     common = {"lr": 1e-3, "steps": 20, "batch_size": 32, "alpha": 1.0, "relabel": "random"}
-    found = {str(f): [made("class", "salun", common | {"fraction": f}, s) for s in SEEDS] for f in (0.5, 1.0)}
-    quality = [float(np.log(a["frechet"] / b["frechet"])) for a, b in zip(found["1.0"], found["0.5"], strict=True)]
-    forgets = [b["ua"] - a["ua"] for a, b in zip(found["1.0"], found["0.5"], strict=True)]
+    models = {str(f): [audited("class", "salun", common | {"fraction": f}, s) for s in SEEDS] for f in (0.5, 1.0)}
+    quality = [float(np.log(a["frechet"] / b["frechet"])) for a, b in zip(models["1.0"], models["0.5"], strict=True)]
+    forgets = [b["ua"] - a["ua"] for a, b in zip(models["1.0"], models["0.5"], strict=True)]
     return verdict(quality) | {
         "what": "log Frechet distance without minus with the mask",
         "ua": verdict(forgets),
-        "models": found,
+        "models": models,
     }
 
 
 CLAIMS = (
-    rg_beats_graddiff, balanced_beats_near, siss_on_the_front, siss_middle_lam, sfd_keeps_quality, two_stage_is_sooner,
-    slug_pareto_layers, slug_pareto_on_clip, salun_mask_helps,
-)  # fmt: skip
+    rg_beats_graddiff,
+    balanced_beats_near,
+    siss_on_the_front,
+    siss_middle_lam,
+    sfd_keeps_quality,
+    two_stage_is_sooner,
+    slug_pareto_layers,
+    slug_pareto_on_clip,
+    salun_mask_helps,
+)
 
 
 def main() -> None:
@@ -263,13 +294,13 @@ def main() -> None:
     SEEDS = range(args.seeds)
     wanted = args.names or [c.__name__ for c in CLAIMS]
     RESULTS.parent.mkdir(exist_ok=True)
-    found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for claim in CLAIMS:
         if claim.__name__ in wanted:
-            found[claim.__name__] = claim() | {"about": machine()}
-            short = {k: v for k, v in found[claim.__name__].items() if isinstance(v, str | int | float)}
+            results[claim.__name__] = claim() | {"about": machine()}
+            short = {k: v for k, v in results[claim.__name__].items() if isinstance(v, str | int | float)}
             print(f"{claim.__name__}: {json.dumps(short)}", flush=True)
-            save_lines(RESULTS, [json.dumps(found, indent=1)])
+            save_lines(RESULTS, [json.dumps(results, indent=1)])
 
 
 if __name__ == "__main__":

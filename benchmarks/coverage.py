@@ -8,6 +8,7 @@ Clopper and Pearson's. Where an interval is exact, more than 95 % is as it shoul
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 
@@ -54,8 +55,8 @@ def auc(shift: float, n: int, m: int) -> Case:
     """The AUC of two normal distributions."""
 
     def case(rng: np.random.Generator) -> tuple[float, float, float]:
-        found = auc_interval(rng.normal(shift, 1, n), rng.normal(0, 1, m))
-        return float(stats.norm.cdf(shift / np.sqrt(2))), *found[2:]
+        interval = auc_interval(rng.normal(shift, 1, n), rng.normal(0, 1, m))
+        return float(stats.norm.cdf(shift / np.sqrt(2))), *interval[2:]
 
     return case
 
@@ -121,10 +122,10 @@ def objective(units: int) -> Case:
     """A ratio of differences of means, as an objective is, by the jackknife."""
 
     def case(rng: np.random.Generator) -> tuple[float, float, float]:
-        own, base, oracle = (rng.normal(m, 0.4, units) for m in (0.3, 1.0, 0.0))
+        candidate, base, oracle = (rng.normal(m, 0.4, units) for m in (0.3, 1.0, 0.0))
 
         def value(keep: np.ndarray) -> float:
-            return float((own[keep].mean() - oracle[keep].mean()) / (base[keep].mean() - oracle[keep].mean()))
+            return float((candidate[keep].mean() - oracle[keep].mean()) / (base[keep].mean() - oracle[keep].mean()))
 
         index = np.arange(units)
         parts = np.array([value(index % GROUPS != g) for g in range(GROUPS)])
@@ -135,6 +136,8 @@ def objective(units: int) -> Case:
 
 def main() -> None:
     """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     cases: dict[str, tuple[Case, int]] = {
         "Clopper-Pearson, 3 % of 200": (share(0.03, 200), 4000),
         "Clopper-Pearson, 200 samples of 10 prompts": (prompts(10, 20), 4000),

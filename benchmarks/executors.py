@@ -8,11 +8,11 @@ spread, their ratio, machine and versions.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,22 +34,30 @@ STEPS = 5
 
 def overheads(executor: Executor, folder: Path, name: str, trials: int) -> list[float]:
     """Seconds of each trial that were not its optimisation steps."""
-    found = []
+    seconds = []
     for k in range(trials):
         job = Job(
-            id=f"{name}-{k}", kind="train", method="neggrad", seed=k, task=str(folder / "task"), base=str(folder / "base"),
-            hyperparameters={"lr": 1e-4, "steps": STEPS, "batch_size": 32}, out=str(folder / "out" / f"{name}-{k}"),
-        )  # fmt: skip
+            id=f"{name}-{k}",
+            kind="train",
+            method="neggrad",
+            seed=k,
+            task=str(folder / "task"),
+            base=str(folder / "base"),
+            hyperparameters={"lr": 1e-4, "steps": STEPS, "batch_size": 32},
+            out=str(folder / "out" / f"{name}-{k}"),
+        )
         started = time.perf_counter()
         outcome = executor.run(job)
         assert outcome.status == "ok", outcome.reason
-        found.append(time.perf_counter() - started - STEPS * outcome.step_seconds)
-    return found
+        seconds.append(time.perf_counter() - started - STEPS * outcome.step_seconds)
+    return seconds
 
 
 def main() -> None:
     """Runs both executors and prints one JSON object."""
-    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trials", type=int, nargs="?", default=5)
+    trials = parser.parse_args().trials
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -57,8 +65,14 @@ def main() -> None:
         write_folder(folder / "task", task.save)
         PixelDDPM.build(task.model, 0).save(folder / "base")
         root = str(Path(__file__).resolve().parent.parent)
-        ray.init(address="local", log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE, object_store_memory=200 * 2**20,
-                 runtime_env={"env_vars": ENVIRONMENT | {"PYTHONPATH": root}})  # fmt: skip
+        ray.init(
+            address="local",
+            log_to_driver=False,
+            logging_level="ERROR",
+            namespace=NAMESPACE,
+            object_store_memory=200 * 2**20,
+            runtime_env={"env_vars": ENVIRONMENT | {"PYTHONPATH": root}},
+        )
         scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
         isolated = overheads(Isolated(scaling, str(folder / "train")), folder, "isolated", trials)
         broker = Broker.remote()
@@ -67,14 +81,24 @@ def main() -> None:
         stop_groups(broker, [group])
         ray.shutdown()
     first, warm = warm[0], warm[1:]
-    print(json.dumps({
-        "isolated_s": {"median": statistics.median(isolated), "min": min(isolated), "max": max(isolated), "n": len(isolated)},
-        "warm_s": {"median": statistics.median(warm), "min": min(warm), "max": max(warm), "n": len(warm)},
-        "warm_first_s": first,
-        "ratio_warm_to_isolated": statistics.median(warm) / statistics.median(isolated),
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}",
-        "versions": {k: v for k, v in versions().items() if k in ("python", "torch", "ray")},
-    }, indent=2))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "isolated_s": {
+                    "median": statistics.median(isolated),
+                    "min": min(isolated),
+                    "max": max(isolated),
+                    "n": len(isolated),
+                },
+                "warm_s": {"median": statistics.median(warm), "min": min(warm), "max": max(warm), "n": len(warm)},
+                "warm_first_s": first,
+                "ratio_warm_to_isolated": statistics.median(warm) / statistics.median(isolated),
+                "machine": f"{os.cpu_count()} CPUs, {platform.machine()}",
+                "versions": {k: v for k, v in versions().items() if k in ("python", "torch", "ray")},
+            },
+            indent=2,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Each section leaves OUT/SECTION.json as soon as it is done. Prints a table and o
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -28,146 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plain import LAM, MIX, PLAIN, RHO, SAMPLER_STEPS, Step, Unet
+from gpu_bench import COMPILED, GIB, LONG, SETTINGS, WORDS, Bench
+from plain import PLAIN, Step, Unet
 from torch.utils.flop_counter import FlopCounterMode
 
-from methods.base import Goal, Method
-from methods.rows import Rows
-from raysweep.models.embeddings import Embeddings
-from raysweep.models.latent import LatentText
-from raysweep.models.noise import normal_rows, row_seeds
+from raysweep.models.noise import row_seeds
 from raysweep.planning import footprint
 from raysweep.registry import resolve
 from raysweep.rundir import git_commit, versions
-
-GIB = 2**30
-WORDS = ("a", "photo", "of", "cat", "dog", "car", "tree", "house", "bird")
-SCHEDULER = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-             "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
-# The public configurations of Stable Diffusion v1.4 and of Stable Diffusion 3 medium.
-FULL: dict[str, Any] = {
-    "unet": footprint.STABLE_DIFFUSION, "vae": footprint.AUTOENCODER | {"sample_size": 512},
-    "text_encoder": footprint.TEXT_ENCODER | {"max_position_embeddings": footprint.TEXT_LENGTH},
-    "batches": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96), "sampled": (8, 32), "steps": 50,
-    "transformer": {"sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
-                    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-                    "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 192},
-    "transformer_batches": (4, 16), "latent": 64, "tokens": 154,
-}  # fmt: skip
-TOY: dict[str, Any] = {
-    "unet": {"sample_size": 8, "block_out_channels": (32, 64), "cross_attention_dim": 32, "attention_head_dim": 2, "layers_per_block": 1,
-             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")},
-    "vae": {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4, "sample_size": 16,
-            "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
-    "text_encoder": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                     "max_position_embeddings": 8},
-    "batches": (1, 2), "sampled": (2,), "steps": 2,
-    "transformer": {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 1, "attention_head_dim": 8,
-                    "num_attention_heads": 2, "joint_attention_dim": 16, "caption_projection_dim": 16,
-                    "pooled_projection_dim": 16, "out_channels": 4, "pos_embed_max_size": 8},
-    "transformer_batches": (2,), "latent": 8, "tokens": 6,
-}  # fmt: skip
-SETTINGS: dict[str, dict[str, Any]] = {
-    "finetune": {}, "siss": {"rho": RHO, "lam": MIX}, "rgd": {"lam": LAM, "trunc_elem_sq": None},
-    "salun": {"relabel": "override"}, "esd": {"sampler_steps": SAMPLER_STEPS}, "sfd": {},
-}  # fmt: skip
-SPLITS = {"forget": 1, "retain": 2, "remain": 3}
-LONG = 8  # a step of over this many seconds divided by the repeats is timed less often, twice at least
-ROW = 2  # steps in a row without waiting, as a run takes them
-COMPILED = ("finetune", "siss", "rgd")  # each takes about a minute to compile
-
-
-class Bench:
-    """The device, the sizes and the time that is left.
-
-    Args:
-        toy: a small network on any machine.
-        seconds: after which no further measurement begins; what is left out is named.
-    """
-
-    def __init__(self, toy: bool, seconds: float, repeats: int):
-        self.sizes, self.toy, self.repeats = (TOY if toy else FULL), toy, 1 if toy else repeats
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.until = time.monotonic() + seconds
-        self.left_out: list[str] = []
-        self.rate = 0.0  # FLOP/s of a large bf16 product
-        self.flop: dict[tuple[str, int], float] = {}  # of a step by method and batch, counted where it is not compiled
-        self.total = torch.cuda.mem_get_info()[1] if self.device.type == "cuda" else 2**62
-
-    def may(self, what: str) -> bool:
-        """Whether there is time for one more measurement; notes what is left out."""
-        if time.monotonic() > self.until:
-            self.left_out.append(what)
-            return False
-        return True
-
-    def tell(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """The entry, on standard error at once: a run that is cut short keeps it."""
-        print(json.dumps(entry), file=sys.stderr, flush=True)
-        return entry
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, run: Callable[[], Any], warm: int = 2, repeats: int | None = None, row: int = ROW) -> list[float]:
-        """Of one `run`, by each repetition of a row of them, in which the host does not wait for the device."""
-        found = []
-        for k in range(warm + (repeats or self.repeats)):
-            self.wait()
-            started = time.perf_counter()
-            for _ in range(row):
-                run()
-            self.wait()
-            if k >= warm:
-                found.append((time.perf_counter() - started) / row)
-        return found
-
-    def clear(self) -> None:
-        """Lets go of what the last contender left on the device."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> float | None:
-        return torch.cuda.max_memory_allocated() / GIB if self.device.type == "cuda" else None
-
-    def model(self) -> LatentText:
-        """A latent text-to-image model with random weights, its U-Net to be trained and its prompts embedded."""
-        sizes = self.sizes
-        config = {"words": WORDS, "unet": {"in_channels": 4, "out_channels": 4} | sizes["unet"], "vae": sizes["vae"],
-                  "text_encoder": sizes["text_encoder"], "scheduler": SCHEDULER}  # fmt: skip
-        with self.device:
-            model = LatentText.build(config, 0)
-        model.to(self.device).train_only(("unet",))
-        model.embeddings = Embeddings.of(model, torch.cat([self.prompts(model), model.unconditional(1).cpu()]))
-        return model
-
-    def prompts(self, model: LatentText) -> torch.Tensor:
-        return model.tokens([f"a photo of a {w}" for w in WORDS[3:]])
-
-    def goal(self, model: LatentText) -> Goal:
-        asked = [tuple(p) for p in self.prompts(model).tolist()]
-        return Goal("concept", 0, 1, tuple(range(len(asked))), asked[0], tuple(enumerate(asked)))
-
-    def batch(self, model: LatentText, rows: int) -> dict[str, Rows]:
-        """Random latents; all splits under one prompt, as a memorised caption has it, so that SISS needs one pass."""
-        cond = self.prompts(model)[:1].expand(rows, -1).to(self.device)
-        found = {}
-        for name, stream in SPLITS.items():
-            seeds = row_seeds(stream, 0, rows)
-            found[name] = Rows(normal_rows(seeds, model.shape).to(self.device, torch.float32), cond, seeds, rows)
-        return found
-
-    def ours(self, name: str, model: LatentText, rows: int) -> Method:
-        """The method as a worker builds it."""
-        cls = resolve("method", name)
-        hp = cls.Hyperparameters(batch_size=rows, lr=1e-6, steps=10**6, **SETTINGS[name])
-        prepared = {}
-        if name == "salun":  # random instead of a saliency, whose size is the same
-            prepared = {n: torch.randn_like(p) for n, p in model.net.named_parameters() if p.requires_grad}
-        return cls(model, hp, prepared, self.goal(model))
 
 
 def stats(values: list[float]) -> dict[str, Any]:
@@ -185,7 +52,7 @@ def contender(
 ) -> dict[str, Any]:
     """Time, memory and arithmetic of one method's step, by raysweep ("ours") or as one writes it ("plain")."""
     bench.clear()
-    found: dict[str, Any] = {}
+    entry: dict[str, Any] = {}
     try:
         model = bench.model()
         batch = bench.batch(model, rows)
@@ -208,47 +75,50 @@ def contender(
         started = time.perf_counter()
         step()
         bench.wait()
-        found["first_s"] = time.perf_counter() - started
+        entry["first_s"] = time.perf_counter() - started
         once = bench.seconds(step, 0, 1, 1)[0]
-        found |= stats(bench.seconds(step, 0, max(2, min(bench.repeats, int(LONG / once)))))
-        found["peak_gib"] = bench.peak()
+        entry |= stats(bench.seconds(step, 0, max(2, min(bench.repeats, int(LONG / once)))))
+        entry["peak_gib"] = bench.peak()
         if count:
             with FlopCounterMode(display=False) as counter:
                 step()
-            found["flop"] = counter.get_total_flops()
+            entry["flop"] = counter.get_total_flops()
     except torch.OutOfMemoryError:
-        found = {"error": "out of memory"}
+        entry = {"error": "out of memory"}
     except Exception as error:  # what one contender cannot do must not cost the others' numbers
-        found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-    return found
+        entry = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    return entry
 
 
-def told(bench: Bench, name: str, rows: int) -> float:
-    """GiB that a dry run tells of a step."""
+def forecast(bench: Bench, name: str, rows: int) -> float:
+    """GiB that a dry run forecasts for a step."""
     network = footprint.of({"stable_diffusion": dict(bench.sizes["unet"])})
     others = {} if bench.toy else network.others
-    return footprint.Footprint(network.parameters, 0, network.activations, others, network.mixed, network.casts).step(
-        resolve("method", name), rows, ("unet",), "bf16"
-    ) / GIB  # fmt: skip
+    return (
+        footprint.Footprint(network.parameters, 0, network.activations, others, network.mixed, network.casts).step(
+            resolve("method", name), rows, ("unet",), "bf16"
+        )
+        / GIB
+    )
 
 
 def fit(bench: Bench, name: str) -> list[int]:
     """The batch sizes that the forecast puts into 90 % of the card."""
-    return [b for b in bench.sizes["batches"] if told(bench, name, b) * GIB < 0.9 * bench.total]
+    return [b for b in bench.sizes["batches"] if forecast(bench, name, b) * GIB < 0.9 * bench.total]
 
 
 def steps(bench: Bench, name: str) -> list[dict[str, Any]]:
     """One method at several batch sizes, eager."""
-    found, fitting = [], fit(bench, name)
+    entries, fitting = [], fit(bench, name)
     for rows in sorted({*fitting[-1:], *(b for b in fitting if b == 16)}):
         if not bench.may(f"{name} at batch {rows}"):
             continue
-        entry: dict[str, Any] = {"section": name, "rows": rows, "told_gib": told(bench, name, rows)}
+        entry: dict[str, Any] = {"section": name, "rows": rows, "forecast_gib": forecast(bench, name, rows)}
         for who in ("plain", "ours"):
             entry[who] = contender(bench, who, name, rows, count=who == "ours")
-        found.append(bench.tell(judged(bench, entry)))
+        entries.append(bench.tell(judged(bench, entry)))
         bench.clear()
-    return found
+    return entries
 
 
 def judged(bench: Bench, entry: dict[str, Any]) -> dict[str, Any]:
@@ -260,8 +130,8 @@ def judged(bench: Bench, entry: dict[str, Any]) -> dict[str, Any]:
         if flop and bench.rate:
             bench.flop[entry["section"].split()[0], entry["rows"]] = flop
             entry["share_of_peak"] = flop / (ours["ms"] / 1e3) / bench.rate
-        if ours["peak_gib"] and "told_gib" in entry:
-            entry["peak_over_told"] = ours["peak_gib"] / entry["told_gib"]
+        if ours["peak_gib"] and "forecast_gib" in entry:
+            entry["peak_over_forecast"] = ours["peak_gib"] / entry["forecast_gib"]
         if "ms" in plain:
             entry["time_ratio"] = ours["ms"] / plain["ms"]
     return entry
@@ -269,18 +139,22 @@ def judged(bench: Bench, entry: dict[str, Any]) -> dict[str, Any]:
 
 def compiled(bench: Bench) -> list[dict[str, Any]]:
     """Some methods with `torch.compile` on the U-Net, at their largest batch, and the sampler."""
-    found = []
+    entries = []
     for name in COMPILED[:1] if bench.toy else COMPILED:
         if bench.may(f"{name} compiled"):
             rows = fit(bench, name)[-1]
-            entry: dict[str, Any] = {"section": f"{name} compiled", "rows": rows, "told_gib": told(bench, name, rows)}
+            entry: dict[str, Any] = {
+                "section": f"{name} compiled",
+                "rows": rows,
+                "forecast_gib": forecast(bench, name, rows),
+            }
             for who in ("ours", "plain"):
                 entry[who] = contender(bench, who, name, rows, compiled=True)
-            found.append(bench.tell(judged(bench, entry)))
+            entries.append(bench.tell(judged(bench, entry)))
             bench.clear()
         if name == "finetune":
-            found += drawn(bench, [("ours bf16, compiled", bench.sizes["sampled"][-1])])
-    return found
+            entries += drawn(bench, [("ours bf16, compiled", bench.sizes["sampled"][-1])])
+    return entries
 
 
 def sampling(bench: Bench) -> list[dict[str, Any]]:
@@ -294,7 +168,7 @@ def sampling(bench: Bench) -> list[dict[str, Any]]:
 @torch.no_grad()
 def drawn(bench: Bench, plans: list[tuple[str, int]]) -> list[dict[str, Any]]:
     """Each contender at its batch size."""
-    found = []
+    entries = []
     for who, rows in plans:
         if not bench.may(f"sampling, {who}, batch {rows}"):
             continue
@@ -309,8 +183,8 @@ def drawn(bench: Bench, plans: list[tuple[str, int]]) -> list[dict[str, Any]]:
             entry["images_per_s"] = rows / entry["ours"]["ms"] * 1e3
         except Exception as error:  # as above
             entry["ours"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        found.append(bench.tell(entry))
-    return found
+        entries.append(bench.tell(entry))
+    return entries
 
 
 def drawing(bench: Bench, who: str, rows: int) -> Callable[[int], Any]:
@@ -335,7 +209,7 @@ def transformer(bench: Bench) -> list[dict[str, Any]]:
     """A plain rectified-flow step of a transformer of SD3-medium's size; raysweep has no family of such models."""
     from diffusers import SD3Transformer2DModel
 
-    found, config = [], bench.sizes["transformer"]
+    entries, config = [], bench.sizes["transformer"]
     for rows in bench.sizes["transformer_batches"]:
         if not bench.may(f"transformer at batch {rows}"):
             continue
@@ -367,9 +241,9 @@ def transformer(bench: Bench) -> list[dict[str, Any]]:
             del step, optimizer, net, counter
         except Exception as error:  # as above
             entry["plain"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        found.append(bench.tell(entry))
+        entries.append(bench.tell(entry))
     bench.clear()
-    return found
+    return entries
 
 
 def card(bench: Bench) -> dict[str, Any]:
@@ -382,14 +256,22 @@ def card(bench: Bench) -> dict[str, Any]:
     libraries = {k: v for k, v in versions().items() if k in ("python", "torch", "diffusers")} | {
         "commit": git_commit()
     }
-    return {"gpu": gpu, "memory_gib": round(bench.total / GIB, 1) if gpu != "none" else None, "cpus": os.cpu_count(),
-            "machine": platform.machine(), "bf16_tflops": bench.rate / 1e12, "toy": bench.toy} | libraries  # fmt: skip
+    return {
+        "gpu": gpu,
+        "memory_gib": round(bench.total / GIB, 1) if gpu != "none" else None,
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "bf16_tflops": bench.rate / 1e12,
+        "toy": bench.toy,
+    } | libraries
 
 
 SECTIONS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
     **{name: (lambda bench, name=name: steps(bench, name)) for name in SETTINGS},
-    "sampling": sampling, "transformer": transformer, "compiled": compiled,
-}  # fmt: skip
+    "sampling": sampling,
+    "transformer": transformer,
+    "compiled": compiled,
+}
 
 
 def table(entries: list[dict[str, Any]]) -> list[str]:
@@ -405,13 +287,26 @@ def table(entries: list[dict[str, Any]]) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    lines = ["| section | batch | plain ms (min to max) | raysweep ms (min to max) | time ratio | images/s | peak GiB, plain | peak GiB, raysweep "
-             "| told GiB | peak / told | share of bf16 peak |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| section | batch | plain ms (min to max) | raysweep ms (min to max) | time ratio | images/s | peak GiB, plain | peak GiB, raysweep "
+        "| dry run GiB | peak / dry run | share of bf16 peak |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for e in entries:
         ours, plain = e["ours"], e["plain"]
-        cells = (e["section"], str(e["rows"]), ms(plain), ms(ours), number(e.get("time_ratio"), ".2f"), number(e.get("images_per_s"), ".2f"),
-                 number(plain.get("peak_gib"), ".1f"), number(ours.get("peak_gib"), ".1f"), number(e.get("told_gib"), ".1f"),
-                 number(e.get("peak_over_told"), ".2f"), number(e.get("share_of_peak"), ".1%"))  # fmt: skip
+        cells = (
+            e["section"],
+            str(e["rows"]),
+            ms(plain),
+            ms(ours),
+            number(e.get("time_ratio"), ".2f"),
+            number(e.get("images_per_s"), ".2f"),
+            number(plain.get("peak_gib"), ".1f"),
+            number(ours.get("peak_gib"), ".1f"),
+            number(e.get("forecast_gib"), ".1f"),
+            number(e.get("peak_over_forecast"), ".2f"),
+            number(e.get("share_of_peak"), ".1%"),
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

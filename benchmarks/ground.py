@@ -1,6 +1,6 @@
 """What the method benchmarks stand on: a task with its base, oracles, judges and anchors, made by the engine's own code.
 
-Everything expensive is found in the cache that `raysweep run` uses, or made once. Trials run in this process, without Ray.
+Everything expensive is in the cache that `raysweep run` uses, or is made once. Trials run in this process, without Ray.
 """
 
 from __future__ import annotations
@@ -112,14 +112,14 @@ class Ground:
     def anchors(self, tier: str) -> tuple[Anchors, list[View]]:
         """Base, oracles and a destroyed model as a tier measures them, and the views that tell them apart."""
         if tier not in self.__dict__.setdefault("_anchors", {}):
-            found = {s: as_measured(measure(peer, self.tier(tier))) for s, peer in self.peers(tier).items()}
-            found["destroyed"] = as_measured(self.measure(self.model("destroyed"), tier))
-            oracles = tuple(m for s, m in found.items() if s.startswith("oracle"))
-            anchors = Anchors(found["base"], oracles, found["destroyed"])
+            measured = {s: as_measured(measure(peer, self.tier(tier))) for s, peer in self.peers(tier).items()}
+            measured["destroyed"] = as_measured(self.measure(self.model("destroyed"), tier))
+            oracles = tuple(m for s, m in measured.items() if s.startswith("oracle"))
+            anchors = Anchors(measured["base"], oracles, measured["destroyed"])
             self._anchors[tier] = anchors, assess_views(anchors, self.task.views)
         return self._anchors[tier]
 
-    def place(self, measured: Measurement, tier: str) -> Objectives:
+    def objectives(self, measured: Measurement, tier: str) -> Objectives:
         """Residue and damage."""
         return objectives(as_measured(measured), *self.anchors(tier), self.task.quality, self.task.validity)
 
@@ -164,9 +164,9 @@ def machine() -> dict[str, str]:
 
     from raysweep.rundir import versions
 
-    found = {k: v for k, v in versions().items() if k in ("python", "torch", "diffusers", "commit")}
+    libraries = {k: v for k, v in versions().items() if k in ("python", "torch", "diffusers", "commit")}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}", "gpu": gpu} | found
+    return {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}", "gpu": gpu} | libraries
 
 
 def save_lines(path: Path, lines: list[str]) -> None:

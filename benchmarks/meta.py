@@ -51,8 +51,21 @@ def tier(without: tuple[str, ...] = ()) -> Tier:
     """Everything but what needs a brought network, or a candidate of the base to speak of."""
     left_out = ("interpolation", "sampler_removal", "nudenet", *checks_by_weights(), *without)
     checks = tuple(n for n in names("evaluator") if n not in left_out)
-    return Tier(seed=5, judge="audit", checks=checks, groups=10, samples=300, class_samples=100, noises=40, loss_noises=10,
-                loss_images=10, relearn_steps=(5, 25), likelihood_steps=10, likelihood_probes=2, full_fidelity=False)  # fmt: skip
+    return Tier(
+        seed=5,
+        judge="audit",
+        checks=checks,
+        groups=10,
+        samples=300,
+        class_samples=100,
+        noises=40,
+        loss_noises=10,
+        loss_images=10,
+        relearn_steps=(5, 25),
+        likelihood_steps=10,
+        likelihood_probes=2,
+        full_fidelity=False,
+    )
 
 
 def study(kind: str, has: bool, number: int, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -86,7 +99,7 @@ def study(kind: str, has: bool, number: int, without: tuple[str, ...] = ()) -> d
 
 def ratings(results: list[dict[str, Any]]) -> dict[str, tuple[float, float, float, bool]]:
     """Metric -> (AUC over models, low, high, whether models with the forget set are expected to score lower)."""
-    found = {}
+    rated = {}
     for name in sorted({n for r in results for n in r["rows"]}):
         check, metric = name.split(".")
         if check == "per_class" or metric in OTHER or metric.startswith("retain"):
@@ -103,13 +116,13 @@ def ratings(results: list[dict[str, Any]]) -> dict[str, tuple[float, float, floa
         lower = metric in LOWER
         if lower:
             auc, low, high = 1 - auc, 1 - high, 1 - low
-        found[name] = (auc, low, high, lower)
-    return found
+        rated[name] = (auc, low, high, lower)
+    return rated
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, one row per metric, the most telling first."""
-    found = []
+    ranked = []
     for name, (auc, low, high, lower) in ratings(results).items():
         line = [name, f"{auc:.2f} [{low:.2f}, {high:.2f}]", "lower" if lower else "higher"]
         line.append("yes" if auc >= LEAST else "**uninformative**")
@@ -123,7 +136,7 @@ def table(results: list[dict[str, Any]]) -> str:
             ]
             lo, hi = clopper_pearson(sum(flags), len(flags)) if flags else (0.0, 1.0)
             line.append(f"{np.mean(flags):.2f} [{lo:.2f}, {hi:.2f}]" if flags else "")
-        found.append((auc, line if compared else [*line, "", ""]))
+        ranked.append((auc, line if compared else [*line, "", ""]))
     head = [
         "check",
         "AUC over models",
@@ -133,14 +146,14 @@ def table(results: list[dict[str, Any]]) -> str:
         "flagged, without",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(line) + " |" for _, line in sorted(found, key=lambda f: -f[0])]
+    lines += ["| " + " | ".join(line) + " |" for _, line in sorted(ranked, key=lambda f: -f[0])]
     return "\n".join(lines)
 
 
 def rate(kind: str, results: list[dict[str, Any]]) -> None:
     """Writes what reports say of each check into `raysweep/auditing/informative.json`."""
     data = json.loads(TABLE.read_text()) if TABLE.is_file() else {"auc": {}, "models": {}}
-    data["auc"][kind] = {name: [round(v, 3) for v in found[:3]] for name, found in ratings(results).items()}
+    data["auc"][kind] = {name: [round(v, 3) for v in rating[:3]] for name, rating in ratings(results).items()}
     data["models"][kind] = [sum(r["has"] is has for r in results) for has in (True, False)]
     TABLE.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 

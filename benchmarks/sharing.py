@@ -9,8 +9,8 @@ versions. Model loading is not counted: both need it.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from typing import Any
 
@@ -24,7 +24,9 @@ PASSES = 32
 
 def main() -> None:
     """Times both ways and prints one JSON object."""
-    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trials", type=int, nargs="?", default=100)
+    trials = parser.parse_args().trials
     ground = Ground("task=digits-class")
     base, task = ground.model("base"), ground.task
     settings = SLUGSettings(batch_size=64, passes=PASSES)
@@ -37,12 +39,22 @@ def main() -> None:
     shared, shared_passes = once + sum(edits), passes[0]
     repeats = [timed_preparation(ground, settings) for _ in range(3)]
     alone = trials * sum(repeats) / len(repeats) + sum(edits)
-    print(json.dumps({
-        "trials": trials, "gradient_passes_shared": shared_passes, "preparation_s": once,
-        "edit_s": {"mean": sum(edits) / trials, "max": max(edits)},
-        "repeated_preparation_s": {"mean": sum(repeats) / 3, "min": min(repeats), "max": max(repeats), "n": 3},
-        "shared_s": shared, "alone_s": alone, "ratio": alone / shared,
-    } | machine(), indent=2))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "trials": trials,
+                "gradient_passes_shared": shared_passes,
+                "preparation_s": once,
+                "edit_s": {"mean": sum(edits) / trials, "max": max(edits)},
+                "repeated_preparation_s": {"mean": sum(repeats) / 3, "min": min(repeats), "max": max(repeats), "n": 3},
+                "shared_s": shared,
+                "alone_s": alone,
+                "ratio": alone / shared,
+            }
+            | machine(),
+            indent=2,
+        )
+    )
 
 
 def edit(ground: Ground, prepared: dict[str, Any], layer: str, step: float) -> float:

@@ -46,14 +46,14 @@ def ours(name: str, model: PixelDDPM, batch_size: int) -> Method:
 
 def times(steps: dict[str, Step], batch: dict[str, Rows], repeats: int) -> dict[str, list[float]]:
     """Seconds of each step, the contenders taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for k in range(repeats + 2):
         for name, step in steps.items():
             started = time.perf_counter()
             step(batch)
             if k >= 2:
-                found[name].append(time.perf_counter() - started)
-    return found
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 def peak_bytes(step: Step, batch: dict[str, Rows], params: list[torch.Tensor], room: dict[int, torch.Tensor]) -> int:
@@ -107,9 +107,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = {f"{name}, {label}, batch {batch}": compare(name, unet, batch, args.repeats)
-             for name in SETTINGS for label, unet, batch in (("digits", UNET, 16), ("digits", UNET, 64), ("wide", WIDE, 8))}  # fmt: skip
-    print(json.dumps(found | {"about": machine()}, indent=2))
+    results = {
+        f"{name}, {label}, batch {batch}": compare(name, unet, batch, args.repeats)
+        for name in SETTINGS
+        for label, unet, batch in (("digits", UNET, 16), ("digits", UNET, 64), ("wide", WIDE, 8))
+    }
+    print(json.dumps(results | {"about": machine()}, indent=2))
 
 
 if __name__ == "__main__":

@@ -63,9 +63,13 @@ def select(path: Path) -> dict[str, float]:
         count += 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "rows": count, "rows_per_s": count / (time.perf_counter() - started), "bare_mb": bare / 1024,
-        "peak_mb": peak / 1024, "forget": len(forget.images()), "retain": len(retain.images()),
-    }  # fmt: skip
+        "rows": count,
+        "rows_per_s": count / (time.perf_counter() - started),
+        "bare_mb": bare / 1024,
+        "peak_mb": peak / 1024,
+        "forget": len(forget.images()),
+        "retain": len(retain.images()),
+    }
 
 
 def main() -> None:
@@ -78,7 +82,7 @@ def main() -> None:
         print(json.dumps(select(Path(args.one))))
         return
     print(machine())
-    found = []
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         for rows in args.rows:
             path = Path(folder) / "rows.parquet"
@@ -87,13 +91,13 @@ def main() -> None:
             out = subprocess.run(
                 [sys.executable, __file__, "--one", str(path)], check=True, capture_output=True, text=True
             )
-            found.append(json.loads(out.stdout) | {"file_mb": size})
-            f = found[-1]
+            results.append(json.loads(out.stdout) | {"file_mb": size})
+            f = results[-1]
             print(
                 f"{f['rows']:>9,} rows ({size:,.0f} MB): {f['rows_per_s']:,.0f} rows/s, peak {f['peak_mb']:.0f} MB, "
                 f"{f['peak_mb'] - f['bare_mb']:.0f} MB above the bare process"
             )
-    save_lines(RESULTS / "streaming.json", [json.dumps({"about": machine(), "results": found}, indent=1)])
+    save_lines(RESULTS / "streaming.json", [json.dumps({"about": machine(), "results": results}, indent=1)])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ with two audit actors on a local Ray.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -51,14 +52,21 @@ def audited(subject, repeat: int) -> float:
 
 def scaling(g: Ground) -> dict[int, float]:
     """Seconds of the same probes by the number of auditors."""
-    found = {}
+    seconds = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_folder(folder / "task", g.task.save)
         save_tensors(folder / "judge.safetensors", g.judges["probe"].state_dict())
         root = str(Path(__file__).resolve().parent.parent)
-        ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE,
-                 object_store_memory=200 * 2**20, runtime_env={"env_vars": ENVIRONMENT | {"PYTHONPATH": root}})  # fmt: skip
+        ray.init(
+            address="local",
+            num_cpus=2,
+            log_to_driver=False,
+            logging_level="ERROR",
+            namespace=NAMESPACE,
+            object_store_memory=200 * 2**20,
+            runtime_env={"env_vars": ENVIRONMENT | {"PYTHONPATH": root}},
+        )
         for count in (1, 2):
             names = [f"a{count}-{k}" for k in range(count)]
             auditors = [Auditor.options(name=n, num_cpus=1).remote() for n in names]
@@ -68,22 +76,33 @@ def scaling(g: Ground) -> dict[int, float]:
 
             def request(subject: str, run=run) -> AuditRequest:
                 return AuditRequest(
-                    subject=subject, method="", model=g.folders["base"], digest=subject, tier_name="probe", tier=g.tier("probe"),
-                    judge=str(folder / "judge.safetensors"), judge_digest="j", task=str(folder / "task"), task_digest="t", run=str(run),
-                )  # fmt: skip
+                    subject=subject,
+                    method="",
+                    model=g.folders["base"],
+                    digest=subject,
+                    tier_name="probe",
+                    tier=g.tier("probe"),
+                    judge=str(folder / "judge.safetensors"),
+                    judge_digest="j",
+                    task=str(folder / "task"),
+                    task_digest="t",
+                    run=str(run),
+                )
 
             ray.get([manager.audit.remote(request(f"warm-{k}")) for k in range(2 * count)])
             started = time.perf_counter()
             ray.get([manager.audit.remote(request(f"s{k}")) for k in range(MODELS)])
-            found[count] = time.perf_counter() - started
+            seconds[count] = time.perf_counter() - started
             for actor in (*auditors, manager):
                 ray.kill(actor)
         ray.shutdown()
-    return found
+    return seconds
 
 
 def main() -> None:
     """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     torch.set_num_threads(1)
     g = Ground("task=digits-picture", "oracles=1")
     subject = g.subject(g.model("base"), "probe")
@@ -93,14 +112,27 @@ def main() -> None:
         loop.append(plain(subject.model, steps))
         ours.append(audited(subject, repeat))
     seconds = scaling(g)
-    print(json.dumps({
-        "about": machine(),
-        "sampling": {"images": IMAGES, "steps": steps, "repeats": REPEATS},
-        "plain_images_per_s": {"median": 1 / statistics.median(loop), "min": 1 / max(loop), "max": 1 / min(loop)},
-        "audit_images_per_s": {"median": 1 / statistics.median(ours), "min": 1 / max(ours), "max": 1 / min(ours)},
-        "ratio": statistics.median(loop) / statistics.median(ours),
-        "auditors": {"models": MODELS, "seconds": seconds, "speedup_1_to_2": seconds[1] / seconds[2]},
-    }, indent=2))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "about": machine(),
+                "sampling": {"images": IMAGES, "steps": steps, "repeats": REPEATS},
+                "plain_images_per_s": {
+                    "median": 1 / statistics.median(loop),
+                    "min": 1 / max(loop),
+                    "max": 1 / min(loop),
+                },
+                "audit_images_per_s": {
+                    "median": 1 / statistics.median(ours),
+                    "min": 1 / max(ours),
+                    "max": 1 / min(ours),
+                },
+                "ratio": statistics.median(loop) / statistics.median(ours),
+                "auditors": {"models": MODELS, "seconds": seconds, "speedup_1_to_2": seconds[1] / seconds[2]},
+            },
+            indent=2,
+        )
+    )
 
 
 if __name__ == "__main__":

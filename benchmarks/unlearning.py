@@ -9,7 +9,7 @@ first, then Optuna's TPE on residue and damage of the probe. The best trial by t
 other judge, and so are two controls made from it: each changed tensor moved by as much in a random direction, and in the
 opposite direction. "Best" is the largest min(UA, RA) for a class and the smallest max(residue, damage) for a picture, and
 a candidate beats a control if it is better in the same sense. Results go to `benchmarks/results/unlearning-KIND.json`, where
-finished (method, seed) pairs are found again, and are printed as a table: mean over seeds, 95 % Student-t interval.
+finished (method, seed) pairs are read again, and are printed as a table: mean over seeds, 95 % Student-t interval.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def ground(kind: str) -> Ground:
 def figures(g: Ground, model: PixelDDPM, tier: str) -> dict[str, float]:
     """The numbers of the table for one model."""
     measured = g.measure(model, tier)
-    place, v = g.place(measured, tier), measured.values
-    found = {"residue": place.residue, "damage": place.damage, "frechet": v["fidelity.frechet"]}
+    result, v = g.objectives(measured, tier), measured.values
+    values = {"residue": result.residue, "damage": result.damage, "frechet": v["fidelity.frechet"]}
     if "classifier.recognised" in v:
-        found |= {"ua": 1 - v["classifier.recognised"], "ra": v["classifier.retain_accuracy"]}
+        values |= {"ua": 1 - v["classifier.recognised"], "ra": v["classifier.retain_accuracy"]}
     if "loss.gap" in v:
-        found["membership_gap"] = v["loss.gap"]
-    return found
+        values["membership_gap"] = v["loss.gap"]
+    return values
 
 
 def score(kind: str, f: dict[str, float]) -> float:
@@ -68,7 +68,7 @@ def reached(kind: str, f: dict[str, float]) -> bool:
     return f["ua"] >= 0.9 and f["ra"] >= 0.9 if kind == "class" else f["residue"] <= 0.2 and f["damage"] <= 0.35
 
 
-def control(base: PixelDDPM, candidate: PixelDDPM, how: str, seed: int) -> PixelDDPM:
+def control(base: PixelDDPM, candidate: PixelDDPM, kind: str, seed: int) -> PixelDDPM:
     """The base with every tensor moved as far as in the candidate, at random or the opposite way."""
     moved = base.with_net(base.net)
     moved.sampler = candidate.sampler
@@ -76,7 +76,7 @@ def control(base: PixelDDPM, candidate: PixelDDPM, how: str, seed: int) -> Pixel
     with torch.no_grad():
         for p, q in zip(moved.net.parameters(), candidate.net.parameters(), strict=True):
             change = q - p
-            if how == "random":
+            if kind == "random":
                 direction = torch.randn(p.shape, generator=generator)
                 change = -direction * change.norm() / direction.norm().clamp(min=1e-12)
             p.sub_(change)
@@ -100,23 +100,23 @@ def study(kind: str, method: str, seed: int, trials: int) -> dict[str, Any]:
         search.enqueue_trial({f"{method}.{n}": v for n, v in point.items()})
         trial = search.ask()
         settings = space.ask(trial, point)
-        made = g.make(method, settings, derive_seed("benchmark", seed, k))
-        if isinstance(made, str):
+        candidate = g.make(method, settings, derive_seed("benchmark", seed, k))
+        if isinstance(candidate, str):
             search.tell(trial, state=optuna.trial.TrialState.FAIL)
-            runs.append({"settings": settings, "failed": made})
+            runs.append({"settings": settings, "failed": candidate})
             continue
-        probed = figures(g, made.model, "probe")
+        probed = figures(g, candidate.model, "probe")
         search.tell(trial, [probed["residue"], probed["damage"]])
-        runs.append({"settings": settings, "seconds": made.seconds, "probe": probed})
+        runs.append({"settings": settings, "seconds": candidate.seconds, "probe": probed})
         if best is None or score(kind, probed) > score(kind, best[1]):
-            best = made, probed, settings
+            best = candidate, probed, settings
     result: dict[str, Any] = {"method": method, "seed": seed, "runs": runs}
     if best is None:
         return result
-    made, _, settings = best
-    result |= {"settings": settings, "seconds": made.seconds, "audit": figures(g, made.model, "audit")}
-    for how in ("random", "opposite") if made.diagnostics["distance"] > 0 else ():
-        result[how] = figures(g, control(g.model("base"), made.model, how, seed), "audit")
+    candidate, _, settings = best
+    result |= {"settings": settings, "seconds": candidate.seconds, "audit": figures(g, candidate.model, "audit")}
+    for step in ("random", "opposite") if candidate.diagnostics["distance"] > 0 else ():
+        result[step] = figures(g, control(g.model("base"), candidate.model, step, seed), "audit")
     return result
 
 
@@ -130,14 +130,13 @@ def interval(values: list[float]) -> str:
 
 def table(kind: str, results: list[dict[str, Any]], anchors: dict[str, list[dict[str, float]]]) -> str:
     """Markdown."""
-    names = ["ua", "ra", "frechet", "membership_gap", "residue", "damage"] if kind == "class" else [
-        "frechet", "membership_gap", "residue", "damage"]  # fmt: skip
+    names = [*(("ua", "ra") if kind == "class" else ()), "frechet", "membership_gap", "residue", "damage"]
     head = ["model", *names, "seconds", "goal", "beats random", "beats opposite"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, found in anchors.items():
+    for name, measured in anchors.items():
         lines.append(
             "| "
-            + " | ".join([name, *(interval([f[n] for f in found if n in f]) for n in names), "", "", "", ""])
+            + " | ".join([name, *(interval([f[n] for f in measured if n in f]) for n in names), "", "", "", ""])
             + " |"
         )
     for method in sorted({r["method"] for r in results}):
@@ -148,9 +147,9 @@ def table(kind: str, results: list[dict[str, Any]], anchors: dict[str, list[dict
             interval([r["seconds"] for r in mine]),
         ]
         row.append(f"{sum(reached(kind, r['audit']) for r in mine)}/{len(mine)}")
-        for how in ("random", "opposite"):
-            with_control = [r for r in mine if how in r]
-            wins = sum(score(kind, r["audit"]) > score(kind, r[how]) for r in with_control)
+        for step in ("random", "opposite"):
+            with_control = [r for r in mine if step in r]
+            wins = sum(score(kind, r["audit"]) > score(kind, r[step]) for r in with_control)
             row.append(f"{wins}/{len(with_control)}" if with_control else "none")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
@@ -172,9 +171,11 @@ def main() -> None:
     kept = json.loads(path.read_text())["results"] if path.is_file() else []
     done = {(r["method"], r["seed"]) for r in kept}
     g = ground(args.kind)
-    anchors = {"base": [figures(g, g.model("base"), "audit")],
-               "oracle": [figures(g, g.model(s), "audit") for s in g.folders if s.startswith("oracle")],
-               "destroyed": [figures(g, g.model("destroyed"), "audit")]}  # fmt: skip
+    anchors = {
+        "base": [figures(g, g.model("base"), "audit")],
+        "oracle": [figures(g, g.model(s), "audit") for s in g.folders if s.startswith("oracle")],
+        "destroyed": [figures(g, g.model("destroyed"), "audit")],
+    }
     todo = [(m, s) for s in range(args.seeds) for m in wanted if (m, s) not in done]
     with ProcessPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(study, args.kind, m, s, args.trials): (m, s) for m, s in todo}
