@@ -47,9 +47,15 @@ def classifier_folder(folder: Path, names: tuple[str, ...], images: torch.Tensor
     torch.manual_seed(0)
     shuffled = list(reversed(names))
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=2,
-        id2label=dict(enumerate(shuffled)), label2id={n: k for k, n in enumerate(shuffled)},
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=2,
+        id2label=dict(enumerate(shuffled)),
+        label2id={n: k for k, n in enumerate(shuffled)},
+    )
     net = ViTForImageClassification(config)
     optimiser = torch.optim.Adam(net.parameters(), 3e-3)
     wanted = torch.tensor([shuffled.index(names[k]) for k in labels.tolist()])
@@ -72,14 +78,22 @@ def detector_folder(folder: Path, things: torch.Tensor) -> Path:
     torch.manual_seed(0)
     size = {"height": 16, "width": 16}
     config = YolosConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=[16, 16], patch_size=4,
-        num_detection_tokens=3, id2label={0: "thing"}, label2id={"thing": 0}, use_mid_position_embeddings=False,
-    )  # fmt: skip
-    net, how = YolosForObjectDetection(config), YolosImageProcessor(size=size, do_pad=False)
-    how.save_pretrained(folder)
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=[16, 16],
+        patch_size=4,
+        num_detection_tokens=3,
+        id2label={0: "thing"},
+        label2id={"thing": 0},
+        use_mid_position_embeddings=False,
+    )
+    net, processor = YolosForObjectDetection(config), YolosImageProcessor(size=size, do_pad=False)
+    processor.save_pretrained(folder)
     blank = torch.rand(len(things), 1, 1, 1).expand_as(things) * 2 - 1
     frames = (rgb(torch.cat([things, blank])) * 255).round().to(torch.uint8)
-    inputs = how(images=frames, return_tensors="pt", input_data_format="channels_first")
+    inputs = processor(images=frames, return_tensors="pt", input_data_format="channels_first")
     # the first token finds the thing; 1 is nothing
     wanted = torch.tensor([[0, 1, 1]] * len(things) + [[1, 1, 1]] * len(things))
     optimiser = torch.optim.Adam(net.parameters(), 1e-2)

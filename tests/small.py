@@ -59,8 +59,8 @@ class Slow(Finetune):
     name = "slow"
     space = {"fixed": {"steps": 6, "batch_size": 8}, "space": {"lr": {"log": [1e-4, 1e-3]}}}
     def direction(self, batch):
-        with open(os.environ["FAULTY_MARK"], "a") as told:
-            told.write("step\\n")
+        with open(os.environ["FAULTY_MARK"], "a") as mark:
+            mark.write("step\\n")
         time.sleep(2)
         return super().direction(batch)
 
@@ -99,9 +99,13 @@ def start(folder: Path, cache: Path, *arguments: str, **env: str) -> subprocess.
     """`python -m raysweep ...` in `folder`, its output in folder/out.log."""
     out = open(folder / "out.log", "a")  # noqa: SIM115
     return subprocess.Popen(
-        [sys.executable, "-m", "raysweep", *arguments], cwd=folder, stdout=out, stderr=subprocess.STDOUT,
-        env=environment(cache, **env), start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "raysweep", *arguments],
+        cwd=folder,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        env=environment(cache, **env),
+        start_new_session=True,
+    )
 
 
 def log(folder: Path) -> str:

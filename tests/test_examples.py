@@ -16,9 +16,11 @@ LITTLE = {
     "class": ("task.base_steps=60", "search.trials=17"),
     "clip": ("task.base_steps=40", "search.trials=5"),
     "text-to-image": (
-        "search.trials=4", "audit.audit.samples=100", "audit.audit.class_samples=60",
+        "search.trials=4",
+        "audit.audit.samples=100",
+        "audit.audit.class_samples=60",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow

@@ -33,15 +33,29 @@ TIER = Tier(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     """A folder with a task, a base model and a judge, and a local Ray in which faulty methods can be found."""
     folder = tmp_path_factory.mktemp("faults")
     path = install_faulty(folder / "faulty")
-    variables = {"PYTHONPATH": path, "FAULTY_MARK": str(folder / "mark"), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-                 "OMP_NUM_THREADS": "1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # fmt: skip
+    variables = {
+        "PYTHONPATH": path,
+        "FAULTY_MARK": str(folder / "mark"),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "OMP_NUM_THREADS": "1",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
     os.environ.update({k: v for k, v in variables.items() if k.startswith("RAY_")})
-    ray.init(address="local", num_cpus=4, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE,
-             include_dashboard=True, dashboard_host="127.0.0.1", runtime_env={"env_vars": variables})  # fmt: skip
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        namespace=NAMESPACE,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        runtime_env={"env_vars": variables},
+    )
     task = tiny_task()
     for part in ("task", "text/task"):
         (folder / part).mkdir(parents=True)
@@ -55,77 +69,77 @@ def place(tmp_path_factory):
     ray.shutdown()
 
 
-def job(place, name: str, method: str = "finetune", out: str | None = None, **more) -> Job:
-    where = {"task": str(place / "task"), "base": str(place / "base")} | more
-    return Job(id=name, kind="train", method=method, hyperparameters={"lr": 1e-3, "steps": 3, "batch_size": 8}, seed=1,
-               out=str(place / "out" / (out or name)), **where)  # fmt: skip
+def job(folder, name: str, method: str = "finetune", out: str | None = None, **more) -> Job:
+    inputs = {"task": str(folder / "task"), "base": str(folder / "base")} | more
+    settings, path = {"lr": 1e-3, "steps": 3, "batch_size": 8}, str(folder / "out" / (out or name))
+    return Job(id=name, kind="train", method=method, hyperparameters=settings, seed=1, out=path, **inputs)
 
 
 @pytest.fixture(scope="module")
-def warm(place):
+def warm(folder):
     """A warm group of one worker."""
     from ray.train import ScalingConfig
 
     broker = Broker.remote()
     group = start_group(
-        broker, 0, ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}), str(place / "train")
+        broker, 0, ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}), str(folder / "train")
     )
     executor = Warm(broker)
-    outcome = executor.run(job(place, "first"))
+    outcome = executor.run(job(folder, "first"))
     assert outcome.status == "ok", outcome.reason
     yield executor
     stop_groups(broker, [group])
     assert not group.is_alive()
 
 
-def test_warm_jobs_are_done_once_and_found_again(place, warm):
+def test_a_job_that_is_done_is_not_done_again(folder, warm):
     started = time.monotonic()
-    one = warm.run(job(place, "a"))
+    one = warm.run(job(folder, "a"))
     assert time.monotonic() - started < 15  # a group of its own would take longer to start
-    assert (one.status, warm.run(job(place, "again", out="a"))) == ("ok", one)
-    other = warm.run(job(place, "b"))
+    assert (one.status, warm.run(job(folder, "again", out="a"))) == ("ok", one)
+    other = warm.run(job(folder, "b"))
     assert other.digest == one.digest
 
 
-def test_faulty_methods_fail_with_their_reason_and_the_group_goes_on(place, warm):
-    assert warm.run(job(place, "r", "raises")).reason == "RuntimeError: this method is broken"
-    assert "the gradient is not finite" in warm.run(job(place, "n", "nan")).reason
-    assert "not a known method" in warm.run(job(place, "u", "absent")).reason
-    assert warm.run(job(place, "c")).status == "ok"
-    assert not (place / "out" / "r").exists()
+def test_faulty_methods_fail_with_a_reason_and_the_group_continues(folder, warm):
+    assert warm.run(job(folder, "r", "raises")).reason == "RuntimeError: this method is broken"
+    assert "the gradient is not finite" in warm.run(job(folder, "n", "nan")).reason
+    assert "not a known method" in warm.run(job(folder, "u", "absent")).reason
+    assert warm.run(job(folder, "c")).status == "ok"
+    assert not (folder / "out" / "r").exists()
 
 
-def test_a_worker_that_dies_gets_its_job_again(place, warm):
-    outcome = warm.run(job(place, "e", "exitsonce"))
+def test_the_job_of_a_worker_that_dies_is_repeated(folder, warm):
+    outcome = warm.run(job(folder, "e", "exitsonce"))
     assert outcome.status == "ok", outcome.reason
-    assert (place / "mark").exists()
+    assert (folder / "mark").exists()
 
 
-def test_a_job_that_hangs_is_ended_by_its_budget(place, warm):
-    outcome = warm.run(job(place, "h", "hangs", budget_s=3))
+def test_a_job_that_hangs_is_ended_by_its_budget(folder, warm):
+    outcome = warm.run(job(folder, "h", "hangs", budget_s=3))
     assert outcome.status == "failed"
     assert outcome.reason == "exceeded its budget of 3 s"
-    assert warm.run(job(place, "d")).status == "ok"
+    assert warm.run(job(folder, "d")).status == "ok"
 
 
-def test_isolated_gives_what_warm_gives(place, warm):
+def test_isolated_and_warm_workers_give_the_same_weights(folder, warm):
     from ray.train import ScalingConfig
 
     scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
-    text = {"task": str(place / "text" / "task"), "base": str(place / "text" / "base")}
-    outcome = Isolated(scaling, str(place / "train")).run(job(place, "i", **text))
+    text = {"task": str(folder / "text" / "task"), "base": str(folder / "text" / "base")}
+    outcome = Isolated(scaling, str(folder / "train")).run(job(folder, "i", **text))
     assert outcome.status == "ok", outcome.reason
-    assert outcome.digest == warm.run(job(place, "w", **text)).digest
+    assert outcome.digest == warm.run(job(folder, "w", **text)).digest
 
 
-def test_two_train_workers_give_one_workers_weights(place, warm):
+def test_two_train_workers_give_the_weights_of_one(folder, warm):
     from ray.train import ScalingConfig
 
     scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5})
-    assert Isolated(scaling, str(place / "train")).run(job(place, "two")).status == "ok"
-    assert warm.run(job(place, "one")).status == "ok"
+    assert Isolated(scaling, str(folder / "train")).run(job(folder, "two")).status == "ok"
+    assert warm.run(job(folder, "one")).status == "ok"
     one, two = (
-        load_tensors(place / "out" / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("one", "two")
+        load_tensors(folder / "out" / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("one", "two")
     )
     flat = [torch.cat([t[k].reshape(-1) for k in sorted(t)]) for t in (one, two)]
     assert float((flat[0] - flat[1]).norm() / flat[0].norm()) < 1e-5
@@ -150,27 +164,36 @@ def test_a_job_whose_worker_always_dies_ends_as_failed(tmp_path):
     assert asyncio.run(play()).reason == f"its worker died {ATTEMPTS} times"
 
 
-def test_unfinished_or_foreign_results_are_not_taken_for_done(place, warm):
-    done = job(place, "f")
+def test_results_of_other_jobs_do_not_count_as_done(folder, warm):
+    done = job(folder, "f")
     assert warm.run(done).status == "ok"
     assert finished(done) is not None
     changed = Job(**{**vars(done), "seed": 2})
     assert finished(changed) is None
 
 
-def request(place, name: str, run) -> AuditRequest:
+def request(folder, name: str, run) -> AuditRequest:
     return AuditRequest(
-        subject=name, method="finetune", model=str(place / "base"), digest="x", tier_name="probe", tier=TIER,
-        judge=str(place / "judge.safetensors"), judge_digest="j", task=str(place / "task"), task_digest="t", run=str(run),
-    )  # fmt: skip
+        subject=name,
+        method="finetune",
+        model=str(folder / "base"),
+        digest="x",
+        tier_name="probe",
+        tier=TIER,
+        judge=str(folder / "judge.safetensors"),
+        judge_digest="j",
+        task=str(folder / "task"),
+        task_digest="t",
+        run=str(run),
+    )
 
 
-def test_auditors_and_manager_are_killed_and_every_audit_is_done_once(place):
-    run = place / "run"
+def test_every_audit_is_done_once_though_auditor_and_manager_are_killed(folder):
+    run = folder / "run"
     run.mkdir()
     auditors = [Auditor.options(name=f"aud-{i}").remote() for i in range(2)]
     manager = AuditManager.options(name="mgr").remote(str(run), ["aud-0", "aud-1"], NAMESPACE, 3, 120)
-    pending = [manager.audit.remote(request(place, f"s{k}", run)) for k in range(10)]
+    pending = [manager.audit.remote(request(folder, f"s{k}", run)) for k in range(10)]
     ray.wait(pending, num_returns=2)
     ray.kill(auditors[0], no_restart=False)
     ray.wait(pending, num_returns=5)
@@ -184,12 +207,12 @@ def test_auditors_and_manager_are_killed_and_every_audit_is_done_once(place):
         ray.kill(actor)
 
 
-def test_requests_wait_for_an_auditor_that_is_being_restarted(place):
-    run = place / "run3"
+def test_requests_wait_for_an_auditor_that_is_being_restarted(folder):
+    run = folder / "run3"
     run.mkdir()
     auditor = Auditor.options(name="aud-r").remote()
     manager = AuditManager.remote(str(run), ["aud-r"], NAMESPACE, 2, 120)
-    pending = [manager.audit.remote(request(place, f"s{k}", run)) for k in range(5)]
+    pending = [manager.audit.remote(request(folder, f"s{k}", run)) for k in range(5)]
     ray.wait(pending, num_returns=1)
     ray.kill(auditor, no_restart=False)  # it refuses whatever is asked of it until its process is up again
     answers = ray.get(pending, timeout=200)
@@ -198,38 +221,38 @@ def test_requests_wait_for_an_auditor_that_is_being_restarted(place):
         ray.kill(actor)
 
 
-def test_all_who_wait_are_told_before_a_run_ends(place):
+def test_every_caller_is_answered_before_a_run_ends(folder):
     """Ray would print of each of them that it will be tried again, were the manager killed first."""
-    run = place / "run4"
+    run = folder / "run4"
     run.mkdir()
     auditor = Auditor.options(name="aud-c").remote()
     manager = AuditManager.remote(str(run), ["aud-c"], NAMESPACE, 2, 120)
-    pending = [manager.audit.remote(request(place, f"s{k}", run)) for k in range(20)]
+    pending = [manager.audit.remote(request(folder, f"s{k}", run)) for k in range(20)]
     ray.wait(pending, num_returns=1)
     ray.get(manager.close.remote(), timeout=10)
-    late = manager.audit.remote(request(place, "late", run))
+    late = manager.audit.remote(request(folder, "late", run))
     with pytest.raises(RuntimeError, match="the run has ended"):
         ray.get(late, timeout=10)
     for actor in (auditor, manager):
         ray.kill(actor)
-    told = 0
+    refused = 0
     for waiting in pending:
         try:
             assert ray.get(waiting, timeout=10)["status"] == "ok"
         except RuntimeError as error:
             assert "the run has ended" in str(error)  # noqa: PT017
-            told += 1
-    assert told >= 15
+            refused += 1
+    assert refused >= 15
 
 
-def test_an_audit_that_cannot_be_done_is_recorded_and_the_others_go_on(place):
-    run = place / "run2"
+def test_a_failed_audit_is_recorded_and_the_others_continue(folder):
+    run = folder / "run2"
     run.mkdir()
     auditor = Auditor.options(name="aud-x").remote()
     manager = AuditManager.remote(str(run), ["aud-x"], NAMESPACE, 2, 120)
-    bad = request(place, "bad", run)
-    bad = AuditRequest(**{**vars(bad), "model": str(place / "absent")})
-    failed, fine = ray.get([manager.audit.remote(r) for r in (bad, request(place, "good", run))])
+    bad = request(folder, "bad", run)
+    bad = AuditRequest(**{**vars(bad), "model": str(folder / "absent")})
+    failed, fine = ray.get([manager.audit.remote(r) for r in (bad, request(folder, "good", run))])
     assert failed["status"] == "failed"
     assert "not a diffusers pipeline folder" in failed["reason"]
     assert "2 attempts" in failed["reason"]
@@ -239,7 +262,7 @@ def test_an_audit_that_cannot_be_done_is_recorded_and_the_others_go_on(place):
     ray.kill(auditor)
 
 
-def test_gauges_reach_rays_metrics(place):
+def test_gauges_reach_rays_metrics(folder):
     """What the dashboard and Prometheus scrape."""
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -252,7 +275,7 @@ def test_gauges_reach_rays_metrics(place):
     assert not missing
 
 
-def test_how_long_slots_stood_idle():
+def test_the_broker_measures_the_share_of_time_that_slots_are_idle():
     """The broker alone: two jobs with a pause between them."""
     broker = Broker.__ray_metadata__.modified_class()
 

@@ -31,9 +31,11 @@ except KeyboardInterrupt:
 def test_sigterm_ends_what_a_script_started_in_the_background(handler):
     """A shell starts such processes with SIGINT ignored, and Python then leaves it so."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITS.format(root=str(ROOT))], stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", WAITS.format(root=str(ROOT))],
+        stdout=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
-    )  # fmt: skip
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[0] == "ended\n"

@@ -26,47 +26,56 @@ TIER = Tier(seed=1, judge="audit")
 ANCHORS = {"base": ("/models/base", "b" * 16), "oracle-0": ("/models/o0", "0" * 16)}
 
 
-@pytest.mark.parametrize("called", ["base", "oracle-0", "destroyed", "mine"])
-def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, called):
+@pytest.mark.parametrize("folder_name", ["base", "oracle-0", "destroyed", "mine"])
+def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, folder_name):
     monkeypatch.setattr(single, "verdict_of", lambda *_: Verdict("not tested", (), None, 0))
     monkeypatch.setattr(card, "findings_of", lambda *_: [])
     sweep, folder = load(None, (f"storage={tmp_path}",)), RunDir(tmp_path / "run")
     context = Context(
-        run=str(folder.path), run_id="r", task_digest="t", quality="fidelity.frechet", validity="classifier.validity", base=ANCHORS["base"][0],
-        base_digest=ANCHORS["base"][1], oracles={"oracle-0": ANCHORS["oracle-0"]}, judges={}, prepared={}, cache=str(tmp_path),
-    )  # fmt: skip
-    place = Objectives(0.1, 0.2, 0.01, 0.01, 0.0, 1.0, {}, np.zeros((3, 2)))
-    found = {}
+        run=str(folder.path),
+        run_id="r",
+        task_digest="t",
+        quality="fidelity.frechet",
+        validity="classifier.validity",
+        base=ANCHORS["base"][0],
+        base_digest=ANCHORS["base"][1],
+        oracles={"oracle-0": ANCHORS["oracle-0"]},
+        judges={},
+        prepared={},
+        cache=str(tmp_path),
+    )
+    result = Objectives(0.1, 0.2, 0.01, 0.01, 0.0, 1.0, {}, np.zeros((3, 2)))
+    cards = {}
     for digest in ("1" * 16, "2" * 16):  # two folders of one name
-        model = tmp_path / digest / called
+        model = tmp_path / digest / folder_name
         name = subject_name(model, digest)
         requests = {t: context.request(t, TIER, name, "", str(model), digest) for t in ("audit", "durability")}
         for request in requests.values():
             for kind in ("rows", "scores"):
-                (path := folder.path / kind / f"{request.key}.parquet").parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(b"")
-        made = write_card(sweep, tiny_task(), context, requests, place, [])
-        models = json.loads(made.read_text())["models"]
+                (table := folder.path / kind / f"{request.key}.parquet").parent.mkdir(parents=True, exist_ok=True)
+                table.write_bytes(b"")
+        path = write_card(sweep, tiny_task(), context, requests, result, [])
+        models = json.loads(path.read_text())["models"]
         assert {n: (m["folder"], m["digest"]) for n, m in models.items()} == ANCHORS | {name: (str(model), digest)}
-        found[digest] = (name, made, *(r.key for r in requests.values()))
-    one, other = found.values()
+        cards[digest] = (name, path, *(r.key for r in requests.values()))
+    one, other = cards.values()
     assert not set(one) & set(other)
 
 
 def test_audits_of_an_anchor_and_of_a_folder_of_its_name_are_two():
     anchor = AuditRequest("base", "", "/models/base", "b" * 16, "audit", TIER, "", "", "", "", "")
-    own = AuditRequest(**vars(anchor) | {"subject": subject_name(Path("/mine/base"), "b" * 16)})
-    assert own.key != anchor.key
+    folder = AuditRequest(**vars(anchor) | {"subject": subject_name(Path("/mine/base"), "b" * 16)})
+    assert folder.key != anchor.key
 
 
-def test_a_folder_is_named_by_where_it_is(tmp_path, monkeypatch):
+def test_a_folder_is_named_by_its_absolute_path(tmp_path, monkeypatch):
     (tmp_path / "mine" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "mine" / "sub")
-    for given in ("..", "../", "../../mine", str(tmp_path / "mine")):
-        assert subject_name(Path(given), "0123456789abcdef") == "mine@01234567"
+    for path in ("..", "../", "../../mine", str(tmp_path / "mine")):
+        assert subject_name(Path(path), "0123456789abcdef") == "mine@01234567"
 
 
-def test_a_reason_of_an_audit_before_is_not_told_of_the_next(tmp_path, monkeypatch):
+def test_an_audit_does_not_inherit_the_reason_of_the_one_before(tmp_path, monkeypatch):
     def ends(error):
         raise error
 

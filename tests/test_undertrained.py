@@ -45,10 +45,10 @@ def test_every_metric_of_an_objective_names_what_decides_it():
             assert hasattr(TIER, setting) or DECIDED_BY[metric] is None
 
 
-def test_the_remedy_is_longer_training_and_where_it_can_help_more_samples(points_task):
-    told = remedies([view(0.02, 0.01)], points_task, "audit", TIER)
-    assert "task.base_steps, 20 so far" in told
-    assert f"raise audit.audit.noises from {TIER.noises} to about {math.ceil(TIER.noises * 4)}" in told
+def test_remedies_are_longer_training_and_if_that_can_help_more_samples(points_task):
+    advice = remedies([view(0.02, 0.01)], points_task, "audit", TIER)
+    assert "task.base_steps, 20 so far" in advice
+    assert f"raise audit.audit.noises from {TIER.noises} to about {math.ceil(TIER.noises * 4)}" in advice
     assert "raise" not in remedies(
         [view(0.001, 0.01)], points_task, "audit", TIER
     )  # more than AFFORDABLE times as many
@@ -57,11 +57,11 @@ def test_the_remedy_is_longer_training_and_where_it_can_help_more_samples(points
     probe = remedies([view(0.02, 0.01)], points_task, "probe", TIER)
     assert "audit.probe.noises" in probe
     assert "hardly learned" not in probe  # the audit has told base and oracles apart by then
-    given = dataclasses.replace(points_task, base="somewhere")
-    assert "task.base may not have learned" in remedies([view(0.02, 0.01)], given, "audit", TIER)
+    given_base = dataclasses.replace(points_task, base="somewhere")
+    assert "task.base may not have learned" in remedies([view(0.02, 0.01)], given_base, "audit", TIER)
 
 
-def test_enough_samples_are_enough():
+def test_the_advised_number_of_samples_tells_the_same_gap():
     """Errors fall with the root of the samples: at the advised number the same gap is told."""
     rng = np.random.default_rng(0)
 
@@ -169,16 +169,16 @@ def test_a_run_that_fails_leaves_a_report_that_says_why(tmp_path, monkeypatch, w
     assert ("report", f"of what there is: {folder.report}") in said
 
 
-def test_a_reason_of_an_attempt_before_is_not_told_of_the_next(tmp_path, monkeypatch, without_ray):
-    made = finished(tmp_path / "failing", None, state="failed", reason="Ray did not start", incomplete=["x"])
-    made.update(digests={"task": made.sweep().task.build().digest})
+def test_an_attempt_does_not_inherit_the_reason_of_the_one_before(tmp_path, monkeypatch, without_ray):
+    folder = finished(tmp_path / "failing", None, state="failed", reason="Ray did not start", incomplete=["x"])
+    folder.update(digests={"task": folder.sweep().task.build().digest})
     monkeypatch.setattr(
         run,
         "FinalAudit",
         types.SimpleNamespace(of=lambda *_: types.SimpleNamespace(conclude=lambda: None, incomplete=[])),
     )
-    run.run_sweep(made.sweep(), Silent())
-    status = json.loads(CliRunner().invoke(main, ["status", str(made.path), "--json"]).output)
+    run.run_sweep(folder.sweep(), Silent())
+    status = json.loads(CliRunner().invoke(main, ["status", str(folder.path), "--json"]).output)
     assert (status["state"], status["reason"], status["incomplete"]) == ("done", "", [])
 
 
@@ -197,8 +197,8 @@ def test_an_undertrained_base_ends_a_real_run_before_its_search(tmp_path, cache)
     (tmp_path / "small.yaml").write_text(SMALL)
     process = start(tmp_path, cache, "run", "small.yaml", "task.base_steps=1")
     assert process.wait(timeout=500) == 1, log(tmp_path)
-    told = log(tmp_path)
-    assert "audit: no view shows that the base knows more of what must be forgotten than the oracles" in told
-    assert "task.base_steps, 1 so far" in told
-    assert " trial  " not in told
+    output = log(tmp_path)
+    assert "audit: no view shows that the base knows more of what must be forgotten than the oracles" in output
+    assert "task.base_steps, 1 so far" in output
+    assert " trial  " not in output
     assert "FAILED" in (tmp_path / "runs" / "small" / "report.html").read_text()
