@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from small import SMALL, environment
 from tiny import ROOT, tiny_model, tiny_task
 
@@ -83,9 +84,11 @@ def test_unlearn_gives_the_weights_of_a_train_worker(tmp_path, method, settings)
     outcome = run(job, Resident())
     assert outcome.status == "ok", outcome.reason
     steps: list[int] = []
+    state = torch.random.get_rng_state()
     model = raysweep.unlearn(base, task, method, seed=7, progress=lambda done, *_: steps.append(done), **settings)
     assert model.digest == outcome.digest != before
     assert base.digest == before
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert steps[-1] == settings["steps"]
     assert raysweep.unlearn(base, task, method, seed=8, **settings).digest != outcome.digest
 

@@ -221,6 +221,7 @@ def _copy_from_cache(cache: Path, request: AuditRequest) -> None:
 
 
 def _use_one_thread() -> None:
+    """Limits PyTorch to one thread in this process, an auditor's: several share the cores of a machine without a GPU."""
     import torch
 
     with contextlib.suppress(RuntimeError):

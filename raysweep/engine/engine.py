@@ -62,6 +62,6 @@ class Engine:
 
     @contextlib.contextmanager
     def threads(self) -> Iterator[ThreadPoolExecutor]:
-        """Threads that wait for jobs and audits. On an interrupt nobody waits for them: they end with the actors."""
+        """Threads that wait for jobs and audits. An interrupt does not wait for them: they end with the actors."""
         with self.actors.waiting(self.executor) as threads:
             yield threads

@@ -1,4 +1,4 @@
-"""What a run tells while it works. The command line shows it; a program may ignore it."""
+"""Events of a run at work. The command line shows them; a program may ignore them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""U-LiRA: tells, image by image, what was unlearned from what was never seen, by shadow models.
+"""U-LiRA: separates unlearned models from models that never saw the forgotten images, image by image, by shadow models.
 
 After Hayes et al., "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy", arXiv:2403.01218.
 Each shadow has its own seed and is a pair of models: one trained with the forgotten images, to which the method with a trial's

@@ -83,7 +83,7 @@ def searcher_of(engine: Engine, spaces: Sequence[Space]) -> ParetoSearch:
 
 @contextlib.contextmanager
 def restored_interrupts() -> Iterator[None]:
-    """Restores the handler of SIGINT afterwards: Tune leaves one in place that nobody listens to any more."""
+    """Restores the handler of SIGINT afterwards: Tune leaves one in place that no longer has any effect."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield

@@ -103,7 +103,7 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
     if before is not None:
         return before
     started = time.monotonic()
-    torch.manual_seed(job.seed)
+    torch.manual_seed(job.seed)  # the process is a worker of jobs alone, so nothing restores it
     try:
         method_class: type[Method] = resolve("method", job.method)
         settings = method_class.Hyperparameters(**job.hyperparameters)

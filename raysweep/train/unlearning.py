@@ -59,9 +59,11 @@ def unlearn(
         copy_ = trainable_copy(model, seed)
         return copy_ if clip is None else families.with_tower(copy_, clip)
 
-    if prepared is None:
-        prepared = prepare(method_class, settings, copied(), rows, derive_seed("prepare", method))  # a sweep's seed
-    return apply(method_class, settings, copied(), rows, prepared, seed, progress=progress)
+    device = next(iter(model.net.parameters())).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's random state stays
+        if prepared is None:
+            prepared = prepare(method_class, settings, copied(), rows, derive_seed("prepare", method))  # a sweep's seed
+        return apply(method_class, settings, copied(), rows, prepared, seed, progress=progress)
 
 
 def _settings(method: type[Method], hyperparameters: Mapping[str, Any]) -> Any:
