@@ -31,8 +31,8 @@ def rows_of(count: int = 6) -> dict[str, list]:
     return {"image": cells, "label": [("cat", "dog", "fish")[n % 3] for n in range(count)]}
 
 
-def labels_of(folder: Path | str, **how) -> tuple[list, Tally]:
-    rows, tally = read(ParquetSource(parquet=str(folder), **{"label": "label", **how}))
+def labels_of(folder: Path | str, **options) -> tuple[list, Tally]:
+    rows, tally = read(ParquetSource(parquet=str(folder), **{"label": "label", **options}))
     return [r.label for r, _ in rows], tally
 
 
@@ -110,18 +110,18 @@ def test_folders_named_after_columns(tmp_path):
         ("image", pa.array([{"bytes": None, "path": "a.png"}] * 2), "no image bytes, only the path of a file"),
     ],
 )
-def test_columns_of_all_types(tmp_path, column, values, expected):
+def test_columns_of_every_type_are_read_or_refused(tmp_path, column, values, expected):
     table = {"image": rows_of(2)["image"], "label": ["x", "y"], "caption": ["x", "y"]} | {column: values}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     source, tally = ParquetSource(parquet=str(tmp_path / "a.parquet"), label="label", caption="caption"), Tally()
     try:
-        found = [getattr(record, column) for record in source.records(tally)]
+        result = [getattr(record, column) for record in source.records(tally)]
     except SourceError as error:
-        found = str(error)
+        result = str(error)
     if isinstance(expected, str):
-        assert expected in (found if isinstance(found, str) else tally.bad)
+        assert expected in (result if isinstance(result, str) else tally.bad)
     else:
-        assert found == expected
+        assert result == expected
 
 
 def test_damaged_row_groups_are_counted_row_by_row(tmp_path):
@@ -157,8 +157,10 @@ def pack(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Shard
 
 STEMS = st.lists(
     st.text("ab01.-_ ", min_size=1, max_size=6).filter(lambda s: s.strip(" .") == s and not s.startswith(".")),
-    min_size=1, max_size=6, unique=True,
-)  # fmt: skip
+    min_size=1,
+    max_size=6,
+    unique=True,
+)
 
 
 @FEW
@@ -170,8 +172,8 @@ def test_every_picture_of_a_tar_is_read_with_its_label_or_counted(tmp_path, stem
         members += [(f"{folder}{stem}{suffix}", encoded(n)), (f"{folder}{stem}.CLS", f"label of {stem}".encode())]
     rows, tally = read(pack(tmp_path / "t.tar", members, "w:gz" if is_zipped else "w"))
     prefix = folder.removeprefix("./")
-    told = sum(r.count for what, r in tally.notes.items() if "beside" in what)
-    assert len(rows) + tally.skipped + told == len(stems)
+    beside = sum(r.count for note, r in tally.notes.items() if "beside" in note)
+    assert len(rows) + tally.skipped + beside == len(stems)
     for record, _ in rows:
         assert record.key.removeprefix(prefix) in stems
         assert record.label in (None, f"label of {record.key.removeprefix(prefix)}")
@@ -187,30 +189,47 @@ def test_numbered_members_of_one_name_are_pictures_of_their_own(tmp_path):
     assert (tally.seen, tally.skipped, tally.notes) == (150, 0, {})
 
 
-def test_pictures_beside_that_of_a_sample(tmp_path):
-    members = [("0.seg.png", encoded(9)), ("0.jpg", encoded(0, "JPEG")), ("0.cls", b"cat"), ("0.json", b"{}"), ("1.json", b"{}"),
-               ("2.image.png", encoded(2)), ("2.cls", b"dog"), ("3.png", encoded(3)), ("3.000.png", encoded(4))]  # fmt: skip
+def test_a_sample_has_one_picture_and_others_beside_it_are_noted(tmp_path):
+    members = [
+        ("0.seg.png", encoded(9)),
+        ("0.jpg", encoded(0, "JPEG")),
+        ("0.cls", b"cat"),
+        ("0.json", b"{}"),
+        ("1.json", b"{}"),
+        ("2.image.png", encoded(2)),
+        ("2.cls", b"dog"),
+        ("3.png", encoded(3)),
+        ("3.000.png", encoded(4)),
+    ]
     rows, tally = read(pack(tmp_path / "t.tar", members))
     assert [(r.key, r.label) for r, _ in rows] == [("0", "cat"), ("2.image", "dog"), ("3", None), ("3.000", None)]
     assert tally.notes["pictures beside that of their sample, not read (.seg.png)"].count == 1
 
 
-def test_names_that_stand_twice_and_what_macs_pack(tmp_path):
-    members = [("./._0.png", b"x"), ("./0.png", encoded(0)), ("./0.cls", b"cat"), ("0.png", encoded(1)), ("0.cls", b"dog"),
-               ("__MACOSX/._0.png", b"x"), (".DS_Store", b"x")]  # fmt: skip
+def test_a_repeated_name_is_another_record_and_what_macs_pack_is_ignored(tmp_path):
+    members = [
+        ("./._0.png", b"x"),
+        ("./0.png", encoded(0)),
+        ("./0.cls", b"cat"),
+        ("0.png", encoded(1)),
+        ("0.cls", b"dog"),
+        ("__MACOSX/._0.png", b"x"),
+        (".DS_Store", b"x"),
+    ]
     rows, tally = read(pack(tmp_path / "t.tar", members))
     assert [(r.key, r.label) for r, _ in rows] == [("0", "cat"), ("0", "dog")]
     assert tally.notes["a member of the same name as the one before, read as another record"].count == 1
     assert tally.ignored["hidden members, and what file managers leave"].count == 2
 
 
-def test_members_that_are_apart_from_their_picture_are_told(tmp_path):
+def test_members_apart_from_their_picture_are_counted(tmp_path):
     members = [*((f"{n}.png", encoded(n)) for n in range(3)), *((f"{n}.cls", b"cat") for n in range(3))]
     rows, tally = read(pack(tmp_path / "t.tar", members), ("label",))
     assert not rows
     assert {why.split(" (")[0] for why in tally.bad} == {
-        "no label, which the task needs", "no picture among the members of this name, which must follow each other"
-    }  # fmt: skip
+        "no label, which the task needs",
+        "no picture among the members of this name, which must follow each other",
+    }
 
 
 @FEW
@@ -228,7 +247,7 @@ def test_a_tar_that_is_cut_short_or_damaged_says_so(tmp_path, data):
         tally.check(source)
 
 
-def test_shards_that_are_none(tmp_path):
+def test_files_that_are_no_shards_are_refused(tmp_path):
     (tmp_path / "t.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     _, tally = read(ShardSource(shards=str(tmp_path / "t.tar")))
     assert next(iter(tally.lost_parts)).startswith("a Git LFS pointer")
@@ -238,7 +257,7 @@ def test_shards_that_are_none(tmp_path):
         read(ShardSource(shards="data/{0..1.tar"))
 
 
-def test_captions_in_a_tar_of_another_encoding(tmp_path):
+def test_a_caption_in_a_tar_that_is_not_utf8_is_counted(tmp_path):
     members = [
         ("0.png", encoded(0)),
         ("0.txt", "caf\u00e9".encode("cp1252")),
@@ -250,7 +269,7 @@ def test_captions_in_a_tar_of_another_encoding(tmp_path):
     assert tally.bad["a caption or label that is not UTF-8 text"].first == [f"{tmp_path / 't.tar'}: 0.png"]
 
 
-def test_sizes_stay_as_they_are_asked_for(tmp_path):
+def test_a_picture_of_the_asked_size_is_not_resampled(tmp_path):
     write(tmp_path / "a.png")
     ((_, x),) = read(FolderSource(folder=tmp_path))[0]
     assert x.shape == (3, 8, 8)

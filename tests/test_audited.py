@@ -32,9 +32,18 @@ OLD, NEW = 0.111, 0.222
 def context(folder: RunDir) -> Context:
     pair = ("/model", "b" * 16)
     return Context(
-        run=str(folder.path), run_id="r", task_digest="t", quality="fidelity.frechet", validity="classifier.validity", base=pair[0], base_digest=pair[1],
-        oracles={"oracle-0": pair}, judges={}, prepared={}, cache=str(folder.path / "cache"),
-    )  # fmt: skip
+        run=str(folder.path),
+        run_id="r",
+        task_digest="t",
+        quality="fidelity.frechet",
+        validity="classifier.validity",
+        base=pair[0],
+        base_digest=pair[1],
+        oracles={"oracle-0": pair},
+        judges={},
+        prepared={},
+        cache=str(folder.path / "cache"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +58,13 @@ def home(tmp_path_factory):
         task.save(folder.task)
     probe = context(folder).request("probe", sweep.audit.probe, TRIAL, "rgd", None, "d")
     search = ParetoSearch(
-        folder.journal, f"{sweep.name}-{sweep.digest[:8]}", [Space("rgd", {}, (Parameter("lr", "log", (1e-5, 1e-3), {}),), ())],
-        1, 1, 0,
-    )  # fmt: skip
+        folder.journal,
+        f"{sweep.name}-{sweep.digest[:8]}",
+        [Space("rgd", {}, (Parameter("lr", "log", (1e-5, 1e-3), {}),), ())],
+        1,
+        1,
+        0,
+    )
     search.suggest("a")
     search.on_trial_complete("a", {"residue": 0.1, "damage": 0.2, "digest": "d", "probe": probe.key, FINAL: True})
     keys: dict[str, dict[str, str]] = {}
@@ -60,9 +73,22 @@ def home(tmp_path_factory):
             new = probe.key if (tier, subject) == ("probe", TRIAL) else f"{subject}-{tier}-new"
             keys.setdefault(tier, {})[subject] = new
             for key, value in ((f"{subject}-{tier}-0", OLD), (new, NEW)):
-                row = {"subject": subject, "tier": tier, "check": "loss", "metric": "auc", "paired_with": "", "value": value,
-                       "method": "rgd" if subject == TRIAL else "", "n": 9, "direction": "target", "interval": "DeLong",
-                       "status": "ok", "reason": "", "lo": value, "hi": value}  # fmt: skip
+                row = {
+                    "subject": subject,
+                    "tier": tier,
+                    "check": "loss",
+                    "metric": "auc",
+                    "paired_with": "",
+                    "value": value,
+                    "method": "rgd" if subject == TRIAL else "",
+                    "n": 9,
+                    "direction": "target",
+                    "interval": "DeLong",
+                    "status": "ok",
+                    "reason": "",
+                    "lo": value,
+                    "hi": value,
+                }
                 write_table(folder.rows / f"{key}.parquet", [row], ROWS)
                 write_table(folder.rows / f"paired-{key}.parquet", [row | {"paired_with": "oracle"}], ROWS)
                 score = {

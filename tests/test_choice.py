@@ -155,7 +155,8 @@ def test_every_output_of_a_run_says_the_same(remembering, monkeypatch):
     assert "answer of the previous attempt:\nNo candidate is recommended" in call("status", str(remembering)).output
     monkeypatch.setattr("raysweep.results.trials.trial_table", lambda *_: [trial("000-rgd")])
     assert "best so far, but not recommended: it has not forgotten" in call("show", str(remembering), "000-rgd").output
-    card = {"trial": "000-rgd", "method": "rgd", "seed": 0, "hyperparameters": {}, "base_digest": "b", "task_digest": "t", "outcome": {"digest": "d"}}  # fmt: skip
+    digests = {"base_digest": "b", "task_digest": "t", "outcome": {"digest": "d"}}
+    card = {"trial": "000-rgd", "method": "rgd", "seed": 0, "hyperparameters": {}, **digests}
     text = page(RunDir(remembering), card)
     assert "this candidate is best so far, but not recommended: it has not forgotten" in text
     assert "±" not in text + html

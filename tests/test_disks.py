@@ -21,8 +21,18 @@ from raysweep.tasks.sources import FolderSource
 
 
 def test_what_file_managers_leave_is_no_picture(tmp_path):
-    for n, name in enumerate(("cat/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "cat/._0.png", "__MACOSX/cat/0.png",
-                              "dog/@eaDir/0.png/THUMB.png", "dog/1.PNG", "dog/$RECYCLE.BIN/2.png", ".git/x.png")):  # fmt: skip
+    for n, name in enumerate(
+        (
+            "cat/0.png",
+            "cat/.ipynb_checkpoints/0-checkpoint.png",
+            "cat/._0.png",
+            "__MACOSX/cat/0.png",
+            "dog/@eaDir/0.png/THUMB.png",
+            "dog/1.PNG",
+            "dog/$RECYCLE.BIN/2.png",
+            ".git/x.png",
+        )
+    ):
         write(tmp_path / name, n)
     for name in (".DS_Store", "cat/Thumbs.db", "cat/desktop.ini", "README.md"):
         (tmp_path / name).write_bytes(b"x")
@@ -63,7 +73,7 @@ def test_names_of_macs_and_of_other_encodings(tmp_path):
     assert plain("\ud800") == "\\ud800"
 
 
-def test_pictures_that_are_not_read_are_counted_and_told(tmp_path):
+def test_pictures_that_are_not_read_are_counted_and_named(tmp_path):
     for n in range(60):
         write(tmp_path / "cat" / f"{n:02}.png", n)
     (tmp_path / "cat" / "phone.HEIC").write_bytes(b"x")
@@ -112,8 +122,8 @@ def test_reasons_name_a_few_and_count_all():
 # Captions
 
 
-def captions(folder, **how):
-    return {record.key: record.caption for record, _ in read(FolderSource(folder=folder, **how))[0]}
+def captions(folder, **options):
+    return {record.key: record.caption for record, _ in read(FolderSource(folder=folder, **options))[0]}
 
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1).map(plain).filter(str.strip)
@@ -138,8 +148,8 @@ def test_every_caption_of_a_metadata_file_arrives(tmp_path, texts, as_table, enc
     else:
         lines = "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         (out / "metadata.jsonl").write_bytes((lines + "\n\n").encode(encoding))
-    found = captions(out)
-    assert [found[row["file_name"]] for row in rows] == texts
+    by_file = captions(out)
+    assert [by_file[row["file_name"]] for row in rows] == texts
 
 
 def test_a_metadata_file_per_folder_and_captions_beside(tmp_path):
@@ -152,8 +162,11 @@ def test_a_metadata_file_per_folder_and_captions_beside(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name;prompt\ncat/a.png;outer a\ndog/c.png;outer c\n")
     (tmp_path / "dog" / "d.TXT").write_text("\ufeffbeside d\n", encoding="utf-8")
     assert captions(tmp_path, caption="prompt") == {
-        "cat/a.png": "inner a", "cat/deep/b.png": "inner b", "dog/c.png": "outer c", "dog/d.png": "beside d"
-    }  # fmt: skip
+        "cat/a.png": "inner a",
+        "cat/deep/b.png": "inner b",
+        "dog/c.png": "outer c",
+        "dog/d.png": "beside d",
+    }
     _, tally = read(FolderSource(folder=tmp_path), ("caption",))
     assert tally.notes["metadata.jsonl names a picture that is not there"].first == ["e.png"]
     with pytest.raises(SourceError, match=r"3 x no caption.*metadata.csv has file_name, prompt \(`caption: KEY` says"):
@@ -200,10 +213,10 @@ def test_a_caption_of_another_encoding_is_left_out_and_named(tmp_path):
 # Pictures
 
 
-def grey(image: Image.Image, channels: int = 1, kind: str = "PNG", **how):
+def grey(image: Image.Image, channels: int = 1, kind: str = "PNG", **options):
     """(pixels as the network's input has them, notes) of an image that was stored in a file."""
     out, notes = io.BytesIO(), []
-    image.save(out, kind, **how)
+    image.save(out, kind, **options)
     return np.asarray(flat(opened(out.getvalue()), channels, notes.append)).astype(int), notes
 
 
@@ -247,11 +260,14 @@ def test_orientation_tags_are_followed(orientation, kind):
 
 def test_transparency_is_laid_on_white():
     clear = Image.fromarray(np.zeros((8, 8, 4), dtype=np.uint8))
-    for image, how in (
-        (clear, {}), (clear.convert("LA"), {}), (Image.new("P", (8, 8)), {"transparency": 0}), (Image.new("L", (8, 8)), {"transparency": 0}),
-    ):  # fmt: skip
+    for image, options in (
+        (clear, {}),
+        (clear.convert("LA"), {}),
+        (Image.new("P", (8, 8)), {"transparency": 0}),
+        (Image.new("L", (8, 8)), {"transparency": 0}),
+    ):
         for channels in (1, 3):
-            values, notes = grey(image, channels, **how)
+            values, notes = grey(image, channels, **options)
             assert (values == 255).all()
             assert notes == ["transparency laid on white"]
     opaque = picture(1).convert("RGBA")

@@ -253,8 +253,17 @@ def test_inside_raysweep_the_examples_touch_no_more_files_than_the_page_says(tmp
 @pytest.mark.timeout(500)
 def test_a_sweep_of_all_of_them(tmp_path, cache, site):
     (tmp_path / "lines.yaml").write_text(EXAMPLES["lines.yaml"])
-    sizes = ("audit.audit.samples=60", "audit.audit.class_samples=40", "audit.probe.samples=40", "audit.rounds=1", "audit.top=1",
-             "audit.finalists=1", "audit.durability.class_samples=40", "resources.slots=1", "resources.auditors=1")  # fmt: skip
+    sizes = (
+        "audit.audit.samples=60",
+        "audit.audit.class_samples=40",
+        "audit.probe.samples=40",
+        "audit.rounds=1",
+        "audit.top=1",
+        "audit.finalists=1",
+        "audit.durability.class_samples=40",
+        "resources.slots=1",
+        "resources.auditors=1",
+    )
     process = start(tmp_path, cache, "run", "lines.yaml", *sizes, PYTHONPATH=os.pathsep.join([str(site), str(ROOT)]))
     assert process.wait(timeout=450) == 0, log(tmp_path)
     folder = RunDir(tmp_path / "runs" / "lines")
@@ -262,6 +271,10 @@ def test_a_sweep_of_all_of_them(tmp_path, cache, site):
         r["check"] for r in read_table(folder.rows, ROWS).to_pylist() if r["status"] == "ok"
     }
     assert set(folder.read_manifest()["plugins"]) == {
-        "method dim", "evaluator brightness", "evaluator second_look", "task lines", "sampler greedy",
-    }  # fmt: skip
+        "method dim",
+        "evaluator brightness",
+        "evaluator second_look",
+        "task lines",
+        "sampler greedy",
+    }
     assert "<h2>training-time</h2>" in folder.report.read_text()

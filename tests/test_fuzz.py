@@ -101,13 +101,13 @@ def use(folder: Path) -> str:
         return "the same folder has another hash at each reading"
     x = torch.zeros(2, *model.image_shape)
     if hasattr(model, "encode_image"):
-        made = model.encode_image(x)
+        output = model.encode_image(x)
     else:
         cond = model.tokens(["a picture"] * 2) if model.family == "text-ddpm" else None
         if model.family != "text-ddpm" and model.net.config.get("num_class_embeds"):
             cond = torch.zeros(2, dtype=torch.long)
-        made = model.sample(cond, torch.arange(2), 2)
-    return "" if made.isfinite().all() else "what it makes is not finite"
+        output = model.sample(cond, torch.arange(2), 2)
+    return "" if output.isfinite().all() else "what it makes is not finite"
 
 
 @pytest.mark.timeout(7200)
@@ -121,7 +121,7 @@ def test_model_folders(shard, tmp_path, tmp_path_factory, monkeypatch):
         base = Path(str(load(presets.path_of(preset), ("scale=tiny",)).task.base))
         folder = tmp_path / f"model-{seed}"
         shutil.copytree(base, folder)
-        what = mutate_folder(folder, rng)
+        mutation = mutate_folder(folder, rng)
         code, output, wrong = ask("validate", preset, "scale=tiny", f"task.base={folder}")
         answers.append(code)
         if code == 0 and not wrong:
@@ -132,6 +132,6 @@ def test_model_folders(shard, tmp_path, tmp_path_factory, monkeypatch):
         elif code == 2 and folder.name not in output:
             wrong = f"the message does not name the folder: {output[:300]}"
         if wrong:
-            failures[seed] = f"{preset}: {what}: {wrong}"
+            failures[seed] = f"{preset}: {mutation}: {wrong}"
         shutil.rmtree(folder)
     check(failures, answers)

@@ -34,7 +34,7 @@ def drain(source: FolderSource | ParquetSource | ShardSource | TorchvisionSource
     tally, used = Tally(), 0
     for record in source.records(tally):
         try:
-            pixels = flat(record.open(), 3, lambda what: None)
+            pixels = flat(record.open(), 3, lambda note: None)
             assert np.asarray(pixels).shape[2:] == (3,)
             used += 1
         except Unreadable as error:
@@ -113,24 +113,24 @@ def test_sources(name, tmp_path):
     for seed in seeds(1000, 0, 1):
         rng, folder = np.random.default_rng([9, seed]), tmp_path / f"source-{seed}"
         source = SOURCES[name](folder, count)
-        what = mutate_folder(folder, rng, removing=False)
+        mutation = mutate_folder(folder, rng, removing=False)
         try:
             with answering(), bounded():
                 used, tally = drain(source)
             ignored = sum(r.count for r in tally.ignored.values())
             if name == "Parquet":  # where a file that is not taken for one holds many records
                 ignored *= count
-            told = tally.skipped + ignored + count * len(tally.lost_parts)
+            accounted = tally.skipped + ignored + count * len(tally.lost_parts)
             if used + tally.skipped != tally.chosen:
-                failures[seed] = f"{what}: {used} used and {tally.skipped} left out of {tally.chosen}"
-            elif used + told < count:
-                failures[seed] = f"{what}: {count - used} records are gone and {told} told of"
+                failures[seed] = f"{mutation}: {used} used and {tally.skipped} left out of {tally.chosen}"
+            elif used + accounted < count:
+                failures[seed] = f"{mutation}: {count - used} records are gone and {accounted} accounted for"
         except SourceError as error:
             refused += 1
             if folder.name not in str(error):
-                failures[seed] = f"{what}: the message does not name the source: {error}"
+                failures[seed] = f"{mutation}: the message does not name the source: {error}"
         except Exception as error:
-            failures[seed] = f"{what}: {wrong_of(error)}"
+            failures[seed] = f"{mutation}: {wrong_of(error)}"
         shutil.rmtree(folder)
     check(failures, [2] * refused)
 
@@ -142,9 +142,10 @@ def test_prompt_files(suffix, tmp_path):
     rows = [{"prompt": f"a {a} {b}, at dusk", "artist": b, "seed": i} for i, (a, b) in enumerate(product("xyz", "klm"))]
     text = {
         ".csv": "prompt,artist,seed\n" + "".join(f'"{r["prompt"]}",{r["artist"]},{r["seed"]}\n' for r in rows),
-        ".json": json.dumps(rows), ".jsonl": "".join(json.dumps(r) + "\n" for r in rows),
+        ".json": json.dumps(rows),
+        ".jsonl": "".join(json.dumps(r) + "\n" for r in rows),
         ".txt": "".join(r["prompt"] + "\n" for r in rows),
-    }[suffix]  # fmt: skip
+    }[suffix]
     for seed in seeds(1000, 0, 1):
         rng, file = np.random.default_rng([10, seed]), tmp_path / f"prompts-{seed}{suffix}"
         if suffix.startswith(".json") and rng.integers(2):

@@ -66,9 +66,12 @@ def test_a_sweep_of_another_packages_parts_ends_as_any_other(home, monkeypatch):
     assert manifest["state"] == "incomplete"
     assert sorted(manifest["incomplete"]) == ["audit of oracle-0: brittle", "probe of oracle-0: brittle"]
     assert manifest["plugins"] == {
-        "method nudge": "oddments 1.5", "evaluator brightness": "oddments 1.5", "evaluator brittle": "oddments 1.5",
-        "evaluator planted": "oddments 1.5", "task patches": "oddments 1.5",
-    }  # fmt: skip
+        "method nudge": "oddments 1.5",
+        "evaluator brightness": "oddments 1.5",
+        "evaluator brittle": "oddments 1.5",
+        "evaluator planted": "oddments 1.5",
+        "task patches": "oddments 1.5",
+    }
     views = {v["metric"]: v for v in json.loads(run.anchors("audit").read_text())["views"]}
     assert views["brittle.mean"]["reason"] == "not measured on oracle-0 (failed: RuntimeError: oracles break it)"
     assert views["reconstruction.correlation"]["informative"]
@@ -100,9 +103,11 @@ def test_an_edited_package_changes_the_keys_of_what_it_makes(installed):
     def codes():
         plugins.files_digest.cache_clear()
         return (
-            plugins.audit_code(["brightness", "loss"]), plugins.audit_code(["loss"]), plugins.method_code("nudge"),
+            plugins.audit_code(["brightness", "loss"]),
+            plugins.audit_code(["loss"]),
+            plugins.method_code("nudge"),
             plugins.method_code("finetune"),
-        )  # fmt: skip
+        )
 
     before = codes()
     assert before[0] != before[1]
@@ -150,10 +155,13 @@ FAULTS = {
     "broken": ("method", "import nothing_of_this_name\n", "cannot be imported: ModuleNotFoundError"),
     "plain": ("evaluator", "class Plain:\n    name = 'plain'\n", r"is not a subclass of evaluators\.base\.Evaluator"),
     "renamed": (
-        "method", "from methods.neggrad import NegGrad\nclass Renamed(NegGrad):\n    pass\n", "has the name 'neggrad'",
+        "method",
+        "from methods.neggrad import NegGrad\nclass Renamed(NegGrad):\n    pass\n",
+        "has the name 'neggrad'",
     ),
     "half": (
-        "evaluator", "from evaluators.base import Evaluator\nclass Half(Evaluator):\n    name = 'half'\n",
+        "evaluator",
+        "from evaluators.base import Evaluator\nclass Half(Evaluator):\n    name = 'half'\n",
         "lacks rows, scores, values, directions, needs, cost",
     ),
     "mild": (
@@ -189,7 +197,7 @@ FAULTS = {
         "lacks build",
     ),
     "rgd": ("method", "from methods.rgd import RGD as Rgd\n", "offered by raysweep and by theirs_rgd 1.5"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -209,8 +217,14 @@ def test_what_is_wrong_with_a_package_is_one_message(name, tmp_path, monkeypatch
 
 def test_faults_are_told_before_a_run_begins(tmp_path, monkeypatch):
     files = FILES | {"check.py": "raise OSError('no such library')\n"}
-    monkeypatch.syspath_prepend(install(tmp_path / "site", {k: v.replace("oddments", "evens") for k, v in files.items()},
-        "[raysweep.evaluators]\ndull = evens.check:Dull\n", "evens"))  # fmt: skip
+    monkeypatch.syspath_prepend(
+        install(
+            tmp_path / "site",
+            {k: v.replace("oddments", "evens") for k, v in files.items()},
+            "[raysweep.evaluators]\ndull = evens.check:Dull\n",
+            "evens",
+        )
+    )
     with pytest.raises(PluginError, match=r"'dull' of the package evens 1.5 .* OSError: no such library"):
         resolve_sweep(load(None, ("audit.durability.checks=[dull]",)))
 

@@ -82,8 +82,11 @@ def test_private_names_of_libraries_are_few_and_each_stands_in_one_file():
                     parts = [part for alias in node.names for part in alias.name.split(".")]
                 if any(part.startswith("_") and not part.startswith("__") for part in parts):
                     leaning.setdefault(path.relative_to(ROOT).as_posix(), set()).add(ast.unparse(node))
-    odd = {file: sorted(uses) for file, uses in leaning.items()
-           if not all(any(use.endswith(name) or name.startswith(use) for name in PRIVATE.get(file, ())) for use in uses)}  # fmt: skip
+    odd = {
+        file: sorted(uses)
+        for file, uses in leaning.items()
+        if not all(any(use.endswith(name) or name.startswith(use) for name in PRIVATE.get(file, ())) for use in uses)
+    }
     assert odd == {}
     assert set(PRIVATE) == set(leaning), "no longer used"
 

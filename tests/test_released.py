@@ -106,13 +106,13 @@ def test_a_preset_says_where_every_value_of_its_points_is_from(name):
         assert "released" in sweep.spaces[space.method]
         assert space.points, f"{space.method} tries nothing first"
         for point in space.points:
-            told = origins(space, point)
+            values = origins(space, point)
             if point.stated:
-                assert {k for k, v in told.items() if v["searched"] or v["from"].startswith("default of")} == set()
+                assert {k for k, v in values.items() if v["searched"] or v["from"].startswith("default of")} == set()
                 differs = {
                     k
                     for k, s in point.stated.items()
-                    if told[k]["value"]
+                    if values[k]["value"]
                     not in (s.converted, tuple(s.converted) if isinstance(s.converted, list) else s.converted)
                 }
                 assert differs == set(point.because), (
@@ -121,7 +121,7 @@ def test_a_preset_says_where_every_value_of_its_points_is_from(name):
                 assert all(k in point.source for k in differs)
             else:
                 assert not CLAIM.search(point.source), point.source
-                assert not [k for k, v in told.items() if v["searched"]], f"{point.source}: values are drawn"
+                assert not [k for k, v in values.items() if v["searched"]], f"{point.source}: values are drawn"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -186,11 +186,11 @@ def test_embedded_points_claim_only_what_they_carry():
     for name in search_spaces.names():
         space = load_space(name)
         for point in space.points:
-            told = origins(space, point)
-            assert not [k for k, v in told.items() if v["searched"]], f"{name}: {point.source}: values are drawn"
+            values = origins(space, point)
+            assert not [k for k, v in values.items() if v["searched"]], f"{name}: {point.source}: values are drawn"
             assert point.stated or not CLAIM.search(point.source), f"{name}: {point.source}"
             if point.stated:
-                assert not [k for k, v in told.items() if v["from"].startswith("default of")], point.source
+                assert not [k for k, v in values.items() if v["from"].startswith("default of")], point.source
 
 
 def test_a_space_that_names_a_release_takes_nothing_from_the_embedded_one():

@@ -211,9 +211,9 @@ def test_starting_weights_and_their_recipe(tmp_path):
     assert task.given_base is None
     assert task.recipe == {"lr": 1e-3, "steps": 7}
     assert families.build(task, 5).digest == families.load(task.base).digest
-    given = ImagesTask(**rows).build()
-    assert given.given_base == given.base
-    assert families.build(given, 5).digest != families.load(task.base).digest
+    trained = ImagesTask(**rows).build()
+    assert trained.given_base == trained.base
+    assert families.build(trained, 5).digest != families.load(task.base).digest
 
 
 def test_styles_besides_objects(tmp_path):
