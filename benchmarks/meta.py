@@ -41,7 +41,7 @@ from raysweep.storage.seeds import derive_seed
 WIDTHS = ((8, 16), (16, 32), (24, 48))
 STEPS = (250, 400, 600)
 ONE_SIDED = 1.645
-TABLE = Path(__file__).resolve().parent.parent / "raysweep" / "audit" / "informative.json"
+TABLE = Path(__file__).resolve().parent.parent / "raysweep" / "auditing" / "informative.json"
 MARGINS = {"gap": membership.MARGIN, "excess": verdict.MARGIN}
 LOWER = ("unlearning_accuracy", "forget_loss", "forget_log_loss", "forget_bits")  # low where the thing is known
 OTHER = ("validity", "energy", "log_ratio", "holdout_rate", "equivalence_p", "frechet")

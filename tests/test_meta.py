@@ -13,7 +13,7 @@ from raysweep.registry import EVALUATORS, resolve
 
 
 def test_caveats_of_checks_rest_on_twenty_models_of_either_kind():
-    data = json.loads((ROOT / "raysweep" / "audit" / "informative.json").read_text())
+    data = json.loads((ROOT / "raysweep" / "auditing" / "informative.json").read_text())
     assert set(data["auc"]) == set(data["models"])
     for kind, counts in data["models"].items():
         assert min(counts) >= 20, kind

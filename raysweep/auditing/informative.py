@@ -16,12 +16,13 @@ LEAST = 0.9  # AUC below which a check counts as uninformative
 def measured() -> dict[str, dict[str, list[float]]]:
     """Kind of task -> "check.metric" -> [AUC over models, low, high]; below one half if a check points the wrong way."""
     table = files("raysweep.auditing") / "informative.json"
-    return json.loads(table.read_text(encoding="utf-8"))["auc"] if table.is_file() else {}
+    auc: dict[str, dict[str, list[float]]] = json.loads(table.read_text(encoding="utf-8"))["auc"]
+    return auc
 
 
 def caveat(kind: str, metric: str) -> str:
     """A warning about a check that does not tell the models of the pool apart; empty if it does or was not measured."""
     auc, low, high = measured().get(kind, {}).get(metric, (1.0, 1.0, 1.0))
-    return (
-        "" if auc >= LEAST else f"uninformative on the digits pool: AUC {auc:.2f} ({low:.2f} to {high:.2f}) over models"
-    )
+    if auc >= LEAST:
+        return ""
+    return f"uninformative on the digits pool: AUC {auc:.2f} ({low:.2f} to {high:.2f}) over models"
