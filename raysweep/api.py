@@ -99,6 +99,7 @@ def unlearn(
 ) -> Any:
     """Applies a method to a model in this process, without Ray; a new model, and `model` stays as it was.
 
+    "retrain" makes an oracle: it trains new weights of the model's architecture on the retained data.
     seed: of data order, noise and time steps; a trial with the same seed and hyperparameters gives the same weights.
     prepared: what the method computes once per base (`raysweep.train.unlearning.prepare`); None computes it now.
     progress: called every few steps with (steps done, steps in all, the method's first diagnostic).

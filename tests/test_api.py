@@ -93,6 +93,29 @@ def test_unlearn_gives_the_weights_of_a_train_worker(tmp_path, method, settings)
     assert raysweep.unlearn(base, task, method, seed=8, **settings).digest != outcome.digest
 
 
+def test_retraining_starts_from_new_weights(tmp_path):
+    """As the oracles of a sweep, whatever the given model has learned."""
+    task = tiny_task("class")
+    (tmp_path / "task").mkdir()
+    task.save(tmp_path / "task")
+    job = Job(
+        id="o", kind="train", method="retrain", hyperparameters={"steps": 2}, seed=7, task=str(tmp_path / "task"), base=None,
+        out=str(tmp_path / "out"),
+    )  # fmt: skip
+    outcome = run(job, Resident())
+    assert outcome.status == "ok", outcome.reason
+    for seed in (1, 2):
+        assert raysweep.unlearn(tiny_model(task, seed=seed), task, "retrain", seed=7, steps=2).digest == outcome.digest
+
+
+def test_a_model_without_a_pipeline_of_diffusers_says_so(tmp_path):
+    from raysweep.results.run import StoredModel
+
+    (tmp_path / "model_index.json").write_text('{"_class_name": "EDMPipeline"}')
+    with pytest.raises(ValueError, match="diffusers has no pipeline for it"):
+        StoredModel("base", tmp_path, "").pipeline()
+
+
 def test_what_cannot_be_done_is_said_in_one_sentence(task):
     model = tiny_model(task)
     with pytest.raises(UnknownName, match="'rgdd' is not a known method; did you mean 'rgd'"):

@@ -36,15 +36,15 @@ class StoredModel:
 
     def pipeline(self) -> Any:
         """The model as a pipeline of diffusers; raises ValueError for a family that diffusers has no pipeline for."""
-        from diffusers import DiffusionPipeline
+        import diffusers
 
-        from raysweep.models.families import family_of
-        from raysweep.registry import resolve
+        from raysweep.models.folders import INDEX, read_json
 
-        family = family_of(self.folder)
-        if not resolve("family", family).pipelines or family == "edm":
-            raise ValueError(f"{self.folder}: diffusers has no pipeline for {family} models; use load()")
-        return DiffusionPipeline.from_pretrained(self.folder)
+        index = self.folder / INDEX
+        name = read_json(index).get("_class_name") if index.is_file() else None
+        if not hasattr(diffusers, str(name)):
+            raise ValueError(f"{self.folder}: diffusers has no pipeline for it; load() gives raysweep's handle")
+        return diffusers.DiffusionPipeline.from_pretrained(self.folder)
 
 
 class Run:

@@ -47,6 +47,8 @@ def unlearn(
 ) -> Unlearned:
     """Applies a method to a copy of a model; `raysweep.unlearn` describes the arguments and errors."""
     method_class: type[Method] = resolve("method", method)
+    if method == "retrain":  # which is exact only from weights that never saw the forgotten data
+        model = model.fresh(derive_seed("init", seed))
     settings = _settings(method_class, hyperparameters)
     reasons = refusals(method_class, task) or method_class.unsuited(settings, model, task.goal)
     if reasons:
