@@ -1,4 +1,4 @@
-"""The papers' own claims, scaled down to digits: each is an experiment with a verdict.
+"""Tests the papers' claims on digits: each claim is one experiment with a verdict.
 
     python benchmarks/claims.py                    # all of them
     python benchmarks/claims.py siss_on_the_front  # one
@@ -51,7 +51,7 @@ def ground(kind: str) -> Ground:
 
 
 def audited(kind: str, method: str, settings: dict[str, Any], seed: int) -> dict[str, float]:
-    """What the full audit says of one candidate."""
+    """The full audit's numbers for one candidate."""
     g = ground(kind)
     candidate = g.make(method, settings, derive_seed("claim", seed))
     assert not isinstance(candidate, str), candidate
@@ -211,7 +211,7 @@ def _layers(prepared: dict[str, torch.Tensor], hp: SLUGSettings, score: Callable
 
 
 def slug_pareto_layers() -> dict[str, Any]:
-    """Every eligible tensor of the U-Net edited by itself, at three steps."""
+    """Edits every eligible tensor of the U-Net alone, at three steps."""
     g, hp = ground("class"), SLUGSettings(batch_size=64)
     prepared = g.prepared(SLUG, hp)
     tier = Tier(seed=3, judge="probe", checks=("classifier",), samples=90, class_samples=50, groups=5)
@@ -228,7 +228,7 @@ def slug_pareto_layers() -> dict[str, Any]:
 
 
 def slug_pareto_on_clip() -> dict[str, Any]:
-    """Every eligible tensor of a CLIP edited by itself, at six steps, for each of ten digits."""
+    """Edits every eligible tensor of a CLIP alone, at six steps, for each of ten digits."""
     from clip_digits import WORDS, Digits
 
     digits, hp, by_digit = Digits(), SLUGSettings(batch_size=128), {}

@@ -1,9 +1,9 @@
-"""How often each interval holds the truth, at nominal 95 %.
+"""Coverage of the audit's intervals: the share that contains the true value, at nominal 95 %.
 
     python benchmarks/coverage.py            # prints a table; about three minutes
 
-Each line draws data for which the truth is known, makes the interval as the audit does, and counts. The count's own interval is
-Clopper and Pearson's. Where an interval is exact, more than 95 % is as it should be.
+Each line draws data with a known true value, computes the interval as the audit does, and counts. The interval of the count is
+Clopper and Pearson's. Exact intervals are expected to exceed 95 %.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def share(rate: float, n: int) -> Case:
 
 
 def prompts(count: int, each: int) -> Case:
-    """A proportion of samples of several prompts, each with a rate of its own, around the mean of these rates."""
+    """A proportion of samples of several prompts, each with its own rate, around the mean of these rates."""
 
     def case(rng: np.random.Generator) -> tuple[float, float, float]:
         rates = rng.beta(0.5, 1.0, count)
@@ -90,7 +90,7 @@ def distance(statistic: Callable, n: int, truth: float, d: int = 8) -> Case:
 
 
 def expectation(statistic: Callable, n: int, d: int = 8, repeats: int = 400) -> float:
-    """What the distance is on average over samples of size n."""
+    """Mean of the distance over samples of size n."""
     reference = np.random.default_rng(99).normal(size=(2000, d))
     rng = np.random.default_rng(7)
     return float(np.mean([statistic(rng.normal(0.3, 1.2, (n, d)), reference) for _ in range(repeats)]))

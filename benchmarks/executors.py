@@ -1,4 +1,4 @@
-"""Warm against isolated train workers: per-trial overhead = time of a trial minus its own optimisation steps.
+"""Overhead per trial of warm and of isolated train workers: time of a trial minus its optimisation steps.
 
     python benchmarks/executors.py [trials]
 

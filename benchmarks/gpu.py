@@ -50,7 +50,7 @@ def stats(values: list[float]) -> dict[str, Any]:
 def contender(
     bench: Bench, who: str, name: str, rows: int, compiled: bool = False, count: bool = False
 ) -> dict[str, Any]:
-    """Time, memory and arithmetic of one method's step, by raysweep ("ours") or as one writes it ("plain")."""
+    """Time, memory and arithmetic of one method's step, by raysweep ("ours") or in plain PyTorch ("plain")."""
     bench.clear()
     entry: dict[str, Any] = {}
     try:
@@ -61,7 +61,7 @@ def contender(
         if who == "ours":
             method = bench.ours(name, model, rows)
 
-            def step() -> None:  # as `raysweep.train.loop` takes it
+            def step() -> None:  # as in `raysweep.train.loop`
                 with torch.autocast(bench.device.type, torch.bfloat16, cache_enabled=False):
                     method.step(batch)
         else:
@@ -85,7 +85,7 @@ def contender(
             entry["flop"] = counter.get_total_flops()
     except torch.OutOfMemoryError:
         entry = {"error": "out of memory"}
-    except Exception as error:  # what one contender cannot do must not cost the others' numbers
+    except Exception as error:  # a contender that fails must not cost the others' numbers
         entry = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     return entry
 
@@ -122,7 +122,7 @@ def steps(bench: Bench, name: str) -> list[dict[str, Any]]:
 
 
 def judged(bench: Bench, entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with what follows from both contenders."""
+    """The entry with the ratios that need both contenders."""
     plain, ours = entry["plain"], entry["ours"]
     if "ms" in ours:
         entry["images_per_s"] = entry["rows"] / ours["ms"] * 1e3
@@ -175,7 +175,7 @@ def drawn(bench: Bench, plans: list[tuple[str, int]]) -> list[dict[str, Any]]:
         bench.clear()
         entry: dict[str, Any] = {"section": f"sampling, {who}", "rows": rows, "ours": {}, "plain": {}}
         try:
-            torch.backends.cuda.matmul.allow_tf32 = "tf32" in who  # of convolutions it is PyTorch's default
+            torch.backends.cuda.matmul.allow_tf32 = "tf32" in who  # for convolutions it is PyTorch's default
             draw = drawing(bench, who, rows)
             draw(2)  # warms up
             times = bench.seconds(lambda draw=draw: draw(bench.sizes["steps"]), 0, 1 if "fp32" in who else 2, 1)
@@ -188,11 +188,11 @@ def drawn(bench: Bench, plans: list[tuple[str, int]]) -> list[dict[str, Any]]:
 
 
 def drawing(bench: Bench, who: str, rows: int) -> Callable[[int], Any]:
-    """What draws `rows` images in so many steps."""
+    """The function that draws `rows` images in a number of steps."""
     model = bench.model()
     cond, seeds = bench.prompts(model)[:1].expand(rows, -1), row_seeds(7, 0, rows)
     if "bf16" in who:
-        model.embeddings = None  # which are in single precision
+        model.embeddings = None  # they are in single precision
         model.net.to(torch.bfloat16)
         model.frozen.vae.to(torch.bfloat16)
     if "compiled" in who:
@@ -247,7 +247,7 @@ def transformer(bench: Bench) -> list[dict[str, Any]]:
 
 
 def card(bench: Bench) -> dict[str, Any]:
-    """The device, what it can do, and the versions."""
+    """The device, its capabilities, and the versions."""
     size = 64 if bench.toy else 8192
     a, b = (torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     values = bench.seconds(lambda: a @ b, 5, 20)
@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(json.dumps(result))
     print("\n".join(table(entries)))
     if bench.left_out:
-        print(f"left out for want of time: {', '.join(bench.left_out)}; the same command goes on from here")
+        print(f"left out for lack of time: {', '.join(bench.left_out)}; run the same command again to continue")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks on a GPU: sizes of networks, and the device with its clock, its memory and a model to train."""
+"""Shared parts of the GPU benchmark: sizes of networks, and the device with its clock, its memory and a model to train."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sfd": {},
 }
 SPLITS = {"forget": 1, "retain": 2, "remain": 3}
-LONG = 8  # a step of over this many seconds divided by the repeats is timed less often, twice at least
-ROW = 2  # steps in a row without waiting, as a run takes them
+LONG = 8  # a step longer than this many seconds divided by the repeats is timed less often, but at least twice
+ROW = 2  # steps in a row without waiting, as in a run
 COMPILED = ("finetune", "siss", "rgd")  # each takes about a minute to compile
 
 
@@ -149,7 +149,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def seconds(self, run: Callable[[], Any], warm: int = 2, repeats: int | None = None, row: int = ROW) -> list[float]:
-        """Of one `run`, by each repetition of a row of them, in which the host does not wait for the device."""
+        """Seconds of one `run`, for each repetition of a row of them in which the host does not wait for the device."""
         times = []
         for k in range(warm + (repeats or self.repeats)):
             self.wait()
@@ -162,7 +162,7 @@ class Bench:
         return times
 
     def clear(self) -> None:
-        """Lets go of what the last contender left on the device."""
+        """Frees the device memory of the last contender."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -208,6 +208,6 @@ class Bench:
         cls = resolve("method", name)
         hp = cls.Hyperparameters(batch_size=rows, lr=1e-6, steps=10**6, **SETTINGS[name])
         prepared = {}
-        if name == "salun":  # random instead of a saliency, whose size is the same
+        if name == "salun":  # random instead of a saliency of the same size
             prepared = {n: torch.randn_like(p) for n, p in model.net.named_parameters() if p.requires_grad}
         return cls(model, hp, prepared, self.goal(model))

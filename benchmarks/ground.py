@@ -1,4 +1,4 @@
-"""What the method benchmarks stand on: a task with its base, oracles, judges and anchors, made by the engine's own code.
+"""Common ground of the method benchmarks: a task with its base, oracles, judges and anchors, made by the engine's code.
 
 Everything expensive is in the cache that `raysweep run` uses, or is made once. Trials run in this process, without Ray.
 """
@@ -35,7 +35,7 @@ from raysweep.train.loop import run as run_job
 
 @dataclass
 class Candidate:
-    """A model, what making it cost, and its method's diagnostics."""
+    """A model, the cost of making it, and its method's diagnostics."""
 
     model: PixelDDPM
     seconds: float
@@ -97,7 +97,7 @@ class Ground:
         return measure(subject, self.tier(tier))
 
     def subject(self, model: PixelDDPM, tier: str) -> Subject:
-        """What the checks of a tier see of a model."""
+        """The model in the form that the checks of a tier take."""
         return subject_of(model, self.task, self.judges[self.tier(tier).judge], self.tier(tier))
 
     def peers(self, tier: str) -> dict[str, Subject]:
@@ -159,7 +159,7 @@ def as_measured(measurement: Measurement) -> Measured:
 
 
 def machine() -> dict[str, str]:
-    """Where a benchmark ran, for its output."""
+    """Machine and versions of a benchmark run, for its output."""
     import platform
 
     from raysweep.rundir import versions

@@ -1,17 +1,17 @@
-"""Does the audit itself work? Each check's own ROC-AUC in telling models that contain the forget set from those that do not.
+"""ROC-AUC of each check of the audit in separating models that contain the forget set from models that do not.
 
     python benchmarks/meta.py class                 # 20 models trained with the forgotten digit, 20 without
     python benchmarks/meta.py points --models 20 --jobs 2
 
 The pool varies in seed, width and length of training, so that a check must see the forget set and not the recipe. Every
-model is audited like a candidate, next to the base and three oracles, which are not in the pool. The direction in which a
-check tells them apart is fixed beforehand, so one that is the wrong way round has an AUC under one half. A check whose AUC is
-under 0.9 is labelled uninformative on this task, in reports too (`--rate`). `flagged` are the shares of either kind whose gap
-or excess to the oracles lies above the margin that verdicts and equivalence tests use, one-sided at 5 %: the power of the
-check, and its rate of false alarms; models of other widths and lengths of training than the oracles' differ from them a
-little, which is what the margin is for. Results go to `benchmarks/results/meta-KIND.json`, where finished models are found
-again (`--only` measures some checks of them anew), and are printed as a table. What measures quality or retained images is
-left out: it is not to tell these models apart.
+model is audited like a candidate, next to the base and three oracles, which are not in the pool. The direction of each
+check is fixed in advance, so a check that points the wrong way has an AUC below one half. A check whose AUC is below 0.9 is
+labelled uninformative on this task, also in reports (`--rate`). `flagged` are the shares of either kind whose gap or excess
+to the oracles lies above the margin of verdicts and equivalence tests, one-sided at 5 %: the power of the check, and its rate
+of false alarms; the margin allows for the small differences of models with other widths and lengths of training than the
+oracles'. Results go to `benchmarks/results/meta-KIND.json`, from which finished models are read again (`--only` repeats some
+checks on all of them), and are printed as a table. Checks of quality or of retained images are left out: they are not meant
+to separate these models.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ STEPS = (250, 400, 600)
 ONE_SIDED = 1.645
 TABLE = Path(__file__).resolve().parent.parent / "raysweep" / "auditing" / "informative.json"
 MARGINS = {"gap": membership.MARGIN, "excess": verdict.MARGIN}
-LOWER = ("unlearning_accuracy", "forget_loss", "forget_log_loss", "forget_bits")  # low where the thing is known
+LOWER = ("unlearning_accuracy", "forget_loss", "forget_log_loss", "forget_bits")  # low if it is known
 OTHER = ("validity", "energy", "log_ratio", "holdout_rate", "equivalence_p", "frechet")
 
 
 def tier(without: tuple[str, ...] = ()) -> Tier:
-    """Everything but what needs a brought network, or a candidate of the base to speak of."""
+    """All checks except those that need a network from the user, or a candidate made from the base."""
     left_out = ("interpolation", "sampler_removal", "nudenet", *checks_by_weights(), *without)
     checks = tuple(n for n in names("evaluator") if n not in left_out)
     return Tier(
@@ -121,7 +121,7 @@ def ratings(results: list[dict[str, Any]]) -> dict[str, tuple[float, float, floa
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, one row per metric, the most telling first."""
+    """Markdown, one row per metric, the largest AUC first."""
     ranked = []
     for name, (auc, low, high, lower) in ratings(results).items():
         line = [name, f"{auc:.2f} [{low:.2f}, {high:.2f}]", "lower" if lower else "higher"]
@@ -151,7 +151,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def rate(kind: str, results: list[dict[str, Any]]) -> None:
-    """Writes what reports say of each check into `raysweep/auditing/informative.json`."""
+    """Writes the ratings of checks that reports show into `raysweep/auditing/informative.json`."""
     data = json.loads(TABLE.read_text()) if TABLE.is_file() else {"auc": {}, "models": {}}
     data["auc"][kind] = {name: [round(v, 3) for v in rating[:3]] for name, rating in ratings(results).items()}
     data["models"][kind] = [sum(r["has"] is has for r in results) for has in (True, False)]
@@ -165,8 +165,8 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=20, help="models of either kind")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--without", nargs="*", default=[], help="checks to leave out, for their cost")
-    parser.add_argument("--only", nargs="*", default=[], help="measure only these checks, on all models, anew")
-    parser.add_argument("--rate", action="store_true", help="write what reports say of each check")
+    parser.add_argument("--only", nargs="*", default=[], help="measure only these checks, again on all models")
+    parser.add_argument("--rate", action="store_true", help="write the ratings of checks that reports show")
     args = parser.parse_args()
     path = RESULTS / f"meta-{args.kind}.json"
     RESULTS.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Plain PyTorch renderings of methods' updates: what one writes from the papers, to compare speed and memory with.
+"""Plain PyTorch versions of methods' updates, written from the papers, as a reference for speed and memory.
 
 `backward` per loss, gradients cloned parameter by parameter, concatenated, projected into new vectors, masks and clipping
 parameter by parameter, and PyTorch's default Adam. A step takes the batch that raysweep's method takes. The model is any handle
@@ -44,7 +44,7 @@ class Unet:
         return gamma * x + sigma * eps
 
     def target(self, x: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network is to predict."""
+        """The target of the network's prediction."""
         return eps
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: Any = None, net: Any = None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What sharing prepared tensors saves: training time of a SLUG sweep with the two gradients computed once, or per trial.
+"""Time that shared prepared tensors save: training time of a SLUG sweep with the two gradients computed once, or per trial.
 
     python benchmarks/sharing.py [trials]
 

@@ -57,8 +57,8 @@ def times(steps: dict[str, Step], batch: dict[str, Rows], repeats: int) -> dict[
 
 
 def peak_bytes(step: Step, batch: dict[str, Rows], params: list[torch.Tensor], room: dict[int, torch.Tensor]) -> int:
-    """The most that one step holds beyond weights and optimiser state, in bytes; whatever it keeps for the next one is
-    let go beforehand, so that it counts."""
+    """The most bytes that one step holds beyond weights and optimiser state; buffers that it keeps for the next step are
+    freed first, so that they count."""
     step(batch)
     room.clear()
     for p in params:

@@ -1,9 +1,9 @@
-"""Does a task on images stream? Rows per second and peak memory of a selection from Parquet files of growing length.
+"""Streaming of a task's images: rows per second and peak memory of a selection from Parquet files of growing length.
 
     python benchmarks/streaming.py                  # 10 thousand, 100 thousand and a million tiny rows
     python benchmarks/streaming.py --rows 10000 50000
 
-Each length runs in a process of its own, whose peak resident memory is what the operating system says; `bare` is the same
+Each length runs in a separate process, whose peak resident memory the operating system reports; `bare` is the memory of that
 process before the first row. The file is written in row groups of a thousand 8x8 PNGs with captions.
 """
 
@@ -73,7 +73,7 @@ def select(path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures each length in a process of its own, prints a line each, and keeps them."""
+    """Measures each length in a separate process, prints a line for each, and saves them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--one", help=argparse.SUPPRESS)

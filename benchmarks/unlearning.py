@@ -1,4 +1,4 @@
-"""Do they unlearn? Every method with equal budgets and several seeds, next to base, oracle and two controls.
+"""Compares all methods at equal budgets and several seeds with base, oracle and two controls.
 
     python benchmarks/unlearning.py class            # forget a digit
     python benchmarks/unlearning.py points           # forget a memorised picture
@@ -8,7 +8,7 @@ For each (method, seed) a study of `--trials` trials runs as a sweep would: the 
 first, then Optuna's TPE on residue and damage of the probe. The best trial by the probe is audited on fresh seeds by the
 other judge, and so are two controls made from it: each changed tensor moved by as much in a random direction, and in the
 opposite direction. "Best" is the largest min(UA, RA) for a class and the smallest max(residue, damage) for a picture, and
-a candidate beats a control if it is better in the same sense. Results go to `benchmarks/results/unlearning-KIND.json`, where
+a candidate beats a control if it is better in the same sense. Results go to `benchmarks/results/unlearning-KIND.json`, from which
 finished (method, seed) pairs are read again, and are printed as a table: mean over seeds, 95 % Student-t interval.
 """
 
@@ -69,7 +69,7 @@ def reached(kind: str, f: dict[str, float]) -> bool:
 
 
 def control(base: PixelDDPM, candidate: PixelDDPM, kind: str, seed: int) -> PixelDDPM:
-    """The base with every tensor moved as far as in the candidate, at random or the opposite way."""
+    """The base with every tensor moved by the same distance as in the candidate, in a random or the opposite direction."""
     moved = base.with_net(base.net)
     moved.sampler = candidate.sampler
     generator = torch.Generator().manual_seed(seed)

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def lighter_collection() -> Iterator[None]:
-    """Takes the libraries' millions of objects out of the garbage collector's rounds."""
+    """Excludes the libraries' millions of objects from garbage collection."""
     gc.collect()
     gc.freeze()
     yield
@@ -40,9 +40,9 @@ def lighter_collection() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """Where sweeps of one configuration keep base, oracles and judges: whoever comes first trains them."""
+    """The cache of base, oracles and judges that sweeps of one configuration share: the first test that needs them trains them."""
     base = tmp_path_factory.getbasetemp()
-    # pytest-xdist gives each of its processes a folder of its own below a common one
+    # pytest-xdist gives each of its processes its own folder below a common one
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     folder.mkdir(exist_ok=True)
     return folder

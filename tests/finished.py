@@ -83,7 +83,7 @@ def front(candidates: list[FrontRow], verdicts: dict[str, Verdict] | None = None
 def run(
     folder: Path, of: Front | None, *overrides: str, sensitive: bool = False, family: str = "pixel-ddpm", **entries: Any
 ) -> RunDir:
-    """A run directory with that front; without one, a run that has not finished. entries: of the manifest."""
+    """A run directory with that front; without a front, an unfinished run. entries: of the manifest."""
     settings = (f"name={folder.name}", f"storage={folder.parent}", f"cache={folder.parent / 'cache'}")
     sweep = load(None, (*settings, "methods=[rgd, siss]", "search.trials=4", *overrides))
     home, task = RunDir.of(sweep), tiny_task("points")

@@ -1,4 +1,4 @@
-"""A package of somebody else's: a method, an evaluator, an attack and a task, installed as pip leaves one."""
+"""A third-party package with a method, an evaluator, an attack and a task, as pip installs one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Brightness(Evaluator):
 
 
 class Brittle(Brightness):
-    """As before, but it cannot be done on oracles."""
+    """The same check, which fails on oracles."""
 
     name = "brittle"
 
@@ -71,7 +71,7 @@ from evaluators.durability import Durability
 
 
 class Planted(Durability):
-    """Finds the forgotten data in every model but the oracles."""
+    """Reports the forgotten data in every model except the oracles."""
 
     name = "planted"
     reach = "input"
@@ -109,7 +109,7 @@ class Patches(TaskSettings):
 
 
 def install(folder: Path, files: dict[str, str] = FILES, points: str = POINTS, name: str = "oddments") -> Path:
-    """Writes the package and what says that it is installed into a folder for `sys.path`; returns the folder."""
+    """Writes the package and its installation record into a folder for `sys.path`; returns the folder."""
     package, info = folder / name, folder / f"{name}-1.5.dist-info"
     for made in (package, info):
         made.mkdir(parents=True)

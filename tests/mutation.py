@@ -206,7 +206,7 @@ def mutated_tensors(tensors: dict[str, Any], rng: np.random.Generator) -> dict[s
 def mutate_folder(folder: Path, rng: np.random.Generator, removing: bool = True) -> str:
     """Changes one file of a folder, in a way that suits its format; returns a description.
 
-    removing: files and folders may be removed, too.
+    removing: files and folders may also be removed.
     """
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""Tiny instances of the networks that users bring, in the file formats of their own libraries."""
+"""Tiny instances of the networks that users bring, in the file formats of the libraries."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def detector_folder(folder: Path, things: torch.Tensor) -> Path:
     blank = torch.rand(len(things), 1, 1, 1).expand_as(things) * 2 - 1
     frames = (rgb(torch.cat([things, blank])) * 255).round().to(torch.uint8)
     inputs = processor(images=frames, return_tensors="pt", input_data_format="channels_first")
-    # the first token finds the thing; 1 is nothing
+    # the first token detects the thing; class 1 means nothing
     wanted = torch.tensor([[0, 1, 1]] * len(things) + [[1, 1, 1]] * len(things))
     optimiser = torch.optim.Adam(net.parameters(), 1e-2)
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""Small pictures on disk, and what a source reads of them."""
+"""Small pictures on disk, and the records that a source reads from them."""
 
 from __future__ import annotations
 

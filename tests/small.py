@@ -33,7 +33,7 @@ resources: {slots: 1, auditors: 1}
 """
 
 FAULTY = '''
-"""Methods that fail, each in its way."""
+"""Methods that fail, each in a different way."""
 import os, time
 from pathlib import Path
 import torch
@@ -77,7 +77,7 @@ class ExitsOnce(Finetune):
 
 
 def install_faulty(folder: Path) -> str:
-    """Writes the faulty methods as an installed package would be found; returns the PYTHONPATH that finds it."""
+    """Writes the faulty methods as an installed package; returns the PYTHONPATH for it."""
     info = folder / "faulty-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
@@ -113,7 +113,7 @@ def log(folder: Path) -> str:
 
 
 def recipe_of(run: Path, folder: Path) -> Path:
-    """The config that a run's report prints, saved as its reader is told to."""
+    """The config that a run's report prints, saved as the report instructs."""
     page = (run / "report.html").read_text(encoding="utf-8")
     name = re.search(r"Save the config below as <code>(.+?)</code>", page)
     config = re.search(r"<summary>Config</summary><pre>(.+?)</pre>", page, re.DOTALL)

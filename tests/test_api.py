@@ -1,4 +1,4 @@
-"""The Python API: its page of examples runs as it stands, and its parts give what workers and auditors give, without Ray."""
+"""The Python API: the examples of its page run unchanged, and its functions equal workers and auditors, without Ray."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def task():
 
 
 def test_importing_loads_nothing_heavy():
-    """Which is why it takes a few hundredths of a second."""
+    """So importing takes a few hundredths of a second."""
     code = (
         "import sys, raysweep\n"
         "assert not {'torch', 'ray', 'optuna', 'numpy', 'pyarrow', 'pydantic', 'yaml'} & set(sys.modules)\n"
@@ -164,7 +164,7 @@ def test_every_name_is_documented_and_every_column_described():
 
 @pytest.mark.timeout(900)
 def test_the_examples_of_the_page_run_as_they_stand(tmp_path, cache):
-    """In a process of their own, on a small sweep: it starts Ray twice."""
+    """In a separate process, on a small sweep: it starts Ray twice."""
     (tmp_path / "sweep.yaml").write_text(SMALL)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), flags=re.DOTALL)
     (tmp_path / "page.py").write_text("\n".join([*blocks, CHECKS]))

@@ -1,4 +1,4 @@
-"""Images in Parquet files, tar archives and snapshots of the hub: what is read, what is left out and said, what is refused."""
+"""Images in Parquet files, tar archives and snapshots of the hub: what is read, left out with a note, and refused."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ STEMS = st.lists(
 @FEW
 @given(STEMS, st.sampled_from(["", "a/b/", "./v1.0/"]), st.sampled_from([".png", ".PNG", ".jpg"]), st.booleans())
 def test_every_picture_of_a_tar_is_read_with_its_label_or_counted(tmp_path, stems, folder, suffix, is_zipped):
-    """Names with dots, in folders, in capitals: none is lost without a word, and none gets another's label."""
+    """Names with dots, in folders, in capitals: none is lost silently, and none gets another's label."""
     members = []
     for n, stem in enumerate(sorted(stems)):
         members += [(f"{folder}{stem}{suffix}", encoded(n)), (f"{folder}{stem}.CLS", f"label of {stem}".encode())]

@@ -1,4 +1,4 @@
-"""A run that was resumed after its code had changed: everything shown comes from the audits behind its answer."""
+"""A run that was resumed after its code had changed: all results shown come from the audits behind its answer."""
 
 from __future__ import annotations
 

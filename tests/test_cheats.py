@@ -1,4 +1,4 @@
-"""Cheats that an audit must catch: models that seem to have forgotten, but still know the thing or have lost everything."""
+"""Cheats that an audit must catch: models that seem to have forgotten, but still know the forgotten data or have lost everything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings mean what they say: reductions, clips, guidance, averages, rates, stages. In float64, on tiny networks."""
+"""The meaning of settings: reductions, clips, guidance, averages, rates, stages. In float64, on tiny networks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def after(method, task, steps: int = 4):
 
 
 def released_loop(cls, task, sign: float, clip: float, steps: int = 4):
-    """SISS's loop in the words of torch: errors summed over pixels, clipped to a norm, AdamW (0.95, 0.999) with 1e-6."""
+    """SISS's loop in plain PyTorch: errors summed over pixels, clipped to a norm, AdamW (0.95, 0.999) with 1e-6."""
     method = build(cls, task)
     model, params, norms = method.model, method.params, []
     optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.95, 0.999), weight_decay=1e-6)
@@ -222,7 +222,7 @@ def test_learning_rate_warms_up_and_decays(points_task):
 
 @pytest.mark.parametrize("cls", [GradDiff, RGD])
 def test_full_pass_is_the_gradient_of_the_mean_over_all_retained_rows(class_task, cls):
-    """Whatever the pieces: the released average divides a last piece of 2 rows by 64."""
+    """For any size of pieces: the released average divides a last piece of 2 rows by 64."""
     more = {"retain_pass": "full", "retain_per_group": 5, "clip_norm": None, "trunc_elem_sq": None}
     whole, pieces = (build(cls, class_task, batch_size=size, **more) for size in (25, 7))
     batch = batch_for(whole, class_task)

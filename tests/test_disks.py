@@ -1,4 +1,4 @@
-"""Images as they lie on disks, in folders with captions: what is read, what is left out and said, what is refused."""
+"""Images on disk, in folders with captions: what is read, left out with a note, and refused."""
 
 from __future__ import annotations
 

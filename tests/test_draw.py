@@ -1,4 +1,4 @@
-"""Images that a model draws as data for a task: by prompt, by seed, and sorted into memorised and other ones."""
+"""Images that a model draws as data for a task: by prompt, by seed, and sorted into memorised and other images."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def test_erasediff_looks_ahead_at_the_rate_of_its_outer_step(points_task, moment
 
 
 def test_erasediff_passes_over_the_forget_set(class_task):
-    """A look-ahead of ceil(n / batch) fresh inner steps sees every forgotten row once, the next one goes on from there."""
+    """A look-ahead of ceil(n / batch) fresh inner steps sees every forgotten row once; the next one continues from there."""
     method = build(EraseDiff, class_task, inner_steps=2, inner_every=3, batch_size=3)
     forget = class_task.splits["forget"].x
     assert len(forget) == 6

@@ -17,7 +17,7 @@ LR = Space("rgd", {}, (Parameter("lr", "log", (1e-5, 1e-3), {}),), ())
 
 
 class Gauge:
-    """Stands in for Ray's gauge, and keeps the last value of every name and tags."""
+    """Replaces Ray's gauge and keeps the last value of each name and its tags."""
 
     seen: dict[tuple, float] = {}
 

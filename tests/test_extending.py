@@ -1,4 +1,4 @@
-"""The worked examples of docs/extending.md, as they stand there: installed as a package, run, and put into raysweep itself."""
+"""The worked examples of docs/extending.md, read from the page: installed as a package, run, and added to raysweep itself."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ for kind, name in (("evaluator", "brightness"), ("evaluator", "second_look"), ("
 
 
 def test_inside_raysweep_the_examples_touch_no_more_files_than_the_page_says(tmp_path):
-    """All but the section, whose two files are a template and what fills it."""
+    """All except the section, whose two files are a template and the function that fills it."""
     for package in ("raysweep", "methods", "evaluators", "search_spaces"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     added = {

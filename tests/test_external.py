@@ -66,7 +66,7 @@ def brought(named, tmp_path_factory):
 
 
 class Real:
-    """Stands in for a model whose samples are real held-out images of the class that is asked for."""
+    """Acts as a model whose samples are real held-out images of the requested class."""
 
     def __init__(self, task):
         self.task, self.model = task, tiny_model(task)

@@ -1,4 +1,4 @@
-"""Workers, auditors and the manager die, hang and fail; jobs and audits are done once all the same. Real Ray."""
+"""Workers, auditors and the manager die, hang and fail; each job and audit is still done exactly once. Real Ray."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TIER = Tier(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a task, a base model and a judge, and a local Ray in which faulty methods can be found."""
+    """A folder with a task, a base model and a judge, and a local Ray with the faulty methods installed."""
     folder = tmp_path_factory.mktemp("faults")
     path = install_faulty(folder / "faulty")
     variables = {
@@ -95,7 +95,7 @@ def warm(folder):
 def test_a_job_that_is_done_is_not_done_again(folder, warm):
     started = time.monotonic()
     one = warm.run(job(folder, "a"))
-    assert time.monotonic() - started < 15  # a group of its own would take longer to start
+    assert time.monotonic() - started < 15  # a separate group would take longer to start
     assert (one.status, warm.run(job(folder, "again", out="a"))) == ("ok", one)
     other = warm.run(job(folder, "b"))
     assert other.digest == one.digest
@@ -214,7 +214,7 @@ def test_requests_wait_for_an_auditor_that_is_being_restarted(folder):
     manager = AuditManager.remote(str(run), ["aud-r"], NAMESPACE, 2, 120)
     pending = [manager.audit.remote(request(folder, f"s{k}", run)) for k in range(5)]
     ray.wait(pending, num_returns=1)
-    ray.kill(auditor, no_restart=False)  # it refuses whatever is asked of it until its process is up again
+    ray.kill(auditor, no_restart=False)  # it refuses every call until its process is up again
     answers = ray.get(pending, timeout=200)
     assert [a["reason"] for a in answers if a["status"] != "ok"] == []
     for actor in (auditor, manager):
@@ -222,7 +222,7 @@ def test_requests_wait_for_an_auditor_that_is_being_restarted(folder):
 
 
 def test_every_caller_is_answered_before_a_run_ends(folder):
-    """Ray would print of each of them that it will be tried again, were the manager killed first."""
+    """If the manager were killed first, Ray would print for each of them that it will be tried again."""
     run = folder / "run4"
     run.mkdir()
     auditor = Auditor.options(name="aud-c").remote()
@@ -263,7 +263,7 @@ def test_a_failed_audit_is_recorded_and_the_others_continue(folder):
 
 
 def test_gauges_reach_rays_metrics(folder):
-    """What the dashboard and Prometheus scrape."""
+    """The metrics that the dashboard and Prometheus scrape."""
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = {"raysweep_audit_queue", "raysweep_audit_seconds", "raysweep_audit_images_per_second"}

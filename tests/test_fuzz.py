@@ -1,7 +1,7 @@
-"""Whatever users write ends in an answer: exit code 0 with what was asked for, or 2 with messages; never in a traceback.
+"""Any user input gets an answer: exit code 0 with the result, or 2 with messages; never a traceback.
 
 `pytest -m slow tests/test_fuzz.py tests/test_fuzz_data.py` tries 10,000 configs, and 1,000 each of model folders, sources of
-images of every kind, and files of prompts. What fails names its seed; `FUZZ_SEEDS=17,2041` before the command tries those alone.
+images of every kind, and files of prompts. A failure names its seed; `FUZZ_SEEDS=17,2041` before the command tries those alone.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_configs(shard, tmp_path_factory, monkeypatch):
         text, more = texts[rng.integers(len(texts))], []
         tree = yaml.safe_load(text)
         if rng.integers(4):
-            # other miniatures would have to be made, which takes longer than all that is tried here
+            # other miniatures would have to be made, which takes longer than all of these tests
             tiny = tree.pop("tiny", None) if rng.integers(10) else None
             tree = mutated_tree(tree, rng, 3)
             if tiny and isinstance(tree, dict):

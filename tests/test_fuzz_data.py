@@ -1,4 +1,4 @@
-"""Whatever is done to a file of data, each of its records is used or told of, or the source is refused by its name."""
+"""For any damage to a data file, each of its records is used or reported, or the source is refused by its name."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ SOURCES = {
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", SOURCES)
 def test_sources(name, tmp_path):
-    """A source is refused with its name, or each of its records is used or told of."""
+    """A source is refused with its name, or each of its records is used or reported."""
     failures, refused, count = {}, 0, 30
     for seed in seeds(1000, 0, 1):
         rng, folder = np.random.default_rng([9, seed]), tmp_path / f"source-{seed}"

@@ -49,7 +49,7 @@ def test_every_section_runs_at_a_toy_size(gpu, tmp_path, capsys, monkeypatch):
 def test_sections_skipped_for_lack_of_time_are_named(gpu, tmp_path, capsys):
     assert gpu.main(["--toy", "--out", str(tmp_path), "--only", "finetune", "--seconds", "-1"]) == 0
     assert json.loads((tmp_path / "gpu.json").read_text())["left_out"] == ["finetune at batch 2"]
-    assert "left out for want of time: finetune at batch 2" in capsys.readouterr().out
+    assert "left out for lack of time: finetune at batch 2" in capsys.readouterr().out
     assert not json.loads((tmp_path / "finetune.json").read_text())["whole"]
 
 

@@ -1,4 +1,4 @@
-"""Signals end a run whoever sends them and whenever: also where SIGINT is ignored, and after Tune had its own handler."""
+"""Signals end a run at any time and from any sender: also if SIGINT is ignored, and after Tune's own handler."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_handler_of_sigint_is_ours_again_after_tune():
 
 
 def interrupted(folder, awaited: str, *arguments: str) -> str:
-    """What a run says that is told to end once `awaited` stands in its output."""
+    """The output of a run that is signalled to end once `awaited` appears in it."""
     process = start(folder, folder / "cache", "run", "sweep.yaml", *arguments)
     try:
         while awaited not in log(folder):

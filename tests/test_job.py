@@ -62,7 +62,7 @@ def head(tmp_path_factory):
     else:
         code = 0
         pytest.fail((folder / "head.log").read_text())
-    assert code == 401  # the API is there, and closed to those without the token
+    assert code == 401  # the API is up, and closed to requests without the token
     yield env, address
     family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
@@ -77,7 +77,7 @@ def head(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory) -> Path:
-    """A working directory for `ray job submit` with the packages and a config, nothing else."""
+    """A working directory for `ray job submit` with the packages and a config only."""
     folder = tmp_path_factory.mktemp("shipped")
     for name in ("raysweep", "methods", "evaluators", "search_spaces"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -25,7 +25,7 @@ def test_a_trial_that_ran_out_of_time_continues_under_a_longer_limit(tmp_path, c
     assert ended("train.budget_s=10") == 1, log(tmp_path)
     assert "exceeded its budget of 10 s" in log(tmp_path)
     begun = len(calls.read_text().split())
-    assert ended("train.budget_s=10") == 1, log(tmp_path)  # nothing is wider, and nothing is tried again
+    assert ended("train.budget_s=10") == 1, log(tmp_path)  # no limit is larger, so nothing is tried again
     assert len(calls.read_text().split()) == begun
     assert ended("train.budget_s=600") == 0, log(tmp_path)
     assert "tried again, since the limit that ended them is wider by now: 000-slow" in log(tmp_path)
@@ -35,5 +35,5 @@ def test_a_trial_that_ran_out_of_time_continues_under_a_longer_limit(tmp_path, c
     again = len(calls.read_text().split()) - begun
     assert (
         begun + again <= 6 + 2
-    )  # it went on from its checkpoint: the step that was cut short, at most one more, and the rest
+    )  # it continued from its checkpoint: the step that was cut short, at most one more, and the rest
     assert run.sweep().train.budget_s == 600

@@ -40,7 +40,7 @@ def pictures(folder: Path, first: int) -> None:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A folder with a base, an oracle, images and a config that names them as they lie beside it; the working directory."""
+    """A folder with a base, an oracle, images and a config that names them relative to itself; the working directory."""
     for name, seed in (("base", 0), ("oracle", 1)):
         PixelDDPM.build(tiny_config(), seed).save(tmp_path / name)
     pictures(tmp_path / "train", 0)

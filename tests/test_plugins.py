@@ -1,4 +1,4 @@
-"""Methods, evaluators, attacks and tasks of other packages: found, checked, run, hashed, and recorded."""
+"""Methods, evaluators, attacks and tasks of other packages: discovered, checked, run, hashed, and recorded."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ resources: {slots: 1, auditors: 1}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, cache):
-    """A folder in which a sweep ran that is made of the package's parts alone, as far as they go."""
+    """A folder in which a sweep ran that uses the package's parts for everything that they cover."""
     folder = tmp_path_factory.mktemp("odd")
     (folder / "odd.yaml").write_text(CONFIG)
     path = os.pathsep.join([str(install(folder / "site")), str(ROOT)])
@@ -80,7 +80,7 @@ def test_a_sweep_of_another_packages_parts_ends_as_any_other(home, monkeypatch):
     assert front["verdicts"][finalist]["sentence"] == "merely avoided: planted at once (+1.00)"
     assert front["verdicts"]["oracle-0"]["label"] == "not tested"  # it has no other oracle to be compared with
     assert run.report.is_file()
-    # where the package is not installed, the run can be read and not gone on with
+    # without the package the run can be read but not resumed
     monkeypatch.chdir(home)
     assert run.sweep().task.seed == 0
     told = CliRunner().invoke(main, ["status", "odd", "--json"])
@@ -93,7 +93,7 @@ def test_a_sweep_of_another_packages_parts_ends_as_any_other(home, monkeypatch):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """The package, in reach of this process, in a folder of its own."""
+    """The package, importable in this process, in a separate folder."""
     monkeypatch.syspath_prepend(install(tmp_path / "site"))
     yield tmp_path / "site" / "oddments"
     plugins.files_digest.cache_clear()

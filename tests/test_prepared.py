@@ -1,4 +1,4 @@
-"""Prepared tensors: made once per setting that matters, shared by trials, made again when they are not what the card says."""
+"""Prepared tensors: made once per setting that matters, shared by trials, made again if they differ from the card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names, layers and imports: what the tables hold is there, and imports go one way."""
+"""Names, layers and imports: every table entry exists, and imports go one way."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_name_resolves_to_what_it_says(kind, table, base):
     assert all(hasattr(resolve("task", name), "build") for name in TASKS)
 
 
-# What libraries keep to themselves and we lean on all the same: file -> name -> the tests that fail when it goes.
+# Private names of libraries that raysweep uses: file -> name -> the tests that fail if it is removed.
 PRIVATE = {
     "methods/gradients.py": {"torch._foreach_lerp_": "test_sfd.py: the moving average against its formula"},
     "raysweep/planning/footprint.py": {
@@ -68,7 +68,7 @@ PRIVATE = {
 
 
 def test_private_names_of_libraries_are_few_and_each_stands_in_one_file():
-    """An upgrade may change them without a word. None of Optuna's and Ray's is among them."""
+    """An upgrade may change them without notice. None of Optuna's and Ray's is among them."""
     leaning: dict[str, set[str]] = {}
     for package in ("raysweep", "methods", "evaluators", "search_spaces"):
         for path in (ROOT / package).rglob("*.py"):

@@ -268,6 +268,6 @@ def test_terms_are_explained_on_the_page(tmp_path):
     terms = html[html.index('id="glossary"') : html.index('id="provenance"')]
     for name in ("residue", "damage", "oracle", "probe", "audit", "view", "presence", "excess", "over-forgetting"):
         assert f"<dt>{name}</dt>" in terms
-    for name in ("residue", "damage", "probe", "audit", "over-forgetting"):  # also where a reader first meets them
+    for name in ("residue", "damage", "probe", "audit", "over-forgetting"):  # also at their first use
         assert re.search(rf'<abbr title="[^"]+">{name}</abbr>', html)
     assert "reference point of residue 1.1 and damage 1.1" in terms

@@ -1,4 +1,4 @@
-"""A whole sweep through real Ray: killed midway, resumed by the same command, and everything that it leaves behind."""
+"""A whole sweep through real Ray: killed midway, resumed by the same command, and all files that it writes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def home(tmp_path_factory, cache) -> Path:
     first.wait()
     before = {p.parent.name: p.stat().st_mtime_ns for p in (folder / "runs/small/candidates").glob("*/raysweep.json")}
     (folder / "before.json").write_text(json.dumps(before))
-    psutil.wait_procs(family, timeout=20)  # Ray's processes end by themselves
+    psutil.wait_procs(family, timeout=20)  # Ray's processes end on their own
     second = start(folder, cache, "run", "small.yaml", *methods, PYTHONPATH=faulty)
     assert second.wait(timeout=500) == 0, log(folder)
     return folder
@@ -149,7 +149,7 @@ def test_the_front_names_the_best_sound_candidate_and_the_attacked_ones(run):
 
 
 def test_only_uncertain_candidates_are_audited_again(run):
-    """In a round of its own: seeds that no other tier has, the same judge, anchors of its own; values are means of rounds."""
+    """In a separate round: seeds of no other tier, the same judge, its own anchors; values are means of rounds."""
     points = {p["trial"]: p for p in read_table(run.front_table, FRONT).to_pylist() if p["kind"] == "candidate"}
     rows = [r for r in read_table(run.rows, ROWS).to_pylist() if not r["paired_with"]]
     tiers = {tier: {r["subject"] for r in rows if r["tier"] == tier} for tier in ("audit", "audit-2")}

@@ -102,7 +102,7 @@ def test_validate_reports_records_that_are_left_out(rows, tmp_path):
     )
     plain |= {"storage": str(tmp_path / "runs")}
     path = tmp_path / "c.yaml"
-    path.write_text(json.dumps(plain))  # which is YAML, too
+    path.write_text(json.dumps(plain))  # JSON is also YAML
     unconditional = tiny_config(None)
     unconditional["unet"] |= {"sample_size": 8, "in_channels": 3, "out_channels": 3}
     PixelDDPM.build(unconditional, 0).save(tmp_path / "base")

@@ -300,7 +300,7 @@ def test_random_override_is_any_class_but_the_forgotten_one(class_task, forget):
 
 
 def test_prompts_are_replaced_within_their_template(class_task):
-    """Class c in template k has the tokens (c, k): what stands in keeps the template of what must go."""
+    """Class c in template k has the tokens (c, k): the substitute keeps the template of the forgotten prompt."""
     prompts = tuple((c, (c, k)) for k in range(3) for c in range(4))
     goal = Goal("concept", 2, 0, (0, 1, 2, 3), (2, 0), prompts)
     method = build(class_task, goal=goal, batch_size=400)

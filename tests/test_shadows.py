@@ -11,7 +11,7 @@ from raysweep.engine.shadows import u_lira
 
 def scores(gap: float, seed: int = 0, shadows: int = 16, images: int = 12):
     rng = np.random.default_rng(seed)
-    hard = rng.normal(size=images)  # images differ among themselves by more than by what was done
+    hard = rng.normal(size=images)  # images differ from each other by more than the effect of unlearning
     unlearned, retrained = (hard + 0.3 * rng.normal(size=(shadows, images)) for _ in range(2))
     return unlearned + gap, retrained, hard + gap + 0.3 * rng.normal(size=images)
 

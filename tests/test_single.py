@@ -1,4 +1,4 @@
-"""The audit of a folder: what its card calls it, whatever the folder is called."""
+"""The audit of a folder: the name on its card, for any name of the folder."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_parts_of_several_sources(tmp_path):
 
 
 def test_torchvision_cifar_checks_its_files(tmp_path):
-    """Other bytes than CIFAR-10's fail torchvision's own hash check, and say how to get the data."""
+    """Other bytes than CIFAR-10's fail torchvision's hash check; the message says how to get the data."""
     with pytest.raises(SourceError, match=r"CIFAR10 is not there; fetch it with torchvision.datasets.CIFAR10"):
         list(write_cifar(tmp_path).records(Tally()))
 

@@ -131,7 +131,7 @@ def test_a_batch_runs_while_the_next_waits_for_the_one_before_it(tmp_path):
     a, b, c, d = (search.suggest(k) for k in "abcd")  # nothing to wait for: two batches
     assert search.suggest("e") is None
     search.on_trial_complete("c", value(c))
-    assert search.study.trials[c["number"]].state == TrialState.RUNNING  # held back: the third batch is not to know it
+    assert search.study.trials[c["number"]].state == TrialState.RUNNING  # held back: unknown to the third batch
     search.on_trial_complete("a", value(a))
     assert search.suggest("e") is None
     search.on_trial_complete("b", value(b))

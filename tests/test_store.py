@@ -223,7 +223,7 @@ def test_a_run_resumes_with_other_limits_and_under_a_newer_raysweep(tmp_path, mo
     patient = load(None, (f"storage={tmp_path}", "train.budget_s=7200", "audit.timeout_s=7200", "resources.slots=1"))
     before = folder.read_manifest()["created_at"]
     with folder.claim(patient, {}):
-        assert folder.sweep().resolved() == patient.resolved()  # which is what the processes of the run read
+        assert folder.sweep().resolved() == patient.resolved()  # the processes of the run read this
     assert folder.read_manifest()["created_at"] == before
     monkeypatch.setattr(type(sweep), "digest", "f" * 16)  # as settings that are added later change it
     assert folder.run_id == run_id
@@ -232,7 +232,7 @@ def test_a_run_resumes_with_other_limits_and_under_a_newer_raysweep(tmp_path, mo
 
 
 def test_a_run_does_not_resume_with_other_data(tmp_path):
-    """It keeps the task of its beginning: what is measured on that must not be taken for a measurement on the new one."""
+    """It keeps its original task: measurements on it must not be taken for measurements on the new one."""
     sweep = load(None, (f"storage={tmp_path}",))
     folder = RunDir.of(sweep)
     with folder.claim(sweep, {"task": "a"}):
@@ -263,7 +263,7 @@ def test_leftovers_of_killed_writes_are_removed(tmp_path):
     os.utime(left[1], (0, 0))
     (model := folder.path / "candidates" / ".000-rgd.7.tmp").mkdir(parents=True)
     (model / "config.json").write_text("{}")
-    (writing := cache / "models" / ".base.9.tmp").mkdir(parents=True)  # begun long ago, and still being written
+    (writing := cache / "models" / ".base.9.tmp").mkdir(parents=True)  # started long ago, and still being written
     (writing / "weights").write_bytes(b"")
     os.utime(writing, (0, 0))
     kept, forgotten = (cache / "models" / f".{name}.partial.pt" for name in ("kept", "forgotten"))
@@ -271,7 +271,7 @@ def test_leftovers_of_killed_writes_are_removed(tmp_path):
         path.write_bytes(b"")
     os.utime(forgotten, (0, 0))
     with folder.claim(sweep, {}):
-        assert all(p.exists() for p in (alive, writing, kept))  # another run may be writing them, or go on from them
+        assert all(p.exists() for p in (alive, writing, kept))  # another run may be writing them, or resume from them
         assert not any(p.exists() for p in (*left, model, forgotten))
         left[0].write_bytes(b"PAR1")
     assert not left[0].exists()

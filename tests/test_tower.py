@@ -64,7 +64,7 @@ def save_clip(clip: CLIPModel, folder: Path) -> Path:
 
 
 def pair(folder: Path, more: int = 0) -> tuple[LatentText, CLIPModel]:
-    """A pipeline whose text encoder is of a CLIP model that lies in `folder`."""
+    """A pipeline whose text encoder comes from a CLIP model saved in `folder`."""
     model = LatentText.build(LATENT, 0)
     clip = clip_for(model, more)
     adopt(model.net["text_encoder"], clip)

@@ -48,7 +48,7 @@ def job(home, name: str, **settings) -> Job:
 
 
 class Trainer:
-    """Stands in for Ray's TorchTrainer: its worker runs out of time `slow` times and is started again each time."""
+    """Replaces Ray's TorchTrainer: its worker runs out of time `slow` times and is started again each time."""
 
     slow = 0
 
@@ -158,7 +158,7 @@ def test_dropout_after_a_checkpoint_is_that_of_an_uninterrupted_run(home):
 
 
 def test_two_runs_of_one_config_share_a_cluster(tmp_path, monkeypatch):
-    """Each trial asks the actors of its own run: names of actors hold for the whole cluster."""
+    """Each trial calls the actors of its own run: names of actors are shared by the whole cluster."""
     asked = []
     monkeypatch.setattr(trial.ray, "get_actor", lambda name, namespace: asked.append(name) or name)
     sweep = load(None, ())

@@ -62,7 +62,7 @@ def test_remedies_are_longer_training_and_if_that_can_help_more_samples(points_t
 
 
 def test_the_advised_number_of_samples_tells_the_same_gap():
-    """Errors fall with the root of the samples: at the advised number the same gap is told."""
+    """Errors fall with the root of the samples: at the advised number the same gap is detected."""
     rng = np.random.default_rng(0)
 
     def anchors(count: int) -> Anchors:
@@ -83,7 +83,7 @@ def test_the_advised_number_of_samples_tells_the_same_gap():
 
 @pytest.mark.parametrize(("metric", "side"), sorted(KNOWS.items()))
 def test_a_base_that_knows_less_than_the_oracles_has_nothing_to_forget(metric, side):
-    """As one does after a single step of training: its distance to the oracles is real, and says nothing about forgetting."""
+    """Such as a base after a single step of training: its distance to the oracles is real, but unrelated to forgetting."""
 
     def measured(value: float) -> Measured:
         return Measured({metric: value}, {metric: np.full(10, value) + 0.001 * np.arange(10)})
@@ -103,7 +103,7 @@ def test_every_view_of_a_task_has_a_side():
 
 @pytest.fixture
 def without_ray(monkeypatch):
-    """The engine with every part that needs Ray taken out; returns what was called, in order."""
+    """The engine with every part that needs Ray replaced; returns the calls, in order."""
     called: list[str] = []
 
     @contextlib.contextmanager

@@ -153,7 +153,7 @@ def test_a_concept_of_a_users_model(tmp_path):
     }
     task = ImagesTask(**rows, kind="concept", search_prompts=search, audit_prompts=audit).build()
     assert (task.kind, task.forget_class, task.thing) == ("concept", 1, "the concept 'dog'")
-    assert task.texts["prompts_probe"] == tuple(CAPTIONS[k] for k in KINDS)  # of a wolf there is no image
+    assert task.texts["prompts_probe"] == tuple(CAPTIONS[k] for k in KINDS)  # there is no image of a wolf
     assert len(task.splits["prompts_audit"]) == 6
     assert task.splits["forget"].cond.shape == (20, 32)
     with pytest.raises(ValueError, match="prompts are used both by the search and by the audit"):

@@ -1,4 +1,4 @@
-"""Vision-language models: what the plain library makes of a saved one, what an edit touches, and how they are questioned."""
+"""Vision-language models: loading a saved one with the plain library, the tensors that an edit changes, and questions."""
 
 from __future__ import annotations
 
