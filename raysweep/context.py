@@ -21,7 +21,7 @@ from raysweep.train.jobs import Job
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a method prepared. by: the settings that it depends on, with their defaults; files: its files, by `prepared_key`."""
+    """Tensors that a method prepared. by: the settings that it depends on, with their defaults; files: its files, by `prepared_key`."""
 
     by: dict[str, Any]
     files: dict[str, str]

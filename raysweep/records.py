@@ -31,18 +31,18 @@ class Check:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models: all that differs between families, but for the handle itself.
+    """A family of models: everything that differs between families, except the handle itself.
 
     Args:
         handle: "module:class" of the handle, a subclass of `raysweep.models.handle.Handle`. It is imported when a model of the
             family is: the libraries of the others would take every process of a run seconds to load.
         model_kind: "diffusion" for models that draw images, "contrastive" for models that compare images with captions.
         conditions: the kinds of conditions that its networks take.
-        abilities: what its models offer besides what all models of their kind do: "answers" (to questions about images), "safe
+        abilities: features of its models that not all models of their kind have: "answers" (to questions about images), "safe
             sampling" (guidance away from a concept), "retraining" (a model can be trained from scratch on the task's images),
             "free steps" (the sampler is not bound to the steps of the training's noise schedule).
         library: the library that reads its folders, as model hubs name it.
-        loading: the line of Python that reads a folder, which stands there as FOLDER. {NAME} stands for the class of the part
+        loading: the line of Python that reads a folder, written as FOLDER. {NAME} is replaced by the class of the part
             NAME in the folder's model_index.json.
         pipelines: names of the diffusers pipelines whose folders hold such a model.
         marks: files by which its other folders are recognised, and what these JSON files must say ({}: nothing in particular).

@@ -147,7 +147,7 @@ _TABLES: dict[str, Mapping[str, str | Check | Family]] = {
     "sampler": SAMPLERS,
     "section": {},
 }
-# Where other packages offer each kind.
+# The entry point groups by which other packages offer each kind.
 _GROUPS = {
     "method": "raysweep.methods",
     "evaluator": "raysweep.evaluators",
@@ -236,7 +236,7 @@ def checks_by_weights() -> dict[str, str]:
 
 
 def reach_of(evaluator: str) -> Reach | None:
-    """What an attacker needs who does what an evaluator does; None where it does not attack."""
+    """The access that an attacker needs for an evaluator's attack; None if it is not an attack."""
     check = EVALUATORS.get(evaluator)
     reach: Reach | None = resolve("evaluator", evaluator).reach if check is None else check.reach
     return reach

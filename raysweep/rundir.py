@@ -47,7 +47,7 @@ STORAGE = Path("runs")  # where runs are looked for by name
 
 
 class Changes(TypedDict, total=False):
-    """Entries of a manifest that change while a run goes on."""
+    """Entries of a manifest that change during a run."""
 
     state: str  # new, running, done, incomplete, failed or interrupted
     reason: str  # why it failed

@@ -84,7 +84,7 @@ def test_pictures_that_are_not_read_are_counted_and_named(tmp_path):
     lines = lines_of(tally.account("train", tmp_path, {"to retain": 59}))
     assert lines == [
         f"train: 59 of 61 records of {tmp_path} read; kept: 59 to retain",
-        "train: left out 1: a Git LFS pointer in the place of the file (run `git lfs pull`) (cat/11.png)",
+        "train: left out 1: a Git LFS pointer instead of the file (run `git lfs pull`) (cat/11.png)",
         "train: left out 1: a format that is not read (.heic) (cat/phone.HEIC)",
     ]
     json.dumps(tally.account("train", tmp_path))

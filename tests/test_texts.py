@@ -89,7 +89,7 @@ def test_numbers_with_exponents_in_configs_and_on_the_command_line(tmp_path):
 def test_a_repeated_key_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("search: {trials: 12}\nname: a\nsearch: {trials: 24}\n")
-    with pytest.raises(ConfigError, match=r"c\.yaml:3: not valid YAML: the key 'search' stands twice, first in line 1"):
+    with pytest.raises(ConfigError, match=r"c\.yaml:3: not valid YAML: the key 'search' occurs twice, first in line 1"):
         load(path)
     assert load_yaml("a: &x {k: 1}\nb: {<<: *x, k: 2}") == {"a": {"k": 1}, "b": {"k": 2}}
     with pytest.raises(yaml.YAMLError):
@@ -100,5 +100,5 @@ def test_text_that_yaml_reads_as_a_number_or_a_truth_value_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     for value in ("12e4", "007", "no"):
         path.write_text(f"name: {value}\n")
-        with pytest.raises(ConfigError, match=r"c\.yaml:1: name: must be text; .* unless it stands in quotes"):
+        with pytest.raises(ConfigError, match=r"c\.yaml:1: name: must be text; .* unless it is quoted"):
             load(path)

@@ -166,7 +166,7 @@ def test_a_run_that_fails_leaves_a_report_that_says_why(tmp_path, monkeypatch, w
         f"The run failed: {'ZeroDivisionError: ' if isinstance(error, ZeroDivisionError) else ''}{error}. No candidate is recommended."
         in html
     )
-    assert ("report", f"of what there is: {folder.report}") in said
+    assert ("report", f"of the results so far: {folder.report}") in said
 
 
 def test_an_attempt_does_not_inherit_the_reason_of_the_one_before(tmp_path, monkeypatch, without_ray):

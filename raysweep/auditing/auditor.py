@@ -44,7 +44,7 @@ class Peers(Mapping[str, "Subject"]):
 
 @dataclass
 class TierCache:
-    """What an auditor keeps for one tier: anchors by digest, with all that was computed for them, and arrays by name."""
+    """An auditor's cache for one tier: anchors by digest, with everything computed for them, and arrays by name."""
 
     anchors: dict[str, Subject] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)

@@ -121,7 +121,7 @@ class Card:
 
 
 def thresholds() -> dict[str, str]:
-    """What was fixed before any model was looked at, in words."""
+    """Sentences on the thresholds that were fixed before any model was measured."""
     from evaluators import classifier, membership, memorisation, reconstruction
     from raysweep.auditing import objectives, verdict
 

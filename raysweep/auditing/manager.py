@@ -3,7 +3,7 @@
 An append-only log in the run directory, flushed to disk at every line, records the end of each audit by its key. A manager
 that was killed replays it; Ray retries the callers' pending calls, which find the answer or queue up again. An auditor that
 dies or hangs costs one of its request's attempts; after the last one the request is recorded as failed. The code here stays
-trivial, because Ray retries whatever kills this actor.
+trivial, because Ray retries every call that kills this actor.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class AuditManager:
         start.add_done_callback(self.starting.discard)
 
     async def _when_up(self, number: int, auditor: ActorHandle) -> None:
-        """Offers an auditor when it answers, or after the time limit, so that no request waits for ever.
+        """Offers an auditor when it answers, or after the time limit, so that no request waits forever.
 
         Its start does not count as time of an audit. While it restarts it refuses calls at once, which would use up all
         attempts of the waiting requests.

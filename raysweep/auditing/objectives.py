@@ -21,8 +21,8 @@ import numpy as np
 
 from evaluators.statistics import jackknife_se
 
-INFORMATIVE = 4.0  # standard errors between base and oracles from which on a view counts
-# Side of the oracles on which a model lies that knows what must be forgotten; nothing is assumed of other metrics.
+INFORMATIVE = 4.0  # least difference of base and oracles, in standard errors, for a view to count
+# Side of the oracles on which models with the forgotten data lie; other metrics have no known side.
 KNOWS = {
     "classifier.leak": 1,
     "classifier.recognised": 1,
@@ -102,7 +102,7 @@ class View:
     """One view of the residue.
 
     base, oracle: their values, None if an anchor lacks the metric; gap_se: the standard error of their difference.
-    informative: whether they can be told apart in the right direction; reason: why not.
+    informative: whether it separates them in the right direction; reason: why not.
     """
 
     metric: str
@@ -146,7 +146,7 @@ class Unmeasured(ValueError):
 
 
 class Indistinct(Unmeasured):
-    """No view tells the base from the oracles in the right direction; `views` contains each with its reason."""
+    """No view separates the base from the oracles in the right direction; `views` contains each with its reason."""
 
     def __init__(self, views: list[View]):
         super().__init__(
@@ -180,7 +180,7 @@ def knows_less(metric: str, base: float, oracle: float) -> bool:
 
 
 def _uninformative(metric: str, base: float, oracle: float, se: float) -> str:
-    """The reason why a view is uninformative; empty if it tells the base from the oracle."""
+    """The reason why a view is uninformative; empty if it separates the base from the oracle."""
     gap = abs(base - oracle)
     if gap == 0:
         return f"base and oracle are both {base:.3g}"

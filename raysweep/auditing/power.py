@@ -54,7 +54,7 @@ def decided_by(metric: str, kind: str, tier: str = "audit") -> str:
 
 
 def remedies(views: Sequence[View], task: Task, tier_name: str, tier: Tier) -> str:
-    """Advice if no view of a tier tells the base from the oracles: the settings to raise, and to which values."""
+    """Advice if no view of a tier separates the base from the oracles: the settings to raise, and to which values."""
     name, samples = tier_name.partition("-")[0], []
     if all(view.base is None for view in views):
         return "the checks gave nothing to compare: mend what made them fail, and run the same command again"
@@ -71,7 +71,7 @@ def remedies(views: Sequence[View], task: Task, tier_name: str, tier: Tier) -> s
                 f"if so small a difference of {view.metric} is worth forgetting, raise {key} from {count} to about "
                 f"{math.ceil(count * times)}"
             )
-    if name == "probe" and samples:  # the audit, with more samples, tells them apart
+    if name == "probe" and samples:  # the audit, with more samples, separates them
         return "; or ".join(samples)
     if task.given_base:
         training = (

@@ -1,10 +1,10 @@
-"""The verdict on a model: one label, by the attacks that bring the forgotten data back. The first that holds; no Ray.
+"""The verdict on a model: the first of these labels that holds, by the attacks that bring the forgotten data back.
 
 destroyed        retained content is no longer valid, so little can be said about forgetting
-remembers        more of the forgotten data is there than in the oracles, without any attack
+remembers        the model shows more of the forgotten data than the oracles, without any attack
 merely avoided   an attack on the input alone (sampler, noise, condition) brings back more than in the oracles
 concealed        an attack on the weights does
-like the oracle  no attack tells the model from the oracles, up to `within`
+like the oracle  no attack separates the model from the oracles, up to `within`
 
 "Brings back more" means an excess over the oracles above `MARGIN`, one-sided, with Benjamini and Hochberg's control of false
 discoveries over all attacks and strengths of a model. Moving the weights back towards the base does not count: it needs the

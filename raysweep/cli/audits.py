@@ -93,7 +93,7 @@ def verify(card: str, task: str | None, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @reports_errors
 def shadows(run: str, trial: str, models: int, as_json: bool) -> int:
-    """Attack a trial's method with shadow models (U-LiRA): can unlearned models be told from retrained ones?
+    """Attack a trial's method with shadow models (U-LiRA): how well unlearned and retrained models can be told apart.
 
     Each shadow is a base, its unlearned version and a retrained model, so this costs as much as preparing that many sweeps
     and is meant for small models. Shadows that are already trained are reused.

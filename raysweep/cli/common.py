@@ -156,7 +156,7 @@ def print_json(data: Any) -> None:
 
 
 def print_warnings(sweep: Sweep) -> None:
-    """Prints what is legal in a config and probably not meant."""
+    """Prints warnings about settings that are valid but probably mistakes."""
     for text in sweep.warnings:
         click.echo(f"warning: {text}", err=True)
 

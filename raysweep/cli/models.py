@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def export(run: str, trial: str, out: str, as_delta: bool) -> int:
     """Copy a candidate, with a model card, as a folder that its model family's library loads; its hash is checked.
 
-    Warns if the run does not recommend the candidate, or recommends it with reservations; the model card says so, too.
+    Warns if the run does not recommend the candidate, or recommends it with reservations; the model card also says so.
     """
     from raysweep.config.schema import ConfigError
     from raysweep.context import Context

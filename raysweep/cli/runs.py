@@ -73,7 +73,7 @@ def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
 
 
 def _say_answer(result: Result, say: Callable[[str, str], None]) -> None:
-    """Says what came out of a sweep: its front, missing checks, the answer, and where the report is."""
+    """Prints the outcome of a sweep: its front, missing checks, the answer, and the path of the report."""
     front = result.front
     assert front is not None  # of a sweep that ended
     failed = sum(t.has_failed for t in result.trials)

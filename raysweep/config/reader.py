@@ -240,7 +240,7 @@ def _explain(
         location = f"{source}:{line}" if line else source
     value = error.get("input")
     if error["type"] == "string_type" and isinstance(value, int | float):
-        message = "must be text; YAML reads this as a number or a truth value unless it stands in quotes"
+        message = "must be text; YAML reads this as a number or a truth value unless it is quoted"
     is_shown = isinstance(value, str | int | float | bool) and error["type"] != "value_error"
     return f"{location}: {key + ': ' if key else ''}{message}{f' (got {value!r})' if is_shown else ''}"
 

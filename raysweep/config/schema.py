@@ -29,7 +29,7 @@ class ConfigError(ValueError):
 
 
 class Tier(Section):
-    """What one tier of the audit measures, with which sample sizes and seeds."""
+    """One tier of the audit: its checks, sample sizes and seeds."""
 
     seed: int = Field(ge=0, description="seed of every random draw of the tier; tiers must differ")
     judge: Literal["probe", "audit"] = Field(

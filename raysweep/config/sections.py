@@ -22,7 +22,7 @@ def is_stored(info: ValidationInfo) -> bool:
 
 
 class SearchConfig(Section):
-    """How hyperparameters are searched."""
+    """Settings of the search over hyperparameters."""
 
     trials: int = Field(36, ge=1, description="number of trials, shared equally between the methods")
     sampler: str = Field("tpe", description="sampler of hyperparameters: tpe, random, or one of another package")
@@ -52,7 +52,7 @@ class LoRA(Section):
 
 
 class TrainConfig(Section):
-    """How trials are trained."""
+    """Settings of the training of trials."""
 
     executor: Annotated[Literal["warm", "isolated"], ASIDE] = Field(
         "warm",

@@ -154,7 +154,7 @@ def _question(sweep: Sweep, task: Task, request: AuditRequest) -> str:
 
 
 def _untested(task: Task, findings: list[Finding], incomplete: list[str]) -> list[str]:
-    """What the card must not be read as covering."""
+    """Sentences on what the card does not cover."""
     skipped = [f for f in findings if f.status == "skipped" and f.metric in ("auc", "presence")]
     untested = ["Adversarial prompts were not tried.", *(f"{f.check}: {f.reason}" for f in skipped)]
     if task.kind == "concept":

@@ -50,7 +50,7 @@ REACH_S = 10.0
 
 
 class RunFailed(RuntimeError):
-    """A run cannot go on; the message says why."""
+    """A run cannot continue; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 def _reach(address: str) -> None:
     """Raises ConfigError if nothing answers at HOST:PORT; Ray would try for minutes."""
     host, _, port = address.rpartition(":")
-    if not (host and port.isdigit()) or "/" in address:  # "auto" and the like: Ray knows
+    if not (host and port.isdigit()) or "/" in address:  # "auto" and the like, which Ray resolves
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()

@@ -78,7 +78,7 @@ class FinalAudit:
                 if number > 1:  # the anchors of the first round were measured before the search
                     self.incomplete += measure_anchors(engine, context, tier_name, tier)
             except (RunFailed, Unmeasured) as error:
-                self.incomplete.append(f"{tier_name}: {error}")  # the front of the earlier rounds stands
+                self.incomplete.append(f"{tier_name}: {error}")  # the front of the earlier rounds remains
                 engine.events.say("failed", f"{tier_name}: {error}")
                 break
             keys, missing = running.collect()

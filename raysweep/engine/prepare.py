@@ -34,7 +34,7 @@ POLL_S = 0.5
 
 
 def prepare(engine: Engine) -> Context:
-    """Makes base, oracles and judges, as far as they are neither given nor in the cache; writes the run's context."""
+    """Makes those of base, oracles and judges that are neither given nor cached; writes the run's context."""
     sweep, task, folder = engine.sweep, engine.task, engine.folder
     with engine.threads() as threads:
         auditors, training = _start_autoencoder(engine)

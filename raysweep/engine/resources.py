@@ -1,6 +1,6 @@
 """Plans how training and auditing share a cluster, and checks that everything fits before anything starts.
 
-A plan that does not fit would not fail by itself: Ray would wait for ever, silently, for resources that other parts hold.
+A plan that does not fit would not raise an error: Ray would wait forever, silently, for resources that other parts hold.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def driver_cpus(self) -> float:
-        """CPUs that a trial function holds where the cluster has no trial slots."""
+        """CPUs that a trial function holds if the cluster has no trial slots."""
         return 0.0 if self.trial_slots else 0.05
 
     def describe(self) -> str:

@@ -23,7 +23,7 @@ from raysweep.tasks.records import data_lines
 
 @dataclass
 class Result:
-    """How a run ended. incomplete: checks that failed on anchors or in the final audit, and audits that lack an objective."""
+    """The outcome of a run. incomplete: checks that failed on anchors or in the final audit, and audits that lack an objective."""
 
     folder: RunDir
     front: Front
@@ -36,7 +36,7 @@ def run_sweep(sweep: Sweep, events: Events) -> Result:
 
     Raises:
         ConfigError: the config, the run directory or the cluster does not allow it.
-        RunFailed: it cannot end with a front; the run directory says why and holds a report of what there is.
+        RunFailed: it cannot end with a front; the run directory states the reason and contains a report of the results so far.
         Interrupted: SIGINT or SIGTERM ended it; the same call resumes.
     """
     task, spaces = resolve_sweep(sweep)
@@ -75,7 +75,7 @@ def _run(engine: Engine) -> Result:
 
 
 def probed_otherwise(trials: list[Trial], context: Context, sweep: Sweep) -> str:
-    """A warning if completed trials were probed by other code, models or judges than those to come; "" if none was."""
+    """A warning if completed trials were probed by other code, models or judges than later ones will be; "" if none was."""
     done = [t for t in trials if t.state == "COMPLETE"]
 
     def key(t: Trial) -> str:
@@ -86,8 +86,8 @@ def probed_otherwise(trials: list[Trial], context: Context, sweep: Sweep) -> str
         return ""
     return (
         f"{len(changed)} of {len(done)} trials were probed before the checks' code, the anchors or the judges changed, so the "
-        "search compares what was measured in two ways; candidates that are audited are all measured anew. For a search of one "
-        f"kind run under another name, for example name={sweep.name}-2"
+        "search compares what was measured in two ways; all audited candidates are measured again. For a consistent "
+        f"search run under another name, for example name={sweep.name}-2"
     )
 
 
@@ -100,11 +100,11 @@ def monitors(folder: RunDir) -> list[str]:
 
 
 def _report_failure(folder: RunDir, events: Events) -> None:
-    """Writes the trials and a report of what there is."""
+    """Writes the trials and a report of the results so far."""
     from raysweep.report.page import build
 
     try:
         write_trials(folder, folder.run_id)
-        events.say("report", f"of what there is: {build(folder)}")
-    except Exception as error:  # the caller must hear of the run's failure, not of this one
+        events.say("report", f"of the results so far: {build(folder)}")
+    except Exception as error:  # the caller must see the run's failure, not this one
         events.say("warning", f"no report could be written: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""The README of an exported candidate: its origin, how to load it, what its audit found, and the limits of that."""
+"""The README of an exported candidate: its origin, how to load it, its audit results, and their limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raysweep.rundir import RunDir
 LIMITS = (
     "These are figures of the checks that were made, on the task's data, judges and seeds; they are not a proof of erasure. "
     "Adversarial prompts were not tried. Residue counts what is left relative to models retrained without the forgotten "
-    "data, so it says nothing about what the base itself knows beyond the task."
+    "data, so it says nothing about other knowledge of the base."
 )
 
 
@@ -32,7 +32,7 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
     candidate = folder.candidates / card["trial"]
     matter = {"library_name": family.library, "tags": ["machine-unlearning", "raysweep", card["method"]]}
     sampler = (
-        f" It is drawn from by a sampler of its own (`{samplers.FILE}`), which raysweep knows."
+        f" raysweep draws its images with the sampler in `{samplers.FILE}`."
         if (candidate / samplers.FILE).is_file()
         else ""
     )
@@ -54,7 +54,7 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
             "",
             *(f"- `{name}`: {value}" for name, value in sorted(card["hyperparameters"].items())),
             "",
-            "## What its audit found",
+            "## Audit results",
             *_findings(front, card["trial"]),
             "",
             "## Limits",
@@ -65,7 +65,7 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
 
 
 def _forgotten(task: dict[str, Any]) -> str:
-    """What the task must forget, in words."""
+    """The task's forgotten data, in words."""
     index = task["forget_class"]
     if task["class_names"] and index is not None:
         return f"{task['kind']} {task['class_names'][index]!r}"

@@ -1,4 +1,4 @@
-"""Pictures of scikit-learn's scans of digits: each digit stands for a class, each tint for a style."""
+"""Pictures of scikit-learn's scans of digits: digits are the classes, tints the styles."""
 
 from __future__ import annotations
 

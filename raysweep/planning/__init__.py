@@ -1,1 +1,1 @@
-"""What a sweep would do and cost, without starting it."""
+"""Dry runs: the plan and the cost of a sweep, without starting it."""

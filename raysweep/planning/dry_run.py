@@ -71,7 +71,7 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
 
 
 def untested(sweep: Sweep, task: Task) -> list[str]:
-    """What the audit of this sweep does not test, in sentences."""
+    """Sentences on what the audit of this sweep does not test."""
     checks = set(sweep.audit.audit.checks_for(task))
     attacking = set(sweep.audit.durability.checks_for(task)) if sweep.audit.finalists else set()
     by_weights = checks_by_weights()

@@ -91,7 +91,7 @@ def answer_table(data: ReportData, best: FrontRow | None) -> AnswerTable:
 
 
 def untested(data: ReportData) -> list[str]:
-    """The limits of the report: what nobody should conclude from it."""
+    """The limits of the report, in sentences."""
     candidates = [p.trial for p in data.candidates()]
     not_attacked = [name for name in candidates if name not in data.front.get("verdicts", {})]
     lines = ["Adversarial prompts were not tried."]
@@ -113,7 +113,7 @@ def untested(data: ReportData) -> list[str]:
 
 
 def fresh_material(data: ReportData) -> str:
-    """What the audit measured with that the search had not seen."""
+    """The audit's prompts, images and judges that the search had not seen."""
     if data.model_kind == "contrastive":  # such a model draws no images and is its own judge
         return "other labelled images and other prompts"
     return "fresh seeds and a judge with other training data"
@@ -154,7 +154,7 @@ def other_picks(data: ReportData) -> list[str]:
 
 
 def search_optimism(data: ReportData) -> list[str]:
-    """How far the audit lies from the search's own estimates, by objective."""
+    """Sentences on the difference between the audit and the search's estimates, by objective."""
     gaps = data.front.get("search_against_audit", {})
     return [_optimism(objective, gaps[objective]) for objective in OBJECTIVES if objective in gaps]
 

@@ -194,7 +194,7 @@ def _refuse_incomparable(
 def refuse_run_copies(folders: Sequence[RunDir], sweeps: Sequence[Sweep]) -> None:
     """Raises ConfigError if two runs are not independent: one folder, equal results or weights, or equal seeds.
 
-    An average over copies of one run has an interval that is too narrow, whatever the copies are called.
+    An average over copies of one run has too narrow an interval, also if the copies have other names.
     """
     seen: dict[tuple[str, str], int] = {}
     for k, (folder, sweep) in enumerate(zip(folders, sweeps, strict=True)):
@@ -206,7 +206,7 @@ def refuse_run_copies(folders: Sequence[RunDir], sweeps: Sequence[Sweep]) -> Non
 
 
 def _identities(folder: RunDir, sweep: Sweep) -> dict[str, str]:
-    """What two independent runs cannot share: kind of identity -> digest. Names and paths have no part in them."""
+    """Digests that two independent runs cannot share, by kind of identity. They do not depend on names and paths."""
     rows = [row.stored() for row in read_front(folder) if row.is_candidate]
     results = [[row[key] for key in ("method", "hyperparameters", "residue", "damage")] for row in rows]
     weights = sorted(t.digest for t in read_trials(folder) if t.digest)

@@ -1,4 +1,4 @@
-"""Everything that the page of a report shows, by the names under which its template knows it."""
+"""The variables of a report's template: everything that its page shows."""
 
 from __future__ import annotations
 

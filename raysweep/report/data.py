@@ -79,7 +79,7 @@ def gather(folder: RunDir) -> ReportData:
     front: dict[str, Any] = json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {}
     if front and "answer" not in front:
         raise ConfigError(
-            f"{folder.front_json}: was written by an earlier raysweep, whose runs this one cannot go on with: run the sweep again under "
+            f"{folder.front_json}: was written by an earlier raysweep, whose runs this version cannot resume: run the sweep again under "
             f"another name, for example name={folder.path.name}-2"
         )
     points = read_front(folder) if front else []

@@ -53,7 +53,7 @@ def added_sections(folder: RunDir) -> list[AddedSection]:
     for name, points in sorted(external("section").items()):
         try:
             html = resolve("section", name)(folder)
-        except Exception as error:  # a foreign function may raise anything, and the rest of the report stands
+        except Exception as error:  # a plugin may raise anything; the rest of the report is still written
             html = escape(f"It could not be made: {type(error).__name__}: {error}")
         if html:
             sections.append(AddedSection(name, provider(points[0]), Markup(html)))

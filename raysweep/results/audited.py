@@ -32,7 +32,7 @@ def keys_of(folder: RunDir, trials: Sequence[Trial]) -> Keys:
         front = json.loads(folder.front_json.read_text())
         if "audits" not in front:
             raise ConfigError(
-                f"{folder.front_json}: was written by an earlier raysweep, whose runs this one cannot go on with: run the sweep again under "
+                f"{folder.front_json}: was written by an earlier raysweep, whose runs this version cannot resume: run the sweep again under "
                 f"another name, for example name={folder.path.name}-2"
             )
         keys |= front["audits"]

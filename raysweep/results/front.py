@@ -61,7 +61,7 @@ class Front:
 
     @property
     def choice(self) -> Choice:
-        """The answer, by the verdicts as far as there are any."""
+        """The answer, by the verdicts that there are."""
         verdicts = {name: v for name, v in self.verdicts.items() if name in self.candidates}
         oracles = [row.residue for row in self.rows if not row.is_candidate and row.trial.startswith("oracle")]
         limit = max([FORGOTTEN, *oracles])

@@ -39,9 +39,11 @@ def _difference(metric: str, measured: Measured, references: Sequence[Measured])
     delta = measured.values[metric] - float(np.mean([model.values[metric] for model in references]))
     replicates = measured.replicates[metric] - np.mean([model.replicates[metric] for model in references], axis=0)
     se = lo = hi = None
-    if np.ptp(replicates) > 0:  # else there are fewer units than groups, or all are alike: an error of 0 would be a lie
+    if (
+        np.ptp(replicates) > 0
+    ):  # else there are fewer units than groups, or all are equal, and an error of 0 would be wrong
         se, lo, hi = jackknife_interval(delta, replicates)
-    check, name = metric.split(".", 1)  # a strength, as in weight_noise.presence@0.02, has a dot of its own
+    check, name = metric.split(".", 1)  # a strength, as in weight_noise.presence@0.02, also has a dot
     return {
         "tier": "audit",
         "check": check,

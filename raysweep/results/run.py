@@ -86,7 +86,7 @@ class Run:
 
     @property
     def answer(self) -> list[str]:
-        """Sentences that say what came out; raises ConfigError before the final audit."""
+        """Sentences on the outcome; raises ConfigError before the final audit."""
         return list(self._front_json()["answer"])
 
     @property

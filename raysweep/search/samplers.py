@@ -1,6 +1,6 @@
 """Samplers of the search: functions (seed, spaces) that return a sampler of Optuna.
 
-One is made for each trial, with a seed of its own, so that a resumed search goes on as an uninterrupted one would. It reads
+Each trial has a new one with its own seed, so that a resumed search continues like an uninterrupted one. It reads
 the trials before it from the study, whose two objectives (residue, damage) are minimised.
 """
 

@@ -11,7 +11,7 @@ These files suit the embedded models. `spaces.METHOD` of a sweep overrides them 
     released: sfd/cifar10  start from a released setting (see `raysweep.search.released`): it is the first point, and gives every
                            value that the sweep neither sets nor searches
     released: null         no setting was released: start from the method's defaults
-A point may be `{released: NAME, ...}`, too: that setting with the values beside it replaced. If a value differs from the
+A point may also be `{released: NAME, ...}`: that setting with the listed values replaced. If a value differs from the
 released one, the point's source says so; `because` (name -> reason, or one reason for all) says why.
 """
 
@@ -124,7 +124,7 @@ class Space:
         return replace(self, parameters=parameters)
 
     def variants(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """All combinations of values that the hyperparameters `names` can have in this space; those it leaves out are left out.
+        """All combinations of values that the hyperparameters `names` can have in this space; names that the space omits are omitted.
 
         Raises SpaceError for a range: every value in it would have to be prepared.
         """

@@ -1,4 +1,4 @@
-"""The Optuna study of a sweep, on a journal file in its run directory. Only this module and `samplers` know Optuna.
+"""The Optuna study of a sweep, on a journal file in its run directory. Only this module and `samplers` import Optuna.
 
 A trial's place in the sweep and its config are user attributes of the study's trial. States say exactly what happened: COMPLETE
 with finite objectives, PRUNED if stopped early, FAIL with a reason otherwise. `optuna.load_study` and optuna-dashboard can open

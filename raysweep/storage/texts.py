@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value != "<<" and first.setdefault(key.value, line) != line:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice, first in line {first[key.value]}", key.start_mark
+                    None, None, f"the key {key.value!r} occurs twice, first in line {first[key.value]}", key.start_mark
                 )
         return super().construct_mapping(node, deep)
 

@@ -63,7 +63,7 @@ def opened(content: bytes) -> Image.Image:
     if not content:
         raise Unreadable("an empty file")
     if content.startswith(LFS):
-        raise Unreadable("a Git LFS pointer in the place of the file (run `git lfs pull`)")
+        raise Unreadable("a Git LFS pointer instead of the file (run `git lfs pull`)")
     with _damage():
         image = Image.open(io.BytesIO(content), formats=_formats())
         if image.width * image.height > MOST_PIXELS:

@@ -55,7 +55,7 @@ class Labels:
         return len(self.classes) if label is None else self.classes.index(label)
 
     def others(self, labels: list[str | None]) -> torch.Tensor | None:
-        """Indices of labels of the second domain, (n,), or None unless every row has one that images have, too."""
+        """Indices of labels of the second domain, (n,), or None unless every row has one that images also have."""
         import torch
 
         known = [self.other.index(o) for o in labels if o in self.other]

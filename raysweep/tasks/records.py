@@ -92,7 +92,7 @@ class ReasonCount(TypedDict):
 
 
 class Account(TypedDict):
-    """What a pass over a source read and left out, as JSON data; a run's manifest holds it.
+    """Counts of what a pass over a source read and left out, as JSON data in a run's manifest.
 
     set: the set that was read (train, holdout, search_prompts); records: how many the source was asked for, of which `read` could
     be used; class_orders: class orders that the source knows; kept: records in each sample drawn from it; unkept: records read

@@ -28,7 +28,7 @@ class Picked:
 
 
 class Sample:
-    """Keeps the `size` images with the smallest hashes of seed and content, whatever their order in the source.
+    """Keeps the `size` images with the smallest hashes of seed and content, independent of their order in the source.
 
     Images that are in the sample already are not added again, unless `repeats`. again: how many repeated an image in the sample;
     beyond: how many were dropped because the sample was full.

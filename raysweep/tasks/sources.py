@@ -272,7 +272,7 @@ class TorchvisionSource(_Source):
         ) as error:  # torchvision asserts, and its parsers raise exceptions of many kinds on damaged bytes
             raise SourceError(
                 f"{self._folder}: a file of {self.torchvision} is damaged or cut short "
-                f"({type(error).__name__}{f': {error}' if str(error) else ''}); fetch it anew"
+                f"({type(error).__name__}{f': {error}' if str(error) else ''}); download it again"
             ) from error
         sizes = {n: len(getattr(data, n)) for n in ("data", "targets", "labels") if getattr(data, n, None) is not None}
         if len(set(sizes.values())) > 1:

@@ -161,7 +161,7 @@ def _opened(filesystem: FileSystem, file: _File, tally: Tally) -> ParquetFileFra
         reason = f"not readable Parquet ({str(error).splitlines()[0]})"
         with filesystem.open_input_stream(file.path) as stream:
             if stream.read(len(LFS)) == LFS:
-                reason = "a Git LFS pointer in the place of the file (run `git lfs pull`)"
+                reason = "a Git LFS pointer instead of the file (run `git lfs pull`)"
         tally.lose(reason, file.name)
         return None
 

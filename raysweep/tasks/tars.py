@@ -1,4 +1,4 @@
-"""Reads the samples of webdataset's tar shards as a stream, whatever dots their names have.
+"""Reads the samples of webdataset's tar shards as a stream, also samples with dots in their names.
 
 A sample is a run of members with the same name up to the first dot. A numbered picture, `NAME.000.png`, is a sample by itself;
 if there is no `NAME.png`, so is every `NAME.x.png`.
@@ -151,6 +151,6 @@ def _reason(shard: str, error: Exception) -> str:
     if "://" not in shard and Path(shard).is_file():
         with Path(shard).open("rb") as file:
             if file.read(len(LFS)) == LFS:
-                return "a Git LFS pointer in the place of the file (run `git lfs pull`)"
+                return "a Git LFS pointer instead of the file (run `git lfs pull`)"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f"cut short or unreadable ({reason})"

@@ -16,7 +16,7 @@ from raysweep.train.jobs import Job, Outcome
 
 NAMESPACE = "raysweep"
 ATTEMPTS = 3  # at one job, before it counts as failed
-POLL_S = 20.0  # after which a group without a job is answered all the same
+POLL_S = 20.0  # seconds after which a group is told that there is no job
 ENDED = "the run has ended"
 
 

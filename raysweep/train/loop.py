@@ -118,7 +118,7 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
             result.model.merge()
     except Diverged as error:
         return Outcome("failed", str(error), seconds=time.monotonic() - started)
-    except Exception as error:  # whatever a method raises must end as a recorded failure of its trial alone
+    except Exception as error:  # any exception of a method must end as a recorded failure of its trial alone
         return Outcome("failed", f"{type(error).__name__}: {error}", seconds=time.monotonic() - started)
     seconds = time.monotonic() - started
     outcome = Outcome("ok", "", result.model.digest, seconds, result.step_seconds, result.diagnostics)

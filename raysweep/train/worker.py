@@ -1,6 +1,6 @@
 """What runs inside a Ray Train worker: the loops of warm and of isolated groups, and the timer of a job's budget.
 
-Heavy imports stay inside the functions: Ray unpickles this module in its helper processes, too.
+Heavy imports stay inside the functions: Ray also unpickles this module in its helper processes.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def budget(job: Job, report: Callable[[Outcome], object] | None) -> Iterator[Non
         try:
             if report is not None:
                 report(overdue_outcome(job))
-        finally:  # even if the report fails, so that nobody waits for this process any longer
+        finally:  # even if the report fails, so that no caller waits for this process
             os._exit(OVERDUE_EXIT)
 
     timer = threading.Timer(job.budget_s, expire)
