@@ -1,4 +1,4 @@
-"""Power of each check to tell models with the forget set from models without, measured by `benchmarks/meta.py`. No Ray.
+"""Power of each check to separate models with the forget set from models without, measured by `benchmarks/meta.py`. No Ray.
 
 The models are of the embedded digits: a figure holds there, not on every task.
 """
@@ -21,7 +21,7 @@ def measured() -> dict[str, dict[str, list[float]]]:
 
 
 def caveat(kind: str, metric: str) -> str:
-    """A warning about a check that does not tell the models of the pool apart; empty if it does or was not measured."""
+    """A warning about a check that does not separate the models of the pool; empty if it does or was not measured."""
     auc, low, high = measured().get(kind, {}).get(metric, (1.0, 1.0, 1.0))
     if auc >= LEAST:
         return ""

@@ -57,7 +57,7 @@ def remedies(views: Sequence[View], task: Task, tier_name: str, tier: Tier) -> s
     """Advice if no view of a tier separates the base from the oracles: the settings to raise, and to which values."""
     name, samples = tier_name.partition("-")[0], []
     if all(view.base is None for view in views):
-        return "the checks gave nothing to compare: mend what made them fail, and run the same command again"
+        return "the checks gave nothing to compare: fix what made them fail, and run the same command again"
     for view in views:
         if view.base is None or view.oracle is None or not view.gap_se or view.base == view.oracle:
             continue

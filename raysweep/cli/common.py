@@ -26,7 +26,7 @@ P = ParamSpec("P")
 
 
 def reports_errors(verb: Callable[P, int]) -> Callable[P, None]:
-    """Decorates a verb: exits with the code that it returns, and prints errors that users can mend in one sentence."""
+    """Decorates a verb: exits with the code that it returns, and prints errors that users can fix as one sentence."""
 
     @functools.wraps(verb)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -55,7 +55,7 @@ def reports_errors(verb: Callable[P, int]) -> Callable[P, None]:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hides what libraries say to developers, and prints every other warning once, on standard error.
+    """Hides libraries' messages to developers, and prints every other warning once, on standard error.
 
     Warnings about how a model's folder was read are addressed to users and printed as plain sentences; others with file and
     line, as Python prints them. On exit everything is as before.

@@ -314,7 +314,7 @@ class Sweep(Section):
         return self.model_dump(mode="json")
 
     def recipe(self) -> str:
-        """Every setting as YAML, from which this very sweep can be read again."""
+        """Every setting as YAML, from which the same sweep can be read."""
         return dump_yaml(self.resolved())
 
     def decisive(self) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM interrupts inside the block; its handler before is restored afterwards."""
+    """SIGTERM interrupts inside the block; its previous handler is restored afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""The engine: a sweep at work, with everything that its phases share, opened in one place."""
+"""The engine: a running sweep with everything that its phases share, opened in one place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raysweep.train.executors import Executor
 
 @dataclass(frozen=True)
 class Engine:
-    """A sweep at work on a cluster.
+    """A running sweep on a cluster.
 
     sweep, task, spaces: what is to be done; spaces are empty where nothing is searched.
     folder, run_id: the run's directory, which this process has claimed, and the name of its study, actors and jobs.

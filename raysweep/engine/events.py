@@ -1,4 +1,4 @@
-"""Events of a run at work. The command line shows them; a program may ignore them."""
+"""Events of a running sweep. The command line shows them; a program may ignore them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from raysweep.rundir import RunDir
 LIMITS = (
     "These are figures of the checks that were made, on the task's data, judges and seeds; they are not a proof of erasure. "
     "Adversarial prompts were not tried. Residue counts what is left relative to models retrained without the forgotten "
-    "data, so it says nothing about other knowledge of the base."
+    "data, so it says nothing about the base's knowledge outside the task."
 )
 
 

@@ -65,7 +65,7 @@ def stable_diffusion(
 
     Args:
         out: the folder.
-        words: what the tokenizer knows.
+        words: the tokenizer's vocabulary.
         styles: of the pictures that autoencoder and CLIP model are trained on.
         steps: training steps of the autoencoder.
         captions: a template with {name} and {style}. If it is given, a CLIP model is trained on captioned pictures of the digits

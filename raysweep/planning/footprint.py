@@ -210,7 +210,7 @@ def _both(make: Callable[[], Any], run: Callable[[Any, int], torch.Tensor]) -> F
 
 
 class _Attention(torch.autograd.Function):
-    """Attention that keeps inputs and output alone for its backward pass, as a fused kernel does."""
+    """Attention that keeps only inputs and output for its backward pass, as a fused kernel does."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

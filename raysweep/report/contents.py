@@ -83,7 +83,7 @@ def _plugins(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _preset(sweep: Sweep) -> str:
-    """Which paper's experiment this is, and at which scale; "" if none."""
+    """The paper's experiment and its scale, in words; "" if none."""
     text = ""
     if sweep.preset in presets.names():
         about = presets.about(sweep.preset)

@@ -1,4 +1,4 @@
-"""The words of a report that a reader meets first there, each explained in a sentence."""
+"""The glossary of reports: a sentence for each term that readers may not know."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def _mean_over_rounds(parts: Mapping[int, Objectives], rounds: int) -> Objective
 
 @dataclass(frozen=True)
 class _Certainty:
-    """What paired resamples of the candidates say of the front; see `Front`. p_dominated: (candidates,)."""
+    """Statistics of the front from paired resamples of the candidates; see `Front`. p_dominated: (candidates,)."""
 
     draws: np.ndarray
     p_dominates: np.ndarray

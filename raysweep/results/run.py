@@ -1,4 +1,4 @@
-"""A run as Python sees it: its tables, its answer and its models. No Ray."""
+"""A run in Python: its tables, its answer and its models. No Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The broker: an actor that queues jobs for the warm worker groups and gives each outcome to whoever waits for it."""
+"""The broker: an actor that queues jobs for the warm worker groups and returns each outcome to its callers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def actor_name(kind: str, run: str | Path, run_id: str) -> str:
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)
 class Broker:
-    """The queue between those who wait for jobs and the warm groups that do them.
+    """The queue between callers that wait for jobs and the warm groups that run them.
 
     A job whose worker died is handed out again, at most `ATTEMPTS` times in all.
     """

@@ -1,4 +1,4 @@
-"""What runs inside a Ray Train worker: the loops of warm and of isolated groups, and the timer of a job's budget.
+"""The code inside a Ray Train worker: the loops of warm and of isolated groups, and the timer of a job's budget.
 
 Heavy imports stay inside the functions: Ray also unpickles this module in its helper processes.
 """
