@@ -116,7 +116,7 @@ def test_a_model_without_a_pipeline_of_diffusers_says_so(tmp_path):
         StoredModel("base", tmp_path, "").pipeline()
 
 
-def test_what_cannot_be_done_is_said_in_one_sentence(task):
+def test_impossible_requests_are_refused_in_one_sentence(task):
     model = tiny_model(task)
     with pytest.raises(UnknownName, match="'rgdd' is not a known method; did you mean 'rgd'"):
         raysweep.unlearn(model, task, "rgdd")

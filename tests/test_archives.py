@@ -181,7 +181,7 @@ def test_every_picture_of_a_tar_is_read_with_its_label_or_counted(tmp_path, stem
         assert sorted(r.label for r, _ in rows) == sorted(f"label of {s}" for s in stems)
 
 
-def test_numbered_members_of_one_name_are_pictures_of_their_own(tmp_path):
+def test_numbered_members_of_one_name_are_separate_pictures(tmp_path):
     members = [(f"fish_v1.{n:03}.{e}", c) for n in range(150) for e, c in (("png", encoded(n)), ("cls", b"fish"))]
     rows, tally = read(pack(tmp_path / "t.tar", members))
     assert [r.key for r, _ in rows] == [f"fish_v1.{n:03}" for n in range(150)]

@@ -20,7 +20,7 @@ from raysweep.tasks.sources import FolderSource
 # Folders
 
 
-def test_what_file_managers_leave_is_no_picture(tmp_path):
+def test_files_of_file_managers_are_no_pictures(tmp_path):
     for n, name in enumerate(
         (
             "cat/0.png",

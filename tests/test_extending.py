@@ -183,12 +183,12 @@ def test_the_sampler_suggests_the_same_again_and_learns(tmp_path):
     assert first == suggestions(tmp_path / "b")
 
 
-def test_a_sampler_that_nobody_offers_is_refused():
+def test_an_unknown_sampler_is_refused():
     with pytest.raises(ConfigError, match=r"search\.sampler: .*'greed' is not a sampler; did you mean 'greedy'\?"):
         load(None, ("search.sampler=greed",))
 
 
-def test_the_section_stands_in_the_report_and_a_broken_one_says_so(tmp_path, monkeypatch):
+def test_the_section_is_in_the_report_and_a_broken_one_says_so(tmp_path, monkeypatch):
     folder = run(tmp_path, front([row("000-rgd", 0.1, 0.1)]))
     (section,) = added_sections(folder)
     assert (section.name, section.provider) == ("training-time", "extras 1.5")

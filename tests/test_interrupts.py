@@ -76,7 +76,7 @@ def test_an_interrupted_run_does_not_wait_for_the_training_of_its_base(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_that_was_interrupted_in_its_audit_goes_on_from_there(tmp_path):
+def test_a_run_that_was_interrupted_in_its_audit_resumes_there(tmp_path):
     (tmp_path / "sweep.yaml").write_text(SMALL)
     interrupted(tmp_path, " audit  ")
     run = tmp_path / "runs" / "small"

@@ -89,7 +89,7 @@ def test_relative_paths_mean_the_same_in_every_process(project, monkeypatch):
     assert resolve_sweep(stored)[0].digest == task.digest
 
 
-def test_sources_prompts_and_caches_are_absolute_too(project, monkeypatch):
+def test_sources_prompts_and_caches_are_also_absolute(project, monkeypatch):
     prompts = {"file": "p.csv"}
     task = {
         "name": "images",

@@ -201,7 +201,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_is_wrong_with_a_package_is_one_message(name, tmp_path, monkeypatch):
+def test_a_faulty_package_gives_one_message(name, tmp_path, monkeypatch):
     kind, text, message = FAULTS[name]
     package = f"theirs_{name}"
     points = f"[raysweep.{kind}s]\n{name} = {package}.code:{name.title()}\n"
@@ -215,7 +215,7 @@ def test_what_is_wrong_with_a_package_is_one_message(name, tmp_path, monkeypatch
     assert f"{package} 1.5" in fault["fault"]
 
 
-def test_faults_are_told_before_a_run_begins(tmp_path, monkeypatch):
+def test_faults_are_reported_before_a_run_begins(tmp_path, monkeypatch):
     files = FILES | {"check.py": "raise OSError('no such library')\n"}
     monkeypatch.syspath_prepend(
         install(
@@ -229,7 +229,7 @@ def test_faults_are_told_before_a_run_begins(tmp_path, monkeypatch):
         resolve_sweep(load(None, ("audit.durability.checks=[dull]",)))
 
 
-def test_a_card_with_checks_of_a_package_that_is_not_here_says_so(installed, monkeypatch):
+def test_a_card_with_checks_of_a_missing_package_says_so(installed, monkeypatch):
     checks = ["brightness", "loss"]
     stated = plugins.audit_code(["brightness"])
     assert compare_code(checks, stated).holds

@@ -57,7 +57,7 @@ def test_a_hundred_edits_cost_two_gradient_passes(folder, monkeypatch):
     assert len(digests) == 100
 
 
-def test_a_file_that_is_not_what_the_card_says_is_made_again(folder):
+def test_a_file_that_differs_from_its_card_is_made_again(folder):
     prepared = job(folder, "prepare", "salun", "p.safetensors")
     assert finished(prepared) is None
     first = run(prepared, Resident())

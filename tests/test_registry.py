@@ -57,9 +57,7 @@ PRIVATE = {
         "torch._subclasses.fake_tensor import FakeTensorMode": "test_footprint.py",
     },
     "raysweep/models/latent.py": {"p._version": "test_latent.py: prompts are embedded again once weights change"},
-    "raysweep/models/snapshot.py": {
-        "torch._utils._rebuild_tensor_v2": "test_song.py: names that stand in others' files"
-    },
+    "raysweep/models/snapshot.py": {"torch._utils._rebuild_tensor_v2": "test_song.py: names in other packages' files"},
     "raysweep/models/vision_language.py": {
         "vlm._no_split_modules": "test_vlm.py: language models over several devices"
     },
@@ -67,7 +65,7 @@ PRIVATE = {
 }
 
 
-def test_private_names_of_libraries_are_few_and_each_stands_in_one_file():
+def test_private_names_of_libraries_are_few_and_each_is_in_one_file():
     """An upgrade may change them without notice. None of Optuna's and Ray's is among them."""
     leaning: dict[str, set[str]] = {}
     for package in ("raysweep", "methods", "evaluators", "search_spaces"):

@@ -169,7 +169,7 @@ def compared(tmp_path: Path, *paths: Path):
     return call("report", "--compare", *map(str, paths), "--out", str(tmp_path / "page.html"))
 
 
-def test_a_run_counts_once_whatever_it_is_called(seeds, tmp_path):
+def test_a_run_counts_once_under_any_name(seeds, tmp_path):
     one, two = (s.path for s in seeds)
     assert compared(tmp_path, one, two).exit_code == 0
     copy = Path(shutil.copytree(one, tmp_path / "copy"))

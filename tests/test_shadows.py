@@ -16,7 +16,7 @@ def scores(gap: float, seed: int = 0, shadows: int = 16, images: int = 12):
     return unlearned + gap, retrained, hard + gap + 0.3 * rng.normal(size=images)
 
 
-def test_models_that_differ_are_told_apart_though_images_vary_more():
+def test_models_that_differ_are_separated_though_images_vary_more():
     summary = u_lira(*scores(0.9)).summary()
     assert summary["accuracy"]["lo"] > 0.8
     assert summary["auc_over_models"]["value"] > 0.95
@@ -24,7 +24,7 @@ def test_models_that_differ_are_told_apart_though_images_vary_more():
     assert (summary["shadows"], summary["images"]) == (16, 12)
 
 
-def test_models_that_do_not_differ_are_not_told_apart():
+def test_models_that_do_not_differ_are_not_separated():
     accuracies = [u_lira(*scores(0.0, seed)).summary()["accuracy"] for seed in range(40)]
     assert np.mean([f["value"] for f in accuracies]) == pytest.approx(0.5, abs=0.03)
     assert np.mean([f["lo"] <= 0.5 <= f["hi"] for f in accuracies]) >= 0.85

@@ -162,7 +162,7 @@ def test_other_files_are_refused_in_one_sentence(tmp_path, name, capfd):
     assert "ran" not in capfd.readouterr().out
 
 
-def test_a_pickle_in_place_of_a_folder_is_refused_with_the_command_that_converts_it(tmp_path):
+def test_a_pickle_instead_of_a_folder_is_refused_with_the_command_that_converts_it(tmp_path):
     path = write(tmp_path / "a.pkl", snapshot(network(DDPMPP)))
     for open_ in (located, families.load):
         with pytest.raises(ValueError, match=f"raysweep convert {path} OUT_DIR"):

@@ -381,7 +381,7 @@ def test_modules_that_there_are_not_are_refused(tmp_path):
         ImagesTask(**task).build()
 
 
-def test_esd_is_told_which_of_its_layers_may_change(tmp_path):
+def test_esd_names_the_layers_that_may_change(tmp_path):
     model, _ = pair(tmp_path)
     model.train_only(("text_encoder",))
     hp = ESD.Hyperparameters(layers="x")

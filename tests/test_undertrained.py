@@ -61,7 +61,7 @@ def test_remedies_are_longer_training_and_if_that_can_help_more_samples(points_t
     assert "task.base may not have learned" in remedies([view(0.02, 0.01)], given_base, "audit", TIER)
 
 
-def test_the_advised_number_of_samples_tells_the_same_gap():
+def test_the_advised_number_of_samples_detects_the_same_gap():
     """Errors fall with the root of the samples: at the advised number the same gap is detected."""
     rng = np.random.default_rng(0)
 
