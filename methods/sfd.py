@@ -61,7 +61,9 @@ class SFDSettings(Hyperparameters):
     beta1: float = Field(0.0, ge=0, lt=1, description="Adam's first-moment decay (paper: 0)")
     beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second-moment decay (paper: 0.999)")
     adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon (released: 1e-8; in half precision 1e-6)")
-    clip_value: float | None = Field(1.0, gt=0, description="gradients are clipped to +- this (released: 1)")
+    clip_value: float | None = Field(
+        1.0, gt=0, description="largest absolute value of a gradient's element (released: 1)"
+    )
     clips: Literal["both", "generator"] = Field(
         "both", description="networks whose gradients are clipped (released: both; SD generator)"
     )

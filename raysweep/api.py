@@ -27,7 +27,9 @@ def run(
     config: a YAML file, the name of a preset, a `Sweep`, or None for the embedded sweep. overrides: dotted keys, such as
     {"search.trials": 12}. events: receives what happens (`raysweep.engine.events.Events`); None ignores it.
 
-    Raises ConfigError for bad input, RunFailed if the run cannot end with a front, Interrupted if it was stopped by a signal.
+    Raises `raysweep.config.schema.ConfigError` for bad input or if this process is connected to Ray already,
+    `raysweep.engine.cluster.RunFailed` if the run cannot end with a front, and KeyboardInterrupt, or during the search
+    `raysweep.engine.attempt.Interrupted`, if a signal stopped it; the same call then resumes.
     """
     from raysweep.engine.events import Silent
     from raysweep.engine.run import run_sweep
@@ -99,7 +101,7 @@ def unlearn(
 ) -> Any:
     """Applies a method to a model in this process, without Ray; a new model, and `model` stays as it was.
 
-    "retrain" makes an oracle: it trains new weights of the model's architecture on the retained data.
+    "retrain" makes an oracle by the task's recipe: it trains new weights of the model's architecture on the retained data.
     seed: of data order, noise and time steps; a trial with the same seed and hyperparameters gives the same weights.
     prepared: what the method computes once per base (`raysweep.train.unlearning.prepare`); None computes it now.
     progress: called every few steps with (steps done, steps in all, the method's first diagnostic).
@@ -123,19 +125,20 @@ def measure(
     base: Any = None,
     oracles: Sequence[Any] = (),
     judge: torch.nn.Module | None = None,
+    cache: str | Path | None = None,
     **sizes: Any,
 ) -> pa.Table:
     """Runs checks on a model in this process, without Ray: one row per metric, with the columns of `columns("metrics")`.
 
     checks: names of `raysweep ls evaluators`; () for those of the full audit. base, oracles: models to compare with; checks that
     need them are skipped otherwise, with the reason in their row. judge: the classifier that tells classes apart and gives
-    features; None reads the audit's from the cache, or trains it. sizes: settings of `audit.audit`, such as samples=200 or seed=7.
+    features; None reads the audit's from the cache, or trains it. cache: its folder; None for the usual one. sizes: settings of `audit.audit`, such as samples=200 or seed=7.
 
     Raises ConfigError for checks or sizes that are not valid.
     """
     from raysweep.auditing import measuring
 
-    return measuring.measure_model(model, task, checks, base=base, oracles=oracles, judge=judge, **sizes)
+    return measuring.measure_model(model, task, checks, base=base, oracles=oracles, judge=judge, cache=cache, **sizes)
 
 
 def columns(table: str) -> dict[str, str]:

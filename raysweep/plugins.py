@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-from raysweep.registry import external, module_of, provider
+from raysweep.registry import FAMILIES, external, module_of, provider
 from raysweep.storage import code_digests
 
 BYTECODE = (".pyc", ".pyo")
@@ -42,7 +42,9 @@ def audit_code(checks: Iterable[str]) -> str:
     for name in names:
         module_of("evaluator", name)
     packages = {name: package_digest(installed[name][0]) for name in names if name in installed}
-    return _digest(code_digests.audit_code(), packages) if packages else code_digests.audit_code()
+    # what a family's models are and offer decides which checks apply to them
+    families = {name: (record.model_kind, sorted(record.abilities)) for name, record in FAMILIES.items()}
+    return _digest(code_digests.audit_code(), families, packages)
 
 
 def used(**names: Iterable[str]) -> dict[str, str]:

@@ -21,7 +21,13 @@ from raysweep.tasks.task import Task
 torch.set_num_threads(1)
 
 
-LONG = ("test_run", "test_faults", "test_job", "test_methods")  # begun first, so that none is left alone at the end
+LONG = (
+    "test_run",
+    "test_faults",
+    "test_job",
+    "test_methods",
+    "test_api",
+)  # begun first, so that none is left alone at the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

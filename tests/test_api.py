@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,14 +99,64 @@ def test_retraining_starts_from_new_weights(tmp_path):
     task = tiny_task("class")
     (tmp_path / "task").mkdir()
     task.save(tmp_path / "task")
+    for model in (tiny_model(task, seed=1), tiny_model(task, seed=2)):
+        assert raysweep.unlearn(model, task, "retrain", seed=7).digest == oracle_digest(tmp_path, task)
+
+
+def test_retraining_starts_from_the_weights_that_a_task_names(tmp_path):
+    tiny_model(tiny_task("class"), seed=3).save(tmp_path / "start")
+    task = replace(tiny_task("class"), base=str(tmp_path / "start"), trained=False, recipe={"steps": 2})
+    (tmp_path / "task").mkdir()
+    task.save(tmp_path / "task")
+    assert raysweep.unlearn(tiny_model(task, seed=1), task, "retrain", seed=7).digest == oracle_digest(tmp_path, task)
+
+
+def oracle_digest(folder, task):
+    """Hash of the oracle that a train worker makes for the task in folder/task."""
     job = Job(
-        id="o", kind="train", method="retrain", hyperparameters={"steps": 2}, seed=7, task=str(tmp_path / "task"), base=None,
-        out=str(tmp_path / "out"),
-    )  # fmt: skip
+        id="o",
+        kind="train",
+        method="retrain",
+        hyperparameters=task.recipe,
+        seed=7,
+        task=str(folder / "task"),
+        base=None,
+        out=str(folder / "out"),
+    )
     outcome = run(job, Resident())
     assert outcome.status == "ok", outcome.reason
-    for seed in (1, 2):
-        assert raysweep.unlearn(tiny_model(task, seed=seed), task, "retrain", seed=7, steps=2).digest == outcome.digest
+    return outcome.digest
+
+
+def test_the_number_of_threads_changes_nothing(task):
+    base, threads = tiny_model(task, seed=1), torch.get_num_threads()
+    digests = set()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            digests.add(raysweep.unlearn(base, task, "rgd", lam=5, steps=3, seed=1).digest)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert len(digests) == 1
+
+
+def test_a_model_with_a_sampler_of_raysweeps_has_no_pipeline(tmp_path):
+    from raysweep.results.run import StoredModel
+
+    task = tiny_task("class")
+    model = raysweep.unlearn(tiny_model(task, seed=1), task, "sld")
+    model.save(tmp_path / "sld")
+    with pytest.raises(ValueError, match="is sampled by raysweep's sampler"):
+        StoredModel("sld", tmp_path / "sld", "").pipeline()
+
+
+def test_a_process_that_is_connected_to_ray_keeps_its_connection(monkeypatch, tmp_path):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.shutdown", lambda: pytest.fail("closed the caller's connection"))
+    with pytest.raises(ConfigError, match="connected to Ray already"):
+        raysweep.run(None, {"storage": tmp_path / "runs", "cache": tmp_path / "cache"})
+    assert raysweep.open_run(tmp_path / "runs" / "digits-picture").state == "failed"
 
 
 def test_a_model_without_a_pipeline_of_diffusers_says_so(tmp_path):
@@ -163,15 +214,20 @@ def test_every_name_is_documented_and_every_column_described():
 
 
 @pytest.mark.timeout(900)
-def test_the_examples_of_the_page_run_as_they_stand(tmp_path, cache):
-    """In a separate process, on a small sweep: it starts Ray twice."""
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_examples_of_the_page_run_as_they_stand(tmp_path, cache, whole):
+    """In a separate process, on a small sweep; the last one, an audit, starts Ray a second time."""
     (tmp_path / "sweep.yaml").write_text(SMALL)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), flags=re.DOTALL)
+    assert "raysweep.audit(" in blocks[-1]
+    blocks = blocks if whole else blocks[:-1]
     (tmp_path / "page.py").write_text("\n".join([*blocks, CHECKS]))
     done = subprocess.run(
         [sys.executable, "page.py"], cwd=tmp_path, env=environment(cache), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    if not whole:
+        return
     card = json.loads(next((tmp_path / "runs").glob("*/cards/*/card.json")).read_text())
     assert card["subject"].startswith("unlearned@")
 

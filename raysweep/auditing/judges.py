@@ -43,9 +43,11 @@ def judge_files(task: Task, cache: Path | None = None) -> dict[str, JudgeFile]:
 def train_judge(task: Task, seed: int, split: str, file: Path) -> str:
     """Trains a judge on a split of the task and saves it; the hash of its weights."""
     from evaluators import judge
+    from raysweep.models.threads import one_thread
 
     images = task.splits[split]
-    state = judge.train_judge(images.x, images.groups, seed).state_dict()
+    with one_thread():
+        state = judge.train_judge(images.x, images.groups, seed).state_dict()
     save_tensors(file, state)
     return digest_state(state)
 

@@ -14,6 +14,7 @@ from evaluators.batches import Batches
 from raysweep.auditing.judges import judge_of
 from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.schema import AuditConfig, ConfigError, Tier
+from raysweep.models.threads import one_thread
 from raysweep.storage.schemas import METRICS
 from raysweep.tasks.task import Task
 
@@ -26,13 +27,14 @@ def measure_model(
     base: Any = None,
     oracles: Sequence[Any] = (),
     judge: torch.nn.Module | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     **sizes: Any,
 ) -> pa.Table:
     """One row per metric of a model, with the columns of `storage.schemas.METRICS`; `raysweep.measure` describes the arguments."""
     tier = tier_of(checks, sizes)
     if judge is None:
-        judge = judge_of(task, tier.judge, cache)
+        judge = judge_of(task, tier.judge, None if cache is None else Path(cache))
+    training = judge is not None and judge.training
     batches = Batches()
     named = ({} if base is None else {"base": base}) | {f"oracle-{k}": oracle for k, oracle in enumerate(oracles)}
     peers = {name: subject_of(peer, task, judge, tier, batches) for name, peer in named.items()}
@@ -40,10 +42,11 @@ def measure_model(
     subject = subject or subject_of(model, task, judge, tier, batches)
     for each in (subject, *peers.values()):
         each.peers = peers
-    rows = [
-        {"check": m.check, "metric": m.name} | {c: getattr(m, c) for c in METRICS.names[2:]}
-        for m in measure(subject, tier).rows
-    ]
+    with one_thread():
+        metrics = measure(subject, tier).rows
+    if judge is not None:
+        judge.train(training)  # the checks have put it into evaluation mode
+    rows = [{"check": m.check, "metric": m.name} | {c: getattr(m, c) for c in METRICS.names[2:]} for m in metrics]
     return pa.Table.from_pylist(rows, schema=METRICS)
 
 

@@ -27,15 +27,15 @@ def attempt(folder: RunDir, sweep: Sweep, task: Task, on_failure: Callable[[], N
     """
     digests = {"config": sweep.digest, "task": task.digest}
     with folder.claim(sweep, digests, sweep.audit.checks_for(task), task.family):
-        commits, commit = folder.commits, git_commit()
-        folder.update(
-            data=list(task.accounts),
-            commits=commits if commits[-1] == commit else [*commits, commit],
-            reason="",  # this and the next may be an earlier attempt's
-            incomplete=[],
-        )
-        save_task(folder, task)
         try:
+            commits, commit = folder.commits, git_commit()
+            folder.update(
+                data=list(task.accounts),
+                commits=commits if commits[-1] == commit else [*commits, commit],
+                reason="",  # this and the next may be an earlier attempt's
+                incomplete=[],
+            )
+            save_task(folder, task)
             yield
         except (Interrupted, KeyboardInterrupt):
             folder.update(state="interrupted")

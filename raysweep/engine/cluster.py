@@ -65,8 +65,11 @@ class Cluster:
 def connected(sweep: Sweep) -> Iterator[Cluster]:
     """Connects to the cluster of RAY_ADDRESS or of the submitting job, else starts a local Ray on loopback.
 
-    Raises ConfigError if no cluster answers at that address, RunFailed if no local Ray starts.
+    Raises ConfigError if no cluster answers at that address or this process is connected to one already, RunFailed if no local
+    Ray starts.
     """
+    if ray.is_initialized():
+        raise ConfigError("this process is connected to Ray already: call ray.shutdown() before a run")
     missing = {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
     with _environment(missing), _sigterm_interrupts():
         context = _init(sweep, missing)

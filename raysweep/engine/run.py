@@ -37,7 +37,7 @@ def run_sweep(sweep: Sweep, events: Events) -> Result:
     Raises:
         ConfigError: the config, the run directory or the cluster does not allow it.
         RunFailed: it cannot end with a front; the run directory states the reason and contains a report of the results so far.
-        Interrupted: SIGINT or SIGTERM ended it; the same call resumes.
+        Interrupted, KeyboardInterrupt: SIGINT or SIGTERM ended it, during the search or at another time; the same call resumes.
     """
     task, spaces = resolve_sweep(sweep)
     folder = RunDir.of(sweep)

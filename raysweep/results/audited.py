@@ -41,7 +41,7 @@ def keys_of(folder: RunDir, trials: Sequence[Trial]) -> Keys:
 
 
 def rows_of(folder: RunDir, keys: Keys, subjects: Iterable[str]) -> list[dict[str, Any]]:
-    """The rows of `subjects` in all tiers (see store.ROWS), each audit's followed by its differences to base and oracles."""
+    """The rows of `subjects` in all tiers (see `storage.schemas.ROWS`), each audit's followed by its differences to base and oracles."""
     rows = []
     for key in _wanted(keys, subjects):
         rows += read_table(rows_path(folder.path, key), ROWS).to_pylist()
@@ -52,7 +52,7 @@ def rows_of(folder: RunDir, keys: Keys, subjects: Iterable[str]) -> list[dict[st
 
 
 def scores_of(folder: RunDir, keys: Keys, subjects: Iterable[str]) -> list[dict[str, Any]]:
-    """The scores of `subjects` in all tiers (see store.SCORES)."""
+    """The scores of `subjects` in all tiers (see `storage.schemas.SCORES`)."""
     return [
         row for key in _wanted(keys, subjects) for row in read_table(scores_path(folder.path, key), SCORES).to_pylist()
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.context import Context
@@ -35,10 +36,18 @@ class StoredModel:
         return families.load(self.folder)
 
     def pipeline(self) -> Any:
-        """The model as a pipeline of diffusers; raises ValueError for a family that diffusers has no pipeline for."""
+        """The model as a pipeline of diffusers.
+
+        Raises ValueError if diffusers has no pipeline for it, or if it is sampled by raysweep's sampler, which a pipeline of
+        diffusers would ignore.
+        """
         import diffusers
 
+        from raysweep.models import samplers
         from raysweep.models.folders import INDEX, read_json
+
+        if (self.folder / samplers.FILE).is_file():
+            raise ValueError(f"{self.folder}: is sampled by raysweep's sampler ({samplers.FILE}); use load()")
 
         index = self.folder / INDEX
         name = read_json(index).get("_class_name") if index.is_file() else None
@@ -113,7 +122,7 @@ class Run:
         """Raw scores of a check, one row per independent unit (an image or a seed), such as those of "loss"."""
         files = [self.folder.scores / f"{key}.parquet" for key in self._keys(tier, subject)]
         table = pa.concat_tables([read_table(f, SCORES) for f in files if f.is_file()] or [SCORES.empty_table()])
-        return table.filter(pa.compute.starts_with(table["score"], f"{check}."))
+        return table.filter(pc.starts_with(table["score"], f"{check}."))
 
     @property
     def base(self) -> StoredModel:

@@ -32,8 +32,8 @@ def code_digest(*patterns: str) -> str:
 def training_code(module: str) -> str:
     """Hash of the code that training by the method in `module` depends on.
 
-    That is its file, the modules of `methods` that it imports, directly or not, the model handles and the task. Other
-    methods may change without making its artifacts stale.
+    That is its file, the modules of `methods` that it imports, directly or not, the model handles, the task and the training
+    loop. Other methods may change without making its artifacts stale.
     """
     sources, to_visit = dict[str, bytes](), [module]
     while to_visit:
@@ -43,7 +43,9 @@ def training_code(module: str) -> str:
             continue
         sources[name] = Path(spec.origin).read_bytes()
         to_visit += methods_imported(sources[name])
-    sha = hashlib.sha256(code_digest("raysweep/models/**/*.py", "raysweep/tasks/task.py").encode())
+    sha = hashlib.sha256(
+        code_digest("raysweep/models/**/*.py", "raysweep/tasks/task.py", "raysweep/train/unlearning.py").encode()
+    )
     for name in sorted(sources):
         sha.update(name.encode() + sources[name])
     return sha.hexdigest()[:16]

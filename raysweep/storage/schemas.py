@@ -109,8 +109,8 @@ FRONT = _schema(
 )
 
 
-METRICS = pa.schema([ROWS.field(name) for name in (
-    "check", "metric", "value", "n", "se", "lo", "hi", "interval", "direction", "status", "reason")])  # fmt: skip
+_OF_METRICS = ("check", "metric", "value", "n", "se", "lo", "hi", "interval", "direction", "status", "reason")
+METRICS = pa.schema([ROWS.field(name) for name in _OF_METRICS])
 TABLES = {"trials": TRIALS, "front": FRONT, "rows": ROWS, "scores": SCORES, "metrics": METRICS}
 
 

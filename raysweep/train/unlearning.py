@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from methods.base import Method
 from raysweep.models import families
+from raysweep.models.threads import one_thread
 from raysweep.registry import resolve, suggest, unserved
 from raysweep.storage.files import write_file
 from raysweep.storage.seeds import derive_seed
@@ -47,8 +48,8 @@ def unlearn(
 ) -> Unlearned:
     """Applies a method to a copy of a model; `raysweep.unlearn` describes the arguments and errors."""
     method_class: type[Method] = resolve("method", method)
-    if method == "retrain":  # which is exact only from weights that never saw the forgotten data
-        model = model.fresh(derive_seed("init", seed))
+    if method == "retrain":
+        model, hyperparameters = _untrained(model, task, seed), task.recipe | dict(hyperparameters)
     settings = _settings(method_class, hyperparameters)
     reasons = refusals(method_class, task) or method_class.unsuited(settings, model, task.goal)
     if reasons:
@@ -62,10 +63,20 @@ def unlearn(
         return copy_ if clip is None else families.with_tower(copy_, clip)
 
     device = next(iter(model.net.parameters())).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the caller's random state stays
+    with (
+        one_thread(),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):  # the caller's random state stays
         if prepared is None:
             prepared = prepare(method_class, settings, copied(), rows, derive_seed("prepare", method))  # a sweep's seed
         return apply(method_class, settings, copied(), rows, prepared, seed, progress=progress)
+
+
+def _untrained(model: Any, task: Task, seed: int) -> Any:
+    """Weights that never saw the task's data, from which a sweep's oracles start, too: new ones, or those that the task names."""
+    if task.base is None or task.trained:
+        return model.fresh(derive_seed("init", seed))
+    return families.load(task.base).to(model.device)
 
 
 def _settings(method: type[Method], hyperparameters: Mapping[str, Any]) -> Any:
