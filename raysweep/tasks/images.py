@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class ImagesTask(TaskSettings):
-    """Forget images, a class of images, or a concept that prompts ask for, in a model of your own."""
+    """Forget images, a class of images, or a concept that prompts ask for, in your own model."""
 
     name: Literal["images"] = "images"
     kind: Literal["points", "class", "concept"] = Field(
