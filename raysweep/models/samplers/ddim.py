@@ -85,7 +85,8 @@ def classifier_free(
     """The network's output under classifier-free guidance (Ho, Salimans, arXiv:2207.12598)."""
     null = None if cond is None or guidance == 1.0 else model.unconditional(len(cond))
     if cond is None or null is None:
-        return model.predict(x, t, cond)
+        single: torch.Tensor = model.predict(x, t, cond)
+        return single
     output, unconditional = branches(model, x, t, [cond, null])
     return unconditional + guidance * (output - unconditional)
 
@@ -94,4 +95,5 @@ def branches(model: Any, x: torch.Tensor, t: torch.Tensor, conds: list[torch.Ten
     """The network's outputs under each condition, from one pass: on a GPU, the time of small batches is that of kernel launches."""
     k = len(conds)
     # differences of outputs are taken in the precision of x, also where passes are in half precision
-    return model.predict(torch.cat([x] * k), torch.cat([t] * k), torch.cat(conds)).to(x.dtype).chunk(k)
+    outputs: torch.Tensor = model.predict(torch.cat([x] * k), torch.cat([t] * k), torch.cat(conds))
+    return outputs.to(x.dtype).chunk(k)

@@ -28,14 +28,17 @@ class OneStep(Sampler):
     def draw(self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run) -> torch.Tensor:
         t = torch.full((len(noise),), self.t, device=noise.device)
         _, sigma = model.gamma_sigma(t)
-        return model.x0(sigma * noise, t, cond)
+        images: torch.Tensor = model.x0(sigma * noise, t, cond)
+        return images
 
     def rebuild(
         self, model: Any, z: torch.Tensor, eps: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None
     ) -> torch.Tensor:
-        return model.default_sampler.rebuild(model, z, eps, t, steps, cond)
+        usual: Sampler = model.default_sampler
+        return usual.rebuild(model, z, eps, t, steps, cond)
 
     def trajectory(
         self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        return model.default_sampler.trajectory(model, noise, cond, run)
+        usual: Sampler = model.default_sampler
+        return usual.trajectory(model, noise, cond, run)

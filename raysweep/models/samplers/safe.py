@@ -50,7 +50,8 @@ class Safe(DDIM):
         ) -> torch.Tensor:
             null = None if cond is None else model.unconditional(len(cond))
             if cond is None or null is None:
-                return model.predict(x, t, cond)
+                unguided: torch.Tensor = model.predict(x, t, cond)
+                return unguided
             concept = torch.as_tensor(self.concept, device=cond.device).expand_as(cond)
             out_p, out_null, out_concept = branches(model, x, t, [cond, null, concept])
             unit = (
