@@ -31,7 +31,7 @@ Scalars = dict[str, torch.Tensor]
 
 
 class Model(Protocol):
-    """What a method needs of a diffusion model. Shapes: images (n, C, H, W) in [-1, 1], t and seeds (n,).
+    """The parts of a diffusion model that methods use. Shapes: images (n, C, H, W) in [-1, 1], t and seeds (n,).
 
     `use_sampler` has the model sampled otherwise than usual, by a sampler that the handle knows ("one_step", "safe"), with these
     settings, plain data; both are saved with the weights.
@@ -111,7 +111,7 @@ class Goal:
 
 
 class Data(Protocol):
-    """What `Method.prepare` may read of a task: its goal, and rows."""
+    """The parts of a task that `Method.prepare` may read: its goal, and rows."""
 
     @property
     def goal(self) -> Goal: ...

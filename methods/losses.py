@@ -28,7 +28,7 @@ Reduction = Literal["sum", "mean"]  # of a row's squared errors over the element
 
 
 class Contrastive(Protocol):
-    """What a method needs of a model that compares images with captions. Embeddings have the shape (n, d)."""
+    """The parts that methods use of a model that compares images with captions. Embeddings have the shape (n, d)."""
 
     net: Any
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import html
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 from tiny import ROOT
 
 SMALL = """
@@ -106,6 +109,19 @@ def start(folder: Path, cache: Path, *arguments: str, **env: str) -> subprocess.
         env=environment(cache, **env),
         start_new_session=True,
     )
+
+
+def kill_after_two_trials(folder: Path, cache: Path, *arguments: str, **env: str) -> None:
+    """Starts a sweep and kills it once two trials have ended; returns when Ray's processes, too, have ended."""
+    process, deadline = start(folder, cache, *arguments, **env), time.monotonic() + 400
+    while len(re.findall(r" trial  ", log(folder))) < 2:
+        assert process.poll() is None, log(folder)
+        assert time.monotonic() < deadline, log(folder)
+        time.sleep(0.5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(children, timeout=20)
 
 
 def log(folder: Path) -> str:

@@ -6,16 +6,13 @@ import json
 import os
 import re
 import shutil
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
-from small import SMALL, install_faulty, log, recipe_of, start
+from small import SMALL, install_faulty, kill_after_two_trials, log, recipe_of, start
 from tiny import ROOT
 
 from raysweep.cli import main
@@ -33,18 +30,9 @@ def home(tmp_path_factory, cache) -> Path:
     (folder / "small.yaml").write_text(SMALL)
     faulty = install_faulty(folder / "faulty")
     methods = ("methods=[neggrad, siss_no_is, raises]",)
-    first = start(folder, cache, "run", "small.yaml", *methods, PYTHONPATH=faulty)
-    deadline = time.monotonic() + 400
-    while len(re.findall(r" trial  ", log(folder))) < 2:
-        assert first.poll() is None, log(folder)
-        assert time.monotonic() < deadline, log(folder)
-        time.sleep(0.5)
-    family = psutil.Process(first.pid).children(recursive=True)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    kill_after_two_trials(folder, cache, "run", "small.yaml", *methods, PYTHONPATH=faulty)
     before = {p.parent.name: p.stat().st_mtime_ns for p in (folder / "runs/small/candidates").glob("*/raysweep.json")}
     (folder / "before.json").write_text(json.dumps(before))
-    psutil.wait_procs(family, timeout=20)  # Ray's processes end on their own
     second = start(folder, cache, "run", "small.yaml", *methods, PYTHONPATH=faulty)
     assert second.wait(timeout=500) == 0, log(folder)
     return folder

@@ -49,7 +49,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What the scores of one check give: metrics, their values, and the values without each group of units (groups,)."""
+    """The scores of one check reduced to metrics, their values, and the values without each group of units (groups,)."""
 
     metrics: list[Metric]
     values: dict[str, float]

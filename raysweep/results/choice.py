@@ -220,7 +220,7 @@ def _reservations(
 def _steps(
     best: FrontRow, against: Mapping[str, tuple[str, ...]], untried: Sequence[str], keys: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """What to try if nothing is recommended. untried: candidates whose only objection is that they were not attacked."""
+    """Advice for a sweep without a recommendation. untried: candidates whose only objection is that they were not attacked."""
     objections, method, steps = " ".join(against[best.trial]), best.method, []
     if untried:
         steps.append(

@@ -25,7 +25,7 @@ OBJECTIVES = ("residue", "damage")  # both are minimised
 
 
 class TrialConfig(TypedDict):
-    """What Tune hands to a trial. place: position in the sweep, from 0; number: the trial's number in the study."""
+    """The config of a trial, as Tune hands it over. place: position in the sweep, from 0; number: the trial's number in the study."""
 
     number: int
     place: int

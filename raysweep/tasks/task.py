@@ -182,7 +182,7 @@ class Task:
 
     @cached_property
     def goal(self) -> Goal:
-        """What methods may know besides the images; the classes are those of the training labels, or of a concept's prompts."""
+        """The facts that methods may use besides the images; the classes are those of the training labels, or of a concept's prompts."""
         if self.kind == "concept":
             split = self.splits[PROMPTS[0]]
             prompts = list(zip(split.groups.tolist(), map(tuple, split.cond.tolist()), strict=True))  # type: ignore[union-attr]

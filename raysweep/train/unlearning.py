@@ -103,7 +103,7 @@ def refusals(method: type[Method], task: Task) -> list[str]:
 
 
 def prepare(method_class: type[Method], settings: Any, model: Any, task: Task, seed: int) -> dict[str, torch.Tensor]:
-    """What a method computes once per base, by name; empty for most. Every rank computes on all rows."""
+    """The tensors that a method computes once per base, by name; empty for most. Every rank computes on all rows."""
     torch.manual_seed(seed)
     return method_class.prepare(model, task, derive_seed("prepare", seed), settings)
 
