@@ -134,7 +134,7 @@ def measure(
     need them are skipped otherwise, with the reason in their row. judge: the classifier that tells classes apart and gives
     features; None reads the audit's from the cache, or trains it. cache: its folder; None for the usual one. sizes: settings of `audit.audit`, such as samples=200 or seed=7.
 
-    Raises ConfigError for checks or sizes that are not valid.
+    Raises ConfigError for checks or sizes that are not valid, and for an oracle that is the model, the base or another oracle.
     """
     from raysweep.auditing import measuring
 

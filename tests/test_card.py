@@ -97,7 +97,7 @@ def edit(folder: Path, change) -> None:
 def test_a_card_verifies_and_each_change_is_detected(written):
     lines = verify(written)
     assert all(line.holds for line in lines), lines
-    assert {"weights of base", "judge", "task", "audit: loss", "audit: denoising"} <= {line.what for line in lines}
+    assert {"model base", "judge", "task", "audit: loss", "audit: denoising"} <= {line.what for line in lines}
     assert card.read(written).content_digest == card.read(written).digest
     stated = card.read(written).findings[0]
 
@@ -116,7 +116,7 @@ def test_missing_parts_are_unknown_and_not_wrong(written, tmp_path):
     (tmp_path / "base").rename(tmp_path / "moved")
     (tmp_path / "task").rename(tmp_path / "data")
     by_name = {line.what: line.holds for line in verify(written)}
-    assert (by_name["weights of base"], by_name["task"]) == (None, None)
+    assert (by_name["model base"], by_name["task"]) == (None, None)
     assert "audit: loss" not in by_name
     assert {line.what: line.holds for line in verify(written, tmp_path / "data")}["audit: loss"]
 

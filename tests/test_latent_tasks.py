@@ -65,6 +65,7 @@ def test_models_that_are_compared_share_their_autoencoder(tmp_path):
     example = ROOT / "examples" / "text-to-image.yaml"
     model = families.build(load(example).task.build(), 0)
     model.save(tmp_path / "base")
+    model = model.fresh(1)
     for weights in model.frozen.vae.parameters():
         weights.data = weights.data.half().float()
     model.save(tmp_path / "rounded")

@@ -10,6 +10,7 @@ import pytest
 from tiny import tiny_task
 
 from raysweep.auditing import card
+from raysweep.auditing.card import ModelFolder
 from raysweep.auditing.objectives import Objectives
 from raysweep.auditing.request import AuditRequest
 from raysweep.auditing.verdict import Verdict
@@ -20,6 +21,7 @@ from raysweep.engine import audit_model as single
 from raysweep.engine.audit_model import audit_model, subject_name, write_card
 from raysweep.engine.cluster import RunFailed
 from raysweep.engine.events import Silent
+from raysweep.models.identity import Identity
 from raysweep.rundir import RunDir
 
 TIER = Tier(seed=1, judge="audit")
@@ -54,7 +56,8 @@ def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, folder_na
             for kind in ("rows", "scores"):
                 (table := folder.path / kind / f"{request.key}.parquet").parent.mkdir(parents=True, exist_ok=True)
                 table.write_bytes(b"")
-        path = write_card(sweep, tiny_task(), context, requests, result, [])
+        models = {n: ModelFolder(*pair) for n, pair in ({name: (str(model), digest)} | ANCHORS).items()}
+        path = write_card(sweep, tiny_task(), context, requests, result, models, [])
         models = json.loads(path.read_text())["models"]
         assert {n: (m["folder"], m["digest"]) for n, m in models.items()} == ANCHORS | {name: (str(model), digest)}
         cards[digest] = (name, path, *(r.key for r in requests.values()))
@@ -81,7 +84,7 @@ def test_an_audit_does_not_inherit_the_reason_of_the_one_before(tmp_path, monkey
 
     sweep = load(None, (f"storage={tmp_path}", f"cache={tmp_path / 'cache'}", "name=x"))
     monkeypatch.setattr(single, "resolve_sweep", lambda _: (tiny_task(), []))
-    monkeypatch.setattr(single, "check_model", lambda *_: "1" * 16)
+    monkeypatch.setattr(single, "check_model", lambda *_: Identity("model", "1" * 16, ()))
     for error, state, reason in ((RunFailed("no Ray"), "failed", "no Ray"), (KeyboardInterrupt(), "interrupted", "")):
         monkeypatch.setattr("raysweep.engine.engine.connected", lambda _, error=error: ends(error))
         with pytest.raises(type(error)):

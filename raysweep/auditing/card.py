@@ -57,10 +57,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model that took part: its folder and the hash of its weights."""
+    """A model that took part.
+
+    digest: hash of its tensors and of the settings that its output depends on. networks: hashes of its network's tensors alone,
+    rounded to half precision. not_read: files, subfolders and settings in the folder that have no influence on it.
+    """
 
     folder: str
     digest: str
+    networks: tuple[str, ...] = ()
+    not_read: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

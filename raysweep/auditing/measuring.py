@@ -14,6 +14,7 @@ from evaluators.batches import Batches
 from raysweep.auditing.judges import judge_of
 from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.schema import AuditConfig, ConfigError, Tier
+from raysweep.models.identity import Identity, clashes
 from raysweep.models.threads import one_thread
 from raysweep.storage.schemas import METRICS
 from raysweep.tasks.task import Task
@@ -36,6 +37,14 @@ def measure_model(
         judge = judge_of(task, tier.judge, None if cache is None else Path(cache))
     training = judge is not None and judge.training
     batches = Batches()
+    if oracles:
+        problems = clashes(
+            [Identity.of(oracle, f"oracle {k}") for k, oracle in enumerate(oracles)],
+            None if base is None else Identity.of(base, "that was given"),
+            Identity.of(model, "that was given"),
+        )
+        if problems:
+            raise ConfigError("\n".join(f"oracles: {problem}" for problem in problems))
     named = ({} if base is None else {"base": base}) | {f"oracle-{k}": oracle for k, oracle in enumerate(oracles)}
     peers = {name: subject_of(peer, task, judge, tier, batches) for name, peer in named.items()}
     subject = next((peers[name] for name, peer in named.items() if peer is model), None)

@@ -38,7 +38,7 @@ def verify(path: Path, task: Path | None = None) -> list[Comparison]:
         file = folder / name
         lines.append(_compare(name, sha, sha256(file) if file.is_file() else "missing"))
     for name, model in card.models.items():
-        lines.append(_compare_digest(f"weights of {name}", model.digest, Path(model.folder), _model_digest))
+        lines.append(_compare_digest(f"model {name}", model.digest, Path(model.folder), _model_digest))
     if card.judge_digest:
         lines.append(_compare_digest("judge", card.judge_digest, folder / JUDGE, _judge_digest))
     lines.append(compare_code((f.check for f in card.findings), card.code.audit))

@@ -58,6 +58,8 @@ def audit(
         print_rows([vars(finding) | {"paired_with": ""} for finding in card.findings])
         for line in card.answer:
             click.echo(line)
+        for entry in card.models[card.subject].not_read:
+            click.echo(f"not read: {entry}")
         click.echo(f"card {path.parent}")
     return INCOMPLETE if card.incomplete else OK
 

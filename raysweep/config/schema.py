@@ -307,7 +307,14 @@ class Sweep(Section):
     @property
     def warnings(self) -> list[str]:
         """Non-fatal problems, to display."""
-        return list(getattr(self.task, "warnings", ()))
+        texts = list(getattr(self.task, "warnings", ()))
+        count = len(self.oracle_models) or self.oracles
+        if count == 1:
+            key = "oracle_models" if self.oracle_models else "oracles"
+            texts.append(
+                f"{key}: one oracle alone does not show how far oracles differ from each other; two or more do"
+            )
+        return texts
 
     def resolved(self) -> dict[str, Any]:
         """Every setting as plain data."""

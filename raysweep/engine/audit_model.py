@@ -19,9 +19,11 @@ from raysweep.engine.checks import resolve_sweep
 from raysweep.engine.cluster import RunFailed
 from raysweep.engine.engine import Engine
 from raysweep.engine.events import Events
-from raysweep.engine.model_checks import check_latents, check_model
+from raysweep.engine.model_checks import check_distinct, check_latents, check_model, given_models
 from raysweep.engine.prepare import prepare
 from raysweep.models import families
+from raysweep.models.contents import not_read
+from raysweep.models.identity import Identity
 from raysweep.plugins import audit_code
 from raysweep.results.front import verdict_of
 from raysweep.results.paired import write_paired
@@ -40,21 +42,27 @@ def audit_model(model: Path, sweep: Sweep, events: Events) -> tuple[Path, Card]:
     """
     sweep = sweep.model_copy(update={"name": f"{sweep.name[:50]}-audits"})
     task, _ = resolve_sweep(sweep)
-    digest = check_model(str(model), task, str(model))
-    name = subject_name(model, digest)
+    audited = replace(check_model(str(model), task, str(model)), folder=str(model.absolute()))
+    name, digest = subject_name(model, audited.digest), audited.digest
+    check_distinct(*given_models(sweep, task), audited)
     if task.base is not None:
         check_latents(str(model), families.load(task.base), str(model))
     folder = RunDir.of(sweep)
+    for text in sweep.warnings:
+        events.say("warning", text)
     with attempt(folder, sweep, task):
         for line in data_lines(task):
             events.say("data", line)
         with Engine.open(folder, sweep, task, events) as engine:
             context = prepare(engine)
+            anchors_by_name = _anchor_models(context)
+            base_model, *oracle_models = anchors_by_name.values()
+            check_distinct(oracle_models, base_model, audited)
             if task.base is None:  # the base has only now been trained
                 check_latents(str(model), families.load(context.base), str(model))
             engine.actors.audit_only()
             requests = {
-                tier: context.request(tier, getattr(sweep.audit, tier), name, "", str(model.absolute()), digest)
+                tier: context.request(tier, getattr(sweep.audit, tier), name, "", audited.folder, digest)
                 for tier in TIERS
             }
             running = Audits.start(engine, requests)
@@ -67,9 +75,29 @@ def audit_model(model: Path, sweep: Sweep, events: Events) -> tuple[Path, Card]:
         measured = load_measured(folder.path, keys["audit"])
         result = objectives(measured, anchors, views, task.quality, task.validity)
         write_paired(folder, context, {name: keys["audit"]}, {})
-        path = write_card(sweep, task, context, requests, result, incomplete)
+        models = {n: _described(m) for n, m in ({name: audited} | anchors_by_name).items()}
+        path = write_card(sweep, task, context, requests, result, models, incomplete)
         folder.update(state="incomplete" if incomplete else "done", incomplete=incomplete)
     return path, card.read(path)
+
+
+def _anchor_models(context: Context) -> dict[str, Identity]:
+    """The base, then the oracles, by name."""
+    folders = {"base": context.base} | {name: folder for name, (folder, _) in sorted(context.oracles.items())}
+    return {name: Identity.read(folder) for name, folder in folders.items()}
+
+
+def _described(model: Identity) -> ModelFolder:
+    return ModelFolder(model.folder, model.digest, model.networks, not_read(Path(model.folder)))
+
+
+def _control(card: Card) -> list[str]:
+    """A sentence if the audited model is the base, whose residue shows that the audit can tell."""
+    audited, base = card.models[card.subject], card.models["base"]
+    if set(audited.networks).isdisjoint(base.networks):
+        return []
+    same = "is the base itself" if audited.digest == base.digest else "has the weights of the base, with other settings"
+    return [f"The audited model {same}: this is a positive control, and its residue should be near 1."]
 
 
 def subject_name(model: Path, digest: str) -> str:
@@ -86,17 +114,16 @@ def write_card(
     context: Context,
     requests: dict[str, AuditRequest],
     result: Objectives,
+    models: dict[str, ModelFolder],
     incomplete: list[str],
 ) -> Path:
     """Writes the audit card of one model from the tables that its audits left in the run.
 
-    requests: tier -> its audit. incomplete: checks that failed.
+    requests: tier -> its audit. models: the audited model, the base and the oracles, by name. incomplete: checks that failed.
     """
     folder, request = context.folder, requests["audit"]
     verdict = verdict_of(folder, request.subject, {tier: r.key for tier, r in requests.items()}, context)
     findings = _findings(folder, task, requests)
-    models = {request.subject: ModelFolder(str(request.model), request.digest)}
-    models |= {anchor: ModelFolder(path, digest) for anchor, path, digest in request.anchors}
     checks = sorted({f.check for f in findings})
     content = Card(
         subject=request.subject,
@@ -125,6 +152,7 @@ def write_card(
         for tier, r in requests.items()
         for kind, path_of in (("rows", rows_path), ("scores", scores_path))
     }
+    content = replace(content, answer=(*_control(content), *content.answer))
     out = folder.path / "cards" / request.subject
     return card.write(out, content, tables, Path(request.judge) if request.judge else None)
 

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.models import families
+from raysweep.models.identity import Identity, clashes
 from raysweep.models.validation import check_serves
 from raysweep.registry import resolve
 from raysweep.tasks.task import Task
 
 
-def check_model(path: str, task: Task, key: str = "task.base") -> str:
-    """Hash of a model given by the user; raises ConfigError, naming `key`, if it does not load or fit the task."""
-    digest: str = _loaded(path, task, key).digest
-    return digest
+def check_model(path: str, task: Task, key: str = "task.base") -> Identity:
+    """Identity of a model given by the user; raises ConfigError, naming `key`, if it does not load or fit the task."""
+    return Identity.of(_loaded(path, task, key), path)
+
+
+def check_distinct(oracles: Sequence[Identity], base: Identity | None, audited: Identity | None = None) -> None:
+    """Raises ConfigError if an oracle is the same model as another one, the base or the audited model; see `clashes`."""
+    problems = clashes(oracles, base, audited)
+    if problems:
+        raise ConfigError("\n".join(f"oracle_models: {problem}" for problem in problems))
+
+
+def given_models(sweep: Sweep, task: Task) -> tuple[list[Identity], Identity | None]:
+    """The oracles and the base that the user gives."""
+    oracles = [Identity.read(str(folder.absolute())) for folder in sweep.oracle_models]
+    return oracles, Identity.read(task.given_base) if task.given_base else None
 
 
 def _loaded(path: str, task: Task, key: str) -> Any:
@@ -57,8 +71,8 @@ def _check_same_latents(model: Any, path: str, base: Any, key: str) -> None:
         )
 
 
-def check_oracles(sweep: Sweep, task: Task, base: Any = None) -> dict[str, tuple[str, str]]:
-    """Folder and hash of each oracle given by the user; raises ConfigError if one does not load, fit, or match the base.
+def check_oracles(sweep: Sweep, task: Task, base: Any = None) -> dict[str, Identity]:
+    """The oracles given by the user; raises ConfigError if one does not load, fit, or match the base, or is no model of its own.
 
     Oracles must share the base's architecture; otherwise differences are not due to forgetting alone.
     base: a model of the task's architecture, if one is loaded already.
@@ -66,10 +80,10 @@ def check_oracles(sweep: Sweep, task: Task, base: Any = None) -> dict[str, tuple
     if not sweep.oracle_models:
         return {}
     base = families.example(task) if base is None else base
-    expected, oracles = _shapes(base), dict[str, tuple[str, str]]()
+    expected, oracles = _shapes(base), dict[str, Identity]()
     for k, folder in enumerate(sweep.oracle_models):
         oracle = _loaded(str(folder), task, "oracle_models")
-        oracles[f"oracle-{k}"] = (str(folder.absolute()), oracle.digest)
+        oracles[f"oracle-{k}"] = Identity.of(oracle, str(folder.absolute()))
         shapes = _shapes(oracle)
         differing = next((n for n in (*expected, *shapes) if expected.get(n) != shapes.get(n)), None)
         if differing is not None:
@@ -79,6 +93,8 @@ def check_oracles(sweep: Sweep, task: Task, base: Any = None) -> dict[str, tuple
             )
         if task.base is not None and base.latent:
             _check_same_latents(oracle, str(folder), base, "oracle_models")
+    given = Identity.of(base, task.given_base) if task.given_base else None
+    check_distinct(list(oracles.values()), given)
     return oracles
 
 

@@ -21,8 +21,9 @@ from raysweep.engine.cached_jobs import (
 )
 from raysweep.engine.cluster import RunFailed
 from raysweep.engine.engine import Engine
-from raysweep.engine.model_checks import check_latents, check_model, check_oracles
+from raysweep.engine.model_checks import check_distinct, check_latents, check_model, check_oracles
 from raysweep.models import families
+from raysweep.models.identity import Identity
 from raysweep.registry import resolve
 from raysweep.search.spaces import Space
 from raysweep.storage.cache import cache_folder, load_tensors
@@ -115,10 +116,13 @@ def _start_autoencoder(engine: Engine) -> tuple[list[ActorHandle], ray.ObjectRef
 def _given_models(engine: Engine, trained: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """Folder and hash of the base and the oracles that the user gives, by subject, checked against each other."""
     sweep, task = engine.sweep, engine.task
-    models = {"base": (task.given_base, check_model(task.given_base, task))} if task.given_base else {}
-    models |= check_oracles(sweep, task)
+    models = {"base": (task.given_base, check_model(task.given_base, task).digest)} if task.given_base else {}
+    oracles = check_oracles(sweep, task)
+    models |= {name: (oracle.folder, oracle.digest) for name, oracle in oracles.items()}
     if task.base is None and sweep.oracle_models:  # the base to compare them with has only now been trained
-        base = families.load((trained | models)["base"][0])
+        folder = (trained | models)["base"][0]
+        base = families.load(folder)
+        check_distinct(list(oracles.values()), Identity.of(base, folder))
         for oracle in sweep.oracle_models:
             check_latents(str(oracle), base, "oracle_models")
     return models

@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import open_clip
 import torch
@@ -18,8 +18,10 @@ from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from raysweep.models import weights
-from raysweep.models.folders import OPEN_CLIP, quiet_logs, read_json, reading
+from raysweep.models.configuration import plain, tokenizer_settings
+from raysweep.models.folders import OPEN_CLIP, TOKENIZER, quiet_logs, read_json, reading
 from raysweep.models.handle import Handle
+from raysweep.storage.files import digest_of
 
 
 class Contrastive(Handle):
@@ -33,6 +35,7 @@ class Contrastive(Handle):
     """
 
     family = "clip"
+    reads: ClassVar[tuple[str, ...]] = (OPEN_CLIP, HF_SAFE_WEIGHTS_NAME, *TOKENIZER)
 
     def __init__(self, net: Any, config: dict[str, Any], tokenizer: Any):
         self.net, self.config, self.tokenizer = net, config, tokenizer
@@ -99,6 +102,15 @@ class Contrastive(Handle):
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(folder)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain data: the network's settings, and the preprocessing of images and captions."""
+        return {
+            "net": plain(self.config["model_cfg"]),
+            "images": [self.mean.flatten().tolist(), self.std.flatten().tolist()],
+            "captions": _caption_settings(self.tokenizer),
+        }
+
     def with_net(self, net: Any) -> Contrastive:
         """Another network of the same architecture."""
         return type(self)(net, self.config, self.tokenizer)
@@ -137,3 +149,11 @@ class Contrastive(Handle):
     def tokens(self, captions: list[str]) -> torch.Tensor:
         """The tokens of captions, (n, L)."""
         return self.tokenizer(captions)
+
+
+def _caption_settings(tokenizer: Any) -> dict[str, Any]:
+    """Plain data: everything that the tokens of a caption depend on."""
+    inner = getattr(tokenizer, "tokenizer", None)  # of transformers, or open_clip's own vocabulary
+    rules = {"rules": digest_of(tokenizer.encoder)} if inner is None else tokenizer_settings(inner)
+    clean, special = tokenizer.clean_fn.__name__, getattr(tokenizer, "strip_sep_token", False)
+    return {**rules, "length": tokenizer.context_length, "cleaning": clean, "strips": special}

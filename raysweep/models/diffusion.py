@@ -9,6 +9,7 @@ beside the weights.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from raysweep.models import samplers
+from raysweep.models.configuration import scheduler_settings
 from raysweep.models.handle import Handle
 from raysweep.models.noise import normal_rows, uniform_rows
-from raysweep.storage.files import digest_of
 
 ROWS = 50  # images that go through the network at once: kernels round differently for another number of rows
 
@@ -38,6 +39,7 @@ class Diffusion(Handle, ABC):
         scheduler: a DDIM scheduler; its `prediction_type` is the output of `predict` ("epsilon" or "v_prediction").
     """
 
+    schedule_keys: ClassVar[frozenset[str]] = frozenset(inspect.signature(DDIMScheduler.__init__).parameters)
     default_sampler: ClassVar[samplers.Sampler] = samplers.DDIM()
 
     def __init__(self, net: Any, scheduler: DDIMScheduler):
@@ -100,10 +102,18 @@ class Diffusion(Handle, ABC):
         return [] if null is None else [null]
 
     @property
-    def digest(self) -> str:
-        """Content hash of weights and sampler."""
-        weights, sampler = super().digest, samplers.plain_data(self)
-        return weights if sampler is None else digest_of(weights, sampler)
+    def settings(self) -> dict[str, Any]:
+        """Plain data: the network's settings, the noise schedule, the sampler and the label for "no class"."""
+        return {
+            **super().settings,
+            "schedule": self.schedule_settings(),
+            "sampler": samplers.plain_data(self),
+            "null_label": self.null_label,
+        }
+
+    def schedule_settings(self) -> dict[str, Any]:
+        """Plain data: what the noise schedule depends on."""
+        return scheduler_settings(self.scheduler)
 
     def to(self, device: torch.device) -> Self:
         """Moves the network and its schedule in place."""

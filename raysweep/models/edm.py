@@ -22,6 +22,7 @@ import torch
 from diffusers import EDMEulerScheduler, UNet2DModel
 
 from raysweep.models import samplers, weights
+from raysweep.models.configuration import plain
 from raysweep.models.folders import INDEX, read_json
 from raysweep.models.song import SongUNet
 from raysweep.models.unet import OneUNet, draw_weights
@@ -43,6 +44,7 @@ class EDM(OneUNet):
     """
 
     family = "edm"
+    schedule_keys: ClassVar[frozenset[str]] = frozenset(LEVELS)
     default_sampler: ClassVar[samplers.Sampler] = samplers.Heun()
 
     def __init__(
@@ -97,6 +99,9 @@ class EDM(OneUNet):
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2))
         samplers.save(folder, self)
+
+    def schedule_settings(self) -> dict[str, Any]:
+        return {"levels": plain(self.edm), "training": plain(self.training)}
 
     def with_net(self, net: Any) -> EDM:
         other = type(self)(net, self.edm, self.training, self.null_label)

@@ -22,6 +22,18 @@ REASON = 400  # characters kept of a library's message
 ASYNC = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' loading threads have hung beside others
 CHECKPOINTS = (".safetensors", ".ckpt")
 VARIANTS = ["*.fp16.*", "*.bf16.*", "*non_ema*"]
+# the files that are read of a network, a tokenizer, and what prepares images
+NETWORK = ("config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "chat_template.*")
 
 
 def is_hub_id(name: str) -> bool:

@@ -25,12 +25,13 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from raysweep.models import samplers, weights
+from raysweep.models.configuration import network_settings, tokenizer_settings
 from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import Embeddings
-from raysweep.models.folders import INDEX, no_progress_bars, pipeline_class, read_json
+from raysweep.models.folders import INDEX, NETWORK, TOKENIZER, no_progress_bars, pipeline_class, read_json
 from raysweep.models.pipeline_folder import check_autoencoder, check_classes, check_parts_fit, read_tokenizer
 from raysweep.models.unet import draw_weights, unet_shape
-from raysweep.models.validation import check_unet, ddim, schedule
+from raysweep.models.validation import SCHEDULE, check_unet, ddim, schedule
 from raysweep.storage.files import alike, digest_of, digest_state
 
 PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
@@ -64,6 +65,14 @@ class LatentText(Diffusion):
     """
 
     family = "text-ddpm"
+    reads: ClassVar[tuple[str, ...]] = (
+        INDEX,
+        f"scheduler/{SCHEDULE}",
+        samplers.FILE,
+        *(f"{part}/{name}" for part in ("unet", "vae", "text_encoder", "text_encoder_2") for name in NETWORK),
+        *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in TOKENIZER),
+    )
+    schedule_keys: ClassVar[frozenset[str]] = Diffusion.schedule_keys - {"clip_sample", "thresholding"}
     latent: ClassVar[bool] = True
 
     def __init__(self, net: nn.ModuleDict, frozen: Frozen, trains: tuple[str, ...] | None = None):
@@ -214,9 +223,19 @@ class LatentText(Diffusion):
         return digest_of(super().digest, self.encoder_digest)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Plain data: as of other diffusion models, for each network, the tokenizers and the unconditional branch."""
+        return {
+            **super().settings,
+            "net": {name: network_settings(module) for name, module in self.net.items()},
+            "tokenizers": [tokenizer_settings(tokenizer) for tokenizer in self.frozen.tokenizers],
+            "zero_null": self.frozen.zero_null,
+        }
+
+    @property
     def encoder_digest(self) -> str:
-        """Content hash of the autoencoder, which latents depend on."""
-        return digest_of(digest_state(self.frozen.vae.state_dict()), self.frozen.vae.config.scaling_factor)
+        """Content hash of the autoencoder and its settings, which latents depend on."""
+        return digest_of(digest_state(self.frozen.vae.state_dict()), network_settings(self.frozen.vae))
 
     def same_encoder(self, other: LatentText) -> bool:
         """Whether both have the same autoencoder, up to rounding to half precision, in which pipelines are often stored."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel
 
 from raysweep.models import weights
+from raysweep.models.configuration import network_settings, plain
 from raysweep.models.folders import component_files, reading
 from raysweep.models.handle import Handle
 from raysweep.storage.files import alike, digest_of, digest_state
@@ -46,8 +47,9 @@ class Clip:
 
     @property
     def digest(self) -> str:
-        """Content hash of the weights and of the images' normalisation."""
-        return digest_of(digest_state(self.net.state_dict()), self.images.image_mean, self.images.image_std)
+        """Content hash of the weights, of the networks' settings and of the images' normalisation."""
+        images = plain([self.images.image_mean, self.images.image_std])
+        return digest_of(digest_state(self.net.state_dict()), network_settings(self.net), images)
 
 
 class TextTower(Handle):

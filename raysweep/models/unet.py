@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
+from raysweep.models import samplers
 from raysweep.models.diffusion import Diffusion
+from raysweep.models.folders import INDEX, NETWORK
+from raysweep.models.validation import SCHEDULE
 
 
 class OneUNet(Diffusion):
     """A model whose network is one U-Net. null_label: the class index that stands for "no class", if any."""
+
+    reads: ClassVar[tuple[str, ...]] = (
+        INDEX,
+        *(f"unet/{name}" for name in NETWORK),
+        f"scheduler/{SCHEDULE}",
+        samplers.FILE,
+    )
 
     @property
     def shape(self) -> tuple[int, int, int]:

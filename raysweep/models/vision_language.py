@@ -11,18 +11,26 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 from raysweep.models import weights
-from raysweep.models.folders import component_files, no_progress_bars, reading
+from raysweep.models.configuration import (
+    generation_settings,
+    network_settings,
+    plain,
+    processor_settings,
+    tokenizer_settings,
+)
+from raysweep.models.folders import NETWORK, PROCESSOR, TOKENIZER, component_files, no_progress_bars, read_json, reading
 from raysweep.models.handle import Handle
 from raysweep.models.unet import draw_weights
 from raysweep.storage.files import digest_of, digest_state
 
+GENERATION = "generation_config.json"
 CLIP = "clip"  # the subfolder of the whole CLIP model
 PROMPT = "USER: <image>\n{question} ASSISTANT:"  # of LLaVA 1.5
 QUESTION = "Who is in this picture?"
@@ -51,6 +59,13 @@ class VisionLanguage(Handle):
     """
 
     family = "vlm"
+    reads: ClassVar[tuple[str, ...]] = (
+        *NETWORK,
+        *TOKENIZER,
+        *PROCESSOR,
+        GENERATION,
+        *(f"{CLIP}/{name}" for name in (*NETWORK, *TOKENIZER, *PROCESSOR)),
+    )
 
     def __init__(self, net: Any, around: Around):
         self.net, self.around = net, around
@@ -69,6 +84,8 @@ class VisionLanguage(Handle):
             raise ValueError(f"{folder / CLIP}: missing: it must hold the CLIP model that the vision tower is of")
         component_files(folder, ("tokenizer.json", "tokenizer.model"))
         component_files(folder / CLIP, ("tokenizer.json", "vocab.json"))
+        if (folder / GENERATION).is_file():
+            read_json(folder / GENERATION)  # the library would ignore a damaged one
         vlm: Any = weights.read(LlavaForConditionalGeneration, folder, dtype="auto")
         net: Any = weights.read(CLIPModel, folder / CLIP, dtype=torch.float32)
         with reading(folder):
@@ -139,6 +156,19 @@ class VisionLanguage(Handle):
     @property
     def digest(self) -> str:
         return digest_of(super().digest, self.around.digest)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain data: the settings of both networks, of tokenizers and image processors, and of generation."""
+        around = self.around
+        return {
+            **super().settings,
+            "language": network_settings(around.vlm),
+            "generation": generation_settings(around.vlm),
+            "processor": processor_settings(around.processor),
+            "tokenizers": [tokenizer_settings(t) for t in (around.processor.tokenizer, around.tokenizer)],
+            "images": plain([around.images.image_mean, around.images.image_std]),
+        }
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

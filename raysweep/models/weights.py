@@ -45,7 +45,7 @@ def read(kind: Any, folder: Path, **options: Any) -> Any:
     class_name = config.get("_class_name", kind.__name__)
     if class_name != kind.__name__:
         raise ValueError(f"{folder / 'config.json'}: describes a {class_name}, and a {kind.__name__} is needed here")
-    files, variant = _files(folder)
+    files, variant = weight_files(folder)
     shapes = shapes_of(files)
     wrapped = check_names(folder, shapes)
     with reading(folder):
@@ -103,7 +103,7 @@ def fill(net: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, A
     return {"missing_keys": missing, "unexpected_keys": keys.unexpected_keys, "mismatched_keys": reshaped}
 
 
-def _files(folder: Path) -> tuple[list[Path], str | None]:
+def weight_files(folder: Path) -> tuple[list[Path], str | None]:
     """The files of a folder's weights, and their variant (None: the usual one)."""
     no_pickles(folder)
     groups: dict[str | None, list[Path]] = {}

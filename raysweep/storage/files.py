@@ -147,12 +147,27 @@ def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def digest_state(state: dict[str, Any]) -> str:
     """Hash of named tensors: names, types, shapes and bytes."""
+    import torch
+
     sha = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        sha.update(tensor.numpy().tobytes())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return sha.hexdigest()[:16]
+
+
+def rounded_digests(state: dict[str, Any]) -> tuple[str, ...]:
+    """Hashes of named tensors after rounding to each half precision, in which weights are often stored.
+
+    Two networks that share one of them have the same tensors, in the same or in another type.
+    """
+    import torch
+
+    return tuple(
+        f"{kind}-{digest_state({n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()})}"
+        for kind, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16))
+    )
 
 
 def digest_of(*parts: Any) -> str:
