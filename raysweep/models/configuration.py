@@ -86,9 +86,9 @@ def _chosen(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_transformers(config: Any) -> dict[str, Any]:
     """The settings of a configuration, and of those inside it, without what all configurations of the library have."""
-    common = _defaults(_base(type(config)))
-    settings: dict[str, Any] = {}
-    for name, default in _defaults(type(config)).items():
+    kind: Any = type(config)
+    common, settings = _defaults(_base(kind)), dict[str, Any]()
+    for name, default in _defaults(kind).items():
         value = getattr(config, name, None)
         if hasattr(value, "to_diff_dict"):
             settings[name] = {"class": type(value).__name__, **_of_transformers(value)}
@@ -97,7 +97,7 @@ def _of_transformers(config: Any) -> dict[str, Any]:
     return settings
 
 
-def _base(kind: type) -> type:
+def _base(kind: Any) -> Any:
     """The class of the library that all its configurations derive from."""
     return next(base for base in reversed(kind.__mro__) if hasattr(base, "to_diff_dict"))
 
