@@ -9,7 +9,8 @@ check is fixed in advance, so a check that points the wrong way has an AUC below
 labelled uninformative on this task, also in reports (`--rate`). `flagged` are the shares of either kind whose gap or excess
 to the oracles lies above the margin of verdicts and equivalence tests, one-sided at 5 %: the power of the check, and its rate
 of false alarms; the margin allows for the small differences of models with other widths and lengths of training than the
-oracles'. Results go to `benchmarks/results/meta-KIND.json`, from which finished models are read again (`--only` repeats some
+oracles'. The gap of a single picture, a difference of ranks, is flagged if its whole 95 % interval, that of one further oracle, lies
+above 0. Results go to `benchmarks/results/meta-KIND.json`, from which finished models are read again (`--only` repeats some
 checks on all of them), and are printed as a table. Checks of quality or of retained images are left out: they are not meant
 to separate these models.
 """
@@ -90,7 +91,7 @@ def study(kind: str, has: bool, number: int, without: tuple[str, ...] = ()) -> d
     subject.peers = g.__dict__["meta"]
     result = measure(subject, chosen)
     rows = {
-        f"{r.check}.{r.name}": {"value": r.value, "se": r.se, "status": r.status, "reason": r.reason}
+        f"{r.check}.{r.name}": {"value": r.value, "se": r.se, "lo": r.lo, "status": r.status, "reason": r.reason}
         for r in result.rows
         if "@" not in r.name
     }
@@ -127,12 +128,15 @@ def table(results: list[dict[str, Any]]) -> str:
         line = [name, f"{auc:.2f} [{low:.2f}, {high:.2f}]", "lower" if lower else "higher"]
         line.append("yes" if auc >= LEAST else "**uninformative**")
         check, metric = name.split(".")
+        ranked_picture = any(r["rows"].get(f"{check}.rank", {}).get("value") is not None for r in results)
         compared = metric == "gap" or (metric == "excess" and reach_of(check) is not None)
         for has in (True, False) if compared else ():
             flags = [
-                row["value"] - ONE_SIDED * row["se"] > MARGINS[metric]
+                row["lo"] > 0 if ranked_picture else row["value"] - ONE_SIDED * row["se"] > MARGINS[metric]
                 for r in results
-                if r["has"] is has and (row := r["rows"].get(name, {})).get("value") is not None and row["se"]
+                if r["has"] is has
+                and (row := r["rows"].get(name, {})).get("value") is not None
+                and (row.get("lo") is not None if ranked_picture else row["se"])
             ]
             lo, hi = clopper_pearson(sum(flags), len(flags)) if flags else (0.0, 1.0)
             line.append(f"{np.mean(flags):.2f} [{lo:.2f}, {hi:.2f}]" if flags else "")

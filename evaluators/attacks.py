@@ -157,13 +157,14 @@ def robust_mix(a: np.ndarray, b: np.ndarray, weight: float, like: tuple[np.ndarr
     return (1 - weight) * scaled(a, like[0]) + weight * scaled(b, like[1])
 
 
-def lira_offline(scores: np.ndarray, out: np.ndarray) -> np.ndarray:
+def lira_offline(scores: np.ndarray, out: np.ndarray, pool: np.ndarray | None = None) -> np.ndarray:
     """Excess of scores (n,) over those of models that never saw the images, out (n, k), in standard deviations.
 
     Carlini et al., "Membership Inference Attacks From First Principles", arXiv:2112.03570, the one-sided test, on the
-    scale of its normal quantile. The deviation is pooled over images, since k is small.
+    scale of its normal quantile. The deviation is pooled over images, since k is small: over those of `pool` (m, k), which
+    populations that are compared share, or of `out`.
     """
-    return (scores - out.mean(1)) / _pooled(out)
+    return (scores - out.mean(1)) / _pooled(out if pool is None else pool)
 
 
 def lira_online(scores: np.ndarray, member: np.ndarray, out: np.ndarray) -> np.ndarray:

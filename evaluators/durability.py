@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -85,7 +86,12 @@ class Durability(Evaluator):
             else:
                 # the mean of the oracles is itself uncertain: their own spread adds to the error of an excess
                 extra = _oracles_se(scores, strength) if kind == "excess" else 0.0
-                rows.append(Metric.jackknife(name, value, n, replicates[name], over="samples", extra_se=extra))
+                metric = Metric.jackknife(name, value, n, replicates[name], over="samples", extra_se=extra)
+                if (
+                    kind == "excess" and metric.hi is None
+                ):  # verdicts read the end; the reason says that it has no width
+                    metric = replace(metric, se=0.0, lo=value, hi=value, interval="jackknife over samples")
+                rows.append(metric)
         if "excess" not in values:
             rows.append(Metric.absent("excess", "there is no oracle to compare with"))
         return rows

@@ -10,14 +10,17 @@ chooses its steps from the whole batch, so results would depend on the other ima
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
+from scipy import stats
 from torchdiffeq import odeint
 
 from evaluators.base import Evaluator, Images, Metric, Model, Scores, Subject
 from evaluators.batches import Batches
 from evaluators.membership import populations
+from evaluators.statistics import LEVEL
 
 
 class Likelihood(Evaluator):
@@ -46,16 +49,31 @@ class Likelihood(Evaluator):
         return {"forget_bits": forget, "retain_bits": float(scores["retain"].mean()), "excess": other - forget}
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
-        values, rows = self.values(scores, subject), []
-        for name in ("forget", "retain"):
-            per_image, metric = scores[name].mean(1), f"{name}_bits"
-            value, direction = values[metric], self.directions[metric]
-            if len(per_image) > 1:
-                rows.append(Metric.mean(metric, value, per_image, over="images", direction=direction))
-            else:
-                rows.append(Metric(metric, value, 1, direction=direction, reason="one image: no interval"))
-        n = len(scores["forget"])
-        return [*rows, Metric.jackknife("excess", values["excess"], n, replicates["excess"], over="images")]
+        values, per_image = self.values(scores, subject), {name: a.mean(1) for name, a in scores.items()}
+        rows = [
+            Metric.mean(f"{name}_bits", values[f"{name}_bits"], per_image[name], over="images", direction=direction)
+            for name, direction in (
+                ("forget", self.directions["forget_bits"]),
+                ("retain", self.directions["retain_bits"]),
+            )
+        ]
+        return [*rows, _excess(values["excess"], per_image["forget"], per_image["forget_holdout"])]
+
+
+def _excess(value: float, forget: np.ndarray, other: np.ndarray) -> Metric:
+    """Bits of held-out images (m,) minus those of forgotten ones (n,), with the interval of Welch's t for two samples."""
+    n = len(forget)
+    if n == 1:  # a constant to compare held-out images with
+        reason = "one forgotten image: the interval is over held-out images only"
+        return replace(
+            Metric.mean("excess", value, other, over="held-out images", offset=-float(forget[0]), reason=reason), n=1
+        )
+    if len(other) < 2 or np.ptp(forget) == np.ptp(other) == 0:
+        return Metric("excess", value, n, reason="no interval: it needs images that differ, of either kind")
+    test = stats.ttest_ind(other, forget, equal_var=False)
+    lo, hi = test.confidence_interval(LEVEL)
+    se = float(np.hypot(stats.sem(other), stats.sem(forget)))
+    return Metric("excess", value, n, se=se, lo=float(lo), hi=float(hi), interval="welch's t over images")
 
 
 def bits_per_dimension(

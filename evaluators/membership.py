@@ -6,9 +6,11 @@ One evaluator per attack of `evaluators.attacks`; all reduce scores to metrics i
 - Step and sign are never chosen by the result. The whole grid of steps is kept in the scores; the reported step and its sign
   are those at which the base model best tells one half of the retained images from one half of their holdout. The metrics of
   retained images come from the other halves.
-- An AUC below one half is not safe: the attacker flips the sign. `leak` = |AUC - 0.5|. What counts is `gap`, the paired
-  difference to the mean of the oracles on the same images and noises; its error covers the images (DeLong) and the spread of
-  the oracles. `equivalence_p` is the p-value of "not within 0.05 of the oracles".
+- An AUC below one half is not safe: the attacker flips the sign. Nor is one away from one half a leak: images that are
+  easy, or hard, for every model give it to an oracle too. What counts is `gap`, on either side of 0: the paired difference to
+  the mean of the oracles on the same images and noises; its error covers the images (DeLong) and the spread of the oracles.
+  `equivalence_p` is the p-value of "not within 0.05 of the oracles".
+- A single forgotten image has `rank` in place of an AUC, and a `gap` of ranks; see `evaluators.rank`.
 - True positive rates at 1 % and 0.1 % need 1,000 and 10,000 non-members; with fewer there is no number.
 """
 
@@ -23,10 +25,10 @@ from scipy.stats import norm
 
 from evaluators import attacks
 from evaluators.base import Direction, Evaluator, Images, Inapplicable, Metric, Scores, Subject
+from evaluators.rank import ONE_IMAGE, rank_rows
 from evaluators.statistics import (
     advantage,
     auc_interval,
-    clopper_pearson,
     delong,
     equivalence,
     normal_interval,
@@ -35,6 +37,7 @@ from evaluators.statistics import (
 )
 
 MARGIN = 0.05  # difference in AUC within which a model counts as equivalent to the oracles
+NO_ORACLE = "there is no oracle to compare with, or none that is not a reference"
 
 
 class Attack(Evaluator):
@@ -42,8 +45,8 @@ class Attack(Evaluator):
 
     directions: ClassVar[dict[str, Direction]] = {
         "auc": "target",
+        "rank": "target",
         "retain_auc": "target",
-        "leak": "min",
         "gap": "target",
         "equivalence_p": "min",
         "advantage": "target",
@@ -71,30 +74,36 @@ class Attack(Evaluator):
         return scores
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
-        pos, neg = _reported(scores, "forget"), _reported(scores, "forget_holdout")
-        auc = delong(pos, neg)[0]
-        values = {"auc": auc, "leak": abs(auc - 0.5), "advantage": advantage(pos, neg)}
+        values = {}
         if "retain" in scores:
             values["retain_auc"] = delong(_reported(scores, "retain"), _reported(scores, "holdout"))[0]
+        if is_single(subject):  # its rank is not a mean over units, which the jackknife could leave out
+            return values
+        pos, neg = _reported(scores, "forget"), _reported(scores, "forget_holdout")
+        values |= {"auc": delong(pos, neg)[0], "advantage": advantage(pos, neg)}
         if "oracle_forget" in scores:
             values["gap"] = paired_gap(pos, neg, *_oracle_scores(scores))[0]
         return values
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
         pos, neg = _reported(scores, "forget"), _reported(scores, "forget_holdout")
-        n, values, auc = len(pos), self.values(scores, subject), _auc("auc", pos, neg)
-        rows = [auc]
+        n, oracles = len(pos), _oracle_scores(scores) if "oracle_forget" in scores else None
+        retained = []
         if "retain" in scores:
-            rows.append(_auc("retain_auc", _reported(scores, "retain"), _reported(scores, "holdout")))
-        rows.append(_leak(values["leak"], n, auc))
-        rows.append(Metric("advantage", values["advantage"], n, reason="largest over thresholds, so above 0 by chance"))
+            retained.append(_auc("retain_auc", _reported(scores, "retain"), _reported(scores, "holdout")))
+        if is_single(subject):
+            lacking = ("auc", "advantage", "tpr_at_1", "tpr_at_01", "equivalence_p")
+            absent = (Metric.absent(name, ONE_IMAGE, n=n, direction=self.directions[name]) for name in lacking)
+            return [*rank_rows(pos, neg, oracles, NO_ORACLE), *retained, *absent]
+        rows = [_auc("auc", pos, neg), *retained]
+        reason = "largest over thresholds, so above 0 by chance, for oracles too"
+        rows.append(Metric("advantage", advantage(pos, neg), n, reason=reason))
         for name, rate in (("tpr_at_1", 0.01), ("tpr_at_01", 0.001)):
             value, reason = tpr_at_fpr(pos, neg, rate)
             rows.append(Metric.absent(name, reason, n=n) if value is None else Metric.share(name, value, n))
-        if "oracle_forget" in scores:
-            return rows + _against_oracles(pos, neg, *_oracle_scores(scores))
-        reason = "there is no oracle to compare with, or none that is not a reference"
-        return rows + [Metric.absent(name, reason, n=n) for name in ("gap", "equivalence_p")]
+        if oracles is not None:
+            return rows + _against_oracles(pos, neg, *oracles)
+        return rows + [Metric.absent(name, NO_ORACLE, n=n) for name in ("gap", "equivalence_p")]
 
 
 class Scored(Attack):
@@ -274,8 +283,9 @@ class LiRA(_ByOracles):
     needs = "forget set and its holdout; two oracles"
 
     def combine(self, model: Scores, oracles: list[Scores], name: str, step: int, sign: float) -> np.ndarray:
-        out = sign * np.stack([o[name][:, step] for o in oracles], 1)
-        return attacks.lira_offline(sign * model[name][:, step], out)
+        out = {part: sign * np.stack([o[part][:, step] for o in oracles], 1) for part in ("forget", "forget_holdout")}
+        # one scale for both populations: of a single image the oracles' deviation would be a number of chance
+        return attacks.lira_offline(sign * model[name][:, step], out[name], np.concatenate(list(out.values())))
 
 
 class RMIA(_ByOracles):
@@ -294,6 +304,11 @@ class RMIA(_ByOracles):
         return attacks.rmia(
             sign * model[name][:, step], reference(name), sign * model["holdout"][:, step], reference("holdout")
         )
+
+
+def is_single(subject: Subject) -> bool:
+    """Whether one distinct image is to be forgotten."""
+    return subject.once("single", lambda: len(subject.task.splits["forget"].distinct()) == 1)
 
 
 def populations(subject: Subject) -> dict[str, Images]:
@@ -343,23 +358,12 @@ def _oracle_scores(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _auc(name: str, pos: np.ndarray, neg: np.ndarray) -> Metric:
+    if min(len(pos), len(neg)) < 2:
+        return Metric.absent(name, ONE_IMAGE, n=len(pos))
     auc, se, lo, hi = auc_interval(pos, neg)
-    if len(pos) == 1:  # the rank of one image among the holdout: a share, with an exact interval
-        lo, hi = clopper_pearson(int((neg < pos[0]).sum()), len(neg))
-        method, reason = (
-            "clopper-pearson over holdout images",
-            "one distinct forgotten image: uncertainty is over holdout images only",
-        )
-        return Metric(name, auc, 1, lo=lo, hi=hi, interval=method, reason=reason)
+    if lo == hi:
+        return Metric(name, auc, len(pos), reason="no interval: all images have the same score")
     return Metric(name, auc, len(pos), se=se, lo=lo, hi=hi, interval="delong")
-
-
-def _leak(value: float, n: int, auc: Metric) -> Metric:
-    """|AUC - 0.5|, with the interval that follows from that of the AUC."""
-    low, high = auc.lo or 0.0, auc.hi or 0.0
-    least = 0.0 if low <= 0.5 <= high else min(abs(low - 0.5), abs(high - 0.5))
-    most = max(abs(low - 0.5), abs(high - 0.5))
-    return Metric("leak", value, n, se=auc.se, lo=least, hi=most, interval=auc.interval, direction="min")
 
 
 def _against_oracles(pos: np.ndarray, neg: np.ndarray, pos_ref: np.ndarray, neg_ref: np.ndarray) -> list[Metric]:

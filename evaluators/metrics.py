@@ -60,7 +60,13 @@ class Metric:
         direction: Direction = "target",
         reason: str = "",
     ) -> Metric:
-        """A mean of independent units (n,), n >= 2, plus a constant `offset`, with the interval of Student's t."""
+        """A mean of independent units (n,), plus a constant `offset`, with the interval of Student's t.
+
+        Without an interval, and with the reason, for a single unit or units that do not differ.
+        """
+        if len(units) < 2 or _is_constant(units):
+            lack = f"no interval: all {over} give the same" if len(units) > 1 else f"no interval: one unit ({over})"
+            return cls(name, value, len(units), direction=direction, reason=_joined(reason, lack))
         se, lo, hi = t_interval(units)
         return cls(
             name,
@@ -91,8 +97,12 @@ class Metric:
         """A function of n units, with the interval of the delete-a-group jackknife.
 
         replicates: the value without each group of units in turn (groups,). extra_se: an independent standard error from
-        elsewhere. bounds: the range of the metric, at which the interval ends.
+        elsewhere. bounds: the range of the metric, at which the interval ends. Without an interval, and with the reason, if no
+        group makes a difference: an error of 0 would be wrong.
         """
+        if extra_se == 0 and _is_constant(replicates):
+            lack = f"no interval: leaving groups of {over} out does not change it"
+            return cls(name, value, n, direction=direction, reason=_joined(reason, lack))
         se, lo, hi = jackknife_interval(value, replicates, extra_se=extra_se)
         return cls(
             name,
@@ -119,3 +129,12 @@ class Metric:
     ) -> Metric:
         """A metric without a value, and the reason."""
         return cls(name, None, n, direction=direction, status=status, reason=reason, check=check)
+
+
+def _is_constant(values: np.ndarray) -> bool:
+    """Whether numbers (n,) are equal but for rounding."""
+    return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())))
+
+
+def _joined(*reasons: str) -> str:
+    return "; ".join(filter(None, reasons))

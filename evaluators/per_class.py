@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from evaluators.base import Direction, Evaluator, Metric, Scores, Subject
-from evaluators.statistics import kid
+from evaluators.statistics import LEVEL, clopper_pearson, kid
 
 NEAREST = 2
 
@@ -57,19 +57,23 @@ class PerClass(Evaluator):
         return values
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
-        rows, blocks = [], len(scores["right"])
-        nearest = ", ".join(map(str, self.nearest(subject)))
+        rows, blocks, right = [], len(scores["right"]), scores["right"]
+        nearest = self.nearest(subject)
+        reason = f"classes {', '.join(map(str, nearest))}"
         for name, value in self.values(scores, subject).items():
-            if name.startswith("accuracy@"):
+            if name == "worst_accuracy":
+                rows.append(_worst(value, right))
+            elif name == "nearest_accuracy":
+                rows.append(Metric.share(name, value, blocks * len(nearest), direction="max", reason=reason))
+            elif name.startswith("accuracy@"):
                 rows.append(Metric.share(name, value, blocks, direction="max"))
-                continue
-            direction: Direction = "min" if "kid" in name else "max"
-            reason = f"classes {nearest}" if name.startswith("nearest") else ""
-            rows.append(
-                Metric.jackknife(
-                    name, value, blocks, replicates[name], over="blocks", direction=direction, reason=reason
+            else:
+                limit = reason if name.startswith("nearest") else ""
+                rows.append(
+                    Metric.jackknife(
+                        name, value, blocks, replicates[name], over="blocks", direction="min", reason=limit
+                    )
                 )
-            )
         return rows
 
     def nearest(self, subject: Subject) -> list[int]:
@@ -83,3 +87,17 @@ class PerClass(Evaluator):
             return classes[np.argsort(distances)[:NEAREST]].astype(float)
 
         return [int(c) for c in subject.keep("nearest classes", make)]
+
+
+def _worst(value: float, right: np.ndarray) -> Metric:
+    """The lowest accuracy over classes, for outcomes (blocks, classes), 0 or 1.
+
+    The interval lies between the lowest of the lower and the lowest of the upper ends of the classes' exact intervals, which
+    hold for all classes at once (Bonferroni).
+    """
+    blocks, classes = right.shape
+    level = 1 - (1 - LEVEL) / classes
+    ends = np.array([clopper_pearson(int(hits), blocks, level) for hits in right.sum(0)])
+    lo, hi = ends.min(0)
+    method = "clopper-pearson for all classes at once"
+    return Metric("worst_accuracy", value, blocks, lo=float(lo), hi=float(hi), interval=method, direction="max")

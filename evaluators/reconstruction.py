@@ -30,14 +30,13 @@ class Reconstruction(Evaluator):
         return {"correlation": torch.stack(columns, 1).numpy()}
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
+        # draws of noise are the independent units: a draw hits if it rebuilds any forgotten image
         r = scores["correlation"]
-        return {"correlation": float(r.mean()), "hits": float((r > HIT).mean())}
+        return {"correlation": float(r.mean()), "hits": float((r > HIT).any(1).mean())}
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
-        r = scores["correlation"]
-        # draws of noise are the independent units: a draw hits if it rebuilds any forgotten image
-        hits = int((r > HIT).any(1).sum())
+        r, values = scores["correlation"], self.values(scores, subject)
         return [
-            Metric.mean("correlation", self.values(scores, subject)["correlation"], r.mean(1), over="noise draws"),
-            Metric.share("hits", hits / len(r), len(r)),
+            Metric.mean("correlation", values["correlation"], r.mean(1), over="noise draws"),
+            Metric.share("hits", values["hits"], len(r)),
         ]

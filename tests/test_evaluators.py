@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import clip_model, clip_task, tiny_model
 
 from evaluators.base import Subject, correlation, without_group
 from evaluators.batches import Batches
@@ -62,12 +65,38 @@ def subject(task, judge, model=None, **sizes):
     return Subject(model or tiny_model(task), task, judge, TIER.sizes() | sizes, seeds)
 
 
+def assert_honest(result) -> None:
+    """Each interval holds its value and has a width, or the reason says why not; rows state what replicates are made of."""
+    for row in result.rows:
+        where = f"{row.check}.{row.name}: {row}"
+        if row.status != "ok":
+            assert (row.value, row.lo, row.hi) == (None, None, None), where
+            assert row.reason, where
+            continue
+        assert np.isfinite(row.value), where
+        assert row.n > 0, where
+        if row.interval == "none":
+            assert (row.se, row.lo, row.hi) == (None, None, None), where
+            assert row.reason, where
+        else:
+            assert row.lo - 1e-9 <= row.value <= row.hi + 1e-9, where
+            assert row.hi - row.lo > 1e-9 or row.reason, where
+        key = f"{row.check}.{row.name}"
+        if key in result.values:
+            assert row.value == pytest.approx(result.values[key], abs=1e-12), where
+
+
+def with_oracles(task, judge, tier, count=2):
+    """A tiny model as the base of its task, next to oracles that are other tiny models."""
+    one = subject_of(tiny_model(task), task, judge, tier)
+    others = {f"oracle-{k}": subject_of(tiny_model(task, seed=k + 1), task, judge, tier) for k in range(count)}
+    one.peers = {"base": one} | others
+    return one
+
+
 def test_every_check_gives_rows_values_and_replicates(points_task, class_task, judge):
     for task in (points_task, class_task):
-        one = subject_of(tiny_model(task), task, judge, TIER)
-        one.peers = {"base": one} | {
-            f"oracle-{k}": subject_of(tiny_model(task, seed=k + 1), task, judge, TIER) for k in range(2)
-        }
+        one = with_oracles(task, judge, TIER)
         # `quantile` trains networks, takes as long as everything else together, and uses no conditions
         tier = TIER.model_copy(update={"checks": tuple(n for n in CHECKS if n != "quantile" or task.kind == "points")})
         result = measure(one, tier)
@@ -77,18 +106,65 @@ def test_every_check_gives_rows_values_and_replicates(points_task, class_task, j
             applies = task.kind in resolve("evaluator", name).kinds and name not in ("sampler_removal", "nudenet")
             assert (name, "ok" if applies else "skipped") in checks
         assert all(len(r) == TIER.groups for r in result.replicates.values())
-        for row in result.rows:
-            if row.status == "ok":
-                assert np.isfinite(row.value)
-                assert row.n > 0
-                if row.interval == "none":
-                    assert row.reason
-                    continue
-                assert row.lo <= row.value + 1e-9
-                assert row.value <= row.hi + 1e-9
+        assert_honest(result)
         for metric in (*task.views, task.quality, "classifier.validity"):
             assert metric in result.values
         assert any(name.startswith("strip.") for name in result.scores)
+
+
+def degenerate(judge):
+    """A judge that takes every image for class 0."""
+    constant = copy.deepcopy(judge)
+    with torch.no_grad():
+        constant.head.bias += 50 * torch.nn.functional.one_hot(torch.tensor(0), 6)
+    return constant
+
+
+ABOUT_A_CLASS = ("classifier", "per_class", "quantisation", "weight_noise", "latent_noise", "neighbours", "fidelity")
+ABOUT_IMAGES = (
+    "loss",
+    "pia",
+    "sima",
+    "lira",
+    "rmia",
+    "reconstruction",
+    "recall",
+    "denoising",
+    "quantisation",
+    "likelihood",
+)
+
+
+@pytest.mark.parametrize("oracles", [0, 1, 2])
+def test_intervals_are_honest_where_nothing_varies(class_task, judge, oracles):
+    """Shares of 0 and 1 everywhere: an interval from the spread of samples would have no width."""
+    tier = TIER.model_copy(update={"checks": ABOUT_A_CLASS})
+    result = measure(with_oracles(class_task, degenerate(judge), tier, oracles), tier)
+    assert_honest(result)
+    rows = {f"{r.check}.{r.name}": r for r in result.rows}
+    worst = rows["per_class.worst_accuracy"]
+    assert worst.value == 0
+    assert 0.2 < worst.hi < 0.8  # of 8 samples per class
+    assert rows["classifier.recognised_corrected"].lo is None
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 12])
+def test_intervals_are_honest_for_few_forgotten_images(points_task, judge, images):
+    holdout = points_task.splits["forget_holdout"]
+    few = dataclasses.replace(points_task, splits=points_task.splits | {"forget": holdout.take(torch.arange(images))})
+    for groups in (2, 5):
+        tier = TIER.model_copy(update={"checks": ABOUT_IMAGES, "groups": groups})
+        result = measure(with_oracles(few, judge, tier), tier)
+        assert not [r for r in result.rows if r.status == "failed"]
+        assert_honest(result)
+
+
+def test_intervals_of_contrastive_models_are_honest(judge):
+    task = clip_task()
+    tier = TIER.model_copy(update={"checks": ("contrast", "quantisation", "weight_noise")})
+    result = measure(subject_of(clip_model(), task, None, tier), tier)
+    assert any(r.status == "ok" for r in result.rows)
+    assert_honest(result)
 
 
 def test_measuring_repeats_exactly(points_task, judge):

@@ -183,8 +183,8 @@ def test_a_sign_is_flipped_only_by_evidence():
     assert calibrate(members, others) == (4, 1)
 
 
-def test_a_model_compared_with_itself_has_no_gap(points_task, judge):
-    s, oracle = subject(points_task, judge), subject(points_task, judge)
+def test_a_model_compared_with_itself_has_no_gap(class_task, judge):
+    s, oracle = subject(class_task, judge), subject(class_task, judge)
     s.peers = {"base": s, "oracle-0": oracle}
     metrics = {m.name: m for m in Loss().rows(Loss().scores(s), s, {})}
     assert (metrics["gap"].value, metrics["gap"].se) == (0.0, 0.0)
@@ -195,8 +195,8 @@ def test_a_model_compared_with_itself_has_no_gap(points_task, judge):
     assert "no oracle" in metrics["gap"].reason
 
 
-def test_no_rate_without_enough_non_members(points_task, judge):
-    s = subject(points_task, judge)
+def test_no_rate_without_enough_non_members(class_task, judge):
+    s = subject(class_task, judge)
     rows = {m.name: m for m in Loss().rows(Loss().scores(s), s, {})}
     assert rows["tpr_at_1"].value is None
     assert "needs 1,000 non-members" in rows["tpr_at_1"].reason
@@ -253,18 +253,31 @@ def test_rmia_by_hand():
     np.testing.assert_allclose(attacks.rmia(scores, reference, population, other), [2 / 3, 1 / 3])
 
 
-def test_attacks_with_oracles_state_how_many_they_need(points_task, judge):
+def test_attacks_with_oracles_state_how_many_they_need(points_task, class_task, judge):
     s = subject(points_task, judge)
     with pytest.raises(Inapplicable, match="needs 2 oracles besides the model itself; there are 0"):
         LiRA().scores(s)
-    s.peers = {f"oracle-{k}": subject(points_task, judge, tiny_model(points_task, seed=k)) for k in range(3)} | {
-        "base": s
-    }
-    for attack in (LiRA(), RMIA()):
-        values = attack.values(attack.scores(s), s)
-        assert 0 <= values["auc"] <= 1
-        assert "gap" in values
-        assert "retain_auc" not in values
+    for task, main in ((points_task, "rank"), (class_task, "auc")):
+        s = subject(task, judge)
+        s.peers = {f"oracle-{k}": subject(task, judge, tiny_model(task, seed=k)) for k in range(3)} | {"base": s}
+        for attack in (LiRA(), RMIA()):
+            values = {m.name: m.value for m in attack.rows(attack.scores(s), s, {})}
+            assert 0 <= values[main] <= 1
+            assert abs(values["gap"]) <= 1
+            assert "retain_auc" not in values
+
+
+def test_both_populations_of_likelihood_ratios_have_one_scale(points_task, judge):
+    """With a scale of its own a single image's ratio would hang on the chance distance between a few oracles."""
+    s = subject(points_task, judge)
+    s.peers = {f"oracle-{k}": subject(points_task, judge, tiny_model(points_task, seed=k + 1)) for k in range(3)}
+    step, sign = LiRA().calibration(s)
+    raw, oracles = Loss().raw(s), [Loss().raw(o) for o in s.oracles()]
+    scores, ratios = LiRA().scores(s), []
+    for name in ("forget", "forget_holdout"):
+        out = np.stack([o[name][:, step] for o in oracles], 1)
+        ratios.append(sign * (raw[name][:, step] - out.mean(1)) / scores[name][:, 0])
+    np.testing.assert_allclose(np.concatenate(ratios), ratios[0][0])
 
 
 def test_quantiles_remove_what_the_image_explains():
@@ -284,8 +297,9 @@ def test_quantiles_remove_what_the_image_explains():
 
 def test_quantile_runs_on_a_model(points_task, judge):
     s = subject(points_task, judge)
-    values = Quantile().values(Quantile().scores(s), s)
-    assert 0 <= values["auc"] <= 1
+    values = {m.name: m.value for m in Quantile().rows(Quantile().scores(s), s, {})}
+    assert 0 <= values["rank"] <= 1
+    assert values["auc"] is None
 
 
 def test_clid_compares_with_the_reduced_condition(class_task, judge):
