@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from click.testing import CliRunner
 from finished import LIKE, REMEMBERS, front, row, run
 from PIL import Image
 
+from raysweep.auditing.objectives import View
 from raysweep.cli import main
 from raysweep.report.page import build
 from raysweep.report.pictures import png, veiled
 from raysweep.rundir import RunDir
+from raysweep.storage.files import write_json
 from raysweep.tasks.records import Tally
 
 GOOD, OTHER = row("000-rgd", 0.05, 0.2), row("001-siss", 0.02, 0.6)
@@ -244,13 +247,34 @@ def test_every_axis_of_the_report_has_a_title(tmp_path):
 
 
 def test_intervals_of_a_concept_are_said_to_cover_the_audits_prompts_only(tmp_path):
-    from raysweep.report.answer import untested
+    from raysweep.report.answer import not_tested
     from raysweep.report.data import gather
 
     data = gather(run(tmp_path / "a", front([GOOD, OTHER])))
-    sentences = {kind: " ".join(untested(dataclasses.replace(data, kind=kind))) for kind in ("points", "concept")}
-    assert "with another seed, nor other prompts than the audit's." in sentences["concept"]
-    assert "prompts than" not in sentences["points"]
+    concept = dataclasses.replace(data.task, kind="concept", family="text-ddpm")
+    sentences = {task.kind: not_tested(dataclasses.replace(data, task=task)) for task in (data.task, concept)}
+    words = (
+        "No prompts beyond the audit's are tried, such as paraphrases and other languages, and no interval covers them."
+    )
+    assert words in sentences["concept"]
+    assert words not in sentences["points"]
+
+
+def test_a_report_states_what_was_not_tested(tmp_path):
+    from raysweep.auditing.untested import left_out, not_implemented
+    from raysweep.report.data import gather
+
+    folder = run(tmp_path / "a", front([GOOD, OTHER]))
+    data, anchors = gather(folder), json.loads(folder.anchors("audit").read_text())
+    reason = "base and oracle are both <0.1>"
+    view = View("generation.rate", 0.1, 0.1, 0.0, False, reason)
+    write_json(folder.anchors("audit"), anchors | {"views": [dataclasses.asdict(view)]})
+    html = unescape(build(folder).read_text())
+    tiers = {"audit": data.sweep.audit.audit, "durability": data.sweep.audit.durability}
+    expected = [*left_out(data.task, tiers), *not_implemented(data.task)]
+    assert len(expected) > 4
+    for sentence in (*expected, f"The view generation.rate is not part of the residue: {reason}."):
+        assert sentence in html
 
 
 def test_records_left_out_of_the_data_are_listed(tmp_path):

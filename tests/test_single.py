@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from tiny import tiny_task
 
 from raysweep.auditing import card
 from raysweep.auditing.card import ModelFolder
-from raysweep.auditing.objectives import Objectives
+from raysweep.auditing.objectives import Objectives, View
 from raysweep.auditing.request import AuditRequest
+from raysweep.auditing.untested import untested
 from raysweep.auditing.verdict import Verdict
 from raysweep.config.reader import load
 from raysweep.config.schema import Tier
@@ -25,6 +27,7 @@ from raysweep.models.identity import Identity
 from raysweep.rundir import RunDir
 
 TIER = Tier(seed=1, judge="audit")
+UNUSED = View("loss.auc", 0.5, 0.5, 0.1, False, "base and oracle are both 0.5")
 ANCHORS = {"base": ("/models/base", "b" * 16), "oracle-0": ("/models/o0", "0" * 16)}
 
 
@@ -57,8 +60,13 @@ def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, folder_na
                 (table := folder.path / kind / f"{request.key}.parquet").parent.mkdir(parents=True, exist_ok=True)
                 table.write_bytes(b"")
         models = {n: ModelFolder(*pair) for n, pair in ({name: (str(model), digest)} | ANCHORS).items()}
-        path = write_card(sweep, tiny_task(), context, requests, result, models, [])
-        models = json.loads(path.read_text())["models"]
+        path = write_card(sweep, tiny_task(), context, requests, result, [UNUSED], models, ["loss on oracle-0"])
+        content, page = json.loads(path.read_text()), unescape(path.with_name("card.html").read_text())
+        models = content["models"]
+        expected = untested(tiny_task(), dict.fromkeys(requests, TIER), [], [UNUSED], oracles=1)
+        assert content["untested"] == ["Incomplete: loss on oracle-0.", *expected]
+        assert "The view loss.auc is not part of the residue: base and oracle are both 0.5." in expected
+        assert all(line in page for line in content["untested"])
         assert {n: (m["folder"], m["digest"]) for n, m in models.items()} == ANCHORS | {name: (str(model), digest)}
         cards[digest] = (name, path, *(r.key for r in requests.values()))
     one, other = cards.values()

@@ -25,4 +25,4 @@ def caveat(kind: str, metric: str) -> str:
     auc, low, high = measured().get(kind, {}).get(metric, (1.0, 1.0, 1.0))
     if auc >= LEAST:
         return ""
-    return f"uninformative on the digits pool: AUC {auc:.2f} ({low:.2f} to {high:.2f}) over models"
+    return f"uninformative on the digits pool: AUC {auc:.2f} over models (95 % interval {low:.2f} to {high:.2f})"

@@ -162,11 +162,14 @@ def print_warnings(sweep: Sweep) -> None:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Prints measurements, one a line: name, value, number of units and interval, or why there is none."""
+    """Prints measurements, one a line: name, value, number of units, interval, and what limits it or why there is none."""
     for row in rows:
         name = f"{row['check']}.{row['metric']}" + (f" - {row['paired_with']}" if row["paired_with"] else "")
         if row["status"] != "ok":
             click.echo(f"  {name:<34} {row['status']}: {row['reason']}")
             continue
-        interval = "" if row["lo"] is None else f"[{row['lo']:.3g}, {row['hi']:.3g}] {row['interval']}"
-        click.echo(f"  {name:<34} {row['value']:>9.4g}  n={row['n']:<5} {interval}")
+        interval = ""
+        if row["lo"] is not None:
+            interval = f"95 % interval {row['lo']:.3g} to {row['hi']:.3g} ({row['interval']})"
+        limits = "; ".join(filter(None, (interval, row["reason"])))
+        click.echo(f"  {name:<34} {row['value']:>9.4g}  n={row['n']:<5} {limits}".rstrip())

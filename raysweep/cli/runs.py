@@ -314,6 +314,7 @@ def _show_cards(paths: list[Path], as_json: bool) -> int:
         return OK
     for line in table.warnings:
         click.echo(line)
+    click.echo("values, with 95 % intervals in brackets:")
     width = max(26, *(len(cell) + 2 for row in table.rows for cell in row.cells))
     click.echo(f"{'':<38}" + "".join(f"{subject:<{width}}" for subject in table.subjects))
     for row in table.rows:

@@ -9,8 +9,9 @@ from pathlib import Path
 from raysweep.auditing import card
 from raysweep.auditing.card import Card, Code, Finding, ModelFolder, TaskFolder
 from raysweep.auditing.informative import caveat
-from raysweep.auditing.objectives import Objectives, objectives
+from raysweep.auditing.objectives import Objectives, View, objectives
 from raysweep.auditing.request import AuditRequest, rows_path, scores_path
+from raysweep.auditing.untested import results_of, untested
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
 from raysweep.engine.attempt import attempt
@@ -76,7 +77,7 @@ def audit_model(model: Path, sweep: Sweep, events: Events) -> tuple[Path, Card]:
         result = objectives(measured, anchors, views, task.quality, task.validity)
         write_paired(folder, context, {name: keys["audit"]}, {})
         models = {n: _described(m) for n, m in ({name: audited} | anchors_by_name).items()}
-        path = write_card(sweep, task, context, requests, result, models, incomplete)
+        path = write_card(sweep, task, context, requests, result, views, models, incomplete)
         folder.update(state="incomplete" if incomplete else "done", incomplete=incomplete)
     return path, card.read(path)
 
@@ -114,12 +115,14 @@ def write_card(
     context: Context,
     requests: dict[str, AuditRequest],
     result: Objectives,
+    views: list[View],
     models: dict[str, ModelFolder],
     incomplete: list[str],
 ) -> Path:
     """Writes the audit card of one model from the tables that its audits left in the run.
 
-    requests: tier -> its audit. models: the audited model, the base and the oracles, by name. incomplete: checks that failed.
+    requests: tier -> its audit. views: of the task, as the anchors were measured in them. models: the audited model, the base
+    and the oracles, by name. incomplete: checks that failed.
     """
     folder, request = context.folder, requests["audit"]
     verdict = verdict_of(folder, request.subject, {tier: r.key for tier, r in requests.items()}, context)
@@ -138,7 +141,7 @@ def write_card(
         objectives=result.placement(),
         verdict=verdict,
         findings=tuple(findings),
-        untested=tuple(_untested(task, findings, incomplete)),
+        untested=tuple(_untested(task, requests, findings, views, incomplete)),
         incomplete=tuple(incomplete),
         tiers={tier: r.tier.model_dump(mode="json") for tier, r in requests.items()},
         models=models,
@@ -181,10 +184,16 @@ def _question(sweep: Sweep, task: Task, request: AuditRequest) -> str:
     )
 
 
-def _untested(task: Task, findings: list[Finding], incomplete: list[str]) -> list[str]:
+def _untested(
+    task: Task, requests: dict[str, AuditRequest], findings: list[Finding], views: list[View], incomplete: list[str]
+) -> list[str]:
     """Sentences on what the card does not cover."""
-    skipped = [f for f in findings if f.status == "skipped" and f.metric in ("auc", "presence")]
-    untested = ["Adversarial prompts were not tried.", *(f"{f.check}: {f.reason}" for f in skipped)]
-    if task.kind == "concept":
-        untested.append("Other prompts than the audit's were not tried, and no interval covers them.")
-    return untested + [f"{text}: the check failed." for text in incomplete]
+    request = requests["audit"]
+    lines = untested(
+        task,
+        {tier: r.tier for tier, r in requests.items()},
+        results_of(map(vars, findings), request.subject),
+        views,
+        oracles=sum(name != "base" for name, *_ in request.anchors),
+    )
+    return [*(f"Incomplete: {text}." for text in incomplete), *lines]

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from raysweep.auditing.untested import StoredFacts, not_implemented
 from raysweep.models import samplers
 from raysweep.models.folders import INDEX, read_json
 from raysweep.models.song import SongUNet
@@ -19,7 +20,7 @@ from raysweep.rundir import RunDir
 
 LIMITS = (
     "These are figures of the checks that were made, on the task's data, judges and seeds; they are not a proof of erasure. "
-    "Adversarial prompts were not tried. Residue counts what is left relative to models retrained without the forgotten "
+    "Residue counts what is left relative to models retrained without the forgotten "
     "data, so it says nothing about the base's knowledge outside the task."
 )
 
@@ -59,6 +60,8 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
             "",
             "## Limits",
             LIMITS,
+            "",
+            *(f"- {sentence}" for sentence in not_implemented(StoredFacts.of(task))),
             "",
         ]
     )

@@ -13,11 +13,12 @@ import torch
 
 from methods.base import Method
 from raysweep.auditing.measure import measure, subject_of
+from raysweep.auditing.untested import applies, few_oracles, left_out, not_implemented
 from raysweep.config.schema import Sweep, Tier
 from raysweep.engine.cached_jobs import cached
 from raysweep.engine.resources import Plan
 from raysweep.models import families
-from raysweep.registry import EVALUATORS, attacks, checks_by_weights, names, resolve
+from raysweep.registry import resolve
 from raysweep.rundir import RunDir
 from raysweep.search.spaces import Space
 from raysweep.tasks.records import data_lines
@@ -70,25 +71,14 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     return Estimate(prepare, search, audit, wall, steps, probe_s, audit_s, in_cache)
 
 
-def untested(sweep: Sweep, task: Task) -> list[str]:
+def not_tested(sweep: Sweep, task: Task) -> list[str]:
     """Sentences on what the audit of this sweep does not test."""
-    checks = set(sweep.audit.audit.checks_for(task))
-    attacking = set(sweep.audit.durability.checks_for(task)) if sweep.audit.finalists else set()
-    by_weights = checks_by_weights()
-    costly = {name for name, check in EVALUATORS.items() if check.costly}
-    left_out = [n for n in names("evaluator") if n not in (*checks, *attacking, *attacks(), *by_weights)]
-    lines = [f"check {name!r} is left out" + (" for its cost" if name in costly else "") for name in left_out]
-    lines += [f"check {n!r}: needs audit.audit.weights.{key}" for n, key in by_weights.items() if n not in checks]
-    lines += [
-        f"check {name!r} does not apply to a task of kind {task.kind!r}"
-        for name in sorted(checks)
-        if task.kind not in resolve("evaluator", name).kinds
-    ]
-    lines += [f"attack {name!r} is switched off" for name in attacks() if name not in attacking]
-    lines += ["adversarial prompts"]
-    if sweep.oracles < 3:
-        lines.append(f"{sweep.oracles} oracles: too few for an interval on the oracle's own spread")
-    return lines
+    audit = sweep.audit
+    tiers = {"audit": audit.audit} | ({"durability": audit.durability} if audit.finalists else {})
+    misfits = {n for tier in tiers.values() for n in tier.checks_for(task) if not applies(n, task)}
+    lines = [f"Checks that do not apply to this task: {', '.join(sorted(misfits))}."] if misfits else []
+    oracles = len(sweep.oracle_models) or sweep.oracles
+    return lines + left_out(task, tiers) + not_implemented(task) + few_oracles(oracles)
 
 
 def describe(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> list[tuple[str, str]]:
@@ -111,7 +101,7 @@ def describe(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> list[
         ("total", f"about {cost.wall / 60:.1f} min (estimate: {basis})"),
         ("seeds", f"{seeds}; judges and their images disjoint: yes"),
         ("views", f"residue: worst of {', '.join(task.views)}; damage: {task.quality}"),
-        *(("untested", line) for line in untested(sweep, task)),
+        *(("untested", line) for line in not_tested(sweep, task)),
     ]
 
 

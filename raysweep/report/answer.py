@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from raysweep.auditing.objectives import View
+from raysweep.auditing.untested import results_of, untested
 from raysweep.report.data import ReportData
 from raysweep.report.tables import TableLine, value
 from raysweep.results.choice import MEANING
 from raysweep.results.front_row import OBJECTIVES, FrontRow
 
 EASY = 0.2  # largest objective of the best candidate under which a short front says that the task is easy
-ORACLES = 3  # fewest oracles whose spread can be estimated
 METRICS = (
     "fidelity.frechet",
     "classifier.validity",
@@ -21,6 +22,7 @@ METRICS = (
     "contrast.retain_accuracy",
     "contrast.retain_loss",
     "loss.auc",
+    "loss.rank",
     "loss.gap",
     "loss.retain_auc",
 )
@@ -90,26 +92,28 @@ def answer_table(data: ReportData, best: FrontRow | None) -> AnswerTable:
     return AnswerTable(subjects, lines)
 
 
-def untested(data: ReportData) -> list[str]:
+def not_tested(data: ReportData) -> list[str]:
     """The limits of the report, in sentences."""
     candidates = [p.trial for p in data.candidates()]
     not_attacked = [name for name in candidates if name not in data.front.get("verdicts", {})]
-    lines = ["Adversarial prompts were not tried."]
     if candidates:
-        prompts = ", nor other prompts than the audit's" if data.kind == "concept" else ""
-        lines += [
-            f"Intervals cover the sampling of images and noise, not the retraining of a candidate with another seed{prompts}.",
+        lines = [
+            "Intervals cover the sampling of images and noise, not the retraining of a candidate with another seed.",
             f"Candidates were picked for the audit by their probe values; it used {fresh_material(data)}, on the same task.",
         ]
     else:
-        lines.append("No candidate was audited: the search's own estimates are from few samples, and are not results.")
+        lines = ["No candidate was audited: the search's own estimates are from few samples, and are not results."]
     if not_attacked:
         lines.append(f"Whether attacks bring the forgotten data back was not shown for {', '.join(not_attacked)}.")
-    oracles = len(data.sweep.oracle_models) or data.sweep.oracles
-    if oracles < ORACLES:
-        models = "one retrained model" if oracles == 1 else "the mean of two retrained models"
-        lines.append(f"The oracle is {models}, too few for an interval on its spread.")
-    return lines
+    audit = data.sweep.audit
+    tiers = {"audit": audit.audit} | ({"durability": audit.durability} if audit.finalists else {})
+    return lines + untested(
+        data.task,
+        tiers,
+        results_of(r for r in data.rows if r["tier"] != "probe"),
+        [View(**view) for view in data.anchors["views"]],
+        oracles=len(data.sweep.oracle_models) or data.sweep.oracles,
+    )
 
 
 def fresh_material(data: ReportData) -> str:

@@ -13,10 +13,10 @@ from raysweep.report.answer import (
     answer_table,
     fresh_material,
     how_trials_ended,
+    not_tested,
     other_picks,
     search_optimism,
     unfinished,
-    untested,
 )
 from raysweep.report.data import ReportData
 from raysweep.report.glossary import GLOSSARY
@@ -44,6 +44,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "glossary": GLOSSARY,
         "sections": _sections(data, groups),
         "membership": data.membership,
+        "single": data.single,
         "audited": bool(data.front),
         "fresh_material": fresh_material(data),
         "searched": any(t.is_complete for t in data.trials),
@@ -62,7 +63,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "trials": how_trials_ended(data),
         "incomplete": incomplete,
         "absent": sorted({(r["check"], r["status"], r["reason"]) for r in absent}),
-        "untested": untested(data),
+        "untested": not_tested(data),
         "config": data.sweep.recipe(),
         "versions": sorted(data.manifest["versions"].items()) + _plugins(data.manifest),
         "commit": ", resumed at ".join(data.commits),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from raysweep.auditing.untested import StoredFacts
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.registry import resolve
 from raysweep.results.audited import keys_of, rows_of, scores_of
@@ -43,10 +44,15 @@ class ReportData:
     anchors: dict[str, Any]
     styles: dict[str, tuple[str, str]]
     shape: tuple[int, int, int]
-    kind: str
+    task: StoredFacts
     model_kind: str
     sensitive: bool
     original: np.ndarray
+
+    @property
+    def kind(self) -> str:
+        """The kind of the task."""
+        return self.task.kind
 
     def candidates(self) -> list[FrontRow]:
         """The audited candidates."""
@@ -60,6 +66,11 @@ class ReportData:
     def membership(self) -> bool:
         """Whether curves of membership inference can be drawn."""
         return bool(self.front) and any(score == "loss.calibration" for _, score in self.scores)
+
+    @property
+    def single(self) -> bool:
+        """Whether membership was inferred of one picture, which has a rank and no curve."""
+        return any(score == "loss.forget" and len(array) == 1 for (_, score), array in self.scores.items())
 
     def metric(self, subject: str, name: str, paired_with: str = "") -> dict[str, Any] | None:
         """One audit row of a subject, or None."""
@@ -102,7 +113,7 @@ def gather(folder: RunDir) -> ReportData:
         anchors=json.loads(folder.anchors("audit").read_text()) if folder.anchors("audit").is_file() else {"views": []},
         styles=styles,
         shape=original.shape[1:],
-        kind=task["kind"],
+        task=StoredFacts.of(task),
         model_kind=task.get("model_kind") or resolve("family", task["family"]).model_kind,
         sensitive=task["sensitive"],
         original=original,

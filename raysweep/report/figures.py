@@ -189,10 +189,14 @@ def effects(data: ReportData) -> go.Figure:
 
 
 def roc(data: ReportData) -> go.Figure:
-    """The loss attack on forgotten and on retained images against their holdouts, log axes, with the chance line."""
-    figure = make_subplots(1, 2, subplot_titles=[title for *_, title in SPLITS])
+    """The loss attack on forgotten and on retained images against their holdouts, log axes, with the chance line.
+
+    A single forgotten image has no curve.
+    """
+    splits = [split for split in SPLITS if not (data.single and split[0] == "forget")]
+    figure = make_subplots(1, len(splits), subplot_titles=[title for *_, title in splits])
     chance = {"color": GREY, "dash": "dot", "width": 1}
-    for column, (members, holdout, _) in enumerate(SPLITS, 1):
+    for column, (members, holdout, _) in enumerate(splits, 1):
         for p in data.points:
             calibration = data.scores.get((p.trial, "loss.calibration"))
             if calibration is None or p.trial == "destroyed":
@@ -210,7 +214,7 @@ def roc(data: ReportData) -> go.Figure:
                 line={"color": colour, "width": width, "dash": "dash" if p.trial == "base" else "solid"},
                 name=p.trial,
                 legendgroup=p.trial,
-                showlegend=column == 2,
+                showlegend=column == len(splits),
                 row=1,
                 col=column,
             )

@@ -233,7 +233,7 @@ def _presence(
     excess = measured.get((subject, check, f"excess@{strength}"))
     text = "-" if presence is None else f"{presence['value']:.2f}"
     if excess is not None and not subject.startswith("oracle"):
-        error = "" if excess["se"] is None else f", SE {excess['se']:.2f}"
+        error = "" if excess["se"] is None else f", standard error {excess['se']:.2f}"
         text += f" (excess {excess['value']:+.2f}{error})"
     return text
 
