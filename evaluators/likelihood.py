@@ -17,10 +17,10 @@ import torch
 from scipy import stats
 from torchdiffeq import odeint
 
+from evaluators import statistics
 from evaluators.base import Evaluator, Images, Metric, Model, Scores, Subject
 from evaluators.batches import Batches
 from evaluators.membership import populations
-from evaluators.statistics import LEVEL
 
 
 class Likelihood(Evaluator):
@@ -71,7 +71,7 @@ def _excess(value: float, forget: np.ndarray, other: np.ndarray) -> Metric:
     if len(other) < 2 or np.ptp(forget) == np.ptp(other) == 0:
         return Metric("excess", value, n, reason="no interval: it needs images that differ, of either kind")
     test = stats.ttest_ind(other, forget, equal_var=False)
-    lo, hi = test.confidence_interval(LEVEL)
+    lo, hi = test.confidence_interval(statistics.LEVEL)
     se = float(np.hypot(stats.sem(other), stats.sem(forget)))
     return Metric("excess", value, n, se=se, lo=float(lo), hi=float(hi), interval="welch's t over images")
 

@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from evaluators import statistics
 from evaluators.base import Direction, Evaluator, Metric, Scores, Subject
-from evaluators.statistics import LEVEL, clopper_pearson, kid
+from evaluators.statistics import clopper_pearson, kid
 
 NEAREST = 2
 
@@ -96,7 +97,7 @@ def _worst(value: float, right: np.ndarray) -> Metric:
     hold for all classes at once (Bonferroni).
     """
     blocks, classes = right.shape
-    level = 1 - (1 - LEVEL) / classes
+    level = 1 - (1 - statistics.LEVEL) / classes
     ends = np.array([clopper_pearson(int(hits), blocks, level) for hits in right.sum(0)])
     lo, hi = ends.min(0)
     method = "clopper-pearson for all classes at once"

@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
+from evaluators import statistics
 from evaluators.metrics import Metric
-from evaluators.statistics import LEVEL, delong
+from evaluators.statistics import delong
 
 ONE_IMAGE = "one image: an AUC would be a rank"
 
@@ -49,7 +50,7 @@ def _gap(rank: float, ranks: np.ndarray) -> Metric:
     if spread == 0:
         return Metric("gap", gap, 1, reason=f"no interval: all {k} oracles give the same rank")
     se = spread * float(np.sqrt(1 + 1 / k))
-    half = se * float(stats.t.ppf(0.5 + LEVEL / 2, k - 1))
+    half = se * float(stats.t.ppf(0.5 + statistics.LEVEL / 2, k - 1))
     return Metric(
         "gap",
         gap,
