@@ -123,7 +123,7 @@ class Subject:
     """A model under audit, with its task, its judge, and the sizes and seeds of the tier.
 
     judge: a classifier with `features(x)` (n, d) and `__call__(x)`, logits (n, classes).
-    sizes: `samples`, `noises`, `timesteps`, ... as the tier sets them.
+    sizes: `samples`, `noises`, `loss_t`, ... as the tier sets them.
     seeds: (stream name, count) -> int64 seeds (count,); equal for every model of the tier, so comparisons are paired.
     peers: the anchors by name, "base" and "oracle-K", that the subject is compared with. The subject itself is among them
         only if it is an anchor.
@@ -162,6 +162,12 @@ class Subject:
     def oracles(self) -> list[Subject]:
         """The oracles that the subject is compared with, without itself."""
         return [peer for name, peer in sorted(self.peers.items()) if name.startswith("oracle") and peer is not self]
+
+    @property
+    def sampling_steps(self) -> int:
+        """Sampler steps of an image from noise: the tier's number, or the task's if the tier has none."""
+        steps: int = self.sizes.get("sampling_steps") or self.task.sampling["steps"]
+        return steps
 
     @property
     def classed(self) -> bool:
@@ -208,8 +214,8 @@ class Subject:
         return replace(images, x=latents)  # type: ignore[type-var]
 
     def generate(self, cond: torch.Tensor | None, seeds: torch.Tensor, **sampling: Any) -> torch.Tensor:
-        """Images (n, C, H, W), sampled with the task's settings or those in `sampling`."""
-        settings = {**self.task.sampling, **sampling}
+        """Images (n, C, H, W), sampled with the task's settings in the tier's number of steps, or with those in `sampling`."""
+        settings = {**self.task.sampling, "steps": self.sampling_steps, **sampling}
 
         def part(rows: slice) -> torch.Tensor:
             labels = None if cond is None else cond[rows]

@@ -1,6 +1,6 @@
 """Denoising losses of forgotten and of retained images, on one bank of noise shared by all images and models.
 
-The loss of an image is the mean over `timesteps` equally spaced steps and `loss_noises` noises of the squared error of
+The loss of an image is the mean over the diffusion timesteps `loss_t` and `loss_noises` noises of the squared error of
 the network's own output (epsilon or v), mean over elements. A forgotten image that the model still knows has a loss far
 below the oracle's; a loss above the oracle's is over-forgetting, not more forgetting.
 """
@@ -25,7 +25,7 @@ class Denoising(Evaluator):
         "retain_loss": "min",
     }
     needs = "forget and retain sets"
-    cost = "`loss_noises` x `timesteps` passes per image"
+    cost = "`loss_noises` passes per image and step of `loss_t`"
 
     def scores(self, subject: Subject) -> Scores:
         forget, retain = subject.task.splits["forget"].distinct(), subject.task.splits["retain"]
@@ -53,16 +53,15 @@ class Denoising(Evaluator):
 
 
 def noise_by_step(subject: Subject, images: Images, limit: int) -> np.ndarray:
-    """Losses (loss_noises, timesteps), mean over at most `limit` images: the units are draws of noise."""
+    """Losses (loss_noises, len(loss_t)), mean over at most `limit` images: the units are draws of noise."""
     return _losses(subject, images, limit).mean(2)
 
 
 @torch.no_grad()
 def _losses(subject: Subject, images: Images, limit: int) -> np.ndarray:
-    """Losses (loss_noises, timesteps, images) on the shared noise bank."""
+    """Losses (loss_noises, len(loss_t), images) on the shared noise bank."""
     model, sizes = subject.model, subject.sizes
-    steps = len(model.alphas)
-    grid = [int((k + 0.5) * steps / sizes["timesteps"]) for k in range(sizes["timesteps"])]
+    grid = sizes["loss_t"]
     bank = model.noise(subject.seeds("loss", sizes["loss_noises"]))
     images = subject.inputs(images.take(torch.arange(min(limit, len(images)))))
     x = images.x.to(bank)

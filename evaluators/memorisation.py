@@ -61,7 +61,7 @@ def rebuilt(subject: Subject, images: Images) -> np.ndarray:
     correlations = np.empty((draws, len(times), count))
     repeated, seeds = images.take(torch.arange(count).repeat(draws)), seeds.repeat_interleave(count)
     for column, t in enumerate(times):
-        steps = max(1, round(subject.task.sampling["steps"] * t / total))
+        steps = max(1, round(subject.sampling_steps * t / total))
         reconstructions = subject.reconstruct(repeated.x, seeds, t, steps, repeated.cond)
         correlations[:, column] = correlation(reconstructions, repeated.x).view(draws, count).numpy()
     return correlations

@@ -132,11 +132,17 @@ class Context:
         )
 
     def anchor_requests(self, tier_name: str, tier: Tier) -> dict[str, AuditRequest]:
-        """The audits of the models that fix a tier's scales, by subject."""
+        """The audits of the models that fix a tier's scales, by subject.
+
+        Those with a drawn seed are not kept beyond the run: no other audit will ask for them.
+        """
+        drawn = self.folder.read_manifest().get("drawn", {}) if self.folder.exists() else {}
+        is_drawn = any("seed" in tiers.get(tier_name.partition("-")[0], {}) for tiers in drawn.values())
+        cache = None if is_drawn else self.cache
         subjects: dict[str, tuple[str | None, str]] = {"base": (self.base, self.base_digest)}
         subjects |= self.oracles
         subjects["destroyed"] = (None, "fresh")
-        return {name: self.request(tier_name, tier, name, "", *model, self.cache) for name, model in subjects.items()}
+        return {name: self.request(tier_name, tier, name, "", *model, cache) for name, model in subjects.items()}
 
     def control_requests(self, tier_name: str, tier: Tier) -> dict[str, AuditRequest]:
         """The audits of the base and the oracles, the controls of an attack."""

@@ -35,6 +35,7 @@ METHODS = {
 
 EVALUATORS = {
     "alignment": Check("evaluators.recognition:Alignment", weights="clip"),
+    "altered": Check("evaluators.altered:Altered"),
     "classifier": Check("evaluators.classifier:Classifier"),
     "clid": Check("evaluators.membership:CLiD", costly=True),
     "clip_iqa": Check("evaluators.recognition:CLIPIQA", weights="clip"),

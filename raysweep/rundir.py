@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 from filelock import FileLock, Timeout
 
 from raysweep.config.reader import validate as validate_config
-from raysweep.config.schema import ConfigError, Sweep
+from raysweep.config.schema import ConfigError, Drawn, Sweep
 from raysweep.plugins import used
 from raysweep.storage.cache import cache_folder
 from raysweep.storage.code_digests import ROOT
@@ -57,6 +57,7 @@ class Changes(TypedDict, total=False):
     commits: list[str]  # of raysweep, as the run began and at every resumption
     data: list[Account]  # of what was read for the task
     digests: dict[str, str]  # "config" and "task" -> hash
+    drawn: dict[str, Drawn]  # hash of the model that is audited alone, or "" for a sweep -> what was drawn
     train_workers_idle: float  # share of the search's time
 
 
@@ -65,7 +66,7 @@ class Manifest(Changes):
 
     name: str
     config_digest: str
-    seeds: dict[str, int]
+    seeds: dict[str, int]  # those that the config gives
     versions: dict[str, str]  # of Python and packages, as the run began
     plugins: NotRequired[dict[str, str]]  # extension in use -> the package that it comes from
     commit: str  # of raysweep, as the run began
@@ -190,10 +191,14 @@ class RunDir:
         return manifest.get("commits", [manifest["commit"]])
 
     def sweep(self) -> Sweep:
-        """The resolved config of the run."""
+        """The resolved config of the run, without what was drawn for its audits."""
         self.read_manifest()
         text = self.config.read_text()
         return validate_config(load_yaml(text), str(self.config), text, stored=True)
+
+    def in_force(self) -> Sweep:
+        """The resolved config of the run, with what was drawn for its audits: it reproduces the run."""
+        return self.sweep().with_drawn(self.read_manifest().get("drawn", {}).get("", {}))
 
     def check(self, sweep: Sweep, task: str = "") -> None:
         """Raises ConfigError if the directory cannot be written, or holds anything but a run of this sweep.
@@ -212,7 +217,7 @@ class RunDir:
                 raise ConfigError(f"{self.path}: not empty and not a run; choose another name or storage")
             return
         manifest = self.read_manifest()
-        if manifest["config_digest"] != sweep.digest:
+        if sweep.digest not in (manifest["config_digest"], self.in_force().digest):
             old, new = _flat(self.sweep().decisive()), _flat(sweep.decisive())
             keys = sorted(set(old) | set(new))
             changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)][:3]
@@ -298,11 +303,13 @@ def _git(*arguments: str) -> str:
 
 
 def _manifest(sweep: Sweep, digests: dict[str, str], checks: tuple[str, ...], family: str) -> Manifest:
+    tiers = {name: getattr(sweep.audit, name).seed for name in ("probe", "audit", "durability")}
+    seeds = {"search": sweep.search.seed} | tiers
     return {
         "name": sweep.name,
         "config_digest": sweep.digest,
         "digests": digests,
-        "seeds": {"search": sweep.search.seed, "probe": sweep.audit.probe.seed, "audit": sweep.audit.audit.seed},
+        "seeds": {key: seed for key, seed in seeds.items() if seed is not None},
         "versions": versions(),
         "plugins": used(
             method=sweep.methods,

@@ -8,13 +8,16 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from test_durability import trained
+from tiny import SCHEDULER
 
 from evaluators.judge import train_judge
 from evaluators.tampering import changed, fine_tuned, quantised
 from raysweep.auditing.measure import measure, subject_of
 from raysweep.auditing.objectives import Anchors, Measured, assess_views, objectives
 from raysweep.auditing.verdict import verdict
+from raysweep.config import draws
 from raysweep.config.schema import Tier
 from raysweep.models.noise import row_seeds
 from raysweep.registry import attacks, reach_of
@@ -52,19 +55,22 @@ class Court:
         self.models |= {f"oracle-{k}": trained(task, "retain", seed=k + 1) for k in range(2)}
         self.destroyed = self.models["base"].fresh(7)
         self.peers = {}
-        for tier in (PROBE, AUDIT, ATTACK):
-            peers = {name: self.subject(model, tier) for name, model in self.models.items()}
-            for peer in peers.values():
-                peer.peers = peers
-            self.peers[tier.seed] = peers
 
     def subject(self, model, tier):
         return subject_of(model, self.task, self.judges[tier.judge], tier)
 
+    def peers_of(self, tier):
+        if tier.digest not in self.peers:
+            peers = {name: self.subject(model, tier) for name, model in self.models.items()}
+            for peer in peers.values():
+                peer.peers = peers
+            self.peers[tier.digest] = peers
+        return self.peers[tier.digest]
+
     def measured(self, model, tier):
-        peers = self.peers[tier.seed].values()
-        subject = next((p for p in peers if p.model is model), None) or self.subject(model, tier)
-        subject.peers = self.peers[tier.seed]
+        peers = self.peers_of(tier)
+        subject = next((p for p in peers.values() if p.model is model), None) or self.subject(model, tier)
+        subject.peers = peers
         return measure(subject, tier)
 
     def placed(self, model, tier=AUDIT):
@@ -203,3 +209,42 @@ def test_a_little_relearning_after_unlearning_is_residue(court):
     taught = fine_tuned(replace(oracle, peers={}), forget, (50,), "cheat")[50].model
     assert court.placed(taught).residue > 0.3
     assert court.verdict(taught).label in ("remembers", "concealed", "merely avoided")
+
+
+@pytest.fixture(scope="module")
+def gallery(points_task):
+    return Court(points_task)
+
+
+def published(task) -> set[int]:
+    """Every diffusion timestep of an audit with equally spaced losses, fixed steps for membership, recall and reconstruction, and
+    the task's own number of sampling steps: what a cheat could know beforehand."""
+    scheduler = DDIMScheduler(**SCHEDULER)
+    known = {20, 50, 100, 200, 300} | {int((k + 0.5) * 1000 / n) for n in (4, 10) for k in range(n)}
+    steps = task.sampling["steps"]
+    recall = [(t, max(1, round(steps * t / 1000))) for t in (100, 250, 400, 600, 800)]
+    for t, count in ((999, steps), (600, 12), *recall):
+        scheduler.set_timesteps(steps if t == 999 else max(1, round(1000 * count / t)))
+        known |= {int(s) for s in scheduler.timesteps if s <= t}
+    return known
+
+
+def test_forgetting_at_published_timesteps_alone_is_residue(gallery):
+    """The model answers like an oracle at each timestep that could be known beforehand, and like the base at all others."""
+    base, oracle = gallery.models["base"], gallery.models["oracle-0"]
+    known = torch.zeros(1000, dtype=torch.bool)
+    known[list(published(gallery.task))] = True
+
+    def hidden(out, x, t, cond):
+        return torch.where(known[t].view(-1, 1, 1, 1), oracle.predict(x, t, cond), out)
+
+    cheat = with_output(base, hidden)
+    fixed = {
+        "sampling_steps": 0,
+        "injection_t": 600,
+        "injection_steps": 12,
+        "loss_t": (125, 375, 625, 875),
+    }
+    assert gallery.placed(cheat, AUDIT.model_copy(update={"seed": 2} | fixed)).residue < 0.05
+    for seed in (draws.fresh_seed(), draws.fresh_seed()):
+        assert gallery.placed(cheat, AUDIT.model_copy(update={"seed": seed})).residue > 0.5, seed

@@ -97,7 +97,7 @@ def test_every_command_helps():
         (["validate", "resources.slots=500"], ["do not fit"]),
         (["validate", "audit.probe.checks=[fidelity]"], ["missing", "objective"]),
         (["validate", "task.base=nowhere"], ["nowhere"]),
-        (["run", "--dry-run", "audit.probe.seed=2"], ["overlap"]),
+        (["run", "--dry-run", "audit.probe.seed=2", "audit.durability.seed=2"], ["overlap"]),
         (["status", "absent"], ["not a run directory"]),
         (["report", "absent"], ["not a run directory"]),
         (["show", "absent", "000"], ["not a run directory"]),

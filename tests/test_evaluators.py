@@ -39,7 +39,10 @@ TIER = Tier(
     membership_noises=2,
     relearn_steps=(1, 2),
     inversion_steps=2,
+    sampling_steps=0,
+    injection_t=600,
     injection_steps=4,
+    recall_t=(100, 250, 400, 600, 800),
     recall_noises=4,
     likelihood_steps=4,
     likelihood_probes=2,
@@ -62,7 +65,8 @@ def subject(task, judge, model=None, **sizes):
     def seeds(stream: str, count: int) -> torch.Tensor:
         return row_seeds(derive_seed(stream), 0, count)
 
-    return Subject(model or tiny_model(task), task, judge, TIER.sizes() | sizes, seeds)
+    tier = TIER.in_force(1000, task.sampling["steps"])
+    return Subject(model or tiny_model(task), task, judge, tier.sizes() | sizes, seeds)
 
 
 def assert_honest(result) -> None:

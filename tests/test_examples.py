@@ -11,6 +11,7 @@ from tiny import ROOT
 
 from raysweep.config.reader import load
 from raysweep.models import families
+from raysweep.rundir import RunDir
 
 LITTLE = {
     "class": ("task.base_steps=60", "search.trials=17"),
@@ -36,7 +37,7 @@ def test_an_example_runs_to_its_report(tmp_path: Path, name: str):
     run = tmp_path / "runs" / "example"
     front = json.loads((run / "front.json").read_text())
     assert front["points"]
-    assert load(recipe_of(run, tmp_path)).digest == json.loads((run / "manifest.json").read_text())["config_digest"]
+    assert load(recipe_of(run, tmp_path)).digest == RunDir(run).in_force().digest
     for candidate in (run / "candidates").iterdir():
         assert (
             families.load(candidate).digest

@@ -18,6 +18,7 @@ from raysweep.config.schema import ConfigError, Sweep
 from raysweep.engine.resources import Node
 from raysweep.models import families
 from raysweep.planning import forecast
+from raysweep.rundir import RunDir
 from raysweep.search.spaces import load as load_space
 from raysweep.storage.schemas import ROWS, read_table
 
@@ -189,7 +190,7 @@ def test_a_preset_runs_to_its_report(tmp_path: Path, cache: Path, name: str):
     assert json.loads((run / "front.json").read_text())["points"]
     rows = read_table(run / "rows", ROWS).to_pylist()
     assert not [r for r in rows if r["status"] == "failed"]
-    assert load(recipe_of(run, tmp_path)).digest == json.loads((run / "manifest.json").read_text())["config_digest"]
+    assert load(recipe_of(run, tmp_path)).digest == RunDir(run).in_force().digest
     for candidate in (run / "candidates").iterdir():
         card = json.loads((candidate / "raysweep.json").read_text())
         assert families.load(candidate).digest == card["outcome"]["digest"]

@@ -86,7 +86,7 @@ def test_the_directory_is_laid_out_as_promised(run):
 def test_the_recipe_of_the_report_is_the_same_sweep(run, tmp_path):
     result = call("validate", str(recipe_of(run.path, tmp_path)), "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["digest"] == run.read_manifest()["config_digest"]
+    assert json.loads(result.stdout)["digest"] == run.in_force().digest
 
 
 def test_every_row_has_its_n_and_its_interval(run):

@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from tiny import TinyText, edm_model, tiny_model, tiny_task
 
 from evaluators import batches
 from raysweep.models import diffusion, families
 from raysweep.models.samplers import DDIM, FILE, SAMPLERS, Heun, OneStep, Safe, parse, plain_data
+from raysweep.models.samplers.ddim import scheduler_of
 from raysweep.models.samplers.safe import SafetyGuidance, safety_scale
 
 D = torch.float64
@@ -125,3 +127,22 @@ def test_safety_guidance_follows_its_recursion():
         nu = 0.4 * nu + 0.6 * step
         expected = u + 7.5 * (p - u - (step if i >= 2 else 0))
         torch.testing.assert_close(safe(p, u, s, 7.5), expected)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_any_number_of_steps_is_a_run_within_the_schedule(spacing):
+    model = tiny_model(tiny_task())
+    model.scheduler = DDIMScheduler.from_config({**model.scheduler.config, "timestep_spacing": spacing})
+    for steps in range(1, 101):
+        times = scheduler_of(model, steps).timesteps.tolist()
+        assert len(times) == steps
+        assert times == sorted(set(times), reverse=True)
+        assert 0 <= times[-1] <= times[0] < 1000
+
+
+def test_an_image_is_rebuilt_from_any_timestep():
+    model, seeds = tiny_model(tiny_task()), torch.arange(1)
+    x0 = torch.zeros(1, *model.image_shape)
+    for t in (1, 7, 89, 90, 517, 999):
+        for steps in (1, min(t, 15)):
+            assert torch.isfinite(model.reconstruct(x0, seeds, t, steps, batch=1)).all()

@@ -59,7 +59,11 @@ class Reduced:
 def subject_of(
     model: Any, task: Task, judge: torch.nn.Module | None, tier: Tier, batches: Batches | None = None
 ) -> Subject:
-    """A model as the checks of `tier` see it; batches: shared with other subjects, None for its own."""
+    """A model as the checks of `tier` see it; batches: shared with other subjects, None for its own.
+
+    What the tier leaves to be drawn follows from its seed. model: None to recompute metrics from scores.
+    """
+    tier = tier.in_force(len(model.alphas) if hasattr(model, "alphas") else None, task.sampling.get("steps"))
 
     def seeds(stream: str, count: int) -> torch.Tensor:
         return row_seeds(derive_seed("audit", tier.seed, stream), 0, count)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from evaluators.batches import Batches
 from raysweep.auditing.judges import judge_of
 from raysweep.auditing.measure import measure, subject_of
+from raysweep.config.draws import fresh_seed
 from raysweep.config.schema import AuditConfig, ConfigError, Tier
 from raysweep.models.identity import Identity, clashes
 from raysweep.models.threads import one_thread
@@ -31,8 +32,14 @@ def measure_model(
     cache: str | Path | None = None,
     **sizes: Any,
 ) -> pa.Table:
-    """One row per metric of a model, with the columns of `storage.schemas.METRICS`; `raysweep.measure` describes the arguments."""
+    """One row per metric of a model, with the columns of `storage.schemas.METRICS`; `raysweep.measure` describes the arguments.
+
+    The table's metadata `settings` are those of the tier in force, as JSON.
+    """
     tier = tier_of(checks, sizes)
+    if tier.seed is None:
+        tier = tier.model_copy(update={"seed": fresh_seed()})
+    tier = tier.in_force(len(model.alphas) if hasattr(model, "alphas") else None, task.sampling.get("steps"))
     if judge is None:
         judge = judge_of(task, tier.judge, None if cache is None else Path(cache))
     training = judge is not None and judge.training
@@ -56,7 +63,7 @@ def measure_model(
     if judge is not None:
         judge.train(training)  # the checks have put it into evaluation mode
     rows = [{"check": m.check, "metric": m.name} | {c: getattr(m, c) for c in METRICS.names[2:]} for m in metrics]
-    return pa.Table.from_pylist(rows, schema=METRICS)
+    return pa.Table.from_pylist(rows, schema=METRICS.with_metadata({"settings": tier.model_dump_json()}))
 
 
 def tier_of(checks: Sequence[str], sizes: dict[str, Any]) -> Tier:

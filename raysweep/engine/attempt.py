@@ -7,8 +7,9 @@ import json
 from collections.abc import Callable, Iterator
 
 from raysweep.auditing.objectives import Unmeasured
-from raysweep.config.schema import ConfigError, Sweep
+from raysweep.config.schema import ConfigError, Drawn, Sweep
 from raysweep.engine.cluster import RunFailed
+from raysweep.models import families
 from raysweep.rundir import RunDir, git_commit
 from raysweep.storage.files import write_folder, write_json
 from raysweep.tasks.task import Task
@@ -19,9 +20,14 @@ class Interrupted(RuntimeError):
 
 
 @contextlib.contextmanager
-def attempt(folder: RunDir, sweep: Sweep, task: Task, on_failure: Callable[[], None] = lambda: None) -> Iterator[None]:
+def attempt(
+    folder: RunDir, sweep: Sweep, task: Task, on_failure: Callable[[], None] = lambda: None, subject: str = ""
+) -> Iterator[Sweep]:
     """Holds the run directory for one attempt at the run. The caller records how an attempt that did not fail ended.
 
+    Yields the sweep in force: with what was drawn for its audits, now or by an earlier attempt.
+
+    subject: hash of the model that is audited alone, for which everything is drawn afresh; "" for a sweep.
     on_failure: called once the manifest says why the attempt failed. Raises ConfigError if the directory cannot be claimed, and
     RunFailed in place of Unmeasured; other errors of the block pass.
     """
@@ -36,7 +42,7 @@ def attempt(folder: RunDir, sweep: Sweep, task: Task, on_failure: Callable[[], N
                 incomplete=[],
             )
             save_task(folder, task)
-            yield
+            yield sweep.with_drawn(_recorded_draw(folder, sweep, task, subject))
         except (Interrupted, KeyboardInterrupt):
             folder.update(state="interrupted")
             raise
@@ -47,6 +53,17 @@ def attempt(folder: RunDir, sweep: Sweep, task: Task, on_failure: Callable[[], N
             if isinstance(error, Unmeasured):
                 raise RunFailed(str(error)) from error
             raise
+
+
+def _recorded_draw(folder: RunDir, sweep: Sweep, task: Task, subject: str) -> Drawn:
+    """What was drawn for the audits of `subject`, from the manifest, or drawn and recorded there before anything is measured."""
+    recorded = folder.read_manifest().get("drawn", {})
+    if subject not in recorded:
+        model = families.example(task)
+        schedule = len(model.alphas) if hasattr(model, "alphas") else None
+        recorded = recorded | {subject: sweep.audit.draw(schedule, task.sampling.get("steps"))}
+        folder.update(drawn=recorded)
+    return recorded[subject]
 
 
 def save_task(folder: RunDir, task: Task) -> None:

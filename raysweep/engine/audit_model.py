@@ -38,8 +38,9 @@ TIERS = ("audit", "durability")
 def audit_model(model: Path, sweep: Sweep, events: Events) -> tuple[Path, Card]:
     """Audits a diffusers folder in the full tier and by all attacks, next to base and oracles; (path of the card, card).
 
-    The run directory is that of the sweep with "-audits" after its name. Raises ConfigError if the folder holds no model that
-    fits the task, RunFailed if an audit came to no result.
+    The run directory is that of the sweep with "-audits" after its name. Seeds, timesteps and numbers of steps are drawn for each
+    model, and the anchors are measured with the same; a repeated audit of the same weights keeps them. Raises ConfigError if the
+    folder holds no model that fits the task, RunFailed if an audit came to no result.
     """
     sweep = sweep.model_copy(update={"name": f"{sweep.name[:50]}-audits"})
     task, _ = resolve_sweep(sweep)
@@ -51,7 +52,7 @@ def audit_model(model: Path, sweep: Sweep, events: Events) -> tuple[Path, Card]:
     folder = RunDir.of(sweep)
     for text in sweep.warnings:
         events.say("warning", text)
-    with attempt(folder, sweep, task):
+    with attempt(folder, sweep, task, subject=digest) as sweep:
         for line in data_lines(task):
             events.say("data", line)
         with Engine.open(folder, sweep, task, events) as engine:

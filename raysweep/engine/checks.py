@@ -17,6 +17,8 @@ from raysweep.search.spaces import load as load_space
 from raysweep.tasks.task import Task
 from raysweep.train.unlearning import refusals
 
+TIERS = ("probe", "audit", "durability")
+
 
 def resolve_sweep(sweep: Sweep) -> tuple[Task, list[Space]]:
     """The task and the search spaces, checked against each other; raises ConfigError."""
@@ -82,7 +84,7 @@ def check_tower(task: Task, model: Any) -> None:
 
 def check_tiers(sweep: Sweep, task: Task) -> None:
     """Raises ConfigError unless the probe and the audit measure all objectives; imports the checks of other packages."""
-    for tier_name in ("probe", "audit", "durability"):
+    for tier_name in TIERS:
         checks = getattr(sweep.audit, tier_name).checks_for(task)
         for name in checks:
             if name in external("evaluator"):  # a fault of another package is reported now and not by an auditor
@@ -101,22 +103,24 @@ def check_steps(sweep: Sweep, task: Task, model: Any) -> None:
     if not hasattr(model, "alphas"):
         return
     total = len(model.alphas)
-    for tier_name in ("probe", "audit", "durability"):
+    for tier_name in TIERS:
         tier = getattr(sweep.audit, tier_name)
         for key, steps in (
-            ("injection_t", (tier.injection_t,)),
-            ("membership_t", tier.membership_t),
-            ("recall_t", tier.recall_t),
+            ("injection_t", () if tier.injection_t is None else (tier.injection_t,)),
+            ("loss_t", tier.loss_t or ()),
+            ("membership_t", tier.membership_t or ()),
+            ("recall_t", tier.recall_t or ()),
         ):
             if not all(0 <= t < total for t in steps):
                 raise ConfigError(
                     f"audit.{tier_name}.{key}: {max(steps)} is no step of the model's noise schedule; valid: 0 to {total - 1}"
                 )
-    free = "free steps" in resolve("family", task.family).abilities
-    if not free and task.sampling.get("steps", 1) > total:
-        raise ConfigError(
-            f"task.steps: {task.sampling['steps']} is more than the {total} steps of the model's noise schedule"
-        )
+    if "free steps" in resolve("family", task.family).abilities:
+        return
+    numbers = {f"audit.{name}.sampling_steps": getattr(sweep.audit, name).sampling_steps or 0 for name in TIERS}
+    for key, number in ({"task.steps": task.sampling.get("steps", 1)} | numbers).items():
+        if number > total:
+            raise ConfigError(f"{key}: {number} is more than the {total} steps of the model's noise schedule")
 
 
 def check_weights(sweep: Sweep) -> None:
@@ -124,7 +128,7 @@ def check_weights(sweep: Sweep) -> None:
     from evaluators.external import Unreadable, check
 
     seen: set[tuple[str, Path]] = set()
-    for tier_name in ("probe", "audit", "durability"):
+    for tier_name in TIERS:
         for key, path in getattr(sweep.audit, tier_name).weights.items():
             if (key, path) not in seen:
                 try:

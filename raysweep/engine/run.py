@@ -41,7 +41,7 @@ def run_sweep(sweep: Sweep, events: Events) -> Result:
     """
     task, spaces = resolve_sweep(sweep)
     folder = RunDir.of(sweep)
-    with attempt(folder, sweep, task, lambda: _report_failure(folder, events)):
+    with attempt(folder, sweep, task, lambda: _report_failure(folder, events)) as in_force:
         trials = trial_table(folder, folder.run_id)
         ended = sum(t.state != "RUNNING" for t in trials)
         resumed = f"  (resuming: {ended} of {sweep.search.trials} trials done)" if trials else ""
@@ -50,7 +50,7 @@ def run_sweep(sweep: Sweep, events: Events) -> Result:
             events.say("warning", text)
         for line in data_lines(task):
             events.say("data", line)
-        with Engine.open(folder, sweep, task, events, tuple(spaces)) as engine:
+        with Engine.open(folder, in_force, task, events, tuple(spaces)) as engine:
             result = _run(engine)
         folder.update(state="incomplete" if result.incomplete else "done", incomplete=result.incomplete)
     return result

@@ -111,7 +111,7 @@ def run_shadows(folder: RunDir, name: str, shadows: int, events: Events) -> tupl
     task, context = Task.load(folder.task), Context.load(str(folder.path))
     with folder.claim(sweep, manifest["digests"]):
         folder.update(state=manifest["state"])  # the run itself stays as it was
-        with Engine.open(folder, sweep, task, events) as engine:
+        with Engine.open(folder, folder.in_force(), task, events) as engine:
             models = _train(engine, context, trial, shadows)
             models["candidate"] = (str(folder.candidates / name), trial.digest)
             scores = _scores(engine, context, name, models)

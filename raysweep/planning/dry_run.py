@@ -89,7 +89,7 @@ def describe(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> list[
     audited = sweep.audit.top + sweep.oracles + 2
     steps = ", ".join(f"{method} {seconds * 1000:.0f} ms" for method, seconds in cost.step_seconds.items())
     basis = f"{STEPS} timed steps per method and one timed audit per tier"
-    seeds = f"probe {sweep.audit.probe.seed}, audit {sweep.audit.audit.seed}"
+    seeds = ", ".join(f"{n} {_seed_in_words(getattr(sweep.audit, n))}" for n in ("probe", "audit", "durability"))
     return [
         ("task", f"{task.name}: forget {len(task.splits['forget'])}, retain {len(task.splits['retain'])} images"),
         *(("data", line) for line in data_lines(task)),
@@ -131,9 +131,15 @@ def _time_steps(name: str, settings: dict[str, Any], task: Task) -> float:
     return sorted(times[1:] or [0.0])[len(times[1:]) // 2]
 
 
+def _seed_in_words(tier: Tier) -> str:
+    return "drawn when the run starts" if tier.seed is None else str(tier.seed)
+
+
 def _time_audit(task: Task, tier: Tier) -> float:
-    """Seconds of an audit of an untrained model by an untrained judge."""
+    """Seconds of an audit of an untrained model by an untrained judge; in the task's number of sampling steps if it is drawn."""
     from evaluators.judge import Judge
+
+    tier = tier.model_copy(update={"seed": tier.seed or 0, "sampling_steps": tier.sampling_steps or 0})
 
     split = task.splits["judge_probe"]
     judge = Judge(split.x.shape[1], int(split.groups.max()) + 1)

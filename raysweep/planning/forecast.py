@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from methods.base import Descent
-from raysweep.config import presets
+from raysweep.config import draws, presets
 from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.engine.resources import Node, make_plan
 from raysweep.models.folders import is_hub_id
@@ -174,8 +174,9 @@ def _audit_seconds(sweep: Sweep, network: Footprint, name: str) -> float:
     guided = 1 if task.guidance in (0, 1) else 2
     drawn = tier.class_samples if name == "durability" else 2 * tier.samples + tier.class_samples
     trained = sum(tier.relearn_steps) * RELEARNING_ROWS * 3 if name == "durability" else 0
-    membership = 0 if name != "audit" else 3 * tier.membership_images * len(tier.membership_t) * tier.membership_noises
-    drawing = drawn * task.steps * guided / PEAK[tier.precision]
+    times = len(tier.membership_t or draws.MEMBERSHIP_T[1:])
+    membership = 0 if name != "audit" else 3 * tier.membership_images * times * tier.membership_noises
+    drawing = drawn * (tier.sampling_steps or task.steps) * guided / PEAK[tier.precision]
     return (drawing + (trained + membership) / PEAK["fp32"]) * network.flops / SHARE
 
 

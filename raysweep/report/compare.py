@@ -158,7 +158,7 @@ def runs_table(folders: Sequence[RunDir]) -> RunsTable:
         runs=_labels(folders),
         best=best,
         differences=[f"{key}: {', '.join(values)}" for key, values in differences.items()],
-        sweeps=[_origin(*run) for run in zip(_labels(folders), folders, sweeps, manifests, strict=True)],
+        sweeps=[_origin(*run) for run in zip(_labels(folders), folders, manifests, strict=True)],
         rows=rows,
         bands={
             method: {share: pareto.attainment(sets, share) for share in SHARES}
@@ -234,9 +234,9 @@ def _labels(folders: Sequence[RunDir]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder.path) for folder in folders]
 
 
-def _origin(label: str, folder: RunDir, sweep: Sweep, manifest: Mapping[str, Any]) -> SweepOrigin:
+def _origin(label: str, folder: RunDir, manifest: Mapping[str, Any]) -> SweepOrigin:
     front = json.loads(folder.front_json.read_text())
-    seeds = {key: value for key, value in _flat(sweep.resolved()).items() if key.endswith("seed")}
+    seeds = {key: value for key, value in _flat(folder.in_force().resolved()).items() if key.endswith("seed")}
     return SweepOrigin(
         run=label,
         path=str(folder.path),

@@ -27,9 +27,10 @@ ORIGINALS = 8  # forgotten pictures that a report shows
 class ReportData:
     """A run's tables as records, and a colour and a symbol per method.
 
-    front: front.json, empty if the run has none. subjects: audited models in the order of the front. rows: as in
-    `storage.schemas.ROWS`. scores: (subject, score) -> array whose first axis runs over units. anchors: the audit's
-    anchors-audit.json. shape: (C, H, W) of a picture. original: the first forgotten pictures (n, C, H, W) in [-1, 1].
+    sweep: with what was drawn for its audits. front: front.json, empty if the run has none. subjects: audited models in the
+    order of the front. rows: as in `storage.schemas.ROWS`. scores: (subject, score) -> array whose first axis runs over units.
+    anchors: the audit's anchors-audit.json. shape: (C, H, W) of a picture. original: the first forgotten pictures (n, C, H, W)
+    in [-1, 1].
     """
 
     sweep: Sweep
@@ -86,7 +87,7 @@ def gather(folder: RunDir) -> ReportData:
 
     Raises StoreError for a table that cannot be read, ConfigError for the front of an earlier raysweep.
     """
-    sweep = folder.sweep()
+    sweep = folder.in_force()
     front: dict[str, Any] = json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {}
     if front and "answer" not in front:
         raise ConfigError(

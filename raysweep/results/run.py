@@ -78,8 +78,8 @@ class Run:
 
     @property
     def sweep(self) -> Sweep:
-        """The resolved config."""
-        return self.folder.sweep()
+        """The resolved config, with what was drawn for its audits."""
+        return self.folder.in_force()
 
     @property
     def task(self) -> Task:

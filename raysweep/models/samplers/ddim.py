@@ -5,6 +5,7 @@ Source: Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, arX
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -35,7 +36,10 @@ class DDIM(Sampler):
     def rebuild(
         self, model: Any, z: torch.Tensor, eps: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None
     ) -> torch.Tensor:
-        scheduler = scheduler_of(model, max(1, round(len(model.alphas) * steps / t)))
+        whole = len(model.alphas) * steps / t  # steps of a run from noise whose last `steps` begin at t
+        scheduler = scheduler_of(model, max(1, round(whole)))
+        if not (scheduler.timesteps <= t).any():  # rounding down has left no step below t
+            scheduler = scheduler_of(model, math.ceil(whole))
         start = int(scheduler.timesteps[scheduler.timesteps <= t][0])
         x_t = model.add_noise(z, eps, torch.full((len(eps),), start, device=z.device))
         return last(self.steps(model, x_t, scheduler, start, cond, Run(steps)))
@@ -76,6 +80,7 @@ def scheduler_of(model: Any, steps: int) -> DDIMScheduler:
     """A new scheduler for one run of `steps`, because schedulers keep state."""
     scheduler = DDIMScheduler.from_config(model.scheduler.config)
     scheduler.set_timesteps(steps)
+    scheduler.timesteps = scheduler.timesteps[scheduler.timesteps >= 0]  # rounding may append -1, as for 29 of 1,000
     return scheduler
 
 
