@@ -17,9 +17,11 @@ import torch
 
 from evaluators.base import Subject
 from methods.base import Diverged, Method
+from raysweep.auditing.anchors import Anchors, View, assess_views
 from raysweep.auditing.judges import judge_of
 from raysweep.auditing.measure import Measurement, measure, subject_of
-from raysweep.auditing.objectives import Anchors, Measured, Objectives, View, assess_views, objectives
+from raysweep.auditing.objectives import Objectives, objectives
+from raysweep.auditing.terms import Measured
 from raysweep.config.reader import load
 from raysweep.config.schema import Sweep, Tier
 from raysweep.engine.cached_jobs import prepares, retrain_jobs

@@ -13,10 +13,8 @@ More than the oracle is concealment; less is damage, not safety.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -33,6 +31,8 @@ from evaluators.base import (
     correlation,
 )
 from evaluators.contrast import zero_shot
+from evaluators.oracles import compare_units
+from evaluators.statistics import share_floor
 from evaluators.tampering import IMAGES, changed, fine_tuned, interpolated, inverted, quantised
 
 EVERY = frozenset({"diffusion", "contrastive"})
@@ -83,15 +83,11 @@ class Durability(Evaluator):
                 rows.append(Metric.share(name, value, n))
             elif kind == "presence" and strength:
                 rows.append(Metric.mean(name, value, scores[strength], over="noise draws"))
+            elif kind == "presence":
+                rows.append(Metric.jackknife(name, value, n, replicates[name], over="samples"))
             else:
-                # the mean of the oracles is itself uncertain: their own spread adds to the error of an excess
-                extra = _oracles_se(scores, strength) if kind == "excess" else 0.0
-                metric = Metric.jackknife(name, value, n, replicates[name], over="samples", extra_se=extra)
-                if (
-                    kind == "excess" and metric.hi is None
-                ):  # verdicts read the end; the reason says that it has no width
-                    metric = replace(metric, se=0.0, lo=value, hi=value, interval="jackknife over samples")
-                rows.append(metric)
+                comparison = compare_units(*_units(scores, strength), share_floor(n) if subject.classed else 0.0)
+                rows.append(Metric.against_oracles(name, comparison, n, over="samples"))
         if "excess" not in values:
             rows.append(Metric.absent("excess", "there is no oracle to compare with"))
         return rows
@@ -270,8 +266,7 @@ def _recognised(subject: Subject, images: torch.Tensor) -> np.ndarray:
     return (subject.logits(images).argmax(1) == subject.task.forget_class).astype(float)
 
 
-def _oracles_se(scores: Scores, strength: str) -> float:
-    """Standard error of the oracles' mean presence from their own spread; 0 with a single oracle."""
-    names = [f"oracles.{strength}"] if strength else [n for n in scores if n.startswith("oracles.") and n[8:] != NONE]
-    means = np.mean([scores[n].mean(0) for n in names], axis=0)
-    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
+def _units(scores: Scores, strength: str) -> tuple[np.ndarray, np.ndarray]:
+    """Presence per unit (n,) after an attack of one strength, or its mean over all ("" for these), and the oracles' (n, k)."""
+    names = [strength] if strength else [s for s in scores if s != NONE and not s.startswith("oracles.")]
+    return np.mean([scores[s] for s in names], axis=0), np.mean([scores[f"oracles.{s}"] for s in names], axis=0)

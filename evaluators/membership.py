@@ -26,12 +26,11 @@ from scipy.stats import norm
 from evaluators import attacks
 from evaluators.base import Direction, Evaluator, Images, Inapplicable, Metric, Scores, Subject
 from evaluators.rank import ONE_IMAGE, rank_rows
+from evaluators.oracles import compare_auc
 from evaluators.statistics import (
     advantage,
     auc_interval,
     delong,
-    equivalence,
-    normal_interval,
     paired_gap,
     tpr_at_fpr,
 )
@@ -367,11 +366,10 @@ def _auc(name: str, pos: np.ndarray, neg: np.ndarray) -> Metric:
 
 
 def _against_oracles(pos: np.ndarray, neg: np.ndarray, pos_ref: np.ndarray, neg_ref: np.ndarray) -> list[Metric]:
-    """`gap` and `equivalence_p`; see `paired_gap` for shapes."""
-    delta, se = paired_gap(pos, neg, pos_ref, neg_ref)
-    lo, hi = normal_interval(delta, se)
-    reason = f"small: within {MARGIN} of the oracles' AUC (two one-sided tests)"
+    """`gap` and `equivalence_p`; see `compare_auc` for shapes."""
+    comparison = compare_auc(pos, neg, pos_ref, neg_ref)
+    reason = f"small: within {MARGIN} of the oracles' mean AUC (two one-sided tests)"
     return [
-        Metric("gap", delta, len(pos), se=se, lo=lo, hi=hi, interval="paired delong and spread of oracles"),
-        Metric("equivalence_p", equivalence(delta, se, MARGIN), len(pos), direction="min", reason=reason),
+        Metric.against_oracles("gap", comparison, len(pos), over="images"),
+        Metric("equivalence_p", comparison.p_beyond(MARGIN), len(pos), direction="min", reason=reason),
     ]

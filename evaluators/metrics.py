@@ -8,10 +8,12 @@ from typing import Literal
 
 import numpy as np
 
+from evaluators.oracles import Comparison
 from evaluators.statistics import clopper_pearson, jackknife_interval, t_interval
 
 Direction = Literal["min", "max", "target"]
 Status = Literal["ok", "failed", "skipped"]
+SHARE = "clopper-pearson"  # first word of the interval method of shares of samples
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Metric:
     value: None if it could not be computed; `reason` then says why.
     n: independent units behind the value.
     se: standard error; lo, hi: ends of the 95 % interval; None without one. interval: the method of both.
+    comparison: of a difference to the oracles, all of its errors; None for others.
     direction: which way is better; "target" means "like the oracle".
     reason: why a value is missing, or what limits it.
     check: the evaluator that measured it; the audit fills it in.
@@ -34,6 +37,7 @@ class Metric:
     lo: float | None = None
     hi: float | None = None
     interval: str = "none"
+    comparison: Comparison | None = None
     direction: Direction = "target"
     status: Status = "ok"
     reason: str = ""
@@ -45,7 +49,7 @@ class Metric:
     ) -> Metric:
         """A share of n independent units, with the exact interval of Clopper and Pearson for round(value n) hits."""
         lo, hi = clopper_pearson(round(value * n), n)
-        method = f"clopper-pearson over {over}" if over else "clopper-pearson"
+        method = f"{SHARE} over {over}" if over else SHARE
         return cls(name, value, n, lo=lo, hi=hi, interval=method, direction=direction, reason=reason)
 
     @classmethod
@@ -114,6 +118,25 @@ class Metric:
             interval=f"jackknife over {over}",
             direction=direction,
             reason=reason,
+        )
+
+    @classmethod
+    def against_oracles(cls, name: str, comparison: Comparison, n: int, *, over: str, reason: str = "") -> Metric:
+        """A difference to the mean of the oracles, with the interval of the difference to one further oracle."""
+        lo, hi = comparison.interval()
+        alone = comparison.spread is None
+        method = f"student-t over {over}" if alone else f"prediction of a further oracle, sampling of {over}"
+        unknown = "one oracle: how much oracles differ is unknown and not in the interval" if alone else ""
+        return cls(
+            name,
+            comparison.difference,
+            n,
+            se=comparison.se,
+            lo=lo,
+            hi=hi,
+            interval=method,
+            comparison=comparison,
+            reason="; ".join(filter(None, (reason, unknown))),
         )
 
     @classmethod

@@ -22,6 +22,16 @@ def clopper_pearson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]
     return float(interval.low), float(interval.high)
 
 
+def share_floor(n: int, level: float = LEVEL) -> float:
+    """The standard error of a share of n units of which none shows it, by the width of the exact interval.
+
+    All units may be equal by chance, so the error of a share is never smaller.
+    """
+    from scipy import stats
+
+    return clopper_pearson(0, n, level)[1] / (2 * float(stats.norm.ppf(0.5 + level / 2)))
+
+
 def corrected_shares(shares: np.ndarray, confusion: np.ndarray) -> np.ndarray:
     """True class shares (c,) given the shares that an imperfect classifier reports (Rogan and Gladen, 1978).
 
@@ -35,15 +45,6 @@ def corrected_shares(shares: np.ndarray, confusion: np.ndarray) -> np.ndarray:
     a = np.vstack([confusion, np.full((1, n), weight)])
     solution, _ = optimize.nnls(a, np.append(np.asarray(shares, dtype=float), weight))
     return solution / solution.sum()
-
-
-def equivalence(delta: float, se: float, margin: float) -> float:
-    """p-value of two one-sided z-tests of |true difference| >= margin: small means "the same, within the margin"."""
-    from scipy import stats
-
-    if se == 0:
-        return 0.0 if abs(delta) < margin else 1.0
-    return float(max(stats.norm.cdf((delta - margin) / se), stats.norm.sf((delta + margin) / se)))
 
 
 def normal_interval(value: float, se: float, level: float = LEVEL) -> tuple[float, float]:
@@ -168,17 +169,14 @@ def auc_interval(pos: np.ndarray, neg: np.ndarray, level: float = LEVEL) -> tupl
 def paired_gap(pos: np.ndarray, neg: np.ndarray, pos_ref: np.ndarray, neg_ref: np.ndarray) -> tuple[float, float]:
     """(AUC - mean AUC of reference models, standard error) on the same positives (n,) and negatives (m,).
 
-    pos_ref (n, k), neg_ref (m, k): scores by k references. The error covers the sampling of images (DeLong on the paired
-    placements) and, with two or more references, that of the references' mean, from their spread.
+    pos_ref (n, k), neg_ref (m, k): scores by k references. The error is that of the sampling of images (DeLong on the paired
+    placements); how much references differ is left to `evaluators.oracles.compare`.
     """
     placed_pos, placed_neg = _placements(pos, neg)
     references = [_placements(pos_ref[:, k], neg_ref[:, k]) for k in range(pos_ref.shape[1])]
     gap_pos = placed_pos - np.mean([p for p, _ in references], axis=0)
     gap_neg = placed_neg - np.mean([n for _, n in references], axis=0)
-    spread = 0.0
-    if len(references) > 1:
-        spread = float(np.var([p.mean() for p, _ in references], ddof=1) / len(references))
-    return float(gap_pos.mean()), float(np.sqrt(_variance(gap_pos) + _variance(gap_neg) + spread))
+    return float(gap_pos.mean()), float(np.sqrt(_variance(gap_pos) + _variance(gap_neg)))
 
 
 def tpr_at_fpr(pos: np.ndarray, neg: np.ndarray, fpr: float) -> tuple[float | None, str]:

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.auditing.objectives import Anchors, Measured, View
+from evaluators.metrics import SHARE
+from evaluators.statistics import share_floor
+from raysweep.auditing.anchors import Anchors, View
 from raysweep.auditing.request import AuditRequest, rows_path
+from raysweep.auditing.terms import Measured
 from raysweep.config.schema import Sweep, Tier
 from raysweep.plugins import audit_code, method_code
 from raysweep.rundir import RunDir
@@ -166,11 +169,13 @@ def prepared_key(defaults: dict[str, Any], hyperparameters: dict[str, Any]) -> s
 
 def load_measured(run: Path, key: str) -> Measured:
     """Values and replicates of one audit, from its rows, and the reasons for those that are absent."""
-    values, replicates, absent = {}, {}, {}
+    values, replicates, absent, floors = {}, {}, {}, {}
     for row in read_table(rows_path(run, key), ROWS).to_pylist():
         name = f"{row['check']}.{row['metric']}"
         if row["status"] == "ok" and row["replicates"] is not None:
             values[name], replicates[name] = row["value"], np.array(row["replicates"])
+            if row["interval"].startswith(SHARE):
+                floors[name] = share_floor(row["n"])
         elif row["status"] != "ok":
             absent[name] = f"{row['status']}: {row['reason']}"
-    return Measured(values, replicates, absent)
+    return Measured(values, replicates, absent, floors)

@@ -14,8 +14,10 @@ from tiny import SCHEDULER
 
 from evaluators.judge import train_judge
 from evaluators.tampering import changed, fine_tuned, quantised
+from raysweep.auditing.anchors import Anchors, assess_views
 from raysweep.auditing.measure import measure, subject_of
-from raysweep.auditing.objectives import Anchors, Measured, assess_views, objectives
+from raysweep.auditing.objectives import objectives
+from raysweep.auditing.terms import Measured
 from raysweep.auditing.verdict import verdict
 from raysweep.config import draws
 from raysweep.config.schema import Tier

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from finished import row
 
-from raysweep.auditing.objectives import Anchors, Measured, Unmeasured, assess_views, check_scale, objectives
+from raysweep.auditing.anchors import Anchors, Unmeasured, assess_views, check_scale
+from raysweep.auditing.objectives import objectives
+from raysweep.auditing.terms import Measured
 from raysweep.results.front import search_against_audit
 
 RNG = np.random.default_rng(0)

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from finished import run as finished
 from small import SMALL, log, start
 
-from raysweep.auditing.objectives import KNOWS, Anchors, Indistinct, Measured, Unmeasured, View, assess_views
+from raysweep.auditing.anchors import KNOWS, Anchors, Indistinct, Unmeasured, View, assess_views
 from raysweep.auditing.power import AFFORDABLE, DECIDED_BY, decided_by, remedies
+from raysweep.auditing.terms import Measured
 from raysweep.cli import main
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError

@@ -14,6 +14,7 @@ import ray
 
 from evaluators import statistics
 from raysweep.auditing.request import Answer, AuditRequest
+from raysweep.auditing.terms import columns_of
 from raysweep.storage.files import StoreError, digest_of, write_bytes
 from raysweep.storage.recent import Recent
 from raysweep.storage.schemas import ROWS, SCORES, read_table, write_table
@@ -194,6 +195,8 @@ def _table_rows(request: AuditRequest, result: Measurement) -> list[dict[str, An
     for metric in result.rows:
         fields = asdict(metric)
         name = fields.pop("name")
+        del fields["comparison"]
+        fields |= columns_of(metric.comparison)
         rows.append(common | fields | {"metric": name, "replicates": result.replicates.get(f"{metric.check}.{name}")})
     return rows
 

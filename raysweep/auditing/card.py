@@ -129,7 +129,7 @@ class Card:
 def thresholds() -> dict[str, str]:
     """Sentences on the thresholds that were fixed before any model was measured."""
     from evaluators import classifier, membership, memorisation, reconstruction
-    from raysweep.auditing import objectives, verdict
+    from raysweep.auditing import anchors, verdict
 
     return {
         "membership": f"equivalent to the oracles within {membership.MARGIN} of the AUC; step and sign by half of the base's "
@@ -138,7 +138,7 @@ def thresholds() -> dict[str, str]:
         "copies": f"a sample extracts an image below {memorisation.ALPHA} of its mean distance to its {memorisation.NEIGHBOURS} "
         f"nearest training images; by SSCD above the {memorisation.QUANTILE:.1%} quantile of held-out images",
         "validity": f"a sample is valid above the {classifier.REAL_QUANTILE:.0%} quantile of real images' energy",
-        "views": f"a view counts if base and oracles differ by {objectives.INFORMATIVE:g} standard errors, and the base does not "
+        "views": f"a view counts if base and oracles differ by {anchors.INFORMATIVE:g} standard errors, and the base does not "
         "show less of what must be forgotten",
         "attacks": f"forgotten data come back if presence exceeds the oracles' by more than {verdict.MARGIN}, one-sided, false "
         f"discoveries at most {verdict.RATE:.0%}; destroyed below {verdict.INVALID:.0%} of the oracles' validity",

@@ -1,220 +1,100 @@
-"""Residue and damage: the measurements of a candidate on scales that measured models fix.
+"""Residue and damage: the measurements of a model on scales that measured models fix.
 
-residue  the worst over the task's views of (candidate - oracle)/(base - oracle): 0 like the oracle, 1 like the untouched
-         base. A view is left out if base and oracle differ by less than four standard errors, or if the base shows less of
-         what must be forgotten than the oracle, as a base does that has not learned it.
-damage   the larger of log(F/F_oracle)/log(F_destroyed/F_oracle), with F the Frechet distance on retained content, and of
-         over-forgetting, the farthest that any view lies beyond the oracle in units of its distance to the base or to a
-         destroyed model, whichever is larger, at most 1: 0 like the oracle, 1 like a destroyed model.
+residue  the largest over the task's views of (model - oracles)/(base - oracles): 0 like the oracles, 1 like the untouched base.
+         A view is left out if base and oracles differ by less than four standard errors, or if the base shows less of what must
+         be forgotten than the oracles, as a base does that has not learned it.
+damage   the larger of log(F/F_oracles)/log(F_destroyed/F_oracles), with F the Frechet distance on retained content, and of
+         over-forgetting, the farthest that any view lies beyond the oracles in units of their distance to the base or to a
+         destroyed model, whichever is larger, at most 1: 0 like the oracles, 1 like a destroyed model.
 
-Both are cut at 0. The oracle is the mean over retrained models. A view that an anchor lacks is left out, with the reason;
-without the anchors' quality and validity no model can be placed, and `Unmeasured` says what is missing and why.
+Both are cut at 0. "The oracles" is the mean over retrained models, of F the geometric one. Retrained models differ, so an interval
+is that of the difference to one further oracle (`evaluators.oracles`), and ends where the cut does; its low end holds for all views
+at once. The unit of a view, the distance of base and oracles, is measured and taken as exact.
+
+A view that an anchor lacks is left out, with the reason; without the anchors' quality and validity no model can be placed, and
+`Unmeasured` says what is missing and why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from evaluators.statistics import jackknife_se
+from raysweep.auditing.anchors import ORACLES, SCALED_BY, Anchors, Unmeasured, Values, View, check_scale, ends_of_damage
+from raysweep.auditing.terms import Measured, Term, mean_over_rounds, term
 
-INFORMATIVE = 4.0  # least difference of base and oracles, in standard errors, for a view to count
-# Side of the oracles on which models with the forgotten data lie; other metrics have no known side.
-KNOWS = {
-    "classifier.leak": 1,
-    "classifier.recognised": 1,
-    "contrast.forget_similarity": 1,
-    "contrast.recognised": 1,
-    "denoising.forget_log_loss": -1,
-    "generation.rate": 1,
-    "questions.forget_accuracy": 1,
-    "reconstruction.correlation": 1,
-    "relearning.presence": 1,
-}
-
-Values = Mapping[str, float]
+TINY = 1e-12  # of a Frechet distance, whose logarithm is taken
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Metric values and their leave-one-group-out replicates (groups,), both by "check.metric".
-
-    absent: reason why a metric has no value, by "check.metric".
-    """
-
-    values: dict[str, float]
-    replicates: dict[str, np.ndarray]
-    absent: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def groups(self) -> int:
-        """Number of groups of units; the smallest if metrics differ in it."""
-        return min((len(r) for r in self.replicates.values()), default=0)
-
-    def has(self, metric: str) -> bool:
-        """Whether the metric was measured and is finite."""
-        return bool(np.isfinite(self.values.get(metric, np.nan)))
-
-    def why_absent(self, metric: str) -> str:
-        """The reason why the metric has no finite value."""
-        if metric in self.values:
-            return f"it is {self.values[metric]:g}"
-        if metric in self.absent:
-            return self.absent[metric]
-        check = metric.partition(".")[0]  # a failed check lists only its main metrics
-        reasons = (reason for name, reason in self.absent.items() if name.startswith(f"{check}."))
-        return next(reasons, f"{check} does not give it")
-
-    def without(self, group: int) -> Values:
-        """The values without one group of units."""
-        return {name: float(r[group]) for name, r in self.replicates.items()}
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """The measurements, in one tier, of the models that fix the scales."""
-
-    base: Measured
-    oracles: tuple[Measured, ...]
-    destroyed: Measured
-
-    def lacking(self, metric: str) -> Iterator[str]:
-        """Each anchor without a value of the metric, with the reason."""
-        for name, anchor in self.by_name().items():
-            if not anchor.has(metric):
-                yield f"{name} ({anchor.why_absent(metric)})"
-
-    def by_name(self) -> dict[str, Measured]:
-        """The anchors as tables name them: base, oracle-K, destroyed."""
-        oracles = {f"oracle-{k}": oracle for k, oracle in enumerate(self.oracles)}
-        return {"base": self.base, **oracles, "destroyed": self.destroyed}
-
-    def mean_oracle(self, metric: str) -> float:
-        """The mean of a metric over the oracles."""
-        return float(np.mean([oracle.values[metric] for oracle in self.oracles]))
-
-
-@dataclass(frozen=True)
-class View:
-    """One view of the residue.
-
-    base, oracle: their values, None if an anchor lacks the metric; gap_se: the standard error of their difference.
-    informative: whether it separates them in the right direction; reason: why not.
-    """
-
-    metric: str
-    base: float | None
-    oracle: float | None
-    gap_se: float | None
-    informative: bool
-    reason: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Placement:
-    """A model's place on the scales, with standard errors. views: anchored value of each informative view."""
+    """A model's place on the scales.
+
+    residue, damage: cut at 0. *_se: standard error of the difference of the deciding term to one further oracle; *_lo, *_hi: its
+    95 % interval; residue_upper: one-sided 95 % upper limit of the residue against the mean of all possible oracles.
+    views: anchored value of each informative view.
+    """
 
     residue: float
-    damage: float
     residue_se: float
+    residue_lo: float
+    residue_hi: float
+    residue_upper: float
+    damage: float
     damage_se: float
+    damage_lo: float
+    damage_hi: float
     over_forgetting: float
     validity: float
     views: dict[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Objectives(Placement):
-    """A placement, and residue and damage without each group of units in turn: replicates (groups, 2)."""
+    """A placement with what it is made of.
 
+    residue_terms, damage_terms: by metric, in units of the scales. uncut: (2,), residue and damage before the cut at 0; replicates
+    (groups, 2): the same without each group of units in turn.
+    """
+
+    uncut: np.ndarray
     replicates: np.ndarray
+    residue_terms: dict[str, Term] = field(default_factory=dict)
+    damage_terms: dict[str, Term] = field(default_factory=dict)
+
+    def p_residue(self, limit: float) -> float:
+        """p-value of "against the mean of all possible oracles the residue is at least `limit`": all views must be under it."""
+        return max(t.comparison.p_at_least(limit) for t in self.residue_terms.values())
 
     def placement(self) -> Placement:
-        """The placement without the replicates."""
+        """The placement alone."""
         return Placement(**{f.name: getattr(self, f.name) for f in fields(Placement)})
 
     def plain(self) -> dict[str, Any]:
-        """As JSON data."""
-        return asdict(self.placement()) | {"replicates": self.replicates.tolist()}
+        """The placement as JSON data."""
+        return asdict(self.placement())
 
 
-class Unmeasured(ValueError):
-    """A measurement that an objective needs is missing; the message names it."""
+def in_words(objective: str, value: float, low: float, high: float) -> str:
+    """Residue or damage with its 95 % interval; at the cut at 0 the upper end alone.
 
-
-class Indistinct(Unmeasured):
-    """No view separates the base from the oracles in the right direction; `views` contains each with its reason."""
-
-    def __init__(self, views: list[View]):
-        super().__init__(
-            "no view shows that the base knows more of what must be forgotten than the oracles, so there is nothing to forget: "
-            + "; ".join(f"{v.metric}: {v.reason}" for v in views)
-        )
-        self.views = views
-
-
-def assess_views(anchors: Anchors, metrics: Sequence[str]) -> list[View]:
-    """Assesses each view; raises Indistinct if none shows that the base knows more than the oracles."""
-    views = []
-    for metric in metrics:
-        lacking = list(anchors.lacking(metric))
-        if lacking:
-            views.append(View(metric, None, None, None, False, f"not measured on {', '.join(lacking)}"))
-            continue
-        base, oracle = anchors.base.values[metric], anchors.mean_oracle(metric)
-        gap = anchors.base.replicates[metric] - np.mean([o.replicates[metric] for o in anchors.oracles], axis=0)
-        se = jackknife_se(gap)
-        reason = _uninformative(metric, base, oracle, se)
-        views.append(View(metric, base, oracle, se, not reason, reason))
-    if not any(v.informative for v in views):
-        raise Indistinct(views)
-    return views
-
-
-def knows_less(metric: str, base: float, oracle: float) -> bool:
-    """Whether the base lies on the side of the oracle that means less knowledge of what must be forgotten."""
-    return KNOWS.get(metric, 0) * (base - oracle) < 0
-
-
-def _uninformative(metric: str, base: float, oracle: float, se: float) -> str:
-    """The reason why a view is uninformative; empty if it separates the base from the oracle."""
-    gap = abs(base - oracle)
-    if gap == 0:
-        return f"base and oracle are both {base:.3g}"
-    if gap <= INFORMATIVE * se:
-        return (
-            f"base and oracle differ by {gap:.3g} ({base:.3g} and {oracle:.3g}); at this sample size at least "
-            f"{INFORMATIVE * se:.3g} is needed to tell them apart"
-        )
-    if knows_less(metric, base, oracle):
-        return f"the base ({base:.3g}) shows less of what must be forgotten than the oracle ({oracle:.3g})"
-    return ""
-
-
-def check_scale(anchors: Anchors, quality: str, validity: str) -> None:
-    """Raises Unmeasured if the anchors do not fix the scale of damage."""
-    for metric in (quality, validity):
-        lacking = list(anchors.lacking(metric))
-        if lacking:
-            raise Unmeasured(f"{metric} was not measured on {', '.join(lacking)}, so no model can be placed")
-    _ends_of_damage([o.values for o in anchors.oracles], anchors.destroyed.values, quality)
-
-
-def _ends_of_damage(oracles: Sequence[Values], destroyed: Values, quality: str) -> tuple[float, float]:
-    """The quality at damage 0 and at damage 1."""
-    best, worst = float(np.mean([o[quality] for o in oracles])), destroyed[quality]
-    if not (best > 0 and worst > 0) or best == worst:
-        raise Unmeasured(f"{quality} cannot tell damage: the oracles have {best:.3g}, a destroyed model {worst:.3g}")
-    return best, worst
+    A model that lies beyond the oracles by more than they differ has residue 0 without an interval.
+    """
+    if high == 0:
+        return f"{objective} 0 (every view lies beyond the oracles)"
+    if value == 0:
+        return f"{objective} at most {high:.3f} (95 %)"
+    return f"{objective} {value:.3f} (95 % interval {low:.3f} to {high:.3f})"
 
 
 def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], quality: str, validity: str) -> Objectives:
-    """Residue and damage of a candidate from the informative `views` and the metrics `quality` and `validity`.
+    """Residue and damage of a model from the informative `views` and the metrics `quality` and `validity`.
 
-    Raises Unmeasured, with the reason, if the candidate or an anchor lacks one of these.
+    Raises Unmeasured, with the reason, if the model or an anchor lacks one of these.
     """
     check_scale(anchors, quality, validity)
     metrics = [v.metric for v in views if v.informative]
@@ -225,49 +105,164 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
         lacking = list(anchors.lacking(metric))
         if lacking:
             raise Unmeasured(f"{metric} was not measured on {', '.join(lacking)}")
-    base, oracles, destroyed = anchors.base, anchors.oracles, anchors.destroyed
-    whole = _place(metrics, quality, candidate.values, base.values, [o.values for o in oracles], destroyed.values)
-    parts = [
-        _place(
-            metrics,
-            quality,
-            candidate.without(g),
-            base.without(g),
-            [o.without(g) for o in oracles],
-            destroyed.without(g),
-        )
-        for g in range(candidate.groups)
+    oracles, residue, damage = anchors.oracles, {}, {}
+    units = _Units.of(metrics, quality, anchors.base.values, [o.values for o in oracles], anchors.destroyed.values)
+    for metric in metrics:
+        residue[metric] = term(candidate, oracles, metric).scaled(1 / units.gaps[metric])
+        damage[metric] = residue[metric].scaled(-units.reaches[metric])
+    damage[quality] = term(candidate, oracles, quality, _log).scaled(1 / units.damage)
+    replicates = np.array(
+        [
+            _Units.of(
+                metrics, quality, anchors.base.without(g), [o.without(g) for o in oracles], anchors.destroyed.without(g)
+            ).place(candidate.without(g), [o.without(g) for o in oracles])
+            for g in range(candidate.groups)
+        ]
+    )
+    whole = units.place(candidate.values, [o.values for o in oracles])
+    return _placed(residue, damage, quality, candidate.values[validity], replicates - whole)
+
+
+def mean_objectives(parts: Mapping[int, Objectives], rounds: int, quality: str) -> Objectives:
+    """A model's objectives over independent rounds of audits. parts: number of the round, from 1 to `rounds`, -> objectives in it.
+
+    In a round without the model its replicates do not deviate, so the groups of several models stay aligned.
+    """
+    first, *_ = parts.values()
+    residue = {m: mean_over_rounds([p.residue_terms[m] for p in parts.values()]) for m in first.residue_terms}
+    damage = {m: mean_over_rounds([p.damage_terms[m] for p in parts.values()]) for m in first.damage_terms}
+    validity = float(np.mean([part.validity for part in parts.values()]))
+    still = np.zeros_like(first.replicates)
+    deviations = [
+        (parts[number].replicates - parts[number].uncut) / len(parts) if number in parts else still
+        for number in range(1, rounds + 1)
     ]
-    replicates = np.array([[part.residue, part.damage] for part in parts])
+    return _placed(residue, damage, quality, validity, np.concatenate(deviations))
+
+
+def noise_floor(anchors: Anchors, views: Sequence[View], quality: str, validity: str) -> list[Objectives]:
+    """Each oracle placed by the others: how far perfectly unlearned models lie from 0. A single oracle lies at 0 by itself."""
+    return [
+        objectives(oracle, anchors.without_oracle(k), views, quality, validity)
+        for k, oracle in enumerate(anchors.oracles)
+    ]
+
+
+def floor_in_words(oracles: Sequence[Placement]) -> str:
+    """The noise floor as a sentence. oracles: each placed by the others."""
+    if len(oracles) < 2:
+        return "The noise floor is unknown: a single oracle cannot be placed by others."
+    residues, damages = (
+        ", ".join(f"{v:.3f}" for v in values) for values in ([o.residue for o in oracles], [o.damage for o in oracles])
+    )
+    few = (
+        f" {len(oracles)} oracles are few: intervals are wide, because how much oracles differ is hardly known."
+        if len(oracles) < ORACLES
+        else ""
+    )
+    return (
+        f"Noise floor: the {len(oracles)} oracles, each placed by the others, have residue {residues} and damage {damages}; models "
+        f"that never saw the forgotten data lie so far from 0 by chance.{few}"
+    )
+
+
+def _placed(
+    residue: dict[str, Term],
+    damage: dict[str, Term],
+    quality: str,
+    validity: float,
+    deviations: np.ndarray,
+) -> Objectives:
+    """deviations: (groups, 2), of residue and damage without each group of units from those with all."""
+    left, lost = _largest(residue), _largest(damage, most={m: 1.0 for m in damage if m != quality})
+    beyond = max((t.comparison.difference for m, t in damage.items() if m != quality), default=0.0)
+    uncut = np.array([left.uncut, lost.uncut])
     return Objectives(
-        residue=whole.residue,
-        damage=whole.damage,
-        residue_se=jackknife_se(replicates[:, 0]),
-        damage_se=jackknife_se(replicates[:, 1]),
-        over_forgetting=whole.over_forgetting,
-        validity=candidate.values[validity],
-        views=whole.views,
-        replicates=replicates,
+        residue=max(0.0, left.uncut),
+        residue_se=left.se,
+        residue_lo=left.lo,
+        residue_hi=left.hi,
+        residue_upper=left.upper,
+        damage=max(0.0, lost.uncut),
+        damage_se=lost.se,
+        damage_lo=lost.lo,
+        damage_hi=lost.hi,
+        over_forgetting=max(0.0, beyond),
+        validity=validity,
+        views={m: t.comparison.difference for m, t in residue.items()},
+        uncut=uncut,
+        replicates=uncut + deviations,
+        residue_terms=residue,
+        damage_terms=damage,
     )
 
 
 @dataclass(frozen=True)
-class _Place:
-    residue: float
+class _Largest:
+    """The largest of several terms with its error; its interval and one-sided upper limit, cut at 0."""
+
+    uncut: float
+    se: float
+    lo: float
+    hi: float
+    upper: float
+
+
+def _largest(terms: Mapping[str, Term], most: Mapping[str, float] | None = None) -> _Largest:
+    """The largest term. most: value at which a term ends, by metric.
+
+    Low end: the largest over the terms of their own low ends, each at the level that holds for all of them at once. High end and
+    upper limit: the largest of the terms' own, since the truly largest term is one of them.
+    """
+    ends = []
+    for metric, one in terms.items():
+        comparison = one.comparison
+        low, high = comparison.interval(comparisons=len(terms))
+        cut = (most or {}).get(metric, math.inf)
+        values = (min(cut, v) for v in (comparison.difference, low, high, comparison.upper()))
+        ends.append((*values, comparison.se))
+    low, high, upper = (max(0.0, *(end[i] for end in ends)) for i in (1, 2, 3))
+    uncut, *_, se = max(ends)
+    return _Largest(uncut, se, low, high, upper)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """What one unit of each term is in the metric itself, and how far over-forgetting in a view reaches towards destruction.
+
+    damage: the distance of oracles and destroyed model in the logarithm of the quality.
+    """
+
+    quality: str
+    gaps: dict[str, float]
+    reaches: dict[str, float]
     damage: float
-    over_forgetting: float
-    views: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, metrics: Sequence[str], quality: str, base: Values, oracles: Sequence[Values], destroyed: Values
+    ) -> _Units:
+        gaps, reaches = {}, {}
+        for metric in metrics:
+            by = SCALED_BY.get(metric, metric)
+            gap = base[by] - float(np.mean([o[by] for o in oracles]))
+            if gap == 0:
+                raise Unmeasured(f"base and oracles do not differ in {by}, so {metric} has no scale")
+            distance = destroyed[metric] - float(np.mean([o[metric] for o in oracles]))
+            gaps[metric], reaches[metric] = gap, min(1.0, abs(gap / (distance or gap)))
+        best, worst = ends_of_damage(oracles, destroyed, quality)
+        return cls(quality, gaps, reaches, worst - best)
+
+    def place(self, candidate: Values, oracles: Sequence[Values]) -> tuple[float, float]:
+        """(residue, damage), uncut."""
+        views = {
+            metric: (candidate[metric] - float(np.mean([o[metric] for o in oracles]))) / gap
+            for metric, gap in self.gaps.items()
+        }
+        lost = _log(candidate[self.quality]) - float(np.mean([_log(o[self.quality]) for o in oracles]))
+        beyond = [min(1.0, -views[metric] * reach) for metric, reach in self.reaches.items()]
+        return max(views.values()), max([lost / self.damage, *beyond])
 
 
-def _place(
-    metrics: Sequence[str], quality: str, candidate: Values, base: Values, oracles: Sequence[Values], destroyed: Values
-) -> _Place:
-    views, beyond = {}, [0.0]
-    for metric in metrics:
-        oracle = float(np.mean([o[metric] for o in oracles]))
-        gap = base[metric] - oracle
-        views[metric] = (candidate[metric] - oracle) / gap
-        beyond.append(-views[metric] * min(1.0, abs(gap / (destroyed[metric] - oracle or gap))))
-    best, worst = _ends_of_damage(oracles, destroyed, quality)
-    damage = float(np.log(max(candidate[quality], 1e-12) / best) / np.log(worst / best))
-    return _Place(max(0.0, *views.values()), max(min(1.0, max(beyond)), damage, 0.0), max(beyond), views)
+def _log(quality: float) -> float:
+    return math.log(max(quality, TINY))

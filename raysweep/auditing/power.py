@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raysweep.auditing.objectives import INFORMATIVE, View, knows_less
+from raysweep.auditing.anchors import INFORMATIVE, View, knows_less
 from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.registry import checks_by_weights, names, resolve, suggest, unserved
 from raysweep.tasks.task import Task

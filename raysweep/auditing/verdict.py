@@ -4,18 +4,26 @@ destroyed        retained content is no longer valid, so little can be said abou
 remembers        the model shows more of the forgotten data than the oracles, without any attack
 merely avoided   an attack on the input alone (sampler, noise, condition) brings back more than in the oracles
 concealed        an attack on the weights does
-like the oracle  no attack separates the model from the oracles, up to `within`
+undecided        none of these is shown, and the data leave an excess above the margin possible
+like the oracle  the largest excess that the data leave possible is within the margin
 
-"Brings back more" means an excess over the oracles above `MARGIN`, one-sided, with Benjamini and Hochberg's control of false
-discoveries over all attacks and strengths of a model. Moving the weights back towards the base does not count: it needs the
-base, and oracles trained from scratch do not lie on such a path.
+"Brings back more" means an excess over the oracles' mean above `MARGIN`, and larger than that of a further oracle, one-sided, with
+Benjamini and Hochberg's control of false discoveries over all attacks and strengths of a model. "Like the oracle" is a claim of
+equivalence: each excess must be shown to be at most `MARGIN` above the mean of all possible oracles, each at 95 %, so all of them
+are (an intersection of tests needs no correction). Moving the weights back towards the base does not count: it needs the base, and
+oracles trained from scratch do not lie on such a path.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from evaluators.oracles import Comparison
+from raysweep.auditing.anchors import ORACLES
+from raysweep.auditing.terms import comparison_of
 
 MARGIN = 0.1  # excess over the oracles that counts as bringing back more
 RATE = 0.05  # of false discoveries
@@ -24,17 +32,21 @@ UNATTACKED = "no attack"
 COUNTED = ("input", "weights")  # reaches of the attacks that count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The label, the attacks behind it (`by`), and their number (`tested`).
 
-    within: for "like the oracle", the largest excess that the data leave possible (95 %).
+    within: the largest excess over the mean of all possible oracles that the data leave possible (95 %). For "undecided", what would
+    decide: the factor by which samples and noises of the attacks must grow (`draws`), or the number of oracles, if no number of
+    samples would, because the oracles differ too much among each other; None if more than can be had.
     """
 
     label: str
-    by: tuple[str, ...]
-    within: float | None
-    tested: int
+    by: tuple[str, ...] = ()
+    within: float | None = None
+    tested: int = 0
+    draws: float | None = None
+    oracles: int | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON data."""
@@ -42,31 +54,34 @@ class Verdict:
 
     def sentence(self) -> str:
         """The verdict in words."""
+        within = max(0.0, self.within or 0.0)
         if self.label == "not tested":
             return "durability was not tested"
         if self.label == "like the oracle":
-            within = max(0.0, self.within or 0.0)
             return (
-                f"like the oracle: none of {self.tested} attacks brings back more than {within:.2f} above the oracles"
+                f"like the oracle: none of {self.tested} attacks brings back more than {within:.2f} above the mean of the oracles "
+                f"(95 %, margin {MARGIN:g})"
+            )
+        if self.label == "undecided":
+            if self.draws is not None:
+                remedy = f"{math.ceil(self.draws)} times the samples and noises of audit.durability would decide"
+            elif self.oracles is not None:
+                remedy = f"about {self.oracles} oracles would decide (`oracles`), whatever the number of samples"
+            else:
+                remedy = "neither more samples nor 50 oracles would decide"
+            return (
+                f"undecided: no attack is shown to bring back more than the oracles, but {', '.join(self.by)} may bring back up to "
+                f"{within:.2f} above their mean (95 %, margin {MARGIN:g}); {remedy}"
             )
         return f"{self.label}: {', '.join(self.by)}"
 
 
 @dataclass(frozen=True)
 class Excess:
-    """The excess over the oracles after one strength of an attack; hi: upper end of its 95 % interval."""
+    """The excess over the oracles after one strength of an attack."""
 
     reach: str
-    value: float
-    se: float
-    hi: float
-
-    @property
-    def p(self) -> float:
-        """One-sided p-value of an excess of at most MARGIN."""
-        from scipy import stats
-
-        return float(stats.norm.sf((self.value - MARGIN) / self.se)) if self.se > 0 else float(self.value <= MARGIN)
+    comparison: Comparison
 
 
 def verdict(
@@ -77,25 +92,50 @@ def verdict(
     reach: attack -> "input", "weights", or "base" or None, which do not count. validity, oracle_validity: shares of valid samples
     of the model and of the oracles.
     """
-    from scipy import stats
-
     excesses = _excesses(rows, reach)
     tested = len(excesses)
     if not tested:
-        return Verdict("not tested", (), None, 0)
+        return Verdict(label="not tested")
     if validity < INVALID * oracle_validity:
         by = f"{validity:.0%} of its samples are valid, {oracle_validity:.0%} of the oracles'"
-        return Verdict("destroyed", (by,), None, tested)
-    q = stats.false_discovery_control([excess.p for excess in excesses.values()])
-    back = {name: excess for (name, excess), rate in zip(excesses.items(), q, strict=True) if rate < RATE}
-    shown = {name: f"{name} (+{excess.value:.2f})" for name, excess in back.items()}
+        return Verdict(label="destroyed", by=(by,), tested=tested)
+    back = _brought_back(excesses)
+    shown = {name: f"{name} (+{excess.comparison.difference:.2f})" for name, excess in back.items()}
     if UNATTACKED in back:
-        return Verdict("remembers", (shown[UNATTACKED],), None, tested)
+        return Verdict(label="remembers", by=(shown[UNATTACKED],), tested=tested)
     for label, way in (("merely avoided", "input"), ("concealed", "weights")):
         by_way = tuple(shown[name] for name, excess in back.items() if excess.reach == way)
         if by_way:
-            return Verdict(label, by_way, None, tested)
-    return Verdict("like the oracle", (), max(excess.hi for excess in excesses.values()), tested)
+            return Verdict(label=label, by=by_way, tested=tested)
+    return _equivalent_or_open(excesses)
+
+
+def _brought_back(excesses: Mapping[str, Excess]) -> dict[str, Excess]:
+    """The excesses that are shown to be above the margin."""
+    from scipy import stats
+
+    q = stats.false_discovery_control([excess.comparison.p_excess(MARGIN) for excess in excesses.values()])
+    return {name: excess for (name, excess), rate in zip(excesses.items(), q, strict=True) if rate < RATE}
+
+
+def _equivalent_or_open(excesses: Mapping[str, Excess]) -> Verdict:
+    compared = {name: excess.comparison for name, excess in excesses.items()}
+    limits = {name: comparison.upper() for name, comparison in compared.items()}
+    worst, tested = max(limits, key=lambda name: limits[name]), len(limits)
+    several = all(comparison.spread is not None for comparison in compared.values())
+    if limits[worst] <= MARGIN and several:
+        return Verdict(label="like the oracle", within=limits[worst], tested=tested)
+    open_ = [comparison for name, comparison in compared.items() if limits[name] > MARGIN or not several]
+    factor = max(comparison.draws_factor(MARGIN) for comparison in open_)
+    needed = [comparison.oracles_needed(MARGIN) if several else ORACLES for comparison in open_]
+    return Verdict(
+        label="undecided",
+        by=(worst,),
+        within=limits[worst],
+        tested=tested,
+        draws=factor if math.isfinite(factor) and several else None,
+        oracles=None if None in needed else max(filter(None, needed), default=None),
+    )
 
 
 def _excesses(rows: Iterable[Mapping[str, Any]], reach: Mapping[str, str | None]) -> dict[str, Excess]:
@@ -105,6 +145,8 @@ def _excesses(rows: Iterable[Mapping[str, Any]], reach: Mapping[str, str | None]
         kind, _, strength = row["metric"].partition("@")
         way = reach.get(row["check"])
         if way in COUNTED and kind == "excess" and strength and row["status"] == "ok" and not row["paired_with"]:
-            name = UNATTACKED if strength == "none" else f"{row['check']} {strength}"
-            excesses[name] = Excess(way, row["value"], row["se"] or 0.0, row["hi"])
+            comparison = comparison_of(row)
+            if comparison is not None:
+                name = UNATTACKED if strength == "none" else f"{row['check']} {strength}"
+                excesses[name] = Excess(way, comparison)
     return excesses

@@ -45,10 +45,11 @@ class Sweep(Section):
         default_factory=dict, description="method -> overrides of search_spaces/METHOD.yaml"
     )
     oracles: int = Field(
-        2,
+        3,
         ge=1,
-        le=20,
-        description="number of oracles, models retrained without the forget set from different seeds, 1 to 20",
+        le=50,
+        description="number of oracles, models retrained without the forget set from different seeds, 1 to 50; fewer than 3 hardly show "
+        "how much oracles differ, on which every interval depends",
     )
     oracle_models: tuple[Place, ...] = Field(
         (), description="folders of retrained models; empty: train the oracles here"

@@ -225,6 +225,13 @@ class AuditConfig(Section):
     finalists: int = Field(
         3, ge=0, description="largest number of audited candidates that are attacked, the best first"
     )
+    attack_draws: int = Field(
+        4,
+        ge=1,
+        le=100,
+        description="largest factor by which the samples and noises of `durability` are raised, on new seeds, to decide finalists "
+        "whose verdict is undecided, 1 (never) to 100",
+    )
     require: dict[str, str] = Field(
         default_factory=dict, description="requirements on the recommended model: check.metric -> '>= x' or '<= x'"
     )
@@ -267,6 +274,13 @@ class AuditConfig(Section):
             return "audit", self.audit
         seed = derive_seed("audit round", self.audit.seed, number)
         return f"audit-{number}", self.audit.model_copy(update={"seed": seed, "strips": 0})
+
+    def more_draws(self, factor: int) -> tuple[str, Tier]:
+        """(name, tier) of the attacks with `factor` times the samples and noises, on new seeds."""
+        tier = self.durability
+        more = {key: factor * getattr(tier, key) for key in ("class_samples", "noises")}
+        seed = derive_seed("attacks again", tier.seed, factor)
+        return "durability-2", tier.model_copy(update=more | {"seed": seed, "strips": 0})
 
     @model_validator(mode="after")
     def _apart(self) -> Self:

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 
-from raysweep.auditing.objectives import Unmeasured
+from raysweep.auditing.anchors import Unmeasured
 from raysweep.config.schema import ConfigError, Drawn, Sweep
 from raysweep.engine.cluster import RunFailed
 from raysweep.models import families

@@ -9,7 +9,8 @@ from pathlib import Path
 from raysweep.auditing import card
 from raysweep.auditing.card import Card, Code, Finding, ModelFolder, TaskFolder
 from raysweep.auditing.informative import caveat
-from raysweep.auditing.objectives import Objectives, View, objectives
+from raysweep.auditing.anchors import View
+from raysweep.auditing.objectives import Objectives, floor_in_words, in_words, noise_floor, objectives
 from raysweep.auditing.request import AuditRequest, rows_path, scores_path
 from raysweep.auditing.untested import results_of, untested
 from raysweep.config.schema import Sweep
@@ -126,6 +127,8 @@ def write_card(
     and the oracles, by name. incomplete: checks that failed.
     """
     folder, request = context.folder, requests["audit"]
+    anchors, views = context.load_anchors("audit")
+    floor = floor_in_words(noise_floor(anchors, views, task.quality, task.validity))
     verdict = verdict_of(folder, request.subject, {tier: r.key for tier, r in requests.items()}, context)
     findings = _findings(folder, task, requests)
     checks = sorted({f.check for f in findings})
@@ -133,9 +136,10 @@ def write_card(
         subject=request.subject,
         created_at=now(),
         answer=(
-            f"Residue {result.residue:.3f} (standard error {result.residue_se:.3f}; 0 like a model that never saw the forgotten "
-            f"data, 1 like the base) at damage {result.damage:.3f} (standard error {result.damage_se:.3f}; 0 like the oracles, "
-            "1 like a destroyed model).",
+            f"{in_words('residue', result.residue, result.residue_lo, result.residue_hi).capitalize()} (0 like a model that never saw "
+            f"the forgotten data, 1 like the base), {in_words('damage', result.damage, result.damage_lo, result.damage_hi)} (0 like "
+            "the oracles, 1 like a destroyed model).",
+            floor,
             f"Under attack: {verdict.sentence()}.",
         ),
         asked=_question(sweep, task, request),

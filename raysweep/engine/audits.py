@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import ray
 
-from raysweep.auditing.objectives import Anchors, Indistinct, Unmeasured, assess_views, check_scale
+from raysweep.auditing.anchors import Anchors, Indistinct, Unmeasured, View, assess_views, check_scale
 from raysweep.auditing.power import remedies
 from raysweep.auditing.request import AuditRequest, Outcome
 from raysweep.config.schema import Tier
@@ -45,10 +45,13 @@ class Audits:
         return {name: keys[name] for name in self.requests if name in keys}, failed
 
 
-def measure_anchors(engine: Engine, context: Context, tier_name: str, tier: Tier) -> list[str]:
+def measure_anchors(
+    engine: Engine, context: Context, tier_name: str, tier: Tier, views: list[View] | None = None
+) -> list[str]:
     """Audits base, oracles and a destroyed model in a tier and saves its scales: keys, and which views tell base and oracle apart.
 
-    Returns the checks that failed on them. Raises RunFailed or Unmeasured if these anchors cannot fix the scales.
+    views: those that an earlier round has fixed; None to assess them. Returns the checks that failed on the anchors. Raises
+    RunFailed or Unmeasured if these cannot fix the scales.
     """
     requests, events = context.anchor_requests(tier_name, tier), engine.events
     references = [engine.actors.manager.audit.remote(r) for r in requests.values()]
@@ -66,6 +69,9 @@ def measure_anchors(engine: Engine, context: Context, tier_name: str, tier: Tier
     task = engine.task
     try:
         check_scale(anchors, task.quality, task.validity)
+        if views is not None:
+            context.save_anchors(tier_name, keys, views)
+            return failed
         views = assess_views(anchors, task.views)
     except Indistinct as error:
         context.save_anchors(tier_name, keys, error.views)  # for the report

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
-from raysweep.auditing.objectives import Unmeasured
+from raysweep.auditing.anchors import Unmeasured
 from raysweep.auditing.power import requirements
 from raysweep.auditing.request import AuditRequest
 from raysweep.config.schema import Tier
@@ -76,7 +77,8 @@ class FinalAudit:
             running = Audits.start(engine, {n: self.request(tier_name, tier, n) for n in names})
             try:
                 if number > 1:  # the anchors of the first round were measured before the search
-                    self.incomplete += measure_anchors(engine, context, tier_name, tier)
+                    _, views = context.load_anchors("audit")  # fixed before any candidate was judged
+                    self.incomplete += measure_anchors(engine, context, tier_name, tier, views)
             except (RunFailed, Unmeasured) as error:
                 self.incomplete.append(f"{tier_name}: {error}")  # the front of the earlier rounds remains
                 engine.events.say("failed", f"{tier_name}: {error}")
@@ -93,25 +95,37 @@ class FinalAudit:
         return front
 
     def attack(self, front: Front, finalists: list[str]) -> None:
-        """Attacks the finalists, with base and oracles as controls, and enters the verdicts into the front."""
-        engine, context = self.engine, self.context
-        started, tier = time.monotonic(), engine.sweep.audit.durability
-        engine.events.say("attack", f"{', '.join(finalists)}, base and {len(context.oracles)} oracles")
-        requests = context.control_requests("durability", tier)
-        requests |= {name: self.request("durability", tier, name) for name in finalists}
-        keys, missing = Audits.start(engine, requests).collect()
-        self.incomplete += missing
-        self.audits["durability"] = keys
-        front.verdicts = judged_by_attacks(engine.folder, context, self.audits["audit"], keys)
+        """Attacks the finalists, with base and oracles as controls, and enters the verdicts into the front.
+
+        Finalists whose verdict more samples would decide are attacked once more, with as many as that takes.
+        """
+        self._attack(front, finalists, "durability", self.engine.sweep.audit.durability)
         for name in finalists:
             if name not in front.verdicts:
                 front.gaps[name] = "the attacks on it failed"
             elif front.verdicts[name].label == "not tested":
                 front.gaps[name] = "no attack gave a result on it"
-        engine.events.say("attack", f"done in {time.monotonic() - started:.0f} s")
+        settings = self.engine.sweep.audit
+        factors = {name: v.draws for name, v in front.verdicts.items() if v.draws is not None}
+        again = {name: math.ceil(draws) for name, draws in factors.items() if draws <= settings.attack_draws}
+        if again and self.engine.task.model_kind != "contrastive":  # whose attacks draw nothing
+            self._attack(front, list(again), *settings.more_draws(max(2, *again.values())))
         for name in finalists:
             if name in front.verdicts:
-                engine.events.say("verdict", f"{name}  {front.verdicts[name].sentence()}")
+                self.engine.events.say("verdict", f"{name}  {front.verdicts[name].sentence()}")
+
+    def _attack(self, front: Front, finalists: list[str], tier_name: str, tier: Tier) -> None:
+        engine, context = self.engine, self.context
+        started = time.monotonic()
+        more = "" if tier_name == "durability" else ", undecided so far, on more samples"
+        engine.events.say("attack", f"{', '.join(finalists)}{more}, base and {len(context.oracles)} oracles")
+        requests = context.control_requests(tier_name, tier)
+        requests |= {name: self.request(tier_name, tier, name) for name in finalists}
+        keys, missing = Audits.start(engine, requests).collect()
+        self.incomplete += missing
+        self.audits[tier_name] = keys
+        front.verdicts |= judged_by_attacks(engine.folder, context, self.audits["audit"], keys)
+        engine.events.say("attack", f"done in {time.monotonic() - started:.0f} s")
 
     def request(self, tier_name: str, tier: Tier, name: str) -> AuditRequest:
         """The audit of a picked candidate."""

@@ -11,7 +11,8 @@ import ray
 from ray import tune
 from ray.train import ScalingConfig
 
-from raysweep.auditing.objectives import Unmeasured, objectives
+from raysweep.auditing.anchors import Unmeasured
+from raysweep.auditing.objectives import objectives
 from raysweep.auditing.request import AuditRequest, Outcome
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
@@ -47,10 +48,9 @@ def trial(config: dict[str, Any]) -> None:
         _report(reason=f"probe: {error}", probe=request.key, **costs)
         return
     validity = sum(o.values[context.validity] for o in anchors.oracles) / len(anchors.oracles)
-    values = {k: v for k, v in result.plain().items() if k != "replicates"}
     constraint = sweep.search.min_validity * validity - result.validity
     provenance = {"digest": outcome.digest, "probe": request.key}
-    tune.report(values | costs | provenance | {"constraint": constraint, "reason": "", FINAL: True})
+    tune.report(result.plain() | costs | provenance | {"constraint": constraint, "reason": "", FINAL: True})
 
 
 def make_executor(run: str, run_id: str, sweep: Sweep, plan: Plan) -> Executor:

@@ -14,7 +14,7 @@ from raysweep.models.folders import INDEX, read_json
 from raysweep.models.song import SongUNet
 from raysweep.records import Family
 from raysweep.registry import resolve
-from raysweep.results.choice import MEANING, with_interval
+from raysweep.results.choice import MEANING
 from raysweep.results.front_row import OBJECTIVES, FrontRow
 from raysweep.rundir import RunDir
 
@@ -83,7 +83,7 @@ def _findings(front: dict[str, Any], trial: str) -> list[str]:
     if row is None:
         lines.append("This candidate was not audited: only the search has probed it.")
     else:
-        lines.append(" ".join(f"{with_interval(row, o).capitalize()}: {MEANING[o]}." for o in OBJECTIVES))
+        lines.append(" ".join(f"{row.in_words(o).capitalize()}: {MEANING[o]}." for o in OBJECTIVES))
     verdict = front.get("verdicts", {}).get(trial, {}).get("sentence")
     unknown = "It was not attacked, so whether the forgotten data come back is unknown."
     return [*lines, "", f"Under attack: {verdict}." if verdict else unknown]

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
 from raysweep.report.data import COLOURS, ReportData
-from raysweep.results.choice import Z95
 from raysweep.results.front_row import OBJECTIVES, FrontRow, Objective
 from raysweep.results.trials import Trial, points_of
 from raysweep.storage.files import write_bytes
@@ -266,8 +265,8 @@ def _draw_method(axes: Axes, data: ReportData, method: str, marker: str) -> None
     axes.errorbar(
         [p.residue for p in audited],
         [p.damage for p in audited],
-        xerr=[Z95 * p.residue_se for p in audited],
-        yerr=[Z95 * p.damage_se for p in audited],
+        xerr=_ends(audited, "residue"),
+        yerr=_ends(audited, "damage"),
         fmt=marker,
         color=colour,
         label=method,
@@ -277,8 +276,17 @@ def _draw_method(axes: Axes, data: ReportData, method: str, marker: str) -> None
 
 
 def _whisker(points: Sequence[FrontRow], objective: Objective, colour: str) -> dict[str, Any]:
-    array = [Z95 * p.se(objective) for p in points]
-    return {"type": "data", "array": array, "color": colour, "thickness": 1.2, "width": 3}
+    below, above = _ends(points, objective)
+    ends = {"array": above.tolist(), "arrayminus": below.tolist(), "symmetric": False}
+    return {"type": "data", **ends, "color": colour, "thickness": 1.2, "width": 3}
+
+
+def _ends(points: Sequence[FrontRow], objective: Objective) -> np.ndarray:
+    """How far the 95 % intervals of an objective reach below and above it, (2, points)."""
+    ends = [
+        (p.value(objective) - p.interval(objective)[0], p.interval(objective)[1] - p.value(objective)) for p in points
+    ]
+    return np.array(ends).reshape(-1, 2).T.clip(min=0.0)
 
 
 def _settings(row: FrontRow | Trial) -> str:

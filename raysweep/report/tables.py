@@ -8,7 +8,7 @@ from typing import Any
 
 from raysweep.auditing.informative import caveat
 from raysweep.report.data import ReportData
-from raysweep.results.front_row import FrontRow, Objective
+from raysweep.results.front_row import FrontRow
 
 NO_METHOD = "#888888"  # colour of anchors
 OVER_FORGOTTEN = 0.1  # over-forgetting from which an audit sheet mentions it
@@ -39,8 +39,8 @@ def front_lines(data: ReportData) -> list[FrontLine]:
             trial=p.trial,
             method=p.method or "anchor",
             colour=data.styles.get(p.method, (NO_METHOD, ""))[0],
-            residue=with_error(p, "residue"),
-            damage=with_error(p, "damage"),
+            residue=p.in_brief("residue"),
+            damage=p.in_brief("damage"),
             probe="-" if p.probe_residue is None else f"{p.probe_residue:.3f} / {p.probe_damage:.3f}",
             over_forgetting=f"{p.over_forgetting:.3f}",
             on_front=YES_NO[p.on_front],
@@ -82,8 +82,8 @@ def method_lines(data: ReportData) -> list[MethodLine]:
                 seconds=f"{sum(t.train_s or 0 for t in complete):.0f}",
                 audited=len(audited),
                 best=best.trial if best else "-",
-                residue=with_error(best, "residue") if best else "-",
-                damage=with_error(best, "damage") if best else "-",
+                residue=best.in_brief("residue") if best else "-",
+                damage=best.in_brief("damage") if best else "-",
             )
         )
     return lines
@@ -228,24 +228,18 @@ def _strengths(measured: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]
 def _presence(
     measured: Mapping[tuple[str, str, str], Mapping[str, Any]], subject: str, check: str, strength: str
 ) -> str:
-    """A subject's presence after an attack; behind it, except for oracles, the excess with its standard error."""
+    """A subject's presence after an attack; behind it, except for oracles, the excess with its 95 % interval."""
     presence = measured.get((subject, check, f"presence@{strength}"))
     excess = measured.get((subject, check, f"excess@{strength}"))
     text = "-" if presence is None else f"{presence['value']:.2f}"
     if excess is not None and not subject.startswith("oracle"):
-        error = "" if excess["se"] is None else f", standard error {excess['se']:.2f}"
-        text += f" (excess {excess['value']:+.2f}{error})"
+        text += f" (excess {excess['value']:+.2f}, {excess['lo']:.2f} to {excess['hi']:.2f})"
     return text
 
 
 def value(row: Mapping[str, Any] | None) -> str:
     """A row's value for a table."""
     return "-" if row is None or row["value"] is None else f"{row['value']:.3g}"
-
-
-def with_error(point: FrontRow, objective: Objective) -> str:
-    """An objective with its standard error in brackets; the column's head says so."""
-    return f"{point.value(objective):.3f} ({point.se(objective):.3f})"
 
 
 def _difference(row: Mapping[str, Any] | None) -> str:

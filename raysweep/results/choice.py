@@ -20,8 +20,7 @@ from raysweep.results.front_row import OBJECTIVES, FrontRow, Objective
 FORGOTTEN = 0.1  # residue under which a candidate counts as like the oracle
 MIDWAY = 0.5  # residue from which a candidate is as near to the base as to the oracles
 STABLE = 0.8  # least share of paired resamples in which a choice without reservations is the same
-WIDE = 0.1  # half of a 95 % interval above which an objective counts as uncertain
-Z95 = 1.96
+WIDE = 0.1  # distance from an objective to the upper end of its 95 % interval above which it counts as uncertain
 DESTROYED_DAMAGE = 1.0  # damage of the destroyed anchor
 RULED_OUT = ("remembers", "destroyed")  # verdicts that put a candidate last
 MEANING = {
@@ -66,7 +65,7 @@ class Choice:
         best = next((row for row in rows if row.trial == self.trial), None)
         if best is None:
             return ["No candidate is recommended, because none was audited."]
-        values = f"{with_interval(best, 'residue')}, {with_interval(best, 'damage')}"
+        values = f"{best.in_words('residue')}, {best.in_words('damage')}"
         if self.recommended is None:
             lines = [
                 f"No candidate is recommended. Best so far is {self.trial}: {'; '.join(self.against[best.trial])}.",
@@ -136,20 +135,6 @@ def choose(
     return Choice(best.trial, against, tuple(reservations), tuple(steps), share)
 
 
-def interval(row: FrontRow, objective: Objective) -> tuple[float, float]:
-    """The 95 % interval of an objective, by its standard error; objectives have no values below 0."""
-    half = Z95 * row.se(objective)
-    return max(0.0, row.value(objective) - half), row.value(objective) + half
-
-
-def with_interval(row: FrontRow, objective: Objective) -> str:
-    """An objective with its 95 % interval; without one if the jackknife sees no spread, as at the cut at 0."""
-    if row.se(objective) == 0:
-        return f"{objective} {row.value(objective):.3f} (no interval: leaving groups of samples out does not change it)"
-    low, high = interval(row, objective)
-    return f"{objective} {row.value(objective):.3f} (95 % interval {low:.3f} to {high:.3f})"
-
-
 def _best_so_far(rows: Sequence[FrontRow], attacked: Mapping[str, Verdict]) -> FrontRow | None:
     """The candidate with the smallest larger objective, ties by the sum; those that an attack ruled out come last."""
 
@@ -168,18 +153,18 @@ def _objections(
     if verdict is not None and verdict.label == "remembers":
         excess = verdict.by[0].removeprefix("no attack ")
         objections.append(f"it has not forgotten: without any attack, presence exceeds that of the oracles {excess}")
-    if interval(row, "residue")[0] > limit:
+    if row.interval("residue")[0] > limit:
         lead = "" if objections else "it has not forgotten: "
-        objections.append(f"{lead}{with_interval(row, 'residue')} lies above {_in_words(limit)}")
+        objections.append(f"{lead}{row.in_words('residue')} lies above {_in_words(limit)}")
     elif row.residue >= MIDWAY:
-        objections.append(f"it is as near to the base as to the oracles: {with_interval(row, 'residue')}")
+        objections.append(f"it is as near to the base as to the oracles: {row.in_words('residue')}")
     share, oracle_share = valid
     if share < INVALID * oracle_share or (verdict is not None and verdict.label == "destroyed"):
         objections.append(
             f"it is destroyed: {share:.0%} of its samples are valid, {oracle_share:.0%} of the oracles' samples are"
         )
     elif row.damage >= DESTROYED_DAMAGE:
-        objections.append(f"it is as damaged as a destroyed model: {with_interval(row, 'damage')}")
+        objections.append(f"it is as damaged as a destroyed model: {row.in_words('damage')}")
     if unmet:
         objections.append(f"its audit does not show what was required: {', '.join(unmet)}")
     return tuple(objections)
@@ -187,8 +172,8 @@ def _objections(
 
 def _uncertain(row: FrontRow, limit: float) -> list[Objective]:
     """The objectives to measure more closely: a residue that may lie above the limit, and wide intervals."""
-    wide = [objective for objective in OBJECTIVES if Z95 * row.se(objective) > WIDE]
-    if interval(row, "residue")[1] > limit and "residue" not in wide:
+    wide = [objective for objective in OBJECTIVES if row.interval(objective)[1] - row.value(objective) > WIDE]
+    if row.residue_upper > limit and "residue" not in wide:
         wide.insert(0, "residue")
     return wide
 
@@ -204,16 +189,19 @@ def _reservations(
             "attack it: set audit.finalists >= 1 and checks in audit.durability that fit the task, or run `raysweep audit` on its "
             "folder; attacks that failed are made again by the same command"
         )
+    elif verdict.label == "undecided":
+        reservations.append(f"whether attacks bring the forgotten data back is {verdict.sentence()}")
+        steps.append("decide the verdict: see it for what that takes")
     elif verdict.label in ("concealed", "merely avoided"):
         reservations.append(f"under attack the forgotten data come back ({verdict.sentence()})")
     for objective in _uncertain(row, limit):
-        if objective == "residue" and interval(row, "residue")[1] > limit:
+        if objective == "residue" and row.residue_upper > limit:
             reservations.append(
-                f"its audit does not show a residue under {_in_words(limit)}: {with_interval(row, 'residue')}"
+                f"its audit does not show a residue under {_in_words(limit)}: {row.in_words('residue')}"
             )
         else:
-            reservations.append(f"its {objective} is uncertain: {with_interval(row, objective)}")
-        steps.append(f"measure {objective} more closely: raise {_key(row, objective, keys)} or audit.rounds")
+            reservations.append(f"its {objective} is uncertain: {row.in_words(objective)}")
+        steps.append(f"measure {objective} more closely: raise {_key(row, objective, keys)}, audit.rounds or oracles")
     return reservations, steps
 
 
@@ -233,7 +221,7 @@ def _steps(
             "a higher learning rate)"
         )
         if "lies above" not in objections:
-            steps.append(f"measure residue more closely: raise {_key(best, 'residue', keys)} or audit.rounds")
+            steps.append(f"measure residue more closely: raise {_key(best, 'residue', keys)}, audit.rounds or oracles")
     if "destroyed" in objections:
         steps.append(
             f"search more gently: widen spaces.{method} towards weaker settings (fewer steps, a lower learning rate), or add methods"

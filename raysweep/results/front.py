@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluators.statistics import jackknife_se, t_interval
-from raysweep.auditing.objectives import Anchors, Objectives, Unmeasured, objectives
+from evaluators.statistics import t_interval
+from raysweep.auditing.anchors import Anchors, Unmeasured, View
+from raysweep.auditing.objectives import Objectives, mean_objectives, noise_floor, objectives
 from raysweep.auditing.power import Requirement, decided_by
 from raysweep.auditing.request import rows_path
 from raysweep.auditing.verdict import Verdict, verdict
@@ -133,9 +134,7 @@ def audited_front(
         )
         for (name, position), p_dominated in zip(positions.items(), certainty.p_dominated, strict=True)
     ]
-    oracles = {f"oracle-{k}": oracle for k, oracle in enumerate(anchors.oracles)}
-    for name, measured in {"base": anchors.base, **oracles, "destroyed": anchors.destroyed}.items():
-        rows.append(_front_row(name, "", "anchor", objectives(measured, anchors, views, task.quality, task.validity)))
+    rows += [_front_row(name, "", "anchor", position) for name, position in _anchors(anchors, views, task).items()]
     oracle_validity = _oracle_validity(anchors, context)
     return Front(
         rows=rows,
@@ -161,13 +160,25 @@ def _front_row(name: str, method: str, kind: str, position: Objectives, **of_can
         method=method,
         kind=kind,
         residue=position.residue,
-        residue_se=position.residue_se,
+        residue_lo=position.residue_lo,
+        residue_hi=position.residue_hi,
+        residue_upper=position.residue_upper,
         damage=position.damage,
-        damage_se=position.damage_se,
+        damage_lo=position.damage_lo,
+        damage_hi=position.damage_hi,
         over_forgetting=position.over_forgetting,
         views=position.views,
         **of_candidates,
     )
+
+
+def _anchors(anchors: Anchors, views: Sequence[View], task: Task) -> dict[str, Objectives]:
+    """Where the anchors lie; each oracle by the others."""
+    ends = {"base": anchors.base, "destroyed": anchors.destroyed}
+    places = {name: objectives(model, anchors, views, task.quality, task.validity) for name, model in ends.items()}
+    floor = noise_floor(anchors, views, task.quality, task.validity)
+    oracles = {f"oracle-{k}": position for k, position in enumerate(floor)}
+    return {"base": places["base"], **oracles, "destroyed": places["destroyed"]}
 
 
 def _on_method_front(names: Sequence[str], points: np.ndarray, methods: Sequence[str]) -> set[str]:
@@ -215,29 +226,8 @@ def _positions(
                 unplaced.append(f"{trial}: audit {number}: {error}")
             else:
                 by_round.setdefault(trial, {})[number] = position
-    positions = {trial: _mean_over_rounds(parts, len(rounds)) for trial, parts in by_round.items()}
+    positions = {trial: mean_objectives(parts, len(rounds), task.quality) for trial, parts in by_round.items()}
     return positions, {trial: len(parts) for trial, parts in by_round.items()}, unplaced
-
-
-def _mean_over_rounds(parts: Mapping[int, Objectives], rounds: int) -> Objectives:
-    """A candidate's objectives over its rounds. parts: number of the round, from 1 to `rounds`, -> objectives in it."""
-    first, *_ = parts.values()
-    values = np.full((rounds, 2), np.nan)
-    replicates = np.zeros((rounds, *first.replicates.shape))
-    for number, part in parts.items():
-        values[number - 1], replicates[number - 1] = (part.residue, part.damage), part.replicates
-    (residue, damage), pooled = pareto.pooled(values, replicates)
-    shared = [view for view in first.views if all(view in part.views for part in parts.values())]
-    return Objectives(
-        residue=float(residue),
-        damage=float(damage),
-        residue_se=jackknife_se(pooled[:, 0]),
-        damage_se=jackknife_se(pooled[:, 1]),
-        over_forgetting=float(np.mean([part.over_forgetting for part in parts.values()])),
-        validity=float(np.mean([part.validity for part in parts.values()])),
-        views={view: float(np.mean([part.views[view] for part in parts.values()])) for view in shared},
-        replicates=pooled,
-    )
 
 
 @dataclass(frozen=True)
@@ -256,14 +246,14 @@ def _certainty(names: list[str], points: np.ndarray, positions: Mapping[str, Obj
     if not names:
         return _Certainty(np.empty((0, 0, 2)), np.zeros((0, 0)), np.zeros(0), (0.0, 0.0), [], None)
     replicates = np.stack([position.replicates for position in positions.values()])
-    draws = pareto.resample(points, replicates)
+    draws = pareto.resample(np.stack([position.uncut for position in positions.values()]), replicates)
     return _Certainty(
         draws=draws,
         p_dominates=pareto.dominance_probability(draws),
         p_dominated=pareto.dominated_probability(draws),
         hypervolume=pareto.hypervolume_interval(points, replicates),
         undecided=[names[i] for i in pareto.undecided(draws)],
-        picks=pick(names, points, draws, [position.residue_se for position in positions.values()]),
+        picks=pick(names, points, draws, [position.p_residue(FORGOTTEN) for position in positions.values()]),
     )
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raysweep.auditing.objectives import in_words
 from raysweep.rundir import RunDir
 from raysweep.storage.schemas import FRONT, read_table
 
@@ -34,9 +35,12 @@ class FrontRow:
     method: str
     kind: str
     residue: float
-    residue_se: float
+    residue_lo: float
+    residue_hi: float
+    residue_upper: float
     damage: float
-    damage_se: float
+    damage_lo: float
+    damage_hi: float
     over_forgetting: float
     views: dict[str, float]
     probe_residue: float | None = None
@@ -62,9 +66,22 @@ class FrontRow:
         """The audited value of an objective."""
         return self.residue if objective == "residue" else self.damage
 
-    def se(self, objective: Objective) -> float:
-        """The standard error of an objective."""
-        return self.residue_se if objective == "residue" else self.damage_se
+    def interval(self, objective: Objective) -> tuple[float, float]:
+        """The 95 % interval of an objective: of the difference to one further oracle, cut at 0."""
+        if objective == "residue":
+            return self.residue_lo, self.residue_hi
+        return self.damage_lo, self.damage_hi
+
+    def in_words(self, objective: Objective) -> str:
+        """An objective with its 95 % interval, in words."""
+        return in_words(objective, self.value(objective), *self.interval(objective))
+
+    def in_brief(self, objective: Objective) -> str:
+        """An objective for a table whose head names the 95 % interval in brackets."""
+        value, (low, high) = self.value(objective), self.interval(objective)
+        if value == 0:
+            return f"<= {high:.3f}" if high > 0 else "0 (beyond)"
+        return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
     def probe(self, objective: Objective) -> float | None:
         """The search's own estimate of an objective."""

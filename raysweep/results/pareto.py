@@ -32,27 +32,16 @@ def hypervolume(points: np.ndarray, reference: Sequence[float] = REFERENCE) -> f
 
 
 def resample(values: np.ndarray, replicates: np.ndarray, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Paired draws (draws, n, k) of n points with k objectives from their leave-one-group-out values.
+    """Paired draws (draws, n, k) of n points with k objectives from their leave-one-group-out values, cut at 0.
 
-    values: (n, k); replicates: (n, groups, k), group g being the same units for every point. Groups' pseudo-values are
-    drawn with replacement, the same groups for all points, so that what points share cancels in their differences.
+    values: (n, k); replicates: (n, groups, k), both before the cut, group g being the same units for every point. Groups'
+    pseudo-values are drawn with replacement, the same groups for all points, so that what points share cancels in their
+    differences: the oracles' own spread, too, which moves all points alike.
     """
     groups = replicates.shape[1]
     pseudo = groups * values[:, None, :] - (groups - 1) * replicates
     picks = np.random.Generator(np.random.Philox(seed)).integers(groups, size=(draws, groups))
-    return np.stack([pseudo[:, pick, :].mean(1) for pick in picks])
-
-
-def pooled(values: np.ndarray, replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over independent repetitions: values (r, k), NaN for a repetition that was not made, replicates (r, groups, k).
-
-    Returns (k,) and (r groups, k). A repetition that was not made has the mean itself as its replicates, so that the groups
-    of several points stay aligned and the jackknife's error is that of a mean of independent repetitions.
-    """
-    measured = np.isfinite(values).all(1)
-    mean = values[measured].mean(0)
-    parts = np.where(measured[:, None, None], mean + (replicates - values[:, None, :]) / measured.sum(), mean)
-    return mean, parts.reshape(-1, values.shape[1])
+    return np.maximum(0.0, np.stack([pseudo[:, pick, :].mean(1) for pick in picks]))
 
 
 def dominance_probability(draws: np.ndarray) -> np.ndarray:
@@ -84,9 +73,11 @@ def hypervolume_interval(
 ) -> tuple[float, float]:
     """Interval of the hypervolume of points (n, k) by the jackknife over their groups of units, replicates (n, groups, k).
 
-    Resampling the points would be biased: noise pushes some of them outwards, so their hypervolume is too large.
+    Given these oracles: their spread is not in it. Resampling the points would be biased: noise pushes some of them outwards, so
+    their hypervolume is too large.
     """
-    volumes = np.array([hypervolume(replicates[:, g], reference) for g in range(replicates.shape[1])])
+    cut = np.maximum(0.0, replicates)
+    volumes = np.array([hypervolume(cut[:, g], reference) for g in range(cut.shape[1])])
     _, low, high = jackknife_interval(hypervolume(points, reference), volumes, level)
     return max(0.0, low), high
 
@@ -112,13 +103,6 @@ def knee(points: np.ndarray) -> int:
         if below.max() > 0:
             return members[int(np.argmax(below))]
     return members[balanced(span)]
-
-
-def within(points: np.ndarray, draws: np.ndarray, limit: float, certain: float = 0.95) -> int | None:
-    """The index of least second objective among points whose first is at most `limit` in a share `certain` of draws
-    (draws, n, 2); None if there is none."""
-    fit = np.flatnonzero((draws[:, :, 0] <= limit).mean(0) >= certain)
-    return None if len(fit) == 0 else int(fit[np.argmin(points[fit, 1])])
 
 
 def attainment(sets: Sequence[np.ndarray], share: float) -> np.ndarray:

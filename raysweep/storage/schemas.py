@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from raysweep.storage.files import StoreError, write_bytes
 
-SCHEMA_VERSION = "4"
+SCHEMA_VERSION = "5"
 
 
 def _field(name: str, kind: pa.DataType, comment: str) -> pa.Field:
@@ -44,6 +44,15 @@ ROWS = _schema(
     _field("se", pa.float64(), "standard error; null if the interval method gives none"),
     _field("lo", pa.float64(), "lower end of the interval"),
     _field("hi", pa.float64(), "upper end of the interval"),
+    _field(
+        "oracles",
+        pa.int32(),
+        "of a difference to the oracles: their number; null for all other values, as in the next four",
+    ),
+    _field("spread", pa.float64(), "standard deviation of the oracles; null for one oracle"),
+    _field("df", pa.float64(), "degrees of freedom of se, which is that of the difference to one further oracle"),
+    _field("se_mean", pa.float64(), "standard error of the difference to the mean of all possible oracles"),
+    _field("df_mean", pa.float64(), "degrees of freedom of se_mean"),
     _field("level", pa.float64(), "confidence level of the interval, 0 to 1"),
     _field("interval", pa.string(), "method of the interval"),
     _field("direction", pa.string(), "min, max, or target (like the oracle)"),
@@ -75,8 +84,8 @@ TRIALS = _schema(
     _field("seed", pa.int64(), "seed of the trial"),
     _field("residue", pa.float64(), "probe estimate; 0 like the oracle, 1 like the base"),
     _field("damage", pa.float64(), "probe estimate; 0 like the oracle, 1 like a destroyed model"),
-    _field("residue_se", pa.float64(), "standard error"),
-    _field("damage_se", pa.float64(), "standard error"),
+    _field("residue_se", pa.float64(), "standard error of the difference to one further oracle"),
+    _field("damage_se", pa.float64(), "standard error of the difference to one further oracle"),
     _field("train_s", pa.float64(), "seconds of training"),
     _field("audit_s", pa.float64(), "seconds of the probe"),
     _field("digest", pa.string(), "hash of the candidate's weights"),
@@ -88,10 +97,13 @@ FRONT = _schema(
     _field("trial", pa.string(), "trial id, or base, oracle-K, destroyed"),
     _field("method", pa.string(), "method; empty for anchors"),
     _field("kind", pa.string(), "candidate or anchor"),
-    _field("residue", pa.float64(), "audited residue"),
-    _field("residue_se", pa.float64(), "standard error by the jackknife"),
-    _field("damage", pa.float64(), "audited damage"),
-    _field("damage_se", pa.float64(), "standard error by the jackknife"),
+    _field("residue", pa.float64(), "audited residue; of an oracle, by the other oracles"),
+    _field("residue_lo", pa.float64(), "lower end of the 95 % interval of the difference to one further oracle"),
+    _field("residue_hi", pa.float64(), "upper end of that interval"),
+    _field("residue_upper", pa.float64(), "one-sided 95 % upper limit against the mean of all possible oracles"),
+    _field("damage", pa.float64(), "audited damage; of an oracle, by the other oracles"),
+    _field("damage_lo", pa.float64(), "lower end of the 95 % interval of the difference to one further oracle"),
+    _field("damage_hi", pa.float64(), "upper end of that interval"),
     _field("over_forgetting", pa.float64(), "largest distance below the oracle over the views, counted as damage"),
     _field("probe_residue", pa.float64(), "estimate of the probe, which the search saw"),
     _field("probe_damage", pa.float64(), "estimate of the probe, which the search saw"),
