@@ -14,6 +14,7 @@ Two questions need two errors:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,16 +27,15 @@ from evaluators.statistics import LEVEL, delong, paired_gap
 class Comparison:
     """A model's value minus the mean of the oracles.
 
-    se, df: error of the difference to one further oracle, with its degrees of freedom. se_mean, df_mean: of the difference to the
-    mean of all possible oracles. oracles, spread: their number and standard deviation; None for one oracle, whose spread is unknown:
-    both errors are then those of sampling alone.
+    se: error of the difference to one further oracle; se_mean: of the difference to the mean of all possible oracles; df: degrees of
+    freedom of both. oracles, spread: their number and standard deviation; None for one oracle, whose spread is unknown: both errors
+    are then those of sampling alone.
     """
 
     difference: float
     se: float
-    df: float
     se_mean: float
-    df_mean: float
+    df: float
     oracles: int
     spread: float | None
 
@@ -48,25 +48,25 @@ class Comparison:
 
     def upper(self, level: float = LEVEL) -> float:
         """The one-sided upper limit of the difference to the mean of all possible oracles."""
-        return self.difference + self.se_mean * _t(1 - level, self.df_mean)
+        return self.difference + self.se_mean * _t(1 - level, self.df)
 
     def p_excess(self, margin: float) -> float:
         """One-sided p-value: small if the model exceeds the oracles' mean by more than `margin`, and further than an oracle would."""
-        over = _tail(self.difference - margin, self.se_mean, self.df_mean)
+        over = _tail(self.difference - margin, self.se_mean, self.df)
         return max(over, _tail(self.difference, self.se, self.df))
 
     def p_at_least(self, margin: float) -> float:
         """One-sided p-value of "the difference to the mean of all possible oracles is at least `margin`"."""
-        return _tail(margin - self.difference, self.se_mean, self.df_mean)
+        return _tail(margin - self.difference, self.se_mean, self.df)
 
     def p_beyond(self, margin: float) -> float:
         """p-value of two one-sided tests of "the absolute difference to that mean is at least `margin`"."""
-        return max(self.p_at_least(margin), _tail(margin + self.difference, self.se_mean, self.df_mean))
+        return max(self.p_at_least(margin), _tail(margin + self.difference, self.se_mean, self.df))
 
     def draws_factor(self, margin: float, level: float = LEVEL) -> float:
         """The factor by which the units must grow to place the difference, as it is, on one side of `margin`; infinite if the
         oracles' own spread leaves it open with any number."""
-        allowed = ((margin - self.difference) / _t(1 - level, self.df_mean)) ** 2
+        allowed = ((margin - self.difference) / _t(1 - level, self.df)) ** 2
         oracles = 0.0 if self.spread is None else self.spread**2 / self.oracles
         sampling = self.se_mean**2 - oracles
         return max(1.0, sampling / (allowed - oracles)) if allowed > oracles else np.inf
@@ -76,8 +76,7 @@ class Comparison:
         spread = self.spread or 0.0
         sampling = max(0.0, self.se_mean**2 - spread**2 / self.oracles)
         for k in range(max(2, self.oracles), most + 1):
-            se, df = _sum(spread**2 / k, k - 1, sampling, np.inf)
-            if se * _t(1 - level, df) <= abs(margin - self.difference):
+            if math.sqrt(spread**2 / k + sampling) * _t(1 - level, k - 1) <= abs(margin - self.difference):
                 return k
         return None
 
@@ -91,21 +90,20 @@ def compare(
 ) -> Comparison:
     """The comparison of a value with those of oracles (k,), k >= 1.
 
-    sampling: standard error that the sampling of units gives to the difference between the value and the oracles' mean, on `df`
-    degrees of freedom. oracle_sampling (k,): the same of each oracle against the mean of the others, so of what their spread
+    sampling: standard error that the sampling of units gives to the difference between the value and the oracles' mean, with `df`
+    degrees of freedom, which count for one oracle alone. oracle_sampling (k,): the same of each oracle against the mean of the others, so of what their spread
     contains already; empty: none.
     """
     values = np.asarray(oracles, dtype=float)
-    k, difference = len(values), float(value - values.mean())
+    k, difference, sampled = len(values), float(value - values.mean()), float(sampling) ** 2
     if k < 2:
-        return Comparison(difference, float(sampling), df, float(sampling), df, k, None)
+        return Comparison(difference, math.sqrt(sampled), math.sqrt(sampled), df, k, None)
     spread = float(values.std(ddof=1))
     known = float(np.square(oracle_sampling).mean()) if len(oracle_sampling) else 0.0
     predicted = spread**2 * (1 + 1 / k)
-    more = max(0.0, float(sampling) ** 2 - min(known, predicted))
-    se, se_df = _sum(predicted, k - 1, more, df)
-    se_mean, mean_df = _sum(spread**2 / k, k - 1, float(sampling) ** 2, df)
-    return Comparison(difference, se, se_df, se_mean, mean_df, k, spread)
+    se = math.sqrt(predicted + max(0.0, sampled - min(known, predicted)))
+    # a small spread may be chance, so the larger degrees of freedom of the sampling must not shorten the interval
+    return Comparison(difference, se, math.sqrt(spread**2 / k + sampled), k - 1, k, spread)
 
 
 def compare_units(units: np.ndarray, oracles: np.ndarray, floor: float = 0.0) -> Comparison:
@@ -133,13 +131,6 @@ def compare_auc(pos: np.ndarray, neg: np.ndarray, pos_ref: np.ndarray, neg_ref: 
         if k > 1
     ]
     return compare(delong(pos, neg)[0], aucs, paired_gap(pos, neg, pos_ref, neg_ref)[1], rest)
-
-
-def _sum(a: float, df_a: float, b: float, df_b: float) -> tuple[float, float]:
-    """Root of the sum of two estimated variances, and its degrees of freedom (Welch and Satterthwaite)."""
-    if a + b == 0:
-        return 0.0, df_a
-    return float(np.sqrt(a + b)), float((a + b) ** 2 / (a**2 / df_a + b**2 / df_b))
 
 
 def _t(tail: float, df: float) -> float:

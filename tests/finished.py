@@ -23,18 +23,21 @@ from raysweep.storage.files import write_json
 from raysweep.storage.schemas import ROWS, SCORES, TRIALS, write_table
 
 KEYS = {"reconstruction.correlation": "audit.audit.noises", "damage": "audit.audit.samples"}
-LIKE = Verdict("like the oracle", (), 0.05, 9)
-REMEMBERS = Verdict("remembers", ("no attack (+0.53)",), None, 9)
-CONCEALED = Verdict("concealed", ("relearning 5 steps (+0.30)",), None, 9)
-DESTROYED = Verdict("destroyed", ("10% of its samples are valid, 90% of the oracles'",), None, 9)
+LIKE = Verdict(label="like the oracle", within=0.05, tested=9)
+UNDECIDED = Verdict(label="undecided", by=("relearning 5 steps",), within=0.19, tested=9, draws=2.5)
+REMEMBERS = Verdict(label="remembers", by=("no attack (+0.53)",), tested=9)
+CONCEALED = Verdict(label="concealed", by=("relearning 5 steps (+0.30)",), tested=9)
+DESTROYED = Verdict(label="destroyed", by=("10% of its samples are valid, 90% of the oracles'",), tested=9)
 
 
-def row(trial: str, residue: float, damage: float, se: float = 0.01, **more: Any) -> FrontRow:
-    """A candidate's or an anchor's row of the front."""
+def row(trial: str, residue: float, damage: float, half: float = 0.02, **more: Any) -> FrontRow:
+    """A candidate's or an anchor's row of the front. half: of its 95 % intervals."""
     kind = "anchor" if trial.startswith(("base", "oracle", "destroyed")) else "candidate"
     method = trial.partition("-")[2] if kind == "candidate" else ""
     common = {"trial": trial, "method": method, "kind": kind, "residue": residue, "damage": damage}
-    common |= {"residue_se": se, "damage_se": se, "over_forgetting": 0.0}
+    for name, value in (("residue", residue), ("damage", damage)):
+        common |= {f"{name}_lo": max(0.0, value - half), f"{name}_hi": value + half}
+    common |= {"residue_upper": residue + half, "over_forgetting": 0.0}
     common |= {"views": {"reconstruction.correlation": residue}}
     if kind == "candidate":
         common |= {"probe_residue": residue, "probe_damage": damage, "on_front": True, "on_method_front": True}
@@ -53,15 +56,17 @@ ANCHORS = [row("base", 1.0, 0.0), row("oracle-0", 0.0, 0.0), row("oracle-1", 0.0
 
 
 def front(candidates: list[FrontRow], verdicts: dict[str, Verdict] | None = None, **more: Any) -> Front:
-    """A front of these candidates and `ANCHORS`, with draws as wide as their standard errors."""
+    """A front of these candidates and `ANCHORS`, with draws as wide as their intervals."""
     names = [r.trial for r in candidates]
     points = np.array([[r.residue, r.damage] for r in candidates]).reshape(-1, 2)
-    errors = np.array([[r.residue_se, r.damage_se] for r in candidates]).reshape(-1, 2)
+    ends = [[r.residue_hi - r.residue, r.damage_hi - r.damage] for r in candidates]
+    errors = np.array(ends).reshape(-1, 2) / 2
     draws = points + errors * np.random.default_rng(0).normal(size=(500, *points.shape))
     picks = None
     if names:
-        sure, best = pareto.within(points, draws, 0.1), names[pareto.balanced(points)]
-        picks = Picks(best, 1.0, best, 1.0, None if sure is None else names[sure])
+        best = names[pareto.balanced(points)]
+        sure = [r.trial for r in sorted(candidates, key=lambda r: r.damage) if r.residue_upper <= 0.1]
+        picks = Picks(best, 1.0, best, 1.0, sure[0] if sure else None)
     front = Front(
         rows=[*candidates, *ANCHORS],
         candidates=names,

@@ -71,7 +71,7 @@ def written(tmp_path) -> Path:
         answer=("It has not forgotten.",),
         asked="Has it forgotten?",
         objectives=Placement(1, 0, 0.1, 0.1, 0, 1, {"reconstruction.correlation": 1}),
-        verdict=Verdict("remembers", ("no attack (+1.00)",), None, 1),
+        verdict=Verdict(label="remembers", by=("no attack (+1.00)",), tested=1),
         findings=tuple(card.findings_of(request.rows_path, None, "audit")),
         untested=(),
         incomplete=(),

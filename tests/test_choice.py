@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from finished import CONCEALED, DESTROYED, LIKE, REMEMBERS, front, row, run, trial
+from finished import CONCEALED, DESTROYED, LIKE, REMEMBERS, UNDECIDED, front, row, run, trial
 
 from raysweep.cli import main
 from raysweep.engine.run import Result
@@ -48,12 +48,13 @@ def test_a_candidate_with_an_objection_is_not_recommended(candidate, verdict, mo
     assert of.choice.standing("000-rgd").startswith("best so far, but not recommended")
 
 
-def test_an_estimate_without_spread_has_no_interval():
-    of = front([row("000-rgd", 0.0, 0.2, residue_se=0.0)], {"000-rgd": LIKE})
-    assert (
-        "residue 0.000 (no interval: leaving groups of samples out does not change it), damage 0.200 (95 % interval"
-        in answer(of)[0]
-    )
+def test_no_certainty_at_the_edge():
+    """A residue that is cut at 0 has an upper limit, and never an interval of width 0."""
+    of = front([row("000-rgd", 0.0, 0.2, residue_hi=0.04)], {"000-rgd": LIKE})
+    assert "residue at most 0.040 (95 %), damage 0.200 (95 % interval" in answer(of)[0]
+    beyond = row("000-rgd", 0.0, 0.2, residue_hi=0.0)
+    assert beyond.in_words("residue") == "residue 0 (every view lies beyond the oracles)"
+    assert beyond.in_brief("residue") == "0 (beyond)"
 
 
 def test_a_residue_within_that_of_an_oracle_is_no_objection():
@@ -78,10 +79,11 @@ def test_an_unattacked_candidate_is_not_recommended_if_others_were_attacked():
 
 
 @pytest.mark.parametrize(("candidates", "verdicts", "reservation"), [
-    ([row("000-rgd", 0.088, 0.05, 0.109)], {"000-rgd": LIKE}, "does not show a residue under 0.1: residue 0.088 (95 % interval 0.000 to 0.302)"),
-    ([row("000-rgd", 0.02, 0.3, damage_se=0.2)], {"000-rgd": LIKE}, "its damage is uncertain"),
-    ([row("000-rgd", 0.05, 0.2, 0.05), row("001-siss", 0.05, 0.21, 0.05)], dict.fromkeys(("000-rgd", "001-siss"), LIKE), "another candidate is the better one in"),
+    ([row("000-rgd", 0.088, 0.05, 0.214)], {"000-rgd": LIKE}, "does not show a residue under 0.1: residue 0.088 (95 % interval 0.000 to 0.302)"),
+    ([row("000-rgd", 0.02, 0.3, damage_hi=0.7)], {"000-rgd": LIKE}, "its damage is uncertain"),
+    ([row("000-rgd", 0.05, 0.2, 0.09), row("001-siss", 0.05, 0.21, 0.09)], dict.fromkeys(("000-rgd", "001-siss"), LIKE), "another candidate is the better one in"),
     ([GOOD], {"000-rgd": CONCEALED}, "come back (concealed: relearning 5 steps (+0.30))"),
+    ([GOOD], {"000-rgd": UNDECIDED}, "whether attacks bring the forgotten data back is undecided"),
     ([GOOD], {}, "it was not attacked"),
 ])  # fmt: skip
 def test_uncertainty_about_a_recommended_candidate_is_a_reservation(candidates, verdicts, reservation):
@@ -114,7 +116,7 @@ def test_a_terminal_without_a_front_says_so(monkeypatch, tmp_path):
 
 
 def test_the_next_steps_name_the_setting_that_decides_an_uncertain_objective():
-    steps = " ".join(front([row("000-rgd", 0.088, 0.3, 0.109)], {"000-rgd": LIKE}).choice.steps)
+    steps = " ".join(front([row("000-rgd", 0.088, 0.3, 0.214)], {"000-rgd": LIKE}).choice.steps)
     assert "audit.audit.noises" in steps
     assert "audit.audit.samples" in steps
 

@@ -5,7 +5,7 @@ import pytest
 from finished import row
 
 from raysweep.auditing.anchors import Anchors, Unmeasured, assess_views, check_scale
-from raysweep.auditing.objectives import objectives
+from raysweep.auditing.objectives import floor_in_words, mean_objectives, noise_floor, objectives
 from raysweep.auditing.terms import Measured
 from raysweep.results.front import search_against_audit
 
@@ -66,7 +66,7 @@ def test_an_uninformative_view_is_left_out_with_the_reason():
     views = {v.metric: v for v in assess_views(noisy, ("r.recall", "d.loss"))}
     assert not views["r.recall"].informative
     needed = 4 * views["r.recall"].gap_se
-    assert f"at this sample size at least {needed:.3g} is needed to tell them apart" in views["r.recall"].reason
+    assert f"at least {needed:.3g} is needed to tell the base from a further oracle" in views["r.recall"].reason
     assert "base and oracle differ by 0.1 (0.5 and 0.4)" in views["r.recall"].reason
     with pytest.raises(Unmeasured, match="nothing to forget"):
         assess_views(noisy, ("r.recall",))
@@ -81,12 +81,105 @@ def test_a_missing_or_infinite_measurement_is_an_error():
         objectives(measured(0.5, 0.0, float("nan")), ANCHORS, VIEWS, "f.frechet", VALIDITY)
 
 
-def test_standard_errors_come_from_the_groups():
+def test_errors_come_from_the_oracles_and_from_what_a_model_samples_beyond_them():
     sharp, blurred = (
-        objectives(measured(0.5, 0.0, 4.0, n), ANCHORS, VIEWS, "f.frechet", VALIDITY) for n in (0.001, 0.05)
+        objectives(measured(0.5, 0.0, 4.0, n), ANCHORS, VIEWS, "f.frechet", VALIDITY) for n in (0.001, 0.2)
     )
-    assert 0 < sharp.residue_se < blurred.residue_se
     assert sharp.replicates.shape == (10, 2)
+    assert 0 < sharp.damage_se < blurred.damage_se
+    low, high = sharp.residue_lo, sharp.residue_hi
+    assert low <= sharp.residue <= high
+    # the view on which the oracles differ (0 and 0.2) is uncertain by their spread, whatever is sampled
+    recall = sharp.residue_terms["r.recall"].comparison
+    assert recall.se >= 0.1414 * np.sqrt(1 + 1 / 2) / 0.9
+
+
+def population(k, rng, spread=0.05):
+    """Anchors whose k oracles are drawn from one population."""
+    draws = [
+        measured(0.1 + spread * a, 1.0 + spread * b, 2.0 * np.exp(spread * c), 0.001)
+        for a, b, c in rng.normal(size=(k, 3))
+    ]
+    return Anchors(measured(1.0, -1.0, 4.0, 0.001), tuple(draws), measured(0.3, 0.9, 32.0, 0.001))
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_a_further_oracle_is_rarely_called_imperfect(k):
+    rng, left, lost = np.random.default_rng(k), 0, 0
+    for _ in range(200):
+        anchors = population(k + 1, rng)
+        views = assess_views(anchors, ("r.recall", "d.loss"))
+        placed = objectives(anchors.oracles[0], anchors.without_oracle(0), views, "f.frechet", VALIDITY)
+        left += placed.residue_lo > 0
+        lost += placed.damage_lo > 0
+    assert left / 200 <= 0.08
+    assert lost / 200 <= 0.08
+
+
+def test_the_noise_floor_places_each_oracle_by_the_others():
+    anchors = population(4, np.random.default_rng(0))
+    views = assess_views(anchors, ("r.recall", "d.loss"))
+    floor = noise_floor(anchors, views, "f.frechet", VALIDITY)
+    assert len(floor) == 4
+    assert max(oracle.residue for oracle in floor) > 0
+    expected = objectives(anchors.oracles[2], anchors.without_oracle(2), views, "f.frechet", VALIDITY)
+    assert floor[2].residue == expected.residue
+    text = floor_in_words([(oracle.residue, oracle.damage) for oracle in floor])
+    assert f"{floor[0].residue:.3f}, {floor[1].residue:.3f}" in text
+    assert "few" not in text
+    assert "2 oracles are few" in floor_in_words([(0.1, 0.2), (0.0, 0.1)])
+    assert "unknown" in floor_in_words([(0.0, 0.0)])
+
+
+def test_a_residue_of_zero_has_an_upper_limit():
+    anchors = population(3, np.random.default_rng(1))
+    views = assess_views(anchors, ("r.recall", "d.loss"))
+    at_zero = objectives(measured(0.05, 1.05, 2.0), anchors, views, "f.frechet", VALIDITY)
+    assert at_zero.residue == 0
+    assert at_zero.residue_lo == 0
+    assert 0 < at_zero.residue_upper < at_zero.residue_hi
+
+
+def test_rounds_are_averaged_before_the_worst_view_is_taken_and_keep_the_spread_of_the_oracles():
+    anchors = population(3, np.random.default_rng(2))
+    views = assess_views(anchors, ("r.recall", "d.loss"))
+    first, second = (
+        objectives(measured(*values, 0.02), anchors, views, "f.frechet", VALIDITY)
+        for values in ((0.6, 1.0, 2.0), (0.1, 0.0, 2.0))
+    )
+    both = mean_objectives({1: first, 2: second}, 3, "f.frechet")
+    for view in first.views:
+        assert both.views[view] == pytest.approx((first.views[view] + second.views[view]) / 2)
+    assert both.residue < (first.residue + second.residue) / 2
+    assert both.replicates.shape == (30, 2)
+    np.testing.assert_allclose(both.replicates[20:], np.tile(both.uncut, (10, 1)))  # no part in the third round
+    one, mean = (o.residue_terms["r.recall"] for o in (first, both))
+    assert mean.comparison.spread == pytest.approx(one.comparison.spread)
+    assert mean.sampling < one.sampling
+
+
+def test_a_view_that_the_base_does_not_show_is_scaled_by_another():
+    def model(altered, correlation):
+        values = {
+            "altered.presence": altered,
+            "reconstruction.correlation": correlation,
+            "f.frechet": 2.0,
+            VALIDITY: 0.9,
+        }
+        return Measured(values, {k: v + 0.001 * RNG.normal(size=10) for k, v in values.items()})
+
+    oracles = tuple(model(0.3 + d, d) for d in (-0.01, 0.0, 0.01))
+    destroyed = model(0.0, 0.0)
+    destroyed.values["f.frechet"], destroyed.replicates["f.frechet"] = 32.0, np.full(10, 32.0)
+    anchors = Anchors(model(0.3, 1.0), oracles, destroyed)
+    views = assess_views(anchors, ("altered.presence", "reconstruction.correlation"))
+    assert [v.metric for v in views] == ["altered.presence", "reconstruction.correlation"]
+    assert all(v.informative for v in views)
+    mirrored = objectives(model(0.8, 0.0), anchors, views, "f.frechet", VALIDITY)
+    assert mirrored.views["altered.presence"] == pytest.approx(0.5, abs=0.02)
+    assert mirrored.residue_lo > 0
+    with pytest.raises(Unmeasured, match=r"reconstruction\.correlation, does not separate"):
+        assess_views(anchors, ("altered.presence",))
 
 
 def test_the_searchs_optimism_is_a_number():

@@ -33,7 +33,7 @@ ANCHORS = {"base": ("/models/base", "b" * 16), "oracle-0": ("/models/o0", "0" * 
 
 @pytest.mark.parametrize("folder_name", ["base", "oracle-0", "destroyed", "mine"])
 def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, folder_name):
-    monkeypatch.setattr(single, "verdict_of", lambda *_: Verdict("not tested", (), None, 0))
+    monkeypatch.setattr(single, "verdict_of", lambda *_: Verdict(label="not tested"))
     monkeypatch.setattr(card, "findings_of", lambda *_: [])
     sweep, folder = load(None, (f"storage={tmp_path}",)), RunDir(tmp_path / "run")
     context = Context(

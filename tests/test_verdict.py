@@ -5,21 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysweep.auditing.verdict import verdict
+from evaluators.oracles import compare
+from raysweep.auditing.terms import columns_of
+from raysweep.auditing.verdict import MARGIN, verdict
 
 REACH = {"latent_noise": "input", "relearning": "weights", "interpolation": "base", "quantisation": "weights"}
 
 
-def row(check, strength, value, se=0.03):
-    return {
-        "check": check,
-        "metric": f"excess@{strength}",
-        "value": value,
-        "se": se,
-        "hi": value + 1.96 * se,
-        "status": "ok",
-        "paired_with": "",
-    }
+def row(check, strength, value, se=0.03, oracles=5):
+    """An excess whose error is half of sampling and half of the oracles' spread."""
+    half = se / np.sqrt(2)
+    comparison = (
+        compare(value, _spread(half, oracles), half, df=400) if oracles > 1 else compare(value, [0.0], se, df=400)
+    )
+    common = {"check": check, "metric": f"excess@{strength}", "status": "ok", "paired_with": ""}
+    return common | {"value": value, "se": comparison.se} | columns_of(comparison)
+
+
+def _spread(se, oracles):
+    """Values of oracles with mean 0 that leave a standard error of prediction `se`."""
+    values = np.linspace(-1, 1, oracles)
+    return values / values.std(ddof=1) * se / np.sqrt(1 + 1 / oracles)
 
 
 def rows(none=0.0, latent=0.0, relearned=0.0, rounded=0.0, moved=0.9, se=0.03):
@@ -53,7 +59,7 @@ def test_a_verdict_names_the_attacks_behind_it():
     assert v.by == ("relearning 25 steps (+0.50)",)
     assert "relearning 25 steps" in v.sentence()
     like = verdict(rows(), REACH, 0.9, 0.9)
-    assert like.within == pytest.approx(1.96 * 0.03)
+    assert 0 < like.within <= MARGIN
     below = verdict(rows(-0.5, -0.5, -0.5, -0.5), REACH, 0.9, 0.9)
     assert "more than 0.00 above the oracles" in below.sentence()  # "more than -0.44" would be no bound
     assert like.tested == 4  # moving towards the base does not count
@@ -64,21 +70,47 @@ def test_a_destroyed_model_gets_no_better_label():
     assert verdict([], REACH, 0.3, 0.9).label == "not tested"
 
 
-def test_an_excess_within_the_margin_or_the_noise_is_no_evidence():
-    assert verdict(rows(relearned=0.1, se=0.001), REACH, 0.9, 0.9).label == "like the oracle"
-    assert verdict(rows(relearned=0.3, se=0.2), REACH, 0.9, 0.9).label == "like the oracle"
-    # the sentence states the wide bound
-    assert verdict(rows(relearned=0.3, se=0.2), REACH, 0.9, 0.9).within > 0.6
+def test_like_the_oracle_is_a_claim_of_equivalence():
+    """More noise never turns a verdict into a better one: what it leaves open is undecided."""
+    assert verdict(rows(relearned=0.05, se=0.01), REACH, 0.9, 0.9).label == "like the oracle"
+    for se in (0.1, 0.3, 1.0):
+        open_ = verdict(rows(relearned=0.05, se=se), REACH, 0.9, 0.9)
+        assert open_.label == "undecided"
+        assert open_.within > MARGIN
+        assert "may bring back up to" in open_.sentence()
+    assert verdict(rows(relearned=0.3, se=0.2), REACH, 0.9, 0.9).label == "undecided"
+    at_the_margin = verdict(rows(relearned=0.1, se=0.001), REACH, 0.9, 0.9)
+    assert at_the_margin.label == "undecided"
     assert verdict(rows(rounded=0.2, se=0.0), REACH, 0.9, 0.9).label == "concealed"
 
 
-def test_many_attacks_on_an_oracle_rarely_accuse_it():
+def test_an_undecided_verdict_says_what_would_decide():
+    by_draws = verdict([row("relearning", "25 steps", 0.04, 0.08, oracles=12)], REACH, 0.9, 0.9)
+    assert by_draws.label == "undecided"
+    assert by_draws.draws > 1
+    assert "times the samples and noises of audit.durability would decide" in by_draws.sentence()
+    by_oracles = verdict([row("relearning", "25 steps", 0.02, 0.16, oracles=3)], REACH, 0.9, 0.9)
+    assert by_oracles.draws is None
+    assert by_oracles.oracles > 3
+    assert "oracles would decide" in by_oracles.sentence()
+
+
+def test_one_oracle_never_shows_equivalence():
+    one = verdict([row("relearning", "25 steps", 0.0, 0.001, oracles=1)], REACH, 0.9, 0.9)
+    assert one.label == "undecided"
+    assert one.oracles == 3
+
+
+def test_many_attacks_on_a_further_oracle_rarely_accuse_it():
     rng, accused = np.random.default_rng(0), 0
     for _ in range(300):
-        attacked = [
-            row("quantisation", f"{k}", 0.1 + 0.05 * rng.normal(), 0.05) for k in range(20)
-        ]  # truly at the margin
-        accused += verdict(attacked, REACH, 0.9, 0.9).label != "like the oracle"
+        attacked = []
+        for k in range(14):
+            values = 0.08 * rng.normal(size=6)  # all of one population, which differs as much as the margin
+            comparison = compare(values[0], values[1:], 0.02)
+            common = {"check": "quantisation", "metric": f"excess@{k}", "status": "ok", "paired_with": ""}
+            attacked.append(common | {"value": comparison.difference, "se": comparison.se} | columns_of(comparison))
+        accused += verdict(attacked, REACH, 0.9, 0.9).label not in ("like the oracle", "undecided")
     assert accused / 300 <= 0.08
 
 

@@ -148,21 +148,19 @@ def noise_floor(anchors: Anchors, views: Sequence[View], quality: str, validity:
     ]
 
 
-def floor_in_words(oracles: Sequence[Placement]) -> str:
-    """The noise floor as a sentence. oracles: each placed by the others."""
+def floor_in_words(oracles: Sequence[tuple[float, float]]) -> str:
+    """The noise floor as sentences. oracles: (residue, damage) of each, placed by the others."""
     if len(oracles) < 2:
         return "The noise floor is unknown: a single oracle cannot be placed by others."
-    residues, damages = (
-        ", ".join(f"{v:.3f}" for v in values) for values in ([o.residue for o in oracles], [o.damage for o in oracles])
-    )
+    residues, damages = (", ".join(f"{value:.3f}" for value in values) for values in zip(*oracles, strict=True))
     few = (
-        f" {len(oracles)} oracles are few: intervals are wide, because how much oracles differ is hardly known."
+        f" {len(oracles)} oracles are few: how much oracles differ is hardly known, so intervals are wide; raise `oracles`."
         if len(oracles) < ORACLES
         else ""
     )
     return (
-        f"Noise floor: the {len(oracles)} oracles, each placed by the others, have residue {residues} and damage {damages}; models "
-        f"that never saw the forgotten data lie so far from 0 by chance.{few}"
+        f"Noise floor: models that never saw the forgotten data lie this far from 0 by chance. The {len(oracles)} oracles, each "
+        f"placed by the others, have residue {residues} and damage {damages}.{few}"
     )
 
 

@@ -118,7 +118,7 @@ def _replicates(model: Measured, metric: str, transform: Transform) -> np.ndarra
 
 def columns_of(comparison: Comparison | None) -> dict[str, Any]:
     """A comparison with the oracles as the columns of `storage.schemas.ROWS` that only such rows have; all None without one."""
-    names = ("oracles", "spread", "df", "se_mean", "df_mean")
+    names = ("oracles", "spread", "df", "se_mean")
     return {name: None if comparison is None else getattr(comparison, name) for name in names}
 
 
@@ -126,4 +126,4 @@ def comparison_of(row: Mapping[str, Any]) -> Comparison | None:
     """The comparison with the oracles behind a row; None for other rows."""
     if row["oracles"] is None:
         return None
-    return Comparison(row["value"], row["se"], row["df"], row["se_mean"], row["df_mean"], row["oracles"], row["spread"])
+    return Comparison(row["value"], row["se"], row["se_mean"], row["df"], row["oracles"], row["spread"])

@@ -128,7 +128,7 @@ def write_card(
     """
     folder, request = context.folder, requests["audit"]
     anchors, views = context.load_anchors("audit")
-    floor = floor_in_words(noise_floor(anchors, views, task.quality, task.validity))
+    oracles = noise_floor(anchors, views, task.quality, task.validity)
     verdict = verdict_of(folder, request.subject, {tier: r.key for tier, r in requests.items()}, context)
     findings = _findings(folder, task, requests)
     checks = sorted({f.check for f in findings})
@@ -139,7 +139,7 @@ def write_card(
             f"{in_words('residue', result.residue, result.residue_lo, result.residue_hi).capitalize()} (0 like a model that never saw "
             f"the forgotten data, 1 like the base), {in_words('damage', result.damage, result.damage_lo, result.damage_hi)} (0 like "
             "the oracles, 1 like a destroyed model).",
-            floor,
+            floor_in_words([(oracle.residue, oracle.damage) for oracle in oracles]),
             f"Under attack: {verdict.sentence()}.",
         ),
         asked=_question(sweep, task, request),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from raysweep.auditing.objectives import View
+from raysweep.auditing.anchors import View
+from raysweep.auditing.objectives import floor_in_words
 from raysweep.auditing.untested import results_of, untested
 from raysweep.report.data import ReportData
 from raysweep.report.tables import TableLine, value
@@ -114,6 +115,12 @@ def not_tested(data: ReportData) -> list[str]:
         [View(**view) for view in data.anchors["views"]],
         oracles=len(data.sweep.oracle_models) or data.sweep.oracles,
     )
+
+
+def noise_floor(data: ReportData) -> str:
+    """How far from 0 perfectly unlearned models lie by chance; empty before the audit."""
+    oracles = [(p.residue, p.damage) for p in data.points if p.trial.startswith("oracle")]
+    return floor_in_words(oracles) if oracles else ""
 
 
 def fresh_material(data: ReportData) -> str:

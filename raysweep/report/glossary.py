@@ -20,6 +20,8 @@ GLOSSARY = {
     "and in damage and better in one of them",
     "hypervolume": "the area that the front dominates, up to the reference point of residue {:g} and damage {:g}; larger is "
     "better, and the point is the same in every sweep".format(*pareto.REFERENCE),
+    "noise floor": "residue and damage of the oracles, each placed by the others: how far from 0 a model that never saw the forgotten "
+    "data lies by chance",
     "attack": "an attempt to bring the forgotten data back, for example by a little further training",
     "presence": "how much of the forgotten data a model shows, from 0 to 1: the share of samples in which the judge sees "
     "the forgotten class, or the correlation of what the model rebuilds with the forgotten image",

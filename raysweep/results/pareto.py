@@ -41,7 +41,8 @@ def resample(values: np.ndarray, replicates: np.ndarray, draws: int = 2000, seed
     groups = replicates.shape[1]
     pseudo = groups * values[:, None, :] - (groups - 1) * replicates
     picks = np.random.Generator(np.random.Philox(seed)).integers(groups, size=(draws, groups))
-    return np.maximum(0.0, np.stack([pseudo[:, pick, :].mean(1) for pick in picks]))
+    drawn: np.ndarray = np.maximum(0.0, np.stack([pseudo[:, pick, :].mean(1) for pick in picks]))
+    return drawn
 
 
 def dominance_probability(draws: np.ndarray) -> np.ndarray:
