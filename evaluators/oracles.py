@@ -72,13 +72,15 @@ class Comparison:
         return max(1.0, sampling / (allowed - oracles)) if allowed > oracles else np.inf
 
     def oracles_needed(self, margin: float, level: float = LEVEL, most: int = 50) -> int | None:
-        """The number of oracles that would place the difference, as it is, on one side of `margin`; None above `most`."""
-        spread = self.spread or 0.0
-        sampling = max(0.0, self.se_mean**2 - spread**2 / self.oracles)
-        for k in range(max(2, self.oracles), most + 1):
-            if math.sqrt(spread**2 / k + sampling) * _t(1 - level, k - 1) <= abs(margin - self.difference):
-                return k
-        return None
+        """The least number of oracles with which enough units would place the difference, as it is, on one side of `margin`.
+
+        None for more than `most`, and for a spread that is unknown.
+        """
+        if self.spread is None:
+            return None
+        numbers = range(max(2, self.oracles), most + 1)
+        distance = abs(margin - self.difference)
+        return next((k for k in numbers if self.spread / math.sqrt(k) * _t(1 - level, k - 1) < distance), None)
 
 
 def compare(

@@ -67,7 +67,7 @@ def test_an_uninformative_view_is_left_out_with_the_reason():
     assert not views["r.recall"].informative
     needed = 4 * views["r.recall"].gap_se
     assert f"at least {needed:.3g} is needed to tell the base from a further oracle" in views["r.recall"].reason
-    assert "base and oracle differ by 0.1 (0.5 and 0.4)" in views["r.recall"].reason
+    assert "base and oracles differ by 0.1 (0.5 and 0.4)" in views["r.recall"].reason
     with pytest.raises(Unmeasured, match="nothing to forget"):
         assess_views(noisy, ("r.recall",))
 

@@ -58,7 +58,7 @@ def test_dominance_probability_of_independent_and_of_shifted_points():
 
 def test_paired_resampling_cancels_shared_noise():
     rng = np.random.default_rng(1)
-    units = rng.normal(size=(20, 1))
+    units = 5 + rng.normal(size=(20, 1))
     shift = np.array([0.0, 0.3])
     samples = units + shift
     values = np.repeat(samples.mean(0)[:, None], 2, axis=1)

@@ -37,8 +37,8 @@ class Verdict:
     """The label, the attacks behind it (`by`), and their number (`tested`).
 
     within: the largest excess over the mean of all possible oracles that the data leave possible (95 %). For "undecided", what would
-    decide: the factor by which samples and noises of the attacks must grow (`draws`), or the number of oracles, if no number of
-    samples would, because the oracles differ too much among each other; None if more than can be had.
+    decide: the factor by which samples and noises of the attacks must grow (`draws`), or the least number of oracles, if with these
+    no number of samples would, because they differ too much among each other; None if more than can be had.
     """
 
     label: str
@@ -66,9 +66,9 @@ class Verdict:
             if self.draws is not None:
                 remedy = f"{math.ceil(self.draws)} times the samples and noises of audit.durability would decide"
             elif self.oracles is not None:
-                remedy = f"about {self.oracles} oracles would decide (`oracles`), whatever the number of samples"
+                remedy = f"no number of samples would decide with these oracles, at least {self.oracles} are needed (`oracles`)"
             else:
-                remedy = "neither more samples nor 50 oracles would decide"
+                remedy = "not even 50 oracles would decide"
             return (
                 f"undecided: no attack is shown to bring back more than the oracles, but {', '.join(self.by)} may bring back up to "
                 f"{within:.2f} above their mean (95 %, margin {MARGIN:g}); {remedy}"
