@@ -25,8 +25,8 @@ from scipy.stats import norm
 
 from evaluators import attacks
 from evaluators.base import Direction, Evaluator, Images, Inapplicable, Metric, Scores, Subject
-from evaluators.rank import ONE_IMAGE, rank_rows
 from evaluators.oracles import compare_auc
+from evaluators.rank import ONE_IMAGE, rank_rows
 from evaluators.statistics import (
     advantage,
     auc_interval,

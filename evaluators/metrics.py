@@ -123,20 +123,21 @@ class Metric:
     @classmethod
     def against_oracles(cls, name: str, comparison: Comparison, n: int, *, over: str, reason: str = "") -> Metric:
         """A difference to the mean of the oracles, with the interval of the difference to one further oracle."""
-        lo, hi = comparison.interval()
-        alone = comparison.spread is None
+        alone, known = comparison.spread is None, comparison.se > 0
         method = f"student-t over {over}" if alone else f"prediction of a further oracle, sampling of {over}"
         unknown = "one oracle: how much oracles differ is unknown and not in the interval" if alone else ""
+        still = "" if known else "no interval: nothing that was measured varies"
+        lo, hi = comparison.interval() if known else (None, None)
         return cls(
             name,
             comparison.difference,
             n,
-            se=comparison.se,
+            se=comparison.se if known else None,
             lo=lo,
             hi=hi,
-            interval=method,
+            interval=method if known else "none",
             comparison=comparison,
-            reason="; ".join(filter(None, (reason, unknown))),
+            reason="; ".join(filter(None, (reason, unknown, still))),
         )
 
     @classmethod

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from finished import LIKE, REMEMBERS, front, row, run
 from PIL import Image
 
-from raysweep.auditing.objectives import View
+from raysweep.auditing.anchors import View
 from raysweep.cli import main
 from raysweep.report.page import build
 from raysweep.report.pictures import png, veiled

@@ -11,8 +11,9 @@ import pytest
 from tiny import tiny_task
 
 from raysweep.auditing import card
+from raysweep.auditing.anchors import View
 from raysweep.auditing.card import ModelFolder
-from raysweep.auditing.objectives import Objectives, View
+from raysweep.auditing.objectives import Objectives
 from raysweep.auditing.request import AuditRequest
 from raysweep.auditing.untested import untested
 from raysweep.auditing.verdict import Verdict

@@ -9,9 +9,9 @@ from tiny import clip_task, latent_task, tiny_model, tiny_task
 
 from evaluators.judge import Judge
 from evaluators.tampering import IMAGES
+from raysweep.auditing.anchors import View
 from raysweep.auditing.informative import LEAST, measured
 from raysweep.auditing.measure import measure, subject_of
-from raysweep.auditing.objectives import View
 from raysweep.auditing.untested import (
     MISSING,
     Result,

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from raysweep.auditing import card
+from raysweep.auditing.anchors import View
 from raysweep.auditing.card import Card, Code, Finding, ModelFolder, TaskFolder
 from raysweep.auditing.informative import caveat
-from raysweep.auditing.anchors import View
 from raysweep.auditing.objectives import Objectives, floor_in_words, in_words, noise_floor, objectives
 from raysweep.auditing.request import AuditRequest, rows_path, scores_path
 from raysweep.auditing.untested import results_of, untested

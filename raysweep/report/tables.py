@@ -233,7 +233,8 @@ def _presence(
     excess = measured.get((subject, check, f"excess@{strength}"))
     text = "-" if presence is None else f"{presence['value']:.2f}"
     if excess is not None and not subject.startswith("oracle"):
-        text += f" (excess {excess['value']:+.2f}, {excess['lo']:.2f} to {excess['hi']:.2f})"
+        ends = "" if excess["lo"] is None else f", {excess['lo']:.2f} to {excess['hi']:.2f}"
+        text += f" (excess {excess['value']:+.2f}{ends})"
     return text
 
 
