@@ -93,21 +93,19 @@ class Metric:
         replicates: np.ndarray,
         *,
         over: str,
-        extra_se: float = 0.0,
         bounds: tuple[float, float] = (-math.inf, math.inf),
         direction: Direction = "target",
         reason: str = "",
     ) -> Metric:
         """A function of n units, with the interval of the delete-a-group jackknife.
 
-        replicates: the value without each group of units in turn (groups,). extra_se: an independent standard error from
-        elsewhere. bounds: the range of the metric, at which the interval ends. Without an interval, and with the reason, if no
+        replicates: the value without each group of units in turn (groups,). bounds: the range of the metric, at which the interval ends. Without an interval, and with the reason, if no
         group makes a difference: an error of 0 would be wrong.
         """
-        if extra_se == 0 and _is_constant(replicates):
+        if _is_constant(replicates):
             lack = f"no interval: leaving groups of {over} out does not change it"
             return cls(name, value, n, direction=direction, reason=_joined(reason, lack))
-        se, lo, hi = jackknife_interval(value, replicates, extra_se=extra_se)
+        se, lo, hi = jackknife_interval(value, replicates)
         return cls(
             name,
             value,

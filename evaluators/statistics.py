@@ -55,17 +55,14 @@ def normal_interval(value: float, se: float, level: float = LEVEL) -> tuple[floa
     return value - z * se, value + z * se
 
 
-def jackknife_interval(
-    value: float, replicates: np.ndarray, level: float = LEVEL, extra_se: float = 0.0
-) -> tuple[float, float, float]:
+def jackknife_interval(value: float, replicates: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
     """(standard error, low, high) of a value from its leave-one-group-out values (G,), by Student's t with G - 1 degrees.
 
     The error is itself estimated from G groups, so with the usual ten or twenty a normal interval would be too short.
-    extra_se: an independent standard error from elsewhere.
     """
     from scipy import stats
 
-    se = float(np.hypot(jackknife_se(replicates), extra_se))
+    se = jackknife_se(replicates)
     half = se * float(stats.t.ppf(0.5 + level / 2, len(replicates) - 1))
     return se, value - half, value + half
 

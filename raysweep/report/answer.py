@@ -150,7 +150,7 @@ def other_picks(data: ReportData) -> list[str]:
         f"Smallest value of max(residue, damage): {named(balanced['trial'])}, chosen in {balanced['share']:.0%} of paired "
         "resamples of the audit's samples.",
         f"Knee of the front (farthest below the line between its ends): {named(knee['trial'])}, chosen in {knee['share']:.0%}.",
-        f"Least damage among candidates whose residue is at most {sure['limit']} with probability {sure['certain']}: "
+        f"Least damage among candidates whose residue is shown to be under {sure['limit']}: "
         f"{named(sure['trial']) if sure['trial'] else 'no candidate is that sure'}.",
         f"Shown to have a residue under {shown['limit']}, with false discoveries over the sweep's candidates held to "
         f"{shown['rate']:.0%}: {', '.join(named(t) for t in shown['trials']) or 'none'}.",

@@ -319,6 +319,9 @@ def write_front(folder: RunDir, front: Front, sweep: Sweep) -> None:
             "unmet": front.unmet,
             "undecided": front.undecided,
             "picks": front.picks.plain() if front.picks else {},
+            "noise_floor": {
+                row.trial: [row.residue, row.damage] for row in front.rows if row.trial.startswith("oracle")
+            },
             "search_against_audit": {name: asdict(gap) for name, gap in search_against_audit(front.rows).items()},
             "attacks_without_verdict": front.gaps,
             "verdicts": {name: v.plain() | {"sentence": v.sentence()} for name, v in front.verdicts.items()},
