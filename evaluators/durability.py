@@ -185,7 +185,7 @@ class PartialDiffusion(Durability):
         def recalled(share: float, s: Subject) -> np.ndarray:
             images, n = s.task.splits["forget"].distinct(), s.sizes["class_samples"]
             index, seeds = torch.arange(n) % len(images), s.seeds("partial diffusion", n)
-            t, steps = int(share * len(s.model.alphas)), max(1, round(share * s.task.sampling["steps"]))
+            t, steps = int(share * len(s.model.alphas)), max(1, round(share * s.sampling_steps))
             images = images.take(index)
             return _recognised(s, s.reconstruct(images.x, seeds, t, steps, images.cond))
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tiny import tiny_task
 
+from raysweep.auditing.objectives import Objectives
 from raysweep.auditing.verdict import Verdict
 from raysweep.config.reader import load
 from raysweep.registry import FAMILIES
@@ -43,6 +44,26 @@ def row(trial: str, residue: float, damage: float, half: float = 0.02, **more: A
         common |= {"probe_residue": residue, "probe_damage": damage, "on_front": True, "on_method_front": True}
         common |= {"p_dominated": 0.0, "audits": 1, "hyperparameters": {"steps": 8}}
     return FrontRow(**common | more)
+
+
+def placed(residue: float, damage: float, half: float = 0.02) -> Objectives:
+    """A model's place on the scales, with 95 % intervals of plus and minus `half`."""
+    return Objectives(
+        residue=residue,
+        residue_se=half / 2,
+        residue_lo=max(0.0, residue - half),
+        residue_hi=residue + half,
+        residue_upper=residue + half,
+        damage=damage,
+        damage_se=half / 2,
+        damage_lo=max(0.0, damage - half),
+        damage_hi=damage + half,
+        over_forgetting=0.0,
+        validity=1.0,
+        views={"reconstruction.correlation": residue},
+        uncut=np.array([residue, damage]),
+        replicates=np.tile([residue, damage], (3, 1)),
+    )
 
 
 def trial(name: str, state: str = "COMPLETE", **more: Any) -> Trial:

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from finished import placed
 from tiny import tiny_model, tiny_task
 
 from evaluators.judge import train_judge
 from raysweep.auditing import card
 from raysweep.auditing.auditor import Auditor
 from raysweep.auditing.card import Card, Code, ModelFolder, TaskFolder
-from raysweep.auditing.objectives import Placement
 from raysweep.auditing.request import AuditRequest
 from raysweep.auditing.verdict import Verdict
 from raysweep.auditing.verify import verify
@@ -70,7 +70,7 @@ def written(tmp_path) -> Path:
         created_at="2026-01-01T00:00:00+0000",
         answer=("It has not forgotten.",),
         asked="Has it forgotten?",
-        objectives=Placement(1, 0, 0.1, 0.1, 0, 1, {"reconstruction.correlation": 1}),
+        objectives=placed(1.0, 0.0).placement(),
         verdict=Verdict(label="remembers", by=("no attack (+1.00)",), tested=1),
         findings=tuple(card.findings_of(request.rows_path, None, "audit")),
         untested=(),

@@ -161,7 +161,7 @@ def test_rounds_are_averaged_before_the_worst_view_is_taken_and_keep_the_spread_
 def test_a_view_that_the_base_does_not_show_is_scaled_by_another():
     def model(altered, correlation):
         values = {
-            "altered.presence": altered,
+            "altered.presence@mirror": altered,
             "reconstruction.correlation": correlation,
             "f.frechet": 2.0,
             VALIDITY: 0.9,
@@ -172,14 +172,14 @@ def test_a_view_that_the_base_does_not_show_is_scaled_by_another():
     destroyed = model(0.0, 0.0)
     destroyed.values["f.frechet"], destroyed.replicates["f.frechet"] = 32.0, np.full(10, 32.0)
     anchors = Anchors(model(0.3, 1.0), oracles, destroyed)
-    views = assess_views(anchors, ("altered.presence", "reconstruction.correlation"))
-    assert [v.metric for v in views] == ["altered.presence", "reconstruction.correlation"]
+    views = assess_views(anchors, ("altered.presence@mirror", "reconstruction.correlation"))
+    assert [v.metric for v in views] == ["altered.presence@mirror", "reconstruction.correlation"]
     assert all(v.informative for v in views)
     mirrored = objectives(model(0.8, 0.0), anchors, views, "f.frechet", VALIDITY)
-    assert mirrored.views["altered.presence"] == pytest.approx(0.5, abs=0.02)
+    assert mirrored.views["altered.presence@mirror"] == pytest.approx(0.5, abs=0.02)
     assert mirrored.residue_lo > 0
     with pytest.raises(Unmeasured, match=r"reconstruction\.correlation, does not separate"):
-        assess_views(anchors, ("altered.presence",))
+        assess_views(anchors, ("altered.presence@mirror",))
 
 
 def test_the_searchs_optimism_is_a_number():

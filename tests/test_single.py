@@ -6,14 +6,13 @@ import json
 from html import unescape
 from pathlib import Path
 
-import numpy as np
 import pytest
+from finished import placed
 from tiny import tiny_task
 
 from raysweep.auditing import card
 from raysweep.auditing.anchors import View
 from raysweep.auditing.card import ModelFolder
-from raysweep.auditing.objectives import Objectives
 from raysweep.auditing.request import AuditRequest
 from raysweep.auditing.untested import untested
 from raysweep.auditing.verdict import Verdict
@@ -50,7 +49,7 @@ def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, folder_na
         prepared={},
         cache=str(tmp_path),
     )
-    result = Objectives(0.1, 0.2, 0.01, 0.01, 0.0, 1.0, {}, np.zeros((3, 2)))
+    result = placed(0.1, 0.2)
     cards = {}
     for digest in ("1" * 16, "2" * 16):  # two folders of one name
         model = tmp_path / digest / folder_name
@@ -61,7 +60,9 @@ def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, folder_na
                 (table := folder.path / kind / f"{request.key}.parquet").parent.mkdir(parents=True, exist_ok=True)
                 table.write_bytes(b"")
         models = {n: ModelFolder(*pair) for n, pair in ({name: (str(model), digest)} | ANCHORS).items()}
-        path = write_card(sweep, tiny_task(), context, requests, result, [UNUSED], models, ["loss on oracle-0"])
+        path = write_card(
+            sweep, tiny_task(), context, requests, result, [result], [UNUSED], models, ["loss on oracle-0"]
+        )
         content, page = json.loads(path.read_text()), unescape(path.with_name("card.html").read_text())
         models = content["models"]
         expected = untested(tiny_task(), dict.fromkeys(requests, TIER), [], [UNUSED], oracles=1)

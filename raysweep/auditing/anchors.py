@@ -12,9 +12,9 @@ from raysweep.auditing.terms import Measured, term
 
 INFORMATIVE = 4.0  # least difference of base and oracles, in standard errors, for a view to count
 ORACLES = 3  # fewest oracles whose spread is known well enough for narrow intervals
+ALTERED = tuple(f"altered.presence@{alteration}" for alteration in ("mirror", "negative", "shift", "crop"))
 # Side of the oracles on which models with the forgotten data lie; other metrics have no known side.
-KNOWS = {
-    "altered.presence": 1,
+KNOWS = dict.fromkeys(ALTERED, 1) | {
     "classifier.leak": 1,
     "classifier.recognised": 1,
     "contrast.forget_similarity": 1,
@@ -26,7 +26,7 @@ KNOWS = {
     "relearning.presence": 1,
 }
 # Views on which the base is like the oracles; their unit is the distance of base and oracles on another view.
-SCALED_BY = {"altered.presence": "reconstruction.correlation"}
+SCALED_BY = dict.fromkeys(ALTERED, "reconstruction.correlation")
 
 Values = Mapping[str, float]
 

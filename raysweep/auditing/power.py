@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raysweep.auditing.anchors import INFORMATIVE, View, knows_less
+from raysweep.auditing.anchors import ALTERED, INFORMATIVE, View, knows_less
 from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.registry import checks_by_weights, names, resolve, suggest, unserved
 from raysweep.tasks.task import Task
@@ -37,7 +37,7 @@ DECIDED_BY: dict[str, str | None] = {
     "questions.forget_accuracy": None,
     "questions.retain_error": None,
     "reconstruction.correlation": "noises",
-}
+} | dict.fromkeys(ALTERED, "noises")
 
 MOST_SAMPLES = 2**30  # that are considered
 AFFORDABLE = 30.0  # largest factor by which the advice may raise a number of samples

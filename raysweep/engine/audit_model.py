@@ -77,9 +77,10 @@ def audit_model(model: Path, sweep: Sweep, events: Events) -> tuple[Path, Card]:
         anchors, views = context.load_anchors("audit")
         measured = load_measured(folder.path, keys["audit"])
         result = objectives(measured, anchors, views, task.quality, task.validity)
+        floor = noise_floor(anchors, views, task.quality, task.validity)
         write_paired(folder, context, {name: keys["audit"]}, {})
         models = {n: _described(m) for n, m in ({name: audited} | anchors_by_name).items()}
-        path = write_card(sweep, task, context, requests, result, views, models, incomplete)
+        path = write_card(sweep, task, context, requests, result, floor, views, models, incomplete)
         folder.update(state="incomplete" if incomplete else "done", incomplete=incomplete)
     return path, card.read(path)
 
@@ -117,18 +118,17 @@ def write_card(
     context: Context,
     requests: dict[str, AuditRequest],
     result: Objectives,
+    floor: list[Objectives],
     views: list[View],
     models: dict[str, ModelFolder],
     incomplete: list[str],
 ) -> Path:
     """Writes the audit card of one model from the tables that its audits left in the run.
 
-    requests: tier -> its audit. views: of the task, as the anchors were measured in them. models: the audited model, the base
+    requests: tier -> its audit. floor: the oracles, each placed by the others. views: of the task, as the anchors were measured in them. models: the audited model, the base
     and the oracles, by name. incomplete: checks that failed.
     """
     folder, request = context.folder, requests["audit"]
-    anchors, views = context.load_anchors("audit")
-    oracles = noise_floor(anchors, views, task.quality, task.validity)
     verdict = verdict_of(folder, request.subject, {tier: r.key for tier, r in requests.items()}, context)
     findings = _findings(folder, task, requests)
     checks = sorted({f.check for f in findings})
@@ -139,7 +139,7 @@ def write_card(
             f"{in_words('residue', result.residue, result.residue_lo, result.residue_hi).capitalize()} (0 like a model that never saw "
             f"the forgotten data, 1 like the base), {in_words('damage', result.damage, result.damage_lo, result.damage_hi)} (0 like "
             "the oracles, 1 like a destroyed model).",
-            floor_in_words([(oracle.residue, oracle.damage) for oracle in oracles]),
+            floor_in_words([(oracle.residue, oracle.damage) for oracle in floor]),
             f"Under attack: {verdict.sentence()}.",
         ),
         asked=_question(sweep, task, request),

@@ -36,7 +36,17 @@ class ObjectiveMetrics:
 
 # By what a diffusion model forgets (a concept counts as a class), or by the kind of contrastive model.
 OBJECTIVES = {
-    "points": ObjectiveMetrics(("reconstruction.correlation", "denoising.forget_log_loss", "generation.rate")),
+    "points": ObjectiveMetrics(
+        (
+            "reconstruction.correlation",
+            "denoising.forget_log_loss",
+            "generation.rate",
+            "altered.presence@mirror",
+            "altered.presence@negative",
+            "altered.presence@shift",
+            "altered.presence@crop",
+        )
+    ),
     "class": ObjectiveMetrics(("classifier.recognised", "classifier.leak", "relearning.presence")),
     "contrastive": ObjectiveMetrics(
         ("contrast.recognised", "contrast.forget_similarity"), "contrast.retain_loss", "contrast.validity"
