@@ -151,6 +151,11 @@ class Context:
         """The audits of the base and the oracles, the controls of an attack."""
         return {n: r for n, r in self.anchor_requests(tier_name, tier).items() if n != "destroyed"}
 
+    def anchor_keys(self, tier_name: str) -> dict[str, str]:
+        """Keys of the audits of a tier's anchors, by subject."""
+        keys: dict[str, str] = json.loads(self.folder.anchors(tier_name).read_text())["keys"]
+        return keys
+
     def load_anchors(self, tier_name: str) -> tuple[Anchors, list[View]]:
         """A tier's anchors and views, as `save_anchors` wrote them."""
         data = json.loads(self.folder.anchors(tier_name).read_text())

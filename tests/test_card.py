@@ -1,4 +1,4 @@
-"""Audit cards without Ray: written, read again, and verified against files and scores."""
+"""Audit cards: written, read again, and refused where they are none."""
 
 from __future__ import annotations
 
@@ -7,83 +7,46 @@ from pathlib import Path
 
 import pytest
 from finished import placed
-from tiny import tiny_model, tiny_task
 
-from evaluators.judge import train_judge
 from raysweep.auditing import card
-from raysweep.auditing.auditor import Auditor
-from raysweep.auditing.card import Card, Code, ModelFolder, TaskFolder
-from raysweep.auditing.request import AuditRequest
+from raysweep.auditing.card import Card, Code, Finding, ModelFolder, TaskFolder
 from raysweep.auditing.verdict import Verdict
-from raysweep.auditing.verify import verify
-from raysweep.config.schema import ConfigError, Tier
-from raysweep.models import families
-from raysweep.plugins import audit_code
-from raysweep.storage.cache import save_tensors
-from raysweep.storage.files import digest_state
+from raysweep.config.schema import ConfigError
+from raysweep.storage.schemas import ROWS, SCORES, read_table, write_table
 
-TIER = Tier(
-    seed=1,
-    judge="probe",
-    checks=("loss", "denoising"),
-    groups=5,
-    samples=20,
-    class_samples=20,
-    noises=5,
-    loss_noises=6,
-    loss_images=4,
-    timesteps=3,
-    membership_images=8,
-    membership_noises=1,
-    membership_t=(50,),
-)
+FINDING = Finding("audit", "loss", "auc", 0.6, 0.5, 0.7, 20, "DeLong", "target", "ok", "")
 
 
 @pytest.fixture
 def written(tmp_path) -> Path:
-    """The folder of the card of a tiny model that an auditor has measured."""
-    task, base, judge_file = tiny_task(), tmp_path / "base", tmp_path / "judge.safetensors"
-    (tmp_path / "task").mkdir()
-    task.save(tmp_path / "task")
-    tiny_model(task).save(base)
-    split = task.splits["judge_probe"]
-    judge = train_judge(split.x, split.groups, 0, 20).state_dict()
-    save_tensors(judge_file, judge)
-    digest = families.load(base).digest
-    request = AuditRequest(
-        subject="base",
-        method="",
-        model=str(base),
-        digest=digest,
-        tier_name="audit",
-        tier=TIER,
-        judge=str(judge_file),
-        judge_digest=digest_state(judge),
-        task=str(tmp_path / "task"),
-        task_digest=task.digest,
-        run=str(tmp_path / "run"),
-        anchors=(("base", str(base), digest),),
-    )
-    assert Auditor.__ray_metadata__.modified_class().measure(request)["failed"] == []
+    """The folder of a card with the tables of one anchor."""
     content = Card(
-        subject="base",
+        subject="mine@0",
         created_at="2026-01-01T00:00:00+0000",
         answer=("It has not forgotten.",),
         asked="Has it forgotten?",
         objectives=placed(1.0, 0.0).placement(),
-        verdict=Verdict(label="remembers", by=("no attack (+1.00)",), tested=1),
-        findings=tuple(card.findings_of(request.rows_path, None, "audit")),
+        verdict=Verdict(
+            **dict.fromkeys(Verdict.__dataclass_fields__, 1) | {"label": "remembers", "by": ("no attack",)}
+        ),
+        findings=(FINDING,),
         untested=(),
         incomplete=(),
-        tiers={"audit": TIER.model_dump(mode="json")},
-        models={"base": ModelFolder(str(base), digest)},
-        task=TaskFolder("tiny", task.digest, str(tmp_path / "task")),
-        judge_digest=request.judge_digest,
-        code=Code("1", "commit", audit_code(TIER.checks)),
-        versions={},
+        tiers={},
+        models={"mine@0": ModelFolder("/m", "0", ("fp16-0",), ("README.md",)), "base": ModelFolder("/b", "1")},
+        task=TaskFolder("tiny", "0", "/nowhere"),
+        judge_digest="",
+        code=Code("1", "commit", "0"),
+        versions={"raysweep": "1"},
     )
-    tables = {"audit-rows.parquet": request.rows_path, "audit-scores.parquet": request.scores_path}
-    return card.write(tmp_path / "card", content, tables, judge_file).parent
+    rows, scores = tmp_path / "rows.parquet", tmp_path / "scores.parquet"
+    write_table(rows, [], ROWS)
+    units = [{"subject": "base", "tier": "audit", "unit": 0, "values": [0.5], "shape": []}]
+    write_table(scores, [unit | {"score": name} for unit in units for name in ("loss.mean", "strip.samples")], SCORES)
+    folder = tmp_path / "card"
+    folder.mkdir()
+    (folder / "audit-rows-oracle-7.parquet").write_bytes(b"of an earlier card")
+    return card.write(folder, content, {"audit-rows.parquet": rows}, None, {"base": (rows, scores)}).parent
 
 
 def edit(folder: Path, change) -> None:
@@ -94,37 +57,28 @@ def edit(folder: Path, change) -> None:
     (folder / card.CARD).write_text(json.dumps(content))
 
 
-def test_a_card_verifies_and_each_change_is_detected(written):
-    lines = verify(written)
-    assert all(line.holds for line in lines), lines
-    assert {"model base", "judge", "task", "audit: loss", "audit: denoising"} <= {line.what for line in lines}
-    assert card.read(written).content_digest == card.read(written).digest
-    stated = card.read(written).findings[0]
-
-    def forge(content):
-        content["findings"][0]["value"] = stated.value + 0.1
-
-    edit(written, forge)
-    wrong = [line for line in verify(written) if line.holds is False]
-    assert [line.what for line in wrong] == [f"audit: {stated.check}"]
-    assert repr(stated.value + 0.1) in wrong[0].detail
-    (written / "audit-scores.parquet").write_bytes(b"")
-    assert "audit-scores.parquet" in [line.what for line in verify(written) if line.holds is False]
+def test_a_card_is_read_as_it_was_written(written):
+    content = card.read(written)
+    assert content == card.read(written / card.CARD)
+    assert content.findings == (FINDING,)
+    assert content.models["mine@0"] == ModelFolder("/m", "0", ("fp16-0",), ("README.md",))
+    assert content.digest == content.content_digest
+    page = (written / card.PAGE).read_text()
+    assert page == card.page(content)
+    assert "not read: README.md" in page
 
 
-def test_missing_parts_are_unknown_and_not_wrong(written, tmp_path):
-    (tmp_path / "base").rename(tmp_path / "moved")
-    (tmp_path / "task").rename(tmp_path / "data")
-    by_name = {line.what: line.holds for line in verify(written)}
-    assert (by_name["model base"], by_name["task"]) == (None, None)
-    assert "audit: loss" not in by_name
-    assert {line.what: line.holds for line in verify(written, tmp_path / "data")}["audit: loss"]
+def test_tables_of_anchors_lie_beside_it_without_pictures_and_without_old_ones(written):
+    tables = {"audit-rows.parquet", "audit-rows-base.parquet", "audit-scores-base.parquet"}
+    assert set(card.read(written).files) == tables
+    assert {p.name for p in written.iterdir()} == {*tables, card.CARD, card.PAGE}
+    assert read_table(written / "audit-scores-base.parquet", SCORES)["score"].to_pylist() == ["loss.mean"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(card=2), "not a card of this version of raysweep"),
+        (lambda content: content.update(card=7), "not a card of this version of raysweep"),
         (lambda content: content.pop("verdict"), "verdict: Field required"),
         (lambda content: content["findings"][0].update(value="high"), r"findings\.0\.value"),
     ],

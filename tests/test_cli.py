@@ -26,8 +26,9 @@ SURFACE = {
     "run": ["CONFIG", "OVERRIDES", "--dry-run"],
     "shadows": ["RUN", "TRIAL", "--models", "--json"],
     "show": ["SUBJECTS", "--json"],
+    "sign": ["CARD", "--key"],
     "status": ["RUN", "--json"],
-    "verify": ["CARD", "--task", "--json"],
+    "verify": ["CARD", "--task", "--signature-key", "--json"],
     "validate": ["CONFIG", "OVERRIDES", "--json"],
 }
 

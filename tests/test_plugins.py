@@ -13,13 +13,14 @@ from small import log, start
 from tiny import ROOT, tiny_task
 
 from raysweep import plugins
-from raysweep.auditing.card import Finding
-from raysweep.auditing.verify import compare_code, recompute
+from raysweep.auditing.request import AuditRequest
 from raysweep.cli import main
 from raysweep.config.reader import load
-from raysweep.config.schema import AuditConfig, ConfigError
+from raysweep.config.schema import AuditConfig, ConfigError, Tier
 from raysweep.engine.checks import resolve_sweep
 from raysweep.registry import PluginError, UnknownName, names, resolve
+from raysweep.results.recompute import Audit, Recomputer
+from raysweep.results.verify import compare_code
 from raysweep.rundir import RunDir
 from raysweep.storage.schemas import ROWS, SCORES, TRIALS, read_table, write_table
 from raysweep.tasks.base import StoredTask
@@ -242,12 +243,14 @@ def test_a_card_with_checks_of_a_missing_package_says_so(installed, monkeypatch)
 def test_the_numbers_of_checks_that_are_not_here_are_not_recomputed(tmp_path):
     """The card of a model that is its own judge, so that none lies beside it."""
     settings = AuditConfig().audit.model_dump(mode="json") | {"checks": ["brightness"]}
-    finding = Finding("audit", "brightness", "mean", 1.0, None, None, 20, "none", "target", "ok", "")
-    scores = tmp_path / "scores.parquet"
-    write_table(scores, [], SCORES)
-    (only,) = recompute("audit", settings, [finding], scores, tiny_task(), None)
-    assert (only.what, only.holds) == ("audit: brightness", None)
-    assert "'brightness' is not a known evaluator" in only.detail
+    tier = Tier.model_validate(settings, context={"stored": True})
+    request = AuditRequest("m", "", None, "digest", "audit", tier, "", "", "task", "digest", str(tmp_path))
+    audit = Audit(request, tmp_path / "rows.parquet", tmp_path / "scores.parquet")
+    write_table(audit.rows, [], ROWS)
+    write_table(audit.scores, [], SCORES)
+    again = Recomputer(tiny_task(), None).rows(audit)
+    assert again.rows == {"brightness": []}
+    assert "'brightness' is not a known evaluator" in again.unknown["brightness"]
 
 
 def test_a_stored_task_without_its_package_says_what_is_missing():

@@ -20,10 +20,12 @@ from raysweep.config.reader import load
 from raysweep.config.schema import Tier
 from raysweep.context import Context
 from raysweep.engine import audit_model as single
-from raysweep.engine.audit_model import audit_model, subject_name, write_card
+from raysweep.engine.audit_model import audit_model, subject_name
 from raysweep.engine.cluster import RunFailed
 from raysweep.engine.events import Silent
 from raysweep.models.identity import Identity
+from raysweep.results import cards
+from raysweep.results.cards import write_card
 from raysweep.rundir import RunDir
 
 TIER = Tier(seed=1, judge="audit")
@@ -33,9 +35,9 @@ ANCHORS = {"base": ("/models/base", "b" * 16), "oracle-0": ("/models/o0", "0" * 
 
 @pytest.mark.parametrize("folder_name", ["base", "oracle-0", "destroyed", "mine"])
 def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, folder_name):
-    monkeypatch.setattr(single, "verdict_of", lambda *_: Verdict(label="not tested"))
+    monkeypatch.setattr(cards, "verdict_of", lambda *_: Verdict(label="not tested"))
     monkeypatch.setattr(card, "findings_of", lambda *_: [])
-    sweep, folder = load(None, (f"storage={tmp_path}",)), RunDir(tmp_path / "run")
+    folder = RunDir(tmp_path / "run")
     context = Context(
         run=str(folder.path),
         run_id="r",
@@ -50,7 +52,8 @@ def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, folder_na
         cache=str(tmp_path),
     )
     result = placed(0.1, 0.2)
-    cards = {}
+    context.save_anchors("audit", {}, [])
+    written = {}
     for digest in ("1" * 16, "2" * 16):  # two folders of one name
         model = tmp_path / digest / folder_name
         name = subject_name(model, digest)
@@ -61,7 +64,7 @@ def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, folder_na
                 table.write_bytes(b"")
         models = {n: ModelFolder(*pair) for n, pair in ({name: (str(model), digest)} | ANCHORS).items()}
         path = write_card(
-            sweep, tiny_task(), context, requests, result, [result], [UNUSED], models, ["loss on oracle-0"]
+            False, tiny_task(), context, requests, result, [result], [UNUSED], models, ["loss on oracle-0"]
         )
         content, page = json.loads(path.read_text()), unescape(path.with_name("card.html").read_text())
         models = content["models"]
@@ -70,8 +73,8 @@ def test_a_folder_may_be_called_as_an_anchor_is(tmp_path, monkeypatch, folder_na
         assert "The view loss.auc is not part of the residue: base and oracle are both 0.5." in expected
         assert all(line in page for line in content["untested"])
         assert {n: (m["folder"], m["digest"]) for n, m in models.items()} == ANCHORS | {name: (str(model), digest)}
-        cards[digest] = (name, path, *(r.key for r in requests.values()))
-    one, other = cards.values()
+        written[digest] = (name, path, *(r.key for r in requests.values()))
+    one, other = written.values()
     assert not set(one) & set(other)
 
 

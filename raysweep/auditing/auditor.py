@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from evaluators import statistics
 from raysweep.auditing.request import Answer, AuditRequest
-from raysweep.auditing.terms import columns_of
 from raysweep.storage.files import StoreError, digest_of, write_bytes
 from raysweep.storage.recent import Recent
 from raysweep.storage.schemas import ROWS, SCORES, read_table, write_table
@@ -128,10 +126,10 @@ class Auditor:
         return subject(families.load(request.model).to(_device()))
 
     def _measure(self, request: AuditRequest) -> Answer:
-        from raysweep.auditing.measure import measure
+        from raysweep.auditing.measure import measure, table_rows
 
         result = measure(self.subject(request), request.tier)
-        rows = _table_rows(request, result)
+        rows = table_rows(request, result)
         failed = sorted({r["check"] for r in rows if r["status"] == "failed"})
         write_table(request.scores_path, _table_scores(request, result), SCORES)
         write_table(request.rows_path, rows, ROWS)
@@ -175,30 +173,6 @@ class Auditor:
                     save_tensors(path, {"array": torch.from_numpy(array)})
             arrays[name] = array
         return arrays[name]
-
-
-def _table_rows(request: AuditRequest, result: Measurement) -> list[dict[str, Any]]:
-    """Rows of `ROWS`."""
-    common = {
-        "subject": request.subject,
-        "method": request.method,
-        "subject_digest": request.digest,
-        "tier": request.tier_name,
-        "paired_with": "",
-        "level": statistics.LEVEL,
-        "seed": request.tier.seed,
-        "judge_digest": request.judge_digest,
-        "task_digest": request.task_digest,
-        "tier_digest": request.tier.digest,
-    }
-    rows = []
-    for metric in result.rows:
-        fields = asdict(metric)
-        name = fields.pop("name")
-        del fields["comparison"]
-        fields |= columns_of(metric.comparison)
-        rows.append(common | fields | {"metric": name, "replicates": result.replicates.get(f"{metric.check}.{name}")})
-    return rows
 
 
 def _table_scores(request: AuditRequest, result: Measurement) -> list[dict[str, Any]]:

@@ -1,18 +1,18 @@
 """Audit cards: one page about one model, with everything that is needed to check it again. No Ray.
 
-A card is a folder. `card.json` and `card.html` state what was asked, measured and not tested; the tables beside them contain
-every score per sample, and `judge.safetensors` the judge. `verify` recomputes each number from the scores and compares all
-hashes, so a changed number or file is detected.
+A card is a folder. `card.json` and `card.html` state what was asked, measured and not tested; the tables beside them contain the
+rows and every score per sample of the model, the base, the oracles and the destroyed model, and `judge.safetensors` the judge.
+`raysweep.results.verify` compares all hashes and computes the card again from the scores.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,12 +20,13 @@ from raysweep.auditing.objectives import Placement
 from raysweep.auditing.verdict import Verdict
 from raysweep.config.schema import ConfigError
 from raysweep.storage.files import digest_of, write_bytes, write_json
-from raysweep.storage.schemas import ROWS, read_table
+from raysweep.storage.schemas import ROWS, SCORES, read_table, write_table
 
 CARD = "card.json"
 PAGE = "card.html"
 JUDGE = "judge.safetensors"
-VERSION = 1
+PICTURES = "strip."  # begins the names of scores that are pictures for people
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -146,23 +147,41 @@ def thresholds() -> dict[str, str]:
     }
 
 
-def write(folder: Path, card: Card, tables: dict[str, Path], judge: Path | None) -> Path:
-    """Writes a card and returns the path of its JSON; tables: name -> Parquet file to copy.
+def write(
+    folder: Path,
+    card: Card,
+    tables: Mapping[str, Path],
+    judge: Path | None,
+    anchors: Mapping[str, tuple[Path, Path]] | None = None,
+) -> Path:
+    """Writes a card and returns the path of its JSON.
 
+    tables: name -> Parquet file to copy. anchors: name of an anchor -> its rows and its scores; their pictures are left out.
     `files`, `thresholds` and `digest` are filled in.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [p for p in folder.glob("*") if p.suffix in (".parquet", ".safetensors")]:
+        path.unlink()  # of an earlier card with other anchors
     for name, source in tables.items():
         write_bytes(folder / name, source.read_bytes())
+    for name, (rows, scores) in (anchors or {}).items():
+        write_bytes(folder / anchor_table(name, "rows"), rows.read_bytes())
+        kept = [row for row in read_table(scores, SCORES).to_pylist() if not row["score"].startswith(PICTURES)]
+        write_table(folder / anchor_table(name, "scores"), kept, SCORES)
     if judge is not None:
         write_bytes(folder / JUDGE, judge.read_bytes())
     files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".parquet", ".safetensors")}
-    card = _parse(
-        json.dumps(replace(card, files=files, thresholds=thresholds()).plain())
-    )  # numbers as they are read again
+    whole = replace(card, files=files, thresholds=thresholds())
+    card = _parse(json.dumps(whole.plain(), sort_keys=True))  # numbers and the order of names as they are read again
     card = replace(card, digest=card.content_digest)
     write_bytes(folder / PAGE, page(card).encode())
     write_json(folder / CARD, card.plain())
     return folder / CARD
+
+
+def anchor_table(name: str, kind: Literal["rows", "scores"]) -> str:
+    """Name of the file with the rows or the scores of an anchor."""
+    return f"audit-{kind}-{name}.parquet"
 
 
 def read(path: Path) -> Card:

@@ -7,15 +7,18 @@ A check that raises becomes a row with status `failed` and its reason; one that 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from evaluators import statistics
 from evaluators.base import Evaluator, Inapplicable, Metric, Scores, Subject, without_group
 from evaluators.batches import Batches
 from evaluators.metrics import Status
+from raysweep.auditing.request import AuditRequest
+from raysweep.auditing.terms import columns_of
 from raysweep.config.schema import Tier
 from raysweep.models.noise import row_seeds
 from raysweep.registry import resolve, unserved
@@ -79,19 +82,19 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
     result = Measurement()
     for name in tier.checks_for(task):
         evaluator: Evaluator = resolve("evaluator", name)()
-        if task.kind not in evaluator.kinds or unserved(evaluator, task.family):
-            misfit = f"a task of kind {task.kind!r}" if task.kind not in evaluator.kinds else f"a {task.family} model"
-            result.rows += _absent(evaluator, "skipped", f"does not apply to {misfit}")
+        reason = misfit(evaluator, task)
+        if reason:
+            result.rows += absent(evaluator, "skipped", reason)
             continue
         halved = subject.batches.halved
         try:
             scores = evaluator.scores(subject)
             reduced = reduce(evaluator, scores, subject, tier.groups)
         except Inapplicable as error:
-            result.rows += _absent(evaluator, "skipped", str(error))
+            result.rows += absent(evaluator, "skipped", str(error))
             continue
         except Exception as error:  # any fault of a check must end up in the record, not end the audit
-            result.rows += _absent(evaluator, "failed", f"{type(error).__name__}: {error}")
+            result.rows += absent(evaluator, "failed", f"{type(error).__name__}: {error}")
             continue
         if subject.batches.halved > halved:
             note = f"memory ran out: batches of {subject.batches.size}"
@@ -114,6 +117,37 @@ def reduce(evaluator: Evaluator, scores: Scores, subject: Subject, groups: int) 
     return Reduced(evaluator.rows(scores, subject, replicates), values, replicates)
 
 
+def misfit(evaluator: Evaluator, task: Any) -> str:
+    """The reason why a check does not apply to a task; empty if it does."""
+    if task.kind not in evaluator.kinds:
+        return f"does not apply to a task of kind {task.kind!r}"
+    return f"does not apply to a {task.family} model" if unserved(evaluator, task.family) else ""
+
+
+def table_rows(request: AuditRequest, result: Measurement) -> list[dict[str, Any]]:
+    """The metrics of an audit as rows of `storage.schemas.ROWS`."""
+    common = {
+        "subject": request.subject,
+        "method": request.method,
+        "subject_digest": request.digest,
+        "tier": request.tier_name,
+        "paired_with": "",
+        "level": statistics.LEVEL,
+        "seed": request.tier.seed,
+        "judge_digest": request.judge_digest,
+        "task_digest": request.task_digest,
+        "tier_digest": request.tier.digest,
+    }
+    rows = []
+    for metric in result.rows:
+        fields = asdict(metric)
+        name = fields.pop("name")
+        del fields["comparison"]
+        fields |= columns_of(metric.comparison)
+        rows.append(common | fields | {"metric": name, "replicates": result.replicates.get(f"{metric.check}.{name}")})
+    return rows
+
+
 def _strips(subject: Subject, count: int) -> Scores:
     """Images for people: the first samples of each kind, and the forgotten image noised and rebuilt."""
     strips = {"strip.samples": subject.samples()[0][:count]}
@@ -130,7 +164,7 @@ def _strips(subject: Subject, count: int) -> Scores:
     return {name: images.float().numpy() for name, images in strips.items()}
 
 
-def _absent(evaluator: Evaluator, status: Status, reason: str) -> list[Metric]:
+def absent(evaluator: Evaluator, status: Status, reason: str) -> list[Metric]:
     """The main metrics of an evaluator that has no values."""
     return [
         Metric.absent(name, reason, status=status, direction=direction, check=evaluator.name)

@@ -18,7 +18,7 @@ def main(context: click.Context) -> None:
 
 for verb in (
     *(runs.run, runs.validate, runs.status, runs.report, runs.show),
-    *(audits.audit, audits.verify, audits.shadows),
+    *(audits.audit, audits.sign, audits.verify, audits.shadows),
     *(models.export, models.patch, models.convert, models.draw),
     *(setup.init, setup.list_, setup.doctor),
 ):

@@ -1,4 +1,4 @@
-"""Verbs that judge models: audit, verify, shadows."""
+"""Verbs that judge models: audit, sign, verify, shadows."""
 
 from __future__ import annotations
 
@@ -66,17 +66,36 @@ def audit(
 
 @click.command()
 @click.argument("card")
+@click.option("--key", type=click.Path(), required=True, help="Private key of an elliptic curve, in PEM format.")
+@reports_errors
+def sign(card: str, key: str) -> int:
+    """Sign an audit card with all files beside it, in the format of sigstore's model signing; needs no network.
+
+    openssl ecparam -name prime256v1 -genkey -noout -out KEY; openssl ec -in KEY -pubout -out PUBLIC_KEY
+    """
+    from raysweep.results.signing import sign as write_signature
+
+    click.echo(f"written {write_signature(Path(card), Path(key))}")
+    return OK
+
+
+@click.command()
+@click.argument("card")
 @click.option("--task", type=click.Path(), help="Folder of the task's data, if it is not where the card says.")
+@click.option("--signature-key", type=click.Path(), help="Public key; checks the card's signature, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @reports_errors
-def verify(card: str, task: str | None, as_json: bool) -> int:
-    """Check an audit card: its hashes, and every number, recomputed from the scores per sample.
+def verify(card: str, task: str | None, signature_key: str | None, as_json: bool) -> int:
+    """Check an audit card: its hashes and its models, and all that it says, computed again from the scores per sample.
 
-    Exit codes: 0 everything agrees, 1 something differs, 3 something could not be checked because its files are missing.
+    Exit codes: 0 everything agrees, 1 something differs, 3 something could not be checked, such as missing files.
     """
-    from raysweep.auditing.verify import verify as check
+    from raysweep.results.verify import signature
+    from raysweep.results.verify import verify as check
 
     lines = check(Path(card), None if task is None else Path(task))
+    if signature_key is not None:
+        lines.insert(0, signature(Path(card), Path(signature_key)))
     if as_json:
         print_json([vars(line) for line in lines])
     else:

@@ -20,7 +20,6 @@ import numpy as np
 from evaluators.attacks import lira_online
 from evaluators.statistics import auc_interval, clopper_pearson, t_interval
 from raysweep.auditing.request import scores_path
-from raysweep.auditing.verify import load_scores
 from raysweep.config.schema import ConfigError
 from raysweep.context import Context
 from raysweep.engine.audits import Audits
@@ -29,6 +28,7 @@ from raysweep.engine.cluster import RunFailed
 from raysweep.engine.engine import Engine
 from raysweep.engine.events import Events
 from raysweep.registry import resolve
+from raysweep.results.recompute import load_scores
 from raysweep.results.trials import Trial, trial_table
 from raysweep.rundir import RunDir
 from raysweep.storage.files import write_json
