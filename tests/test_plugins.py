@@ -36,7 +36,7 @@ audit:
   rounds: 1
   probe: {samples: 40, class_samples: 20, noises: 12, loss_noises: 10, loss_images: 2, timesteps: 4, groups: 10}
   audit: {samples: 60, class_samples: 20, noises: 20, loss_noises: 20, loss_images: 2, timesteps: 4,
-          checks: [brightness, classifier, brittle, denoising, fidelity, generation, reconstruction]}
+          checks: [altered, brightness, classifier, brittle, denoising, fidelity, generation, reconstruction]}
   finalists: 1
   durability: {checks: [planted], noises: 20}
 resources: {slots: 1, auditors: 1}
