@@ -55,8 +55,10 @@ class Ground:
 
     def __init__(self, *overrides: str):
         torch.set_num_threads(1)
-        self.sweep: Sweep = load(None, (*SEEDS, *overrides))
-        self.task: Task = self.sweep.task.build()
+        sweep = load(None, (*SEEDS, *overrides))
+        self.task: Task = sweep.task.build()
+        schedule = len(PixelDDPM.build(self.task.model, 0).alphas)
+        self.sweep: Sweep = sweep.with_drawn(sweep.audit.draw(schedule, self.task.sampling.get("steps")))
         self._prepared: dict[str, dict[str, torch.Tensor]] = {}
         self._models: dict[str, PixelDDPM] = {}
 
