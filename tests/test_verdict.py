@@ -77,7 +77,7 @@ def test_like_the_oracle_is_a_claim_of_equivalence():
         open_ = verdict(rows(relearned=0.05, se=se), REACH, 0.9, 0.9)
         assert open_.label == "undecided"
         assert open_.within > MARGIN
-        assert "may bring back up to" in open_.sentence()
+        assert f"an excess of up to {open_.within:.2f}" in open_.sentence()
     assert verdict(rows(relearned=0.3, se=0.2), REACH, 0.9, 0.9).label == "undecided"
     at_the_margin = verdict(rows(relearned=0.1, se=0.001), REACH, 0.9, 0.9)
     assert at_the_margin.label == "undecided"

@@ -86,7 +86,7 @@ FORGERIES: list[tuple[str, Change, str]] = [  # what is changed; how; what must 
         "model base",
     ),
     ("an oracle", lambda c: c["models"].pop("oracle-1"), "files of the card"),
-    ("the name of a model", move, "files of the card"),
+    ("the name of a model", move, "card"),
     ("the name of the task", lambda c: c["task"].update(name="other"), "card: task"),
     ("the hash of the task", lambda c: c["task"].update(digest="0" * 16), "task"),
     ("the folder of the task", lambda c: c["task"].update(folder="/nowhere"), "task"),

@@ -70,8 +70,8 @@ class Verdict:
             else:
                 remedy = "not even 50 oracles would decide"
             return (
-                f"undecided: no attack is shown to bring back more than the oracles, but {', '.join(self.by)} may bring back up to "
-                f"{within:.2f} above their mean (95 %, margin {MARGIN:g}); {remedy}"
+                f"undecided: nothing is shown to come back, but an excess of up to {within:.2f} above the mean of the oracles is possible "
+                f"({', '.join(self.by)}; 95 %, margin {MARGIN:g}); {remedy}"
             )
         return f"{self.label}: {', '.join(self.by)}"
 
