@@ -204,3 +204,19 @@ def test_resolved_config_reads_back(tmp_path):
     sweep = load(None, ("task=digits-class", "name=x"))
     path = write(tmp_path, yaml.safe_dump(sweep.resolved()))
     assert load(path).digest == sweep.digest
+
+
+@pytest.mark.parametrize(
+    ("most", "needed", "factor"),
+    [(4, None, None), (4, 2.2, 3), (4, 1.0, 2), (4, 4.0, 4), (4, 4.1, None), (1, 1.0, None)],
+)
+def test_attacks_are_repeated_only_where_that_decides_within_the_budget(most, needed, factor):
+    audit = load(None, (f"audit.attack_draws={most}", "audit.durability.seed=5")).audit
+    assert audit.repeat(needed) == factor
+    if factor:
+        _, tier = audit.more_draws(factor)
+        assert (tier.noises, tier.class_samples) == (
+            factor * audit.durability.noises,
+            factor * audit.durability.class_samples,
+        )
+        assert tier.seed != audit.durability.seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -274,6 +275,10 @@ class AuditConfig(Section):
             return "audit", self.audit
         seed = derive_seed("audit round", self.audit.seed, number)
         return f"audit-{number}", self.audit.model_copy(update={"seed": seed, "strips": 0})
+
+    def repeat(self, needed: float | None) -> int | None:
+        """The factor by which to raise the samples of attacks again, given the one that would decide a verdict; None for not at all."""
+        return max(2, math.ceil(needed)) if needed is not None and needed <= self.attack_draws > 1 else None
 
     def more_draws(self, factor: int) -> tuple[str, Tier]:
         """(name, tier) of the attacks with `factor` times the samples and noises, on new seeds."""

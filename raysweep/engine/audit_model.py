@@ -8,6 +8,7 @@ from pathlib import Path
 
 from raysweep.auditing import card
 from raysweep.auditing.card import Card, ModelFolder
+from raysweep.auditing.request import AuditRequest
 from raysweep.config.schema import Sweep
 from raysweep.context import Context
 from raysweep.engine.attempt import attempt
@@ -22,6 +23,7 @@ from raysweep.models import families
 from raysweep.models.contents import not_read
 from raysweep.models.identity import Identity
 from raysweep.results.cards import conclude
+from raysweep.results.front import verdict_of
 from raysweep.rundir import RunDir
 from raysweep.tasks.records import data_lines
 
@@ -65,11 +67,31 @@ def audit_model(model: Path, sweep: Sweep, events: Events) -> tuple[Path, Card]:
             keys, missing = running.collect()
             if set(keys) != set(requests):
                 raise RunFailed("; ".join(missing))
+            missing += _attack_again(engine, context, requests)
         incomplete += missing
         models = {n: _described(m) for n, m in ({name: audited} | anchors_by_name).items()}
         path = conclude(task, context, requests, models, bool(sweep.oracle_models), incomplete)
         folder.update(state="incomplete" if incomplete else "done", incomplete=incomplete)
     return path, card.read(path)
+
+
+def _attack_again(engine: Engine, context: Context, requests: dict[str, AuditRequest]) -> list[str]:
+    """Attacks the model once more if more samples, within `audit.attack_draws`, would decide its verdict; what failed.
+
+    These attacks take the place of the first in `requests`: tier -> audit.
+    """
+    first, settings = requests["durability"], engine.sweep.audit
+    verdict = verdict_of(context.folder, first.subject, {tier: r.key for tier, r in requests.items()}, context)
+    factor = settings.repeat(verdict.draws)
+    if factor is None or engine.task.model_kind == "contrastive":  # whose attacks draw nothing
+        return []
+    engine.events.say("attack", f"the verdict is undecided: once more, with {factor} times the samples and noises")
+    _, tier = settings.more_draws(factor)
+    requests["durability"] = replace(first, tier=tier)
+    keys, failed = Audits.start(engine, {"durability": requests["durability"]}).collect()
+    if not keys:
+        raise RunFailed("; ".join(failed))
+    return failed
 
 
 def _anchor_models(context: Context) -> dict[str, Identity]:

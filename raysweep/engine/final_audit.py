@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 
@@ -106,10 +105,10 @@ class FinalAudit:
             elif front.verdicts[name].label == "not tested":
                 front.gaps[name] = "no attack gave a result on it"
         settings = self.engine.sweep.audit
-        factors = {name: v.draws for name, v in front.verdicts.items() if v.draws is not None}
-        again = {name: math.ceil(draws) for name, draws in factors.items() if draws <= settings.attack_draws}
+        factors = {name: settings.repeat(v.draws) for name, v in front.verdicts.items()}
+        again = {name: factor for name, factor in factors.items() if factor is not None}
         if again and self.engine.task.model_kind != "contrastive":  # whose attacks draw nothing
-            self._attack(front, list(again), *settings.more_draws(max(2, *again.values())))
+            self._attack(front, list(again), *settings.more_draws(max(again.values())))
         for name in finalists:
             if name in front.verdicts:
                 self.engine.events.say("verdict", f"{name}  {front.verdicts[name].sentence()}")

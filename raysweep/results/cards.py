@@ -54,9 +54,9 @@ def write_card(
 ) -> Path:
     """Writes the audit card of one model from the tables that its audits left in the run.
 
-    given: whether the user gave the oracles. requests: tier -> its audit. floor: the oracles, each placed by the
-    others. views: of the task, as the anchors were measured
-    in them. models: the audited model, the base and the oracles, by name. incomplete: checks that failed.
+    given: whether the user gave the oracles. requests: tier -> its audit. floor: the oracles, each placed by the others. views: of the
+    task, as the anchors were measured in them. models: the audited model, the base and the oracles, by name. incomplete: checks that
+    failed.
     """
     folder, request = context.folder, requests["audit"]
     verdict = verdict_of(folder, request.subject, {tier: r.key for tier, r in requests.items()}, context)
