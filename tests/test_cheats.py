@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from evaluators.tampering import changed, fine_tuned, quantised
 from raysweep.auditing.anchors import Anchors, assess_views
 from raysweep.auditing.measure import measure, subject_of
 from raysweep.auditing.objectives import objectives
-from raysweep.auditing.terms import Measured
+from raysweep.auditing.terms import Measured, columns_of
 from raysweep.auditing.verdict import verdict
 from raysweep.config import draws
 from raysweep.config.schema import Tier
@@ -41,6 +41,7 @@ SIZES = {
 PROBE = Tier(seed=1, judge="probe", **SIZES)
 AUDIT = Tier(seed=2, judge="audit", **SIZES)
 ATTACK = Tier(seed=3, judge="audit", checks=attacks(), relearn_steps=(10,), inversion_steps=20, **SIZES)
+ORACLES = 4
 REACH = {name: reach_of(name) for name in attacks()}
 
 
@@ -54,7 +55,7 @@ class Court:
             for k, name in enumerate(("probe", "audit"))
         }
         self.models = {"base": trained(task, "train")}
-        self.models |= {f"oracle-{k}": trained(task, "retain", seed=k + 1) for k in range(2)}
+        self.models |= {f"oracle-{k}": trained(task, "retain", seed=k + 1) for k in range(ORACLES)}
         self.destroyed = self.models["base"].fresh(7)
         self.peers = {}
 
@@ -79,7 +80,8 @@ class Court:
         """The model's residue and damage."""
         models = self.models | {"destroyed": self.destroyed}
         values = {name: self._values(m, tier) for name, m in models.items()}
-        anchors = Anchors(values["base"], (values["oracle-0"], values["oracle-1"]), values["destroyed"])
+        oracles = tuple(v for name, v in values.items() if name.startswith("oracle"))
+        anchors = Anchors(values["base"], oracles, values["destroyed"])
         views = assess_views(anchors, self.task.views)
         return objectives(self._values(model, tier), anchors, views, self.task.quality, self.task.validity)
 
@@ -89,7 +91,8 @@ class Court:
 
     def verdict(self, model):
         """The verdict by all attacks."""
-        rows = [{**asdict(r), "metric": r.name, "paired_with": ""} for r in self.measured(model, ATTACK).rows]
+        measured = self.measured(model, ATTACK).rows
+        rows = [vars(r) | {"metric": r.name, "paired_with": ""} | columns_of(r.comparison) for r in measured]
         validity = [self.measured(m, AUDIT).values["classifier.validity"] for m in (model, self.models["oracle-0"])]
         return verdict(rows, REACH, *validity)
 
