@@ -1,4 +1,4 @@
-"""Marks the settings on which no result depends, and names the time limits."""
+"""Marks the settings on which no result depends; names the time limits; the fewest oracles that show their spread."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ ASIDE = "aside"
 # Settings that limit the time of a trial or an audit.
 BUDGET = "train.budget_s"
 TIMEOUT = "audit.timeout_s"
+
+ORACLES = 3  # fewest oracles whose spread is known well enough for useful intervals
 
 
 def asides(model: BaseModel) -> dict[str, Any]:

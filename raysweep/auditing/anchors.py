@@ -11,7 +11,6 @@ import numpy as np
 from raysweep.auditing.terms import Measured, term
 
 INFORMATIVE = 4.0  # least difference of base and oracles, in standard errors, for a view to count
-ORACLES = 3  # fewest oracles whose spread is known well enough for narrow intervals
 ALTERED = tuple(f"altered.presence@{alteration}" for alteration in ("mirror", "negative", "shift", "crop"))
 # Side of the oracles on which models with the forgotten data lie; other metrics have no known side.
 KNOWS = dict.fromkeys(ALTERED, 1) | {

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from raysweep.auditing.anchors import ORACLES, SCALED_BY, Anchors, Unmeasured, Values, View, check_scale, ends_of_damage
+from raysweep.auditing.anchors import SCALED_BY, Anchors, Unmeasured, Values, View, check_scale, ends_of_damage
 from raysweep.auditing.terms import Measured, Term, mean_over_rounds, term
+from raysweep.settings import ORACLES
 
 TINY = 1e-12  # of a Frechet distance, whose logarithm is taken
 

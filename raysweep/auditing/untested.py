@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 from raysweep.auditing.informative import LEAST, measured
 from raysweep.config.schema import Tier
 from raysweep.registry import EVALUATORS, RegistryError, attacks, checks_by_weights, names, reach_of, resolve, unserved
+from raysweep.settings import ORACLES
 
 KINDS = frozenset({"points", "class", "concept"})
-SPREAD = 3  # oracles from which a spread can be estimated with some confidence
 
 
 class TaskFacts(Protocol):
@@ -250,7 +250,7 @@ def not_implemented(task: TaskFacts) -> list[str]:
 
 def few_oracles(oracles: int | None) -> list[str]:
     """A sentence if there are too few oracles to know how much they differ."""
-    if oracles is None or oracles >= SPREAD:
+    if oracles is None or oracles >= ORACLES:
         return []
     if oracles < 2:
         return ["The oracle is one retrained model, so how much oracles differ from one another is not known."]

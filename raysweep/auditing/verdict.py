@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evaluators.oracles import Comparison
-from raysweep.auditing.anchors import ORACLES
 from raysweep.auditing.terms import comparison_of
+from raysweep.settings import ORACLES
 
 MARGIN = 0.1  # excess over the oracles that counts as bringing back more
 RATE = 0.05  # of false discoveries

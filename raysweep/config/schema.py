@@ -14,7 +14,7 @@ from raysweep.config import presets
 from raysweep.config.sections import ResourceConfig, SearchConfig, Section, TrainConfig, is_stored
 from raysweep.config.tiers import AuditConfig, Drawn, Tier
 from raysweep.registry import UnknownName, names, resolve, suggest
-from raysweep.settings import ASIDE, BUDGET, TIMEOUT, asides
+from raysweep.settings import ASIDE, BUDGET, ORACLES, TIMEOUT, asides
 from raysweep.storage.places import Place
 from raysweep.storage.texts import dump_yaml
 from raysweep.tasks.base import StoredTask, TaskSettings
@@ -134,10 +134,14 @@ class Sweep(Section):
         """Non-fatal problems, to display."""
         texts = list(getattr(self.task, "warnings", ()))
         count = len(self.oracle_models) or self.oracles
-        if count == 1:
+        if count < ORACLES:
             key = "oracle_models" if self.oracle_models else "oracles"
             texts.append(
-                f"{key}: one oracle alone does not show how far oracles differ from each other; two or more do"
+                f"{key}: one oracle alone does not show how far oracles differ from each other, so no model can be shown to be like them; "
+                f"{ORACLES} or more do"
+                if count == 1
+                else f"{key}: {count} oracles hardly show how far oracles differ from each other, so intervals are very wide; {ORACLES} or "
+                "more give useful ones"
             )
         return texts
 
