@@ -76,7 +76,7 @@ def test_failures_and_skips_are_stated_with_their_reasons(monkeypatch):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr("evaluators.denoising.Denoising.values", broken)
-    task, audit = tiny_task(), load(None, ()).audit.audit
+    task, audit = tiny_task(), load(None, ("audit.audit.seed=2",)).audit.audit.in_force(1000, 4)
     tier = audit.model_copy(
         update={"checks": ("denoising", "lira", "loss", "per_class"), "membership_t": (50,), "membership_noises": 1}
     )
