@@ -161,3 +161,23 @@ def test_incomplete_folders_are_refused(folder, tmp_path):
         (foreign / f"{part}tokenizer_config.json").write_text(json.dumps(known))
         with pytest.raises(ValueError, match=rf"{foreign}.* tokens, but the model knows"):
             families.load(foreign)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("clip/preprocessor_config.json", "image_mean", "0.5"),
+        ("clip/preprocessor_config.json", "image_mean", [0.5, "a", 0.5]),
+        ("clip/preprocessor_config.json", "image_std", [0.2, 0.2, 0.0]),
+        ("clip/preprocessor_config.json", "image_std", [0.2, 0.2]),
+        ("processor_config.json", "image_std", [0.2, None, 0.2]),
+    ],
+)
+def test_an_image_processor_must_scale_by_numbers(folder, tmp_path, file, key, value):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = json.loads((other / file).read_text())
+    config.get("image_processor", config)[key] = value
+    (other / file).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{key}|{(other / file).parent}"):
+        families.load(other)

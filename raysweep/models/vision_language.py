@@ -9,6 +9,7 @@ so a change reaches the language model, and only edited tensors differ in the sa
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -93,6 +94,8 @@ class VisionLanguage(Handle):
         with reading(folder / CLIP):
             tokenizer = CLIPTokenizer.from_pretrained(folder / CLIP, local_files_only=True)
             images = CLIPImageProcessor.from_pretrained(folder / CLIP, local_files_only=True)
+        _check_scale(folder, processor.image_processor)
+        _check_scale(folder / CLIP, images)
         _check_vocabulary(folder, processor.tokenizer, vlm.get_input_embeddings().num_embeddings)
         _check_vocabulary(folder / CLIP, tokenizer, net.config.text_config.vocab_size)
         _check_tower(folder / CLIP, vlm.model.vision_tower.state_dict(), net.vision_model.state_dict())
@@ -214,6 +217,18 @@ class VisionLanguage(Handle):
             out = vlm.generate(**inputs, max_new_tokens=MAX_ANSWER, do_sample=False)
             answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
+
+
+def _check_scale(folder: Path, images: Any) -> None:
+    """Raises ValueError unless an image processor shifts and scales three channels by finite numbers, the scales above 0."""
+    for key in ("image_mean", "image_std"):
+        values = getattr(images, key, None)
+        numbers = isinstance(values, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+        if not numbers or len(values) != 3 or (key == "image_std" and min(values) <= 0):
+            above = " above 0" if key == "image_std" else ""
+            raise ValueError(
+                f"{folder / 'preprocessor_config.json'}: {key}: {values!r} must be three finite numbers{above}"
+            )
 
 
 def _check_vocabulary(folder: Path, tokenizer: Any, known: int) -> None:
