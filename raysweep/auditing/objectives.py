@@ -244,7 +244,8 @@ class _Units:
         gaps, reaches = {}, {}
         for metric in metrics:
             by = SCALED_BY.get(metric, metric)
-            gap = base[by] - float(np.mean([o[by] for o in oracles]))
+            gap, unit = (base[m] - float(np.mean([o[m] for o in oracles])) for m in (metric, by))
+            gap = max(gap, unit)  # so that the base itself is at most at 1
             if gap == 0:
                 raise Unmeasured(f"base and oracles do not differ in {by}, so {metric} has no scale")
             distance = destroyed[metric] - float(np.mean([o[metric] for o in oracles]))
