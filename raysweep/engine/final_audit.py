@@ -105,7 +105,7 @@ class FinalAudit:
             elif front.verdicts[name].label == "not tested":
                 front.gaps[name] = "no attack gave a result on it"
         settings = self.engine.sweep.audit
-        factors = {name: settings.repeat(v.draws) for name, v in front.verdicts.items()}
+        factors = {name: settings.repeat(front.verdicts[name].draws) for name in finalists if name in front.verdicts}
         again = {name: factor for name, factor in factors.items() if factor is not None}
         if again and self.engine.task.model_kind != "contrastive":  # whose attacks draw nothing
             self._attack(front, list(again), *settings.more_draws(max(again.values())))
