@@ -66,7 +66,10 @@ class Comparison:
     def draws_factor(self, margin: float, level: float = LEVEL) -> float:
         """The factor by which the units must grow to place the difference, as it is, on one side of `margin`; infinite if the
         oracles' own spread leaves it open with any number."""
-        allowed = ((margin - self.difference) / _t(1 - level, self.df)) ** 2
+        t = _t(1 - level, self.df)
+        if self.difference > margin and self._like_a_further_oracle(self.oracles, t):
+            return np.inf
+        allowed = ((margin - self.difference) / t) ** 2
         oracles = 0.0 if self.spread is None else self.spread**2 / self.oracles
         sampling = self.se_mean**2 - oracles
         return max(1.0, sampling / (allowed - oracles)) if allowed > oracles else np.inf
@@ -78,9 +81,17 @@ class Comparison:
         """
         if self.spread is None:
             return None
-        numbers = range(max(2, self.oracles), most + 1)
         distance = abs(margin - self.difference)
-        return next((k for k in numbers if self.spread / math.sqrt(k) * _t(1 - level, k - 1) < distance), None)
+        for k in range(max(2, self.oracles), most + 1):
+            t = _t(1 - level, k - 1)
+            unlike = self.difference <= margin or not self._like_a_further_oracle(k, t)
+            if unlike and self.spread / math.sqrt(k) * t < distance:
+                return k
+        return None
+
+    def _like_a_further_oracle(self, k: int, t: float) -> bool:
+        """Whether the difference is within the error of a prediction by k oracles that differ as these do, however many units."""
+        return self.spread is not None and self.difference <= t * self.spread * math.sqrt(1 + 1 / k)
 
 
 def compare(

@@ -111,3 +111,11 @@ def test_an_auc_among_those_of_oracles_is_not_unlike_them():
         low, high = compare_auc(pos[:, 0], neg[:, 0], pos[:, 1:], neg[:, 1:]).interval()
         out += not low <= 0 <= high
     assert out / 300 <= 0.09
+
+
+def test_an_excess_within_the_spread_of_the_oracles_is_not_decided_by_more_units():
+    apart = compare(0.5, [-0.4, 0.4], 0.05, [0.05, 0.05])
+    assert apart.draws_factor(0.1) == np.inf
+    assert apart.oracles_needed(0.1) is None
+    closer = compare(0.5, [-0.1, 0.0, 0.1], 0.2, [0.05] * 3)
+    assert 1 < closer.draws_factor(0.1) < np.inf
