@@ -222,7 +222,7 @@ class VisionLanguage(Handle):
 def _check_scale(folder: Path, images: Any) -> None:
     """Raises ValueError unless an image processor shifts and scales three channels by finite numbers, the scales above 0."""
     for key in ("image_mean", "image_std"):
-        values = getattr(images, key, None)
+        values: Any = getattr(images, key, None)
         numbers = isinstance(values, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
         if not numbers or len(values) != 3 or (key == "image_std" and min(values) <= 0):
             above = " above 0" if key == "image_std" else ""
