@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import warnings
 from pathlib import Path
@@ -116,7 +115,8 @@ def test_sources_prompts_and_caches_are_also_absolute(project, monkeypatch):
 
 def test_links_stay_links(project):
     (project / "link").symlink_to("base")
-    sweep = load(Path("c.yaml"), ("task.base=link", "oracle_models=[link]"))
+    (project / "other").symlink_to("oracle")
+    sweep = load(Path("c.yaml"), ("task.base=link", "oracle_models=[other]"))
     assert sweep.task.base == str(project / "link")
     resolve_sweep(sweep)
 
@@ -163,15 +163,13 @@ def test_temporary_folders_too_long_for_sockets_are_refused(monkeypatch):
 
 
 def test_timesteps_beyond_the_models_schedule_are_refused(project):
-    PixelDDPM.build(tiny_config() | {"scheduler": tiny_config()["scheduler"] | {"num_train_timesteps": 100}}, 0).save(
-        project / "base"
-    )
+    short = tiny_config() | {"scheduler": tiny_config()["scheduler"] | {"num_train_timesteps": 100}}
+    PixelDDPM.build(short, 0).save(project / "base")
     with pytest.raises(ConfigError, match=r"audit.probe.injection_t: 600 is no step .*; valid: 0 to 99"):
         resolve_sweep(load(Path("c.yaml")))
     few = {"injection_t": 60, "membership_t": [20], "recall_t": [50]}
     fitting = tuple(f"audit.{tier}.{k}={v}" for tier in ("probe", "audit", "durability") for k, v in few.items())
-    shutil.rmtree(project / "oracle")
-    shutil.copytree(project / "base", project / "oracle")
+    PixelDDPM.build(short, 1).save(project / "oracle")
     resolve_sweep(load(Path("c.yaml"), fitting))
     with pytest.raises(ConfigError, match=r"task.steps: 101 is more than the 100 steps"):
         resolve_sweep(load(Path("c.yaml"), (*fitting, "task.steps=101")))
