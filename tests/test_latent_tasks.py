@@ -71,6 +71,7 @@ def test_models_that_are_compared_share_their_autoencoder(tmp_path):
     model.save(tmp_path / "rounded")
     next(iter(model.frozen.vae.parameters())).data.add_(0.1)
     model.save(tmp_path / "other")
+    model.fresh(2).save(tmp_path / "third")
 
     def sweep_with(oracle: str) -> Sweep:
         return load(example, (f"task.base={tmp_path / 'base'}", f"oracle_models=[{tmp_path / oracle}]"))
@@ -80,8 +81,8 @@ def test_models_that_are_compared_share_their_autoencoder(tmp_path):
     refused = "other has another autoencoder than the base"
     with pytest.raises(ConfigError, match=f"^oracle_models: .*{refused}"):
         check_oracles(sweep_with("other"), sweep.task.build())
-    with pytest.raises(ConfigError, match=f"^{tmp_path / 'other'} has another autoencoder"):
-        audit_model(tmp_path / "other", sweep, Silent())
+    with pytest.raises(ConfigError, match=f"^{tmp_path / 'third'} has another autoencoder"):
+        audit_model(tmp_path / "third", sweep, Silent())
 
 
 def test_latents_are_kept_by_content(tmp_path):
