@@ -321,6 +321,8 @@ def settings_of(folder: Path, base: Path, **more) -> dict:
 def test_a_sweep_refuses_the_clip_model_of_another_encoder(tmp_path):
     model, _ = pair(tmp_path / "clip")
     model.save(tmp_path / "base")
+    next(model.net["unet"].parameters()).data.add_(0.1)
+    model.save(tmp_path / "oracle")
     save_clip(clip_for(model, seed=4), tmp_path / "other")
     save_digits(tmp_path)
     config = tmp_path / "sweep.yaml"
@@ -334,7 +336,7 @@ def test_a_sweep_refuses_the_clip_model_of_another_encoder(tmp_path):
                 "methods": ["slug"],
                 "spaces": {"slug": {"loss": "clip"}},
                 "search": {"trials": 2},
-                "oracle_models": [str(tmp_path / "base")],
+                "oracle_models": [str(tmp_path / "oracle")],
             }
         )
     )
