@@ -90,9 +90,7 @@ def main() -> None:
     parser.add_argument("--anchors", type=int, nargs="+", default=[3, 5], help="oracles in a judgement")
     args = parser.parse_args()
     pool = Pool(args.kind, args.oracles)
-    for name in ("base", "destroyed", *pool.oracles):
-        pool.scores(name)
-        print(f"{name}: measured", flush=True)
+    pool.measure_anchors()
     text = table(pool, args.anchors)
     print(text)
     RESULTS.mkdir(exist_ok=True)

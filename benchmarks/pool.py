@@ -85,6 +85,12 @@ class Pool:
             self._scores[name] = parts
         return self._scores[name]
 
+    def measure_anchors(self) -> None:
+        """Trains and measures the anchors that are missing, and says so."""
+        for name in ("base", "destroyed", *self.oracles):
+            self.scores(name)
+            print(f"{name}: measured", flush=True)
+
     def judge(self, name: str, oracles: Sequence[str]) -> Judgement:
         """The judgement of a model, whose scores are known, by some oracles; raises Unmeasured if these cannot fix the scales."""
         task, own = self.ground.task, self.measured(name, "audit", oracles)

@@ -137,8 +137,7 @@ def main() -> None:
     parser.add_argument("--anchors", type=int, nargs="+", default=[3, 5], help="oracles in a judgement")
     args = parser.parse_args()
     pool = Pool(args.kind, args.oracles)
-    for name in ("base", "destroyed", *pool.oracles):
-        pool.scores(name)
+    pool.measure_anchors()
     head = ["residue", "verdict", "either", "mean residue"]
     titles = [f"{title}, {size} oracles" for size in args.anchors for title in head]
     lines = ["| candidate | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]

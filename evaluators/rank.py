@@ -3,17 +3,15 @@
 With one forgotten image there is no ROC curve: the share of unseen images that score below it is a rank. It is no
 probability of membership, and 0.5 is not what an innocent model gives, because some images are easier than others for every
 model. What counts is `gap`, the rank minus the mean of the oracles' ranks. Model and oracles see the same unseen images, so
-its uncertainty is that of the oracles: an innocent model is one more oracle, which lies within t s sqrt(1 + 1/k) of the mean
-of k oracles with the standard deviation s (the prediction interval of a normal sample; Student's t, k - 1 degrees of freedom).
+its uncertainty is that of the oracles: an innocent model is one more oracle (`evaluators.oracles`).
 """
 
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
 
-from evaluators import statistics
 from evaluators.metrics import Metric
+from evaluators.oracles import compare
 from evaluators.statistics import delong
 
 ONE_IMAGE = "one image: an AUC would be a rank"
@@ -43,21 +41,21 @@ def rank_rows(
 
 def _gap(rank: float, ranks: np.ndarray) -> Metric:
     """The rank minus the mean of the oracles' ranks (k,), with the prediction error of one further oracle."""
-    gap, k = rank - float(ranks.mean()), len(ranks)
-    if k < 2:
-        return Metric("gap", gap, 1, reason="no interval: the spread of oracles needs at least two of them")
-    spread = float(ranks.std(ddof=1))
-    if spread == 0:
-        return Metric("gap", gap, 1, reason=f"no interval: all {k} oracles give the same rank")
-    se = spread * float(np.sqrt(1 + 1 / k))
-    half = se * float(stats.t.ppf(0.5 + statistics.LEVEL / 2, k - 1))
+    comparison, k = compare(rank, ranks, 0.0), len(ranks)
+    if comparison.spread is None:
+        lack = "the spread of oracles needs at least two of them"
+        return Metric("gap", comparison.difference, 1, reason=f"no interval: {lack}")
+    if comparison.spread == 0:
+        return Metric("gap", comparison.difference, 1, reason=f"no interval: all {k} oracles give the same rank")
+    lo, hi = comparison.interval()
     return Metric(
         "gap",
-        gap,
+        comparison.difference,
         1,
-        se=se,
-        lo=max(-1.0, gap - half),
-        hi=min(1.0, gap + half),
+        se=comparison.se,
+        lo=max(-1.0, lo),
+        hi=min(1.0, hi),
         interval="student-t for one further oracle",
+        comparison=comparison,
         reason=f"rank minus the mean of {k} oracles; an interval with 0 is that of a model like one further oracle",
     )

@@ -13,23 +13,18 @@ from raysweep.auditing.informative import LEAST, measured
 from raysweep.config.schema import Tier
 from raysweep.registry import EVALUATORS, RegistryError, attacks, checks_by_weights, names, reach_of, resolve, unserved
 from raysweep.settings import ORACLES
+from raysweep.tasks.base import HasObjectives
 
 KINDS = frozenset({"points", "class", "concept"})
 
 
-class TaskFacts(Protocol):
+class TaskFacts(HasObjectives, Protocol):
     """What is read of a task; a `Task` has it."""
 
     @property
     def kind(self) -> Any: ...
     @property
     def family(self) -> str: ...
-    @property
-    def views(self) -> tuple[str, ...]: ...
-    @property
-    def quality(self) -> str: ...
-    @property
-    def validity(self) -> str: ...
 
 
 @dataclass(frozen=True)
