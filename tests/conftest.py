@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,7 @@ os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # see `raysweep.models.f
 
 import pytest
 import torch
+from family_folders import save_families
 from tiny import tiny_task
 
 from raysweep.tasks.task import Task
@@ -52,6 +54,20 @@ def cache(tmp_path_factory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory) -> Path:
+    """A folder with a saved model of each family, by its name; see `family_folders`."""
+    root = tmp_path_factory.mktemp("originals")
+    save_families(root)
+    return root
+
+
+@pytest.fixture
+def copy(originals, tmp_path) -> Callable[[str], Path]:
+    """Makes a copy, which may be changed, of the saved model of a family."""
+    return lambda family: Path(shutil.copytree(originals / family, tmp_path / family))
 
 
 @pytest.fixture(scope="session")

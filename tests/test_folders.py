@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, PNDMScheduler, UNet2DModel
+from family_folders import FILES, UNET
 from safetensors.torch import load_file, save_file
-from tiny import LATENT, clip_model, edm_model, tiny_config, tiny_model, tiny_task
+from tiny import LATENT, tiny_config
 
-from raysweep.miniature import models
 from raysweep.models import families, folders
 from raysweep.models.edm import EDM
 from raysweep.models.folders import VARIANTS, located
@@ -26,31 +26,7 @@ from raysweep.models.pixel import PixelDDPM
 from raysweep.models.validation import check_pass
 from raysweep.models.weights import ReadOtherwise
 
-UNET = "unet/diffusion_pytorch_model.safetensors"
-FILES = {  # a file of weights of each family and of each part
-    "pixel": (UNET,),
-    "edm": (UNET,),
-    "text": (UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"),
-    "clip": ("open_clip_model.safetensors",),
-    "vlm": ("model.safetensors", "clip/model.safetensors"),
-}
 EVERY = [(family, file) for family, files in FILES.items() for file in files]
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("originals")
-    tiny_model(tiny_task()).save(root / "pixel")
-    edm_model().save(root / "edm")
-    LatentText.build(LATENT, 0).save(root / "text")
-    clip_model().save(root / "clip")
-    models.untrained_vlm().save(root / "vlm")
-    return root
-
-
-@pytest.fixture
-def copy(originals, tmp_path) -> Callable[[str], Path]:
-    return lambda family: Path(shutil.copytree(originals / family, tmp_path / family))
 
 
 def edit(path: Path, change: Callable[[dict], dict]) -> None:
