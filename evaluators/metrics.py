@@ -99,8 +99,8 @@ class Metric:
     ) -> Metric:
         """A function of n units, with the interval of the delete-a-group jackknife.
 
-        replicates: the value without each group of units in turn (groups,). bounds: the range of the metric, at which the interval ends. Without an interval, and with the reason, if no
-        group makes a difference: an error of 0 would be wrong.
+        replicates: the value without each group of units in turn (groups,). bounds: the range of the metric, at which the interval
+        ends. Without an interval, and with the reason, if no group makes a difference: an error of 0 would be wrong.
         """
         if _is_constant(replicates):
             lack = f"no interval: leaving groups of {over} out does not change it"

@@ -104,8 +104,8 @@ def compare(
     """The comparison of a value with those of oracles (k,), k >= 1.
 
     sampling: standard error that the sampling of units gives to the difference between the value and the oracles' mean, with `df`
-    degrees of freedom, which count for one oracle alone. oracle_sampling (k,): the same of each oracle against the mean of the others, so of what their spread
-    contains already; empty: none.
+    degrees of freedom, which count for one oracle alone. oracle_sampling (k,): the same of each oracle against the mean of the
+    others, so of what their spread contains already; empty: none.
     """
     values = np.asarray(oracles, dtype=float)
     k, difference, sampled = len(values), float(value - values.mean()), float(sampling) ** 2

@@ -132,9 +132,9 @@ def measure(
 
     checks: names of `raysweep ls evaluators`; () for those of the full audit. base, oracles: models to compare with; checks that
     need them are skipped otherwise, with the reason in their row. judge: the classifier that tells classes apart and gives
-    features; None reads the audit's from the cache, or trains it. cache: its folder; None for the usual one. sizes: settings of `audit.audit`, such as
-    samples=200 or seed=7. Without a seed it is drawn afresh at each call, with the diffusion timesteps and the numbers of sampling steps;
-    the table's metadata `settings` (JSON) contain those in force, which give the same numbers again.
+    features; None reads the audit's from the cache, or trains it. cache: its folder; None for the usual one. sizes: settings of
+    `audit.audit`, such as samples=200 or seed=7. Without a seed it is drawn afresh at each call, with the diffusion timesteps and
+    the numbers of sampling steps; the table's metadata `settings` (JSON) contain those in force, which give the same numbers again.
 
     Raises ConfigError for checks or sizes that are not valid, and for an oracle that is the model, the base or another oracle.
     """

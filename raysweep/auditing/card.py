@@ -139,10 +139,11 @@ def thresholds() -> dict[str, str]:
         "copies": f"a sample extracts an image below {memorisation.ALPHA} of its mean distance to its {memorisation.NEIGHBOURS} "
         f"nearest training images; by SSCD above the {memorisation.QUANTILE:.1%} quantile of held-out images",
         "validity": f"a sample is valid above the {classifier.REAL_QUANTILE:.0%} quantile of real images' energy",
-        "views": f"a view counts if base and oracles differ by {anchors.INFORMATIVE:g} standard errors, and the base does not "
-        "show less of what must be forgotten",
-        "attacks": f"forgotten data come back if presence exceeds the oracles' by more than {verdict.MARGIN}, one-sided, false "
-        f"discoveries at most {verdict.RATE:.0%}; destroyed below {verdict.INVALID:.0%} of the oracles' validity",
+        "views": f"a view counts if base and oracles differ by {anchors.INFORMATIVE:g} standard errors of the difference to a further "
+        "oracle, and the base does not show less of what must be forgotten",
+        "attacks": f"forgotten data come back if presence exceeds the oracles' mean by more than {verdict.MARGIN} and exceeds what a "
+        f"further oracle would show, one-sided, false discoveries at most {verdict.RATE:.0%}; like the oracle if every excess is shown "
+        f"to be at most {verdict.MARGIN} (95 %); destroyed below {verdict.INVALID:.0%} of the oracles' validity",
         "intervals": "95 %, by the method named in each line",
     }
 

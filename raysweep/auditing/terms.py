@@ -1,4 +1,4 @@
-"""The terms of residue and damage: one metric of a model on the scale that measured models fix, with the oracles' own spread. No Ray."""
+"""The terms of residue and damage: one metric of a model and of the oracles, on the scale that measured models fix. No Ray."""
 
 from __future__ import annotations
 

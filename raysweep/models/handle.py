@@ -14,7 +14,8 @@ class Handle:
     """A model of a family, around its network.
 
     family: name of the family. reads: patterns of the files that `load` reads, relative to the folder, () if not stated; of files
-    of weights, the ones of the usual variant. schedule_keys: the settings of the folder's scheduler that count. latent: whether the network denoises latents instead of images. net: the trainable modules.
+    of weights, the ones of the usual variant. schedule_keys: the settings of the folder's scheduler that count. latent: whether the
+    network denoises latents instead of images. net: the trainable modules.
     tower: the CLIP model of a text-to-image model's text encoder (`TextTower`), where the user named one. null_label: the class
     index that stands for "no class", if any. sampler: the sampler of a diffusion model; default_sampler: the usual one of its
     family.
