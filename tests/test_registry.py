@@ -31,7 +31,19 @@ def test_tables_match_the_files():
     helpers = {"__init__", "base", "gradients", "layers", "losses", "rows"}
     assert set(METHODS) == {p.stem for p in (ROOT / "methods").glob("*.py")} - helpers
     assert set(METHODS) == set(search_spaces.names())
-    helpers = {"__init__", "attacks", "base", "batches", "external", "judge", "metrics", "statistics", "tampering"}
+    helpers = {
+        "__init__",
+        "attacks",
+        "base",
+        "batches",
+        "external",
+        "judge",
+        "metrics",
+        "oracles",
+        "rank",
+        "statistics",
+        "tampering",
+    }
     homes = {check.target.partition(":")[0].removeprefix("evaluators.") for check in EVALUATORS.values()}
     assert homes == {p.stem for p in (ROOT / "evaluators").glob("*.py")} - helpers
     assert set(attacks()) == {n for n in EVALUATORS if issubclass(resolve("evaluator", n), Durability)}
