@@ -135,10 +135,11 @@ class SecMI(Scored):
     """t-error of SecMI; arXiv:2302.01316."""
 
     name = "secmi"
-    cost = "largest step / 10 + steps passes per image"
+    cost = "largest step / `membership_stride` + steps passes per image"
 
     def score(self, subject: Subject, images: Images) -> np.ndarray:
-        return attacks.secmi(subject.model, images.x, images.cond, subject.sizes["membership_t"], subject.batches)
+        times, stride = subject.sizes["membership_t"], subject.sizes["membership_stride"]
+        return attacks.secmi(subject.model, images.x, images.cond, times, subject.batches, stride=stride)
 
 
 class PIA(Scored):

@@ -16,7 +16,16 @@ from raysweep.config.schema import ConfigError, Tier
 from raysweep.engine.attempt import attempt
 from raysweep.rundir import RunDir
 
-DRAWN = ("injection_steps", "injection_t", "likelihood_steps", "loss_t", "membership_t", "recall_t", "sampling_steps")
+DRAWN = (
+    "injection_steps",
+    "injection_t",
+    "likelihood_steps",
+    "loss_t",
+    "membership_stride",
+    "membership_t",
+    "recall_t",
+    "sampling_steps",
+)
 AUDIT = Tier(judge="audit")
 SEEDS = range(300)
 
@@ -38,6 +47,7 @@ def test_every_seed_covers_the_range_and_no_timestep_is_certain(schedule):
             assert all(0 < t < schedule for t in values)
         assert 0.5 * schedule - 1 < tier.injection_t < 0.7 * schedule
         assert tier.injection_steps <= tier.injection_t
+        assert 1 <= tier.membership_stride <= max(1, round(0.013 * schedule))
         assert 6 <= tier.sampling_steps <= 15
     if schedule < 1000:
         return
@@ -46,6 +56,7 @@ def test_every_seed_covers_the_range_and_no_timestep_is_certain(schedule):
         _, counts = np.unique([getattr(tier, name) for tier in tiers], return_counts=True)
         assert counts.max() < 0.25 * len(SEEDS), name
     assert {tier.sampling_steps for tier in tiers} == set(range(6, 16))
+    assert {round(tier.membership_stride * 1000 / schedule) for tier in tiers} == set(range(7, 14))
     assert len({tier.injection_t for tier in tiers}) > 100
 
 

@@ -152,6 +152,7 @@ def test_training_and_every_check():
         timesteps=3,
         membership_images=12,
         membership_t=(50, 150),
+        membership_stride=10,
         membership_noises=2,
         relearn_steps=(1,),
         injection_steps=3,

@@ -42,6 +42,7 @@ TIER = Tier(
     sampling_steps=0,
     injection_t=600,
     injection_steps=4,
+    membership_stride=10,
     recall_t=(100, 250, 400, 600, 800),
     recall_noises=4,
     likelihood_steps=4,

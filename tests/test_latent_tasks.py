@@ -148,6 +148,7 @@ def test_every_check_on_a_concept():
         timesteps=3,
         membership_images=12,
         membership_t=(50, 150),
+        membership_stride=10,
         membership_noises=2,
         relearn_steps=(1,),
         inversion_steps=2,

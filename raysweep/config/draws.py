@@ -18,6 +18,7 @@ SEED_BITS = 63
 SCHEDULE = 1000  # steps of the schedule to which the strata below belong
 INJECTION_T = (500, 700)
 MEMBERSHIP_T = (10, 20, 40, 85, 170, 350)  # about equal on a log scale
+MEMBERSHIP_STRIDE = (7, 13)
 RECALL_T = (50, 220, 390, 560, 730, 900)
 INJECTION_STEPS = (9, 15)
 LIKELIHOOD_STEPS = (16, 24)
@@ -68,6 +69,9 @@ def values(seed: int, schedule: int, losses: int, injection_t: int | None = None
         "likelihood_steps": between(seed, "likelihood_steps", *LIKELIHOOD_STEPS),
         "loss_t": loss_timesteps(seed, losses, schedule),
         "membership_t": timesteps(seed, "membership_t", MEMBERSHIP_T, schedule),
+        "membership_stride": max(
+            1, round(between(seed, "membership_stride", *MEMBERSHIP_STRIDE) * schedule / SCHEDULE)
+        ),
         "recall_t": timesteps(seed, "recall_t", RECALL_T, schedule),
     }
 

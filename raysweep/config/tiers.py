@@ -69,6 +69,9 @@ class Tier(Section):
         min_length=1,
         description="diffusion timesteps at which membership is scored; null: five drawn, up to 0.35 of the schedule",
     )
+    membership_stride: int | None = Field(
+        None, ge=1, description="timesteps between the passes of SecMI; null: drawn, 0.007 to 0.013 of the schedule"
+    )
     membership_noises: int = Field(4, ge=1, description="noise draws per image and timestep of the membership score")
     membership_images: int = Field(
         100, ge=2, description="images per population (forgotten, held out) of membership inference"
@@ -175,6 +178,7 @@ def _probe() -> Tier:
         injection_t=600,
         injection_steps=12,
         membership_t=(20, 50, 100, 200, 300),
+        membership_stride=10,
         recall_t=(100, 250, 400, 600, 800),
         likelihood_steps=20,
     )
