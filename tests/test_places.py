@@ -135,6 +135,8 @@ def test_a_missing_home_folder_is_reported(monkeypatch):
 def test_folders_that_cannot_be_written_are_reported_before_anything_starts(project, monkeypatch):
     (project / "file").write_text("")
     for key in ("storage", "cache"):
+        with pytest.raises(ConfigError, match=f"{key}: s3:/+bucket/runs: is a URI, and a folder is needed; mount that"):
+            validate({key: "s3://bucket/runs"}, "here")
         sweep = load(Path("c.yaml"), (f"{key}={project / 'file' / 'x'}",))
         with pytest.raises(ConfigError, match=rf"file is not a folder; choose another {key}"):
             RunDir.of(sweep).check(sweep)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,9 @@ from pydantic import AfterValidator
 SOCKET_BYTES = 107 if sys.platform.startswith("linux") else 103  # longest path of a Unix socket
 # The longest path of a socket below Ray's temporary folder; the last number is a process id.
 RAY_SOCKET = "ray/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+URI = re.compile(
+    r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE
+)  # a Path has one slash of two; two letters at least: C:/ is a drive
 
 
 class PlaceError(ValueError):
@@ -26,8 +30,12 @@ class PlaceError(ValueError):
 def absolute(path: Path | str) -> Path:
     """An absolute path with `~` expanded; links are not resolved.
 
-    Raises PlaceError if there is no such home folder, or if the system does not allow such a path.
+    Raises PlaceError if it is a URI, if there is no such home folder, or if the system does not allow such a path.
     """
+    if URI.match(str(path)):
+        raise PlaceError(
+            f"{path}: is a URI, and a folder is needed; mount that storage as a file system on every node and name the mounted folder"
+        )
     try:
         result = Path(path).expanduser().absolute()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
