@@ -154,8 +154,8 @@ def test_a_job_whose_worker_always_dies_ends_as_failed(tmp_path):
         waiting = asyncio.ensure_future(broker.submit(poison))
         await asyncio.sleep(0)
         for k in range(ATTEMPTS):
-            assert (await broker.next(0, k > 0)).id == "p"
-        idle = asyncio.ensure_future(broker.next(0, True))
+            assert (await broker.next(0, k > 0, None)).id == "p"
+        idle = asyncio.ensure_future(broker.next(0, True, None))
         outcome = await waiting
         await broker.close()
         assert await idle == "stop"
@@ -284,7 +284,7 @@ def test_the_broker_measures_the_share_of_time_that_slots_are_idle():
         for name in ("x", "y"):
             waiting = asyncio.ensure_future(broker.submit(Job(name, "train", "m", {}, 0, "t", None, name)))
             await asyncio.sleep(0)
-            taken = await broker.next(0, False)
+            taken = await broker.next(0, False, None)
             await asyncio.sleep(0.05)
             await broker.finish(0, taken.id, Outcome("ok"))
             await waiting

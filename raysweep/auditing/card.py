@@ -142,7 +142,7 @@ def thresholds() -> dict[str, str]:
         "views": f"a view counts if base and oracles differ by {anchors.INFORMATIVE:g} standard errors of the difference to a further "
         "oracle, and the base does not show less of what must be forgotten",
         "attacks": f"forgotten data come back if presence exceeds the oracles' mean by more than {verdict.MARGIN} and exceeds what a "
-        f"further oracle would show, one-sided, false discoveries at most {verdict.RATE:.0%}; like the oracle if every excess is shown "
+        f"further oracle would show, one-sided, each label at {verdict.ALPHA:.0%}; like the oracle if every excess is shown "
         f"to be at most {verdict.MARGIN} (95 %); destroyed below {verdict.INVALID:.0%} of the oracles' validity",
         "intervals": "95 %, by the method named in each line",
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
 from raysweep.storage.files import digest_of
 from raysweep.train.jobs import Job, Outcome
@@ -37,6 +38,7 @@ class Broker:
         self.jobs: dict[str, Job] = {}
         self.futures: dict[str, asyncio.Future[Outcome]] = {}
         self.running: dict[int, str] = {}  # slot -> job
+        self.workers: dict[int, ActorHandle] = {}  # slot -> the actor of its group's rank 0
         self.attempts: dict[str, int] = {}
         self.progress: dict[str, tuple[int, int, float]] = {}  # job -> (step, steps, value)
         self.closed = False
@@ -54,11 +56,12 @@ class Broker:
             self.changed.set()
         return await asyncio.shield(self.futures[job.id])
 
-    async def next(self, slot: int, fresh: bool) -> Job | str:
+    async def next(self, slot: int, fresh: bool, worker: ActorHandle) -> Job | str:
         """A job for a slot; "wait" if there is none for a while; "stop" once the broker is closed.
 
-        fresh: the slot's group has just started, so the job it had is lost and has to be done again.
+        fresh: the slot's group has just started, so the job it had is lost and has to be done again. worker: the actor that asks.
         """
+        self.workers[slot] = worker
         if fresh and slot in self.running:
             self._redeliver(self.running.pop(slot))
         with contextlib.suppress(TimeoutError):
@@ -107,14 +110,14 @@ class Broker:
         span = (self.last - self.first) * slots
         return self.idle / span if self.first and span > 0 else None
 
-    async def close(self) -> int:
-        """Lets every group end after its job and stops all waiting for jobs; returns how many groups have one."""
+    async def close(self) -> list[ActorHandle]:
+        """Stops all waiting for jobs and lets every group end that asks for one; returns the workers that are at work."""
         self.closed = True
         self.changed.set()
         for future in self.futures.values():
             if not future.done():
                 future.set_exception(RuntimeError(ENDED))
-        return len(self.running)
+        return [self.workers[slot] for slot in self.running]
 
     def _redeliver(self, job_id: str) -> None:
         if job_id in self.futures and self.futures[job_id].done():

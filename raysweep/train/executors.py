@@ -25,7 +25,7 @@ from raysweep.train.jobs import Job, Outcome, finished
 from raysweep.train.worker import run_one, serve
 
 CONTROLLER_FAILURES = 20  # of Ray Train's controller, as on a busy machine
-CLOSE_S, BUSY_S, IDLE_S = 5, 10, 60  # waiting for the broker, for groups at work, for groups without a job
+CLOSE_S, END_S = 5, 60  # waiting for the broker, and for the groups to end
 
 
 class Executor(Protocol):
@@ -136,13 +136,14 @@ def start_group(broker: ActorHandle, slot: int, scaling: ScalingConfig, storage:
 
 
 def stop_groups(broker: ActorHandle, groups: Iterable[threading.Thread]) -> None:
-    """Ends the warm groups and waits for their threads, not long if one of them is at work; idle ones end within seconds.
+    """Ends the warm groups, also those at work, and waits for their threads.
 
-    A thread that is still inside Ray while Ray shuts down can crash the process.
+    A thread that is still inside Ray while Ray shuts down can crash the process. Ray Train starts the group of a killed worker
+    again, which then learns from the broker that the run has ended.
     """
-    busy = 0
     with contextlib.suppress(ray.exceptions.RayError):
-        busy = ray.get(broker.close.remote(), timeout=CLOSE_S)
-    deadline = time.monotonic() + (BUSY_S if busy else IDLE_S)
+        for worker in ray.get(broker.close.remote(), timeout=CLOSE_S):
+            ray.kill(worker)
+    deadline = time.monotonic() + END_S
     for group in groups:
         group.join(max(0.0, deadline - time.monotonic()))

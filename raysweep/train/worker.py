@@ -34,9 +34,10 @@ def serve(config: dict[str, Any]) -> None:
 
     broker, slot = config["broker"], config["slot"]
     resident, rank = set_up()
+    worker = ray.get_runtime_context().current_actor
     fresh = True
     while True:
-        item = [ray.get(broker.next.remote(slot, fresh)) if rank == 0 else None]
+        item = [ray.get(broker.next.remote(slot, fresh, worker)) if rank == 0 else None]
         fresh = False
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.broadcast_object_list(item, src=0)
