@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,14 @@ def test_the_next_steps_name_the_setting_that_decides_an_uncertain_objective():
     steps = " ".join(front([row("000-rgd", 0.088, 0.3, 0.214)], {"000-rgd": LIKE}).choice.steps)
     assert "audit.audit.noises" in steps
     assert "audit.audit.samples" in steps
+
+
+def test_an_undecided_verdict_is_said_once_with_the_setting_that_decides_it():
+    lines = answer(front([GOOD], {"000-rgd": UNDECIDED}))
+    assert sum(UNDECIDED.sentence() in line for line in lines) == 1
+    assert "Try next: decide the verdict: audit.attack_draws=3 or more." in lines
+    by_oracles = replace(UNDECIDED, draws=None, oracles=10)
+    assert "Try next: decide the verdict: oracles=10 or more." in answer(front([GOOD], {"000-rgd": by_oracles}))
 
 
 def test_candidates_that_could_be_recommended_are_attacked_first():

@@ -49,7 +49,7 @@ def test_the_headline_checks_separate_the_pool(monkeypatch):
     for name in (
         "reconstruction.correlation",
         "denoising.forget_log_loss",
-        "loss.auc",
+        "loss.rank",
         "recall.excess",
         "relearning.excess",
     ):

@@ -8,6 +8,7 @@ recommended candidate is stated as its reservations. No Ray.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,7 +83,8 @@ class Choice:
             lines = [f"{label}: {self.trial}, {values}; {rank}."]
             lines += [f"Reservation: {text}." for text in self.reservations]
         verdict = verdicts.get(best.trial)
-        if verdict is not None and verdict.label != "not tested":
+        said = verdict is None or any(verdict.sentence() in line for line in lines)
+        if verdict is not None and verdict.label != "not tested" and not said:
             lines.append(f"Under attack: {verdict.sentence()}.")
         lines += [f"Try next: {step}." for step in self.steps]
         return lines
@@ -191,7 +193,10 @@ def _reservations(
         )
     elif verdict.label == "undecided":
         reservations.append(f"whether attacks bring the forgotten data back is {verdict.sentence()}")
-        steps.append("decide the verdict: see it for what that takes")
+        if verdict.draws is not None:
+            steps.append(f"decide the verdict: audit.attack_draws={math.ceil(verdict.draws)} or more")
+        elif verdict.oracles is not None:
+            steps.append(f"decide the verdict: oracles={verdict.oracles} or more")
     elif verdict.label in ("concealed", "merely avoided"):
         reservations.append(f"under attack the forgotten data come back ({verdict.sentence()})")
     for objective in _uncertain(row, limit):
