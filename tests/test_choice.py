@@ -33,6 +33,7 @@ def test_of_the_candidates_without_objections_the_one_with_the_smallest_larger_o
     (row("000-rgd", 0.05, 0.2), REMEMBERS, {}, "without any attack, presence exceeds that of the oracles (+0.53)"),
     (row("000-rgd", 0.4, 0.2), LIKE, {}, "has not forgotten: residue 0.400 (95 % interval 0.380 to 0.420) lies above 0.1"),
     (row("000-rgd", 0.6, 0.2, 0.5), LIKE, {}, "as near to the base as to the oracles"),
+    (row("000-rgd", 0.05, 0.2, 0.96), LIKE, {}, "it may have forgotten nothing, its audit cannot tell: residue 0.050 (95 % interval 0.000 to 1.010)"),
     (row("000-rgd", 0.0, 1.2), LIKE, {}, "as damaged as a destroyed model"),
     (row("000-rgd", 0.05, 0.2), DESTROYED, {}, "destroyed"),
     (row("000-rgd", 0.05, 0.2), None, {"valid": {"000-rgd": (0.1, 0.9)}}, "10% of its samples are valid, 90% of the oracles'"),

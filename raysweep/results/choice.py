@@ -160,6 +160,8 @@ def _objections(
         objections.append(f"{lead}{row.in_words('residue')} lies above {_in_words(limit)}")
     elif row.residue >= MIDWAY:
         objections.append(f"it is as near to the base as to the oracles: {row.in_words('residue')}")
+    elif row.residue_upper >= 1:
+        objections.append(f"it may have forgotten nothing, its audit cannot tell: {row.in_words('residue')}")
     share, oracle_share = valid
     if share < INVALID * oracle_share or (verdict is not None and verdict.label == "destroyed"):
         objections.append(
@@ -225,8 +227,8 @@ def _steps(
             f"search further: raise search.trials, add methods, or widen spaces.{method} towards stronger settings (more steps, "
             "a higher learning rate)"
         )
-        if "lies above" not in objections:
-            steps.append(f"measure residue more closely: raise {_key(best, 'residue', keys)}, audit.rounds or oracles")
+    if "as near to the base" in objections or "forgotten nothing" in objections:
+        steps.append(f"measure residue more closely: raise {_key(best, 'residue', keys)}, audit.rounds or oracles")
     if "destroyed" in objections:
         steps.append(
             f"search more gently: widen spaces.{method} towards weaker settings (fewer steps, a lower learning rate), or add methods"
