@@ -6,13 +6,15 @@ A plan that does not fit would not raise an error: Ray would wait forever, silen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raysweep.config.schema import ConfigError, Sweep
 
 TRIAL_SLOT = "trial_slot"  # resource that trial functions hold instead of CPUs, which workers need
 AUDIT_SHARE = 4  # one of so many GPUs audits
 CPU_SHARE = 0.4  # CPUs per process where there are no GPUs: training and audits take turns on the cores
+TRAIN, AUDIT = "train", "audit"  # roles: values of the label `role` of nodes
+SLACK = 1e-9  # of sums of shares
 MAX_CPU_SLOTS = 4  # each slot and each auditor without a GPU is a process of some 0.7 GB
 
 
@@ -65,19 +67,29 @@ class Plan:
 def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> Plan:
     """The plan for a cluster; raises ConfigError where it cannot fit.
 
-    With GPUs: a quarter of them audits (or all on nodes labelled role=audit), the rest trains. Without: training and
-    audits share the cores.
+    With GPUs: a quarter of them audits, the rest trains; on a cluster with nodes labelled role=audit these audit and those labelled
+    role=train train. Without: training and audits share the cores.
     """
     asked, workers = sweep.resources, sweep.train.workers
     gpus, cpus = sum(n.gpus for n in nodes), sum(n.cpus for n in nodes)
+    for key in ("gpus_per_worker", "gpus_per_auditor"):
+        number = getattr(asked, key)
+        if number and not gpus:
+            raise ConfigError(
+                f"resources.{key}: {number:g}, but no node has a GPU; start when nodes with GPUs have joined the cluster, or leave it out"
+            )
     per_gpu = 1.0 if asked.gpus_per_worker is None else asked.gpus_per_worker
     if gpus and per_gpu:
-        labelled = sum(n.gpus for n in nodes if n.role == "audit")
-        for_audit = labelled or max(1, int(gpus) // AUDIT_SHARE) if gpus > 1 else 0.5
+        roles = any(n.gpus and n.role == AUDIT for n in nodes)
         auditor_gpus = asked.gpus_per_auditor or (1.0 if gpus > 1 else 0.5)
-        auditors = asked.auditors or max(1, int(for_audit / auditor_gpus))
         train_gpus = per_gpu if gpus > 1 else min(per_gpu, 0.5)
-        slots = asked.slots or int((gpus - auditors * auditor_gpus) / (train_gpus * workers))
+        if roles:
+            auditors = asked.auditors or _whole(nodes, AUDIT, auditor_gpus)
+            slots = asked.slots or _whole(nodes, TRAIN, train_gpus) // workers
+        else:
+            for_audit = max(1, int(gpus) // AUDIT_SHARE) if gpus > 1 else 0.5
+            auditors = asked.auditors or max(1, int(for_audit / auditor_gpus))
+            slots = asked.slots or int((gpus - auditors * auditor_gpus) / (train_gpus * workers))
         plan = Plan(
             slots=slots,
             workers=workers,
@@ -88,7 +100,7 @@ def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> 
             auditor_gpus=auditor_gpus,
             late_auditors=max(1, int(slots * workers * train_gpus / auditor_gpus)),
             trial_slots=trial_slots,
-            roles=bool(labelled),
+            roles=roles,
         )
     else:
         share = asked.cpus_per_worker or (CPU_SHARE if cpus >= 2 else cpus / 4)
@@ -101,22 +113,66 @@ def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> 
     return plan
 
 
+def _whole(nodes: Sequence[Node], role: str, gpus: float) -> int:
+    """Number of processes with `gpus` GPUs each that the nodes of a role hold; none is spread over nodes."""
+    return sum(int(n.gpus / gpus + SLACK) for n in nodes if n.role == role)
+
+
 def preflight(plan: Plan, nodes: Sequence[Node]) -> None:
-    """Raises ConfigError unless everything of the plan fits the cluster at the same time."""
-    demands = (
-        ("CPU", plan.worker_cpus, plan.auditor_cpus, [n.cpus for n in nodes]),
-        ("GPU", plan.worker_gpus, plan.auditor_gpus, [n.gpus for n in nodes]),
-    )
-    for unit, per_worker, per_auditor, offers in demands:
-        need, largest = max(per_worker, per_auditor), max(offers, default=0.0)
-        if need > largest + 1e-9:
+    """Raises ConfigError unless everything of the plan fits the cluster at the same time, node by node and role by role."""
+    for unit, need, largest in (
+        ("CPU", max(plan.worker_cpus, plan.auditor_cpus), max((n.cpus for n in nodes), default=0.0)),
+        ("GPU", max(plan.worker_gpus, plan.auditor_gpus), max((n.gpus for n in nodes), default=0.0)),
+    ):
+        if need > largest + SLACK:
             raise ConfigError(f"resources: one process needs {need:g} {unit}, but the largest node has {largest:g}")
-    for unit, per_worker, per_auditor, offers in demands:
-        drivers = plan.concurrent_trials * plan.driver_cpus if unit == "CPU" else 0.0
-        need = plan.slots * plan.workers * per_worker + plan.auditors * per_auditor + drivers
-        if plan.slots < 1 or need > sum(offers) + 1e-9:
+    workers = _Part("workers", plan.slots * plan.workers, plan.worker_cpus, plan.worker_gpus)
+    auditors = _Part("auditors", plan.auditors, plan.auditor_cpus, plan.auditor_gpus)
+    if plan.slots < 1:
+        workers = replace(workers, count=plan.workers)
+    if plan.roles:
+        groups = [
+            (role, [part], [n for n in nodes if n.role == role]) for role, part in ((TRAIN, workers), (AUDIT, auditors))
+        ]
+    else:
+        drivers = _Part("trial functions", plan.concurrent_trials if plan.driver_cpus else 0, plan.driver_cpus, 0.0)
+        groups = [("", [auditors, workers, drivers], list(nodes))]
+    for role, parts, members in groups:
+        short = _misfit(parts, members)
+        if short is not None:
+            wanted = " and ".join(str(part) for part in parts if part.count)
+            where = f"nodes labelled role={role}" if role else "nodes"
+            have = ", ".join(f"{n.cpus:g} CPU and {n.gpus:g} GPU" for n in members) or "there are none"
             raise ConfigError(
-                f"resources: {max(plan.slots, 1)} slots x {plan.workers} workers x {per_worker:g} {unit} and "
-                f"{plan.auditors} auditors x {per_auditor:g} {unit} do not fit the cluster's {sum(offers):g} {unit}; "
+                f"resources: {wanted} do not fit the {where} ({have}): room for {short} is missing; "
                 "lower resources.slots, resources.auditors or train.workers"
             )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Processes of one kind, with the CPUs and GPUs of each."""
+
+    name: str
+    count: int
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        needs = [f"{number:g} {unit}" for number, unit in ((self.cpus, "CPU"), (self.gpus, "GPU")) if number]
+        return f"{self.count} {self.name} x {' and '.join(needs)}"
+
+
+def _misfit(parts: Sequence[_Part], nodes: Sequence[Node]) -> str | None:
+    """The first processes without a place, if each goes to the first node with room, the largest first; None if all fit."""
+    free = [[n.cpus, n.gpus] for n in nodes]
+    for part in sorted(parts, key=lambda p: (p.gpus, p.cpus), reverse=True):
+        left = part.count
+        for node in free:
+            while left and node[0] + SLACK >= part.cpus and node[1] + SLACK >= part.gpus:
+                node[0] -= part.cpus
+                node[1] -= part.gpus
+                left -= 1
+        if left:
+            return f"{left} of {part.count} {part.name}"
+    return None
