@@ -5,6 +5,7 @@ A plan that does not fit would not raise an error: Ray would wait forever, silen
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -142,7 +143,8 @@ def preflight(plan: Plan, nodes: Sequence[Node]) -> None:
         if short is not None:
             wanted = " and ".join(str(part) for part in parts if part.count)
             where = f"nodes labelled role={role}" if role else "nodes"
-            have = ", ".join(f"{n.cpus:g} CPU and {n.gpus:g} GPU" for n in members) or "there are none"
+            alike = Counter(f"{n.cpus:g} CPU and {n.gpus:g} GPU" for n in members)
+            have = ", ".join(f"{count} with {what}" for what, count in alike.items()) or "there are none"
             raise ConfigError(
                 f"resources: {wanted} do not fit the {where} ({have}): room for {short} is missing; "
                 "lower resources.slots, resources.auditors or train.workers"

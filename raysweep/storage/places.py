@@ -18,9 +18,8 @@ from pydantic import AfterValidator
 SOCKET_BYTES = 107 if sys.platform.startswith("linux") else 103  # longest path of a Unix socket
 # The longest path of a socket below Ray's temporary folder; the last number is a process id.
 RAY_SOCKET = "ray/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"
-URI = re.compile(
-    r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE
-)  # a Path has one slash of two; two letters at least: C:/ is a drive
+# A Path keeps one of the two slashes; one letter alone is a drive, C:/.
+URI = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
 class PlaceError(ValueError):
