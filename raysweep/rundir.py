@@ -217,9 +217,9 @@ class RunDir:
                 raise ConfigError(f"{self.path}: not empty and not a run; choose another name or storage")
             return
         manifest = self.read_manifest()
-        began = manifest["config_digest"]
-        same_version = self.sweep().digest == began  # settings that are added later change the hash
-        if sweep.digest != began and not (same_version and sweep.digest == self.in_force().digest):
+        recorded = manifest["config_digest"]
+        same_version = self.sweep().digest == recorded  # settings that are added later change the hash
+        if sweep.digest != recorded and not (same_version and sweep.digest == self.in_force().digest):
             old, new = _flat(self.sweep().decisive()), _flat(sweep.decisive())
             keys = sorted(set(old) | set(new))
             changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)][:3]
@@ -227,10 +227,10 @@ class RunDir:
                 f"{self.path}: belongs to a run of another config ({'; '.join(changed) or 'made by another version'}); "
                 "choose another name, for example name=" + sweep.name + "-2"
             )
-        own = manifest["digests"].get("task", task)
-        if task and own != task:  # the run keeps the data that it began with, and would measure on them
+        began = manifest["digests"].get("task", task)
+        if task and began != task:  # the run keeps the data that it began with, and would measure on them
             raise ConfigError(
-                f"{self.path}: began with other data: its task has the hash {own}, and what the config names gives {task}; "
+                f"{self.path}: began with other data: its task has the hash {began}, and what the config names gives {task}; "
                 f"restore the data, or choose another name, for example name={sweep.name}-2"
             )
 

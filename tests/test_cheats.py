@@ -117,7 +117,8 @@ def test_the_anchors(court):
     assert oracle.residue < 0.3
     assert oracle.damage < 0.3
     assert court.verdict(court.models["base"]).label == "remembers"
-    assert court.verdict(court.models["oracle-0"]).label in ("like the oracle", "undecided")
+    for k in range(ORACLES):  # undecided where the others differ too much to show equivalence
+        assert court.verdict(court.models[f"oracle-{k}"]).label in ("like the oracle", "undecided")
 
 
 def test_noise_is_damage_and_not_forgetting(court):

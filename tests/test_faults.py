@@ -157,11 +157,29 @@ def test_a_job_whose_worker_always_dies_ends_as_failed(tmp_path):
             assert (await broker.next(0, k > 0, None)).id == "p"
         idle = asyncio.ensure_future(broker.next(0, True, None))
         outcome = await waiting
-        await broker.close()
+        assert await broker.close() == []
         assert await idle == "stop"
         return outcome
 
     assert asyncio.run(play()).reason == f"its worker died {ATTEMPTS} times"
+
+
+def test_a_broker_that_closes_names_the_workers_at_work(tmp_path):
+    """They are ended then, because their jobs may take long; those without a job end by themselves."""
+    broker = Broker.__ray_metadata__.modified_class()
+
+    async def play():
+        waiting = asyncio.ensure_future(broker.submit(Job("p", "train", "m", {}, 0, "t", None, str(tmp_path / "p"))))
+        await asyncio.sleep(0)
+        await broker.next(0, True, "at work")
+        idle = asyncio.ensure_future(broker.next(1, True, "idle"))
+        await asyncio.sleep(0)
+        assert await broker.close() == ["at work"]
+        assert await idle == "stop"
+        with pytest.raises(RuntimeError, match="the run has ended"):
+            await waiting
+
+    asyncio.run(play())
 
 
 def test_results_of_other_jobs_do_not_count_as_done(folder, warm):

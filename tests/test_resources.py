@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import tomllib
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tiny import ROOT
 
 from raysweep.config.reader import load
@@ -43,14 +48,13 @@ def test_a_plan_for_a_node_of_eight_gpus():
 
 
 def test_a_plan_for_four_nodes_of_eight_gpus():
-    nodes = CLUSTER
-    p = plan(nodes)
+    p = plan(CLUSTER)
     assert (p.slots, p.auditors, p.roles) == (24, 8, True)
-    assert plan(nodes, "train.workers=8").slots == 3
-    assert plan(nodes, "resources.auditors=4").slots == 24  # GPUs of the audit node do not train
-    assert plan(nodes, "resources.gpus_per_worker=3").slots == 6  # two on each node
+    assert plan(CLUSTER, "train.workers=8").slots == 3
+    assert plan(CLUSTER, "resources.auditors=4").slots == 24  # GPUs of the audit node do not train
+    assert plan(CLUSTER, "resources.gpus_per_worker=3").slots == 6  # two on each node
     assert total(p, "gpu") == 32
-    assert total(p, "cpu") <= sum(n.cpus for n in nodes)
+    assert total(p, "cpu") <= sum(n.cpus for n in CLUSTER)
 
 
 @pytest.mark.parametrize(
@@ -109,3 +113,16 @@ def test_the_cluster_file_is_valid_and_plans_for_its_nodes():
         assert "RAY_AUTH_MODE=token" in start
         assert "RAY_AUTH_TOKEN_PATH" in start
     assert "dashboard-host=127.0.0.1" in " ".join(cluster["head_start_ray_commands"])
+
+
+def test_the_constraints_of_this_environment_hold_every_dependency():
+    """By the command that cluster.yaml and the README name."""
+    command = "pip list --format=freeze --exclude-editable"
+    assert all(f"{command} > constraints.txt" in (ROOT / name).read_text() for name in ("cluster.yaml", "README.md"))
+    listed = subprocess.run([sys.executable, "-m", *command.split()], capture_output=True, text=True, check=True).stdout
+    versions = {
+        canonicalize_name(name): version for name, _, version in (line.partition("==") for line in listed.split())
+    }
+    for dependency in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        wanted = Requirement(dependency)
+        assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)], prereleases=True), dependency

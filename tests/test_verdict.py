@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluators.oracles import compare
-from raysweep.auditing.terms import columns_of
+from raysweep.auditing.terms import columns_of, comparison_of
 from raysweep.auditing.verdict import MARGIN, verdict
 
 REACH = {"latent_noise": "input", "relearning": "weights", "interpolation": "base", "quantisation": "weights"}
@@ -112,6 +112,18 @@ def test_many_attacks_on_a_further_oracle_rarely_accuse_it():
             attacked.append(common | {"value": comparison.difference, "se": comparison.se} | columns_of(comparison))
         accused += verdict(attacked, REACH, 0.9, 0.9).label not in ("like the oracle", "undecided")
     assert accused / 300 <= 0.08
+
+
+def test_each_label_is_tested_apart_from_the_attacks_of_the_others():
+    """One input attack that is clear alone, next to many attacks on the weights that bring nothing back."""
+    silent = [row("quantisation", f"int{bits}", 0.0, 0.01) for bits in range(2, 14)]
+    avoided = row("latent_noise", "eta 1", 0.3, 0.1)
+    assert (
+        0.05 / 13 < comparison_of(avoided).p_excess(MARGIN) < 0.05
+    )  # one false-discovery control over all would miss it
+    assert verdict([*silent, avoided], REACH, 0.9, 0.9).label == "merely avoided"
+    strengths = [row("latent_noise", f"eta {k}", 0.0, 0.01) for k in range(2, 14)]
+    assert verdict([*strengths, avoided], REACH, 0.9, 0.9).label not in ("merely avoided", "concealed")
 
 
 def test_missing_and_paired_rows_are_left_out():

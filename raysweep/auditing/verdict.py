@@ -8,11 +8,11 @@ undecided        none of these is shown, and the data leave an excess above the 
 like the oracle  the largest excess that the data leave possible is within the margin
 
 "Brings back more" means an excess over the oracles' mean above `MARGIN`, and larger than that of a further oracle, one-sided. Each
-of the three labels is a statement of its own, at `ALPHA`: the state without an attack is one test; the strengths of an attack are
-joined by Simes' test, and the attacks of a label by Benjamini and Hochberg's control of false discoveries. "Like the oracle" is a claim of
-equivalence: each excess must be shown to be at most `MARGIN` above the mean of all possible oracles, each at 95 %, so all of them
-are (an intersection of tests needs no correction). Moving the weights back towards the base does not count: it needs the base, and
-oracles trained from scratch do not lie on such a path.
+of the three labels that say so is tested apart, at `ALPHA`: the state without an attack by one test; the attacks on the input, and
+those on the weights, by Simes' test over the strengths of an attack and Benjamini and Hochberg's control of false discoveries over
+the attacks. "Like the oracle" is a claim of equivalence: each excess must be shown to be at most `MARGIN` above the mean of all
+possible oracles, each at 95 %, so all of them are (an intersection of tests needs no correction). Moving the weights back towards
+the base does not count: it needs the base, and oracles trained from scratch do not lie on such a path.
 """
 
 from __future__ import annotations

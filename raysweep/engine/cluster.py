@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raysweep.auditing.auditor import Auditor
 from raysweep.auditing.manager import AuditManager
 from raysweep.config.schema import ConfigError, Sweep
-from raysweep.engine.resources import TRIAL_SLOT, Node, Plan
+from raysweep.engine.resources import AUDIT, TRIAL_SLOT, Node, Plan
 from raysweep.engine.trial import scaling
 from raysweep.storage.code_digests import ROOT
 from raysweep.storage.places import PlaceError, ray_folder
@@ -254,7 +254,7 @@ def _start_auditors(
 ) -> tuple[list[str], list[ActorHandle], PlacementGroup]:
     """(names, handles, placement group) of `count` auditors, called `name` and numbered from `first`."""
     bundle = {"CPU": plan.auditor_cpus} | ({"GPU": plan.auditor_gpus} if plan.auditor_gpus else {})
-    selector = [{"role": "audit"}] * count if plan.roles and first == 0 else None
+    selector = [{"role": AUDIT}] * count if plan.roles and first == 0 else None
     group = placement_group([bundle] * count, strategy="SPREAD", bundle_label_selector=selector)
     options = {
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group),

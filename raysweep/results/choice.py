@@ -83,8 +83,11 @@ class Choice:
             lines = [f"{label}: {self.trial}, {values}; {rank}."]
             lines += [f"Reservation: {text}." for text in self.reservations]
         verdict = verdicts.get(best.trial)
-        said = verdict is None or any(verdict.sentence() in line for line in lines)
-        if verdict is not None and verdict.label != "not tested" and not said:
+        if (
+            verdict is not None
+            and verdict.label != "not tested"
+            and not any(verdict.sentence() in text for text in lines)
+        ):
             lines.append(f"Under attack: {verdict.sentence()}.")
         lines += [f"Try next: {step}." for step in self.steps]
         return lines
