@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -23,6 +24,8 @@ from raysweep.auditing.untested import (
     untested,
 )
 from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
+from raysweep.engine.checks import check_tiers
 from raysweep.registry import checks_by_weights, names
 
 TASKS = {
@@ -146,3 +149,16 @@ def test_tasks_serve_as_facts():
 
 def test_few_oracles_are_a_gap():
     assert [len(few_oracles(n)) for n in (None, 1, 2, 3)] == [0, 1, 1, 0]
+
+
+def test_a_list_of_checks_may_leave_out_altered_pictures_and_no_other_view():
+    task = tiny_task("points")
+    needed = sorted({metric.split(".")[0] for metric in (*task.views, task.quality, task.validity)})
+
+    def sweep(without: str):
+        return load(None, (f"audit.audit.checks={json.dumps([name for name in needed if name != without])}",))
+
+    check_tiers(sweep("altered"), task)
+    for name in sorted(set(needed) - {"altered"}):
+        with pytest.raises(ConfigError, match=rf"audit\.audit\.checks: '{name}' is missing"):
+            check_tiers(sweep(name), task)
