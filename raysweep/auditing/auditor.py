@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray.actor import ActorHandle
 
-from raysweep.auditing.request import Answer, AuditRequest
+from raysweep.auditing.request import Answer, AuditRequest, Chore, Outcome
+from raysweep.dispatch.holder import Holder, ended_after
+from raysweep.settings import TIMEOUT
 from raysweep.storage.files import StoreError, digest_of, write_bytes
 from raysweep.storage.recent import Recent
 from raysweep.storage.schemas import ROWS, SCORES, read_table, write_table
@@ -49,7 +52,7 @@ class TierCache:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-@ray.remote(num_cpus=0.5, max_restarts=-1, max_task_retries=0)
+@ray.remote(num_cpus=0.5, max_restarts=-1, max_task_retries=-1)
 class Auditor:
     """Measures models one at a time; a restarted auditor starts empty and loads what it needs.
 
@@ -64,6 +67,30 @@ class Auditor:
         self.tiers: Recent[TierCache] = Recent(2)
         self.models: dict[str, Any] = {}
         self.batches = Batches()
+
+    def serve(self, manager: ActorHandle, name: str, timeout_s: float) -> None:
+        """Does what the manager hands out, as the worker `name`, until that lets it end.
+
+        timeout_s: seconds after which an audit counts as hung; this process then ends, and Ray starts another one.
+        """
+        holder: Holder[AuditRequest | Chore, Outcome] = Holder(manager, name)
+        while (task := holder.next()) is not None:
+            with ended_after(
+                None if isinstance(task, Chore) else timeout_s, lambda: holder.finish(_hung(timeout_s), True)
+            ):
+                outcome = self.do(task)
+            holder.finish(outcome, again=outcome["status"] != "ok")
+
+    def do(self, task: AuditRequest | Chore) -> Outcome:
+        """Does an audit or a chore; an error becomes a failed outcome."""
+        try:
+            if isinstance(task, Chore):
+                value = getattr(self, task.method)(*task.arguments)
+                return {"status": "ok", "reason": "", "seconds": 0.0, "failed": [], "value": value}
+            answer = self.measure(task)
+        except Exception as error:  # any exception of a check must end as a recorded failure of its audit alone
+            return _failed(f"{type(error).__name__}: {error}")
+        return {"status": "ok", "reason": "", **answer}  # type: ignore[typeddict-item]
 
     def measure(self, request: AuditRequest) -> Answer:
         """Performs an audit.
@@ -173,6 +200,14 @@ class Auditor:
                     save_tensors(path, {"array": torch.from_numpy(array)})
             arrays[name] = array
         return arrays[name]
+
+
+def _failed(reason: str, limit: str = "") -> Outcome:
+    return {"status": "failed", "reason": reason, "seconds": 0.0, "failed": [], "limit": limit}
+
+
+def _hung(timeout_s: float) -> Outcome:
+    return _failed(f"no answer within {timeout_s:g} s", TIMEOUT)
 
 
 def _table_scores(request: AuditRequest, result: Measurement) -> list[dict[str, Any]]:

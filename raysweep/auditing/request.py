@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from raysweep.config.schema import Tier
 from raysweep.storage.files import digest_of
@@ -55,6 +55,19 @@ class AuditRequest:
         return scores_path(Path(self.run), self.key)
 
 
+@dataclass(frozen=True)
+class Chore:
+    """Other work of auditors before the first audit: a method of theirs, such as "train_judge", with its arguments."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def key(self) -> str:
+        """Name of the chore."""
+        return f"{self.method}-{digest_of(*map(str, self.arguments))}"
+
+
 class Answer(TypedDict):
     """An auditor's answer: seconds of work, images generated, and the checks that failed."""
 
@@ -66,7 +79,7 @@ class Answer(TypedDict):
 class Outcome(TypedDict):
     """The manager's answer, and a line of its log.
 
-    A failed audit has a `reason`, and in `limit` the setting of the time limit that ended it, or "".
+    A failed audit has a `reason`, and in `limit` the setting of the time limit that ended it, or "". value: what a chore returns.
     """
 
     status: Literal["ok", "failed"]
@@ -75,6 +88,7 @@ class Outcome(TypedDict):
     failed: list[str]
     images: NotRequired[int]
     limit: NotRequired[str]
+    value: NotRequired[str]
 
 
 def rows_path(run: Path, key: str) -> Path:

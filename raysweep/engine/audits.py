@@ -26,7 +26,9 @@ class Audits:
     @classmethod
     def start(cls, engine: Engine, requests: dict[str, AuditRequest]) -> Audits:
         """Hands the audits to the manager; `collect` waits for them."""
-        return cls(engine, requests, {engine.actors.manager.audit.remote(r): name for name, r in requests.items()})
+        return cls(
+            engine, requests, {engine.actors.manager.submit.remote(r.key, r): name for name, r in requests.items()}
+        )
 
     def collect(self) -> tuple[dict[str, str], list[str]]:
         """Waits; (subject -> key of its audit if that succeeded, in the order of the requests; what failed)."""
@@ -54,7 +56,7 @@ def measure_anchors(
     RunFailed or Unmeasured if these cannot fix the scales.
     """
     requests, events = context.anchor_requests(tier_name, tier), engine.events
-    references = [engine.actors.manager.audit.remote(r) for r in requests.values()]
+    references = [engine.actors.manager.submit.remote(r.key, r) for r in requests.values()]
     answers: dict[str, Outcome] = dict(zip(requests, ray.get(references), strict=True))
     for name, answer in answers.items():
         if answer["status"] != "ok":

@@ -1,4 +1,4 @@
-"""Connects to a cluster, or starts Ray on this machine, and holds the actors of a run: audit manager, auditors, job broker."""
+"""Connects to a cluster, or starts Ray on this machine."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raysweep.auditing.auditor import Auditor
-from raysweep.auditing.manager import AuditManager
 from raysweep.config.schema import ConfigError, Sweep
-from raysweep.engine.resources import AUDIT, TRIAL_SLOT, Node, Plan
-from raysweep.engine.trial import scaling
+from raysweep.engine.resources import TRIAL_SLOT, Node
 from raysweep.storage.code_digests import ROOT
 from raysweep.storage.places import PlaceError, ray_folder
-from raysweep.train.broker import NAMESPACE, Broker, actor_name
-from raysweep.train.executors import Executor, start_group, stop_groups
+from raysweep.train.broker import NAMESPACE
 
 # Settings of Ray that a run needs in every one of its processes.
 ENVIRONMENT = {
@@ -43,9 +34,6 @@ ENVIRONMENT = {
     "RAY_worker_maximum_startup_concurrency": str(max(4, os.cpu_count() or 1)),
 }
 MEGABYTE = 1024 * 1024
-AUDITORS_S = 120.0
-CLOSE_S = 5.0
-LEAVE_S = 20.0
 REACH_S = 10.0
 
 
@@ -74,16 +62,24 @@ def connected(sweep: Sweep) -> Iterator[Cluster]:
     with _environment(missing), _sigterm_interrupts():
         context = _init(sweep, missing)
         try:
-            nodes = [
-                Node(
-                    n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0), n.get("Labels", {}).get("role", "")
-                )
-                for n in ray.nodes()
-                if n["Alive"]
-            ]
-            yield Cluster(nodes, context.dashboard_url or "")
+            yield Cluster(alive_nodes(), context.dashboard_url or "")
         finally:
-            ray.shutdown()
+            with uninterrupted():
+                ray.shutdown()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignores SIGINT and SIGTERM inside the block, which ends a run: senders such as `timeout` signal twice."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
 
 
 def _init(sweep: Sweep, missing: dict[str, str]) -> Any:
@@ -168,101 +164,21 @@ def has_trial_slots() -> bool:
     return bool(ray.cluster_resources().get(TRIAL_SLOT, 0) > 0)
 
 
-@dataclass
-class Pool:
-    """A run's actors: the audit manager and its auditors, the job broker and the threads that hold its worker groups.
-
-    name: of an auditor, without its number. reserved: the auditors' placement groups. ending: threads that still shut down.
-    """
-
-    name: str
-    plan: Plan
-    manager: ActorHandle
-    auditors: list[ActorHandle]
-    broker: ActorHandle
-    groups: list[threading.Thread]
-    reserved: list[PlacementGroup]
-    ending: list[threading.Thread] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def waiting(self, executor: Executor) -> Iterator[ThreadPoolExecutor]:
-        """Threads that wait for jobs and actors. An interrupt does not wait for them: they end with the pool."""
-        threads = ThreadPoolExecutor(max_workers=16)
-        try:
-            yield threads
-        except BaseException:
-            executor.stop()
-            ending = threading.Thread(target=threads.shutdown, kwargs={"cancel_futures": True}, daemon=True)
-            ending.start()
-            self.ending.append(ending)
-            raise
-        threads.shutdown()
-
-    def stop_training(self) -> None:
-        """Lets the worker groups end."""
-        stop_groups(self.broker, self.groups)
-
-    def audit_only(self) -> None:
-        """Ends training and gives its resources to more auditors: after the search nothing else would use them."""
-        self.stop_training()
-        if not self.plan.late_auditors:
-            return
-        names, auditors, group = _start_auditors(self.name, self.plan, len(self.auditors), self.plan.late_auditors)
-        self.auditors += auditors
-        self.reserved.append(group)
-        ray.get(self.manager.add.remote(names))
-
-    def close(self) -> None:
-        """Ends everything."""
-        self.stop_training()
-        with contextlib.suppress(ray.exceptions.RayError):  # else Ray prints that pending calls will be retried
-            ray.get(self.manager.close.remote(), timeout=CLOSE_S)
-        for actor in (self.manager, self.broker, *self.auditors):
-            ray.kill(actor)
-        for group in self.reserved:
-            remove_placement_group(group)
-        for thread in self.ending:  # one that is inside Ray while Ray shuts down would abort the process
-            thread.join(LEAVE_S)
-
-
-@contextlib.contextmanager
-def pool(run: Path, run_id: str, sweep: Sweep, plan: Plan) -> Iterator[Pool]:
-    """Starts auditors (their placement group first, so that trials cannot take their resources), manager and worker groups."""
-    name = actor_name("auditor", run, run_id)
-    names, auditors, group = _start_auditors(name, plan, 0, plan.auditors)
-    if not group.wait(AUDITORS_S):
-        raise ConfigError(
-            f"resources: the cluster had no room for the auditors within {AUDITORS_S:g} s; see `ray status`"
+def alive_nodes() -> list[Node]:
+    """The nodes of the connected cluster, without those that are being drained."""
+    # no public function of Ray says which nodes are draining; its own libraries use this one
+    draining = ray._private.state.state.get_draining_nodes()
+    return [
+        Node(
+            cpus=n["Resources"].get("CPU", 0.0),
+            gpus=n["Resources"].get("GPU", 0.0),
+            role=n.get("Labels", {}).get("role", ""),
+            id=n["NodeID"],
+            address=n["NodeManagerAddress"],
         )
-    manager = AuditManager.options(name=actor_name("audits", run, run_id)).remote(  # type: ignore[attr-defined]
-        str(run), names, NAMESPACE, sweep.audit.attempts, sweep.audit.timeout_s
-    )
-    broker = Broker.options(name=actor_name("broker", run, run_id)).remote()  # type: ignore[attr-defined]
-    groups = []
-    if sweep.train.executor == "warm":
-        storage = str(run / "tune" / "train")
-        groups = [start_group(broker, slot, scaling(plan), storage) for slot in range(plan.slots)]
-    actors = Pool(name, plan, manager, auditors, broker, groups, [group])
-    try:
-        yield actors
-    finally:
-        actors.close()
-
-
-def _start_auditors(
-    name: str, plan: Plan, first: int, count: int
-) -> tuple[list[str], list[ActorHandle], PlacementGroup]:
-    """(names, handles, placement group) of `count` auditors, called `name` and numbered from `first`."""
-    bundle = {"CPU": plan.auditor_cpus} | ({"GPU": plan.auditor_gpus} if plan.auditor_gpus else {})
-    selector = [{"role": AUDIT}] * count if plan.roles and first == 0 else None
-    group = placement_group([bundle] * count, strategy="SPREAD", bundle_label_selector=selector)
-    options = {
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group),
-        "num_cpus": plan.auditor_cpus,
-        "num_gpus": plan.auditor_gpus,
-    }
-    names = [f"{name}-{i}" for i in range(first, first + count)]
-    return names, [Auditor.options(name=n, **options).remote() for n in names], group  # type: ignore[attr-defined]
+        for n in ray.nodes()
+        if n["Alive"] and n["NodeID"] not in draining
+    ]
 
 
 def _in_job() -> bool:

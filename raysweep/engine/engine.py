@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from raysweep.config.schema import Sweep
-from raysweep.engine.cluster import Pool, connected, has_trial_slots, pool
+from raysweep.engine.cluster import connected, has_trial_slots
 from raysweep.engine.events import Events
+from raysweep.engine.pool import Pool, pool
 from raysweep.engine.resources import Plan, make_plan
 from raysweep.engine.trial import make_executor
 from raysweep.rundir import RunDir
@@ -56,7 +57,7 @@ class Engine:
             events.say("plan", plan.describe())
             if cluster.dashboard:
                 events.say("url", f"Ray dashboard  http://{cluster.dashboard}")
-            with pool(folder.path, run_id, sweep, plan) as actors:
+            with pool(folder.path, run_id, sweep, plan, cluster.nodes, events) as actors:
                 executor = make_executor(str(folder.path), run_id, sweep, plan)
                 yield cls(sweep, task, spaces, folder, run_id, events, plan, actors, executor, cluster.dashboard)
 

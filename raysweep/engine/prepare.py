@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 from raysweep.auditing.judges import JudgeFile, judge_files
+from raysweep.auditing.request import Chore
+from raysweep.auditing.request import Outcome as AuditOutcome
 from raysweep.context import Context, Prepared
 from raysweep.engine.cached_jobs import (
     autoencoder_folder,
@@ -38,14 +39,14 @@ def prepare(engine: Engine) -> Context:
     """Makes those of base, oracles and judges that are neither given nor cached; writes the run's context."""
     sweep, task, folder = engine.sweep, engine.task, engine.folder
     with engine.threads() as threads:
-        auditors, training = _start_autoencoder(engine)
+        autoencoder = _autoencoder(engine)
+        training = None if autoencoder is None else threads.submit(_do, engine, "autoencoder", autoencoder)
         judges = {
-            name: threads.submit(_judge, auditors[i % len(auditors)], folder.task, file)
-            for i, (name, file) in enumerate(judge_files(task, sweep.cache).items())
+            name: threads.submit(_judge, engine, name, file) for name, file in judge_files(task, sweep.cache).items()
         }
         if training is not None:
             started = time.monotonic()
-            ray.get(training)
+            training.result()
             engine.events.say("prepare", f"autoencoder ready (trained in {time.monotonic() - started:.0f} s)")
         jobs = retrain_jobs(sweep, task, folder.task)
         retrained = {subject: threads.submit(engine.executor.run, job) for subject, job in jobs.items()}
@@ -104,13 +105,14 @@ def open_choices(space: Space, context: Context) -> Space:
     return space.resolved(choices)
 
 
-def _start_autoencoder(engine: Engine) -> tuple[list[ActorHandle], ray.ObjectRef | None]:
-    """Starts training the autoencoder that latents need, if one must be trained; (auditors that are free, what to wait for)."""
-    auditors, out = engine.actors.auditors, autoencoder_folder(engine.sweep, engine.task)
+def _autoencoder(engine: Engine) -> Chore | None:
+    """The training of the autoencoder that latents need; None if none must be trained."""
+    out = autoencoder_folder(engine.sweep, engine.task)
     if out is None or out.is_dir():
-        return auditors, None
-    arguments = (str(engine.folder.task), engine.task.model["vae"], engine.sweep.task.seed, str(out))
-    return auditors[1:] or auditors, auditors[0].train_autoencoder.remote(*arguments)
+        return None
+    return Chore(
+        "train_autoencoder", (str(engine.folder.task), engine.task.model["vae"], engine.sweep.task.seed, str(out))
+    )
 
 
 def _given_models(engine: Engine, trained: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
@@ -143,13 +145,22 @@ def _model(subject: str, job: Job, outcome: Outcome) -> tuple[str, str]:
     return job.out, outcome.digest
 
 
-def _judge(auditor: ActorHandle, task: Path, file: JudgeFile) -> tuple[str, str]:
-    """Path and hash of a judge, which is trained on the task in the folder `task` unless it is cached."""
+def _judge(engine: Engine, name: str, file: JudgeFile) -> tuple[str, str]:
+    """Path and hash of a judge, which is trained on the run's task unless it is cached."""
     path = str(file.path)
     if file.path.is_file():
         with contextlib.suppress(StoreError):  # a file that was cut short is trained again
             return path, digest_state(load_tensors(file.path))
-    return path, ray.get(auditor.train_judge.remote(str(task), file.seed, file.split, path))
+    chore = Chore("train_judge", (str(engine.folder.task), file.seed, file.split, path))
+    return path, _do(engine, f"judge {name}", chore)
+
+
+def _do(engine: Engine, name: str, chore: Chore) -> str:
+    """Has an auditor do a chore; what that returns."""
+    outcome: AuditOutcome = ray.get(engine.actors.manager.submit.remote(chore.key, chore))
+    if outcome["status"] != "ok":
+        raise RunFailed(f"training {name} failed: {outcome['reason']}")
+    return outcome["value"]
 
 
 def _wait(engine: Engine, futures: dict[str, Future[Any]]) -> None:
@@ -161,7 +172,7 @@ def _wait(engine: Engine, futures: dict[str, Future[Any]]) -> None:
             seconds = result.seconds if isinstance(result, Outcome) else None
             engine.events.say("prepare", f"{name} ready" + (f" (trained in {seconds:.0f} s)" if seconds else ""))
         if waiting:
-            state = ray.get(engine.actors.broker.state.remote())
+            state = ray.get(engine.actors.broker.census.remote())
             for job_id, (done, steps, _) in state["progress"].items():
                 engine.events.tick(job_id.rsplit("-", 1)[0], done, steps)
             time.sleep(POLL_S)

@@ -5,6 +5,7 @@ A plan that does not fit would not raise an error: Ray would wait forever, silen
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,23 +15,29 @@ from raysweep.config.schema import ConfigError, Sweep
 TRIAL_SLOT = "trial_slot"  # resource that trial functions hold instead of CPUs, which workers need
 AUDIT_SHARE = 4  # one of so many GPUs audits
 CPU_SHARE = 0.4  # CPUs per process where there are no GPUs: training and audits take turns on the cores
-TRAIN, AUDIT = "train", "audit"  # roles: values of the label `role` of nodes
+TRAIN, AUDIT, CONTROL = "train", "audit", "control"  # roles: values of the label `role` of nodes
+AUDITORS = "auditors"
 SLACK = 1e-9  # of sums of shares
-MAX_CPU_SLOTS = 4  # each slot and each auditor without a GPU is a process of some 0.7 GB
+MAX_CPU_SLOTS = 4  # per node: each slot and each auditor without a GPU is a process of some 0.7 GB
 
 
 @dataclass(frozen=True)
 class Node:
-    """Resources of a node. role: its label `role`, "" without one."""
+    """Resources of a node. role: its label `role`, "" without one. id, address: of Ray, "" for a node that is only planned."""
 
     cpus: float
     gpus: float = 0.0
     role: str = ""
+    id: str = ""
+    address: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The share of each part of a run. Numbers of CPUs and GPUs are per worker and per auditor."""
+    """The share of each part of a run. Numbers of CPUs and GPUs are per worker and per auditor.
+
+    train_role, audit_role: what the label `role` of their nodes must be, or "!" and what it must not be; "" for any node.
+    """
 
     slots: int
     workers: int
@@ -41,7 +48,13 @@ class Plan:
     auditor_gpus: float
     late_auditors: int
     trial_slots: bool
-    roles: bool = False
+    train_role: str = ""
+    audit_role: str = ""
+
+    @property
+    def roles(self) -> bool:
+        """Whether nodes are divided between training and audits."""
+        return self.train_role != self.audit_role
 
     @property
     def concurrent_trials(self) -> int:
@@ -69,29 +82,72 @@ def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> 
     """The plan for a cluster; raises ConfigError where it cannot fit.
 
     With GPUs: a quarter of them audits, the rest trains; on a cluster with nodes labelled role=audit these audit and those labelled
-    role=train train. Without: training and audits share the cores.
+    role=train train. Without: training and audits share the cores. Nodes labelled role=control do neither.
     """
+    plan = _wanted(nodes, sweep, trial_slots, any(n.role == AUDIT for n in _workers(nodes)))
+    preflight(plan, nodes)
+    return plan
+
+
+def refit(plan: Plan, nodes: Sequence[Node], sweep: Sweep) -> Plan | None:
+    """A running sweep's plan for the nodes that there are at present, with as much of it as fits; None if nothing can run.
+
+    Processes keep their size. If the nodes of one role are all gone, the others do both.
+    """
+    roles = {n.role for n in _workers(nodes)}
+    try:
+        wanted = _wanted(nodes, sweep, plan.trial_slots, {TRAIN, AUDIT} <= roles)
+    except ConfigError:
+        return None
+    plan = replace(
+        wanted,
+        worker_cpus=plan.worker_cpus,
+        worker_gpus=plan.worker_gpus,
+        auditor_cpus=plan.auditor_cpus,
+        auditor_gpus=plan.auditor_gpus,
+    )
+    while plan.slots and plan.auditors:
+        short = _short(plan, nodes)
+        if short is None:
+            return plan
+        if short.part.name == AUDITORS:
+            plan = replace(plan, auditors=plan.auditors - short.missing)
+        else:
+            plan = replace(plan, slots=max(0, plan.slots - math.ceil(short.missing / plan.workers)))
+    return None
+
+
+def _workers(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes that train and audit: all but the control nodes; those with GPUs if some have them."""
+    nodes = [n for n in nodes if n.role != CONTROL]
+    return [n for n in nodes if n.gpus] or nodes
+
+
+def _wanted(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool, roles: bool) -> Plan:
+    """The plan for a cluster, which may not fit. roles: divide the nodes by their roles."""
     asked, workers = sweep.resources, sweep.train.workers
-    gpus, cpus = sum(n.gpus for n in nodes), sum(n.cpus for n in nodes)
+    able = _workers(nodes)
+    gpus, cpus = sum(n.gpus for n in able), sum(n.cpus for n in able)
     for key in ("gpus_per_worker", "gpus_per_auditor"):
         number = getattr(asked, key)
         if number and not gpus:
             raise ConfigError(
                 f"resources.{key}: {number:g}, but no node has a GPU; start when nodes with GPUs have joined the cluster, or leave it out"
             )
+    others = f"!{CONTROL}" if any(n.role == CONTROL for n in nodes) else ""
+    train_role, audit_role = (TRAIN, AUDIT) if roles else (others, others)
     per_gpu = 1.0 if asked.gpus_per_worker is None else asked.gpus_per_worker
     if gpus and per_gpu:
-        roles = any(n.gpus and n.role == AUDIT for n in nodes)
         auditor_gpus = asked.gpus_per_auditor or (1.0 if gpus > 1 else 0.5)
         train_gpus = per_gpu if gpus > 1 else min(per_gpu, 0.5)
         if roles:
-            auditors = asked.auditors or _whole(nodes, AUDIT, auditor_gpus)
-            slots = asked.slots or _whole(nodes, TRAIN, train_gpus) // workers
+            auditors = asked.auditors or _whole(able, AUDIT, auditor_gpus)
+            slots = asked.slots or _whole(able, TRAIN, train_gpus) // workers
         else:
             for_audit = max(1, int(gpus) // AUDIT_SHARE) if gpus > 1 else 0.5
             auditors = asked.auditors or max(1, int(for_audit / auditor_gpus))
             slots = asked.slots or int((gpus - auditors * auditor_gpus) / (train_gpus * workers))
-        plan = Plan(
+        return Plan(
             slots=slots,
             workers=workers,
             worker_cpus=asked.cpus_per_worker or min(8.0, cpus / gpus / 2),
@@ -101,17 +157,22 @@ def make_plan(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool = True) -> 
             auditor_gpus=auditor_gpus,
             late_auditors=max(1, int(slots * workers * train_gpus / auditor_gpus)),
             trial_slots=trial_slots,
-            roles=roles,
+            train_role=train_role,
+            audit_role=audit_role,
         )
-    else:
-        share = asked.cpus_per_worker or (CPU_SHARE if cpus >= 2 else cpus / 4)
-        slots = asked.slots or max(1, min(MAX_CPU_SLOTS, int(cpus / 2 / (share * workers))))
-        auditor_cpus = CPU_SHARE if cpus >= 2 else cpus / 4
-        auditors = asked.auditors or max(1, min(MAX_CPU_SLOTS, int(cpus)))
-        late = max(0, min(MAX_CPU_SLOTS, int(cpus)) - auditors)
-        plan = Plan(slots, workers, share, 0.0, auditors, auditor_cpus, 0.0, late, trial_slots)
-    preflight(plan, nodes)
-    return plan
+    share = asked.cpus_per_worker or (CPU_SHARE if cpus >= 2 else cpus / 4)
+    auditor_cpus = CPU_SHARE if cpus >= 2 else cpus / 4
+    training, auditing = ([n for n in able if n.role == role] if roles else able for role in (TRAIN, AUDIT))
+    part = 1 if roles else 2  # of the cores
+    slots = asked.slots or max(1, _capped(training, share * workers * part))
+    auditors = asked.auditors or max(1, _capped(auditing, 1.0))
+    late = max(0, _capped(able, 1.0) - auditors)
+    return Plan(slots, workers, share, 0.0, auditors, auditor_cpus, 0.0, late, trial_slots, train_role, audit_role)
+
+
+def _capped(nodes: Sequence[Node], cpus: float) -> int:
+    """Number of processes that have `cpus` CPUs each, at most `MAX_CPU_SLOTS` of them for each node."""
+    return min(MAX_CPU_SLOTS * len(nodes), int(sum(n.cpus for n in nodes) / cpus + SLACK))
 
 
 def _whole(nodes: Sequence[Node], role: str, gpus: float) -> int:
@@ -121,34 +182,42 @@ def _whole(nodes: Sequence[Node], role: str, gpus: float) -> int:
 
 def preflight(plan: Plan, nodes: Sequence[Node]) -> None:
     """Raises ConfigError unless everything of the plan fits the cluster at the same time, node by node and role by role."""
+    able = _workers(nodes)
     for unit, need, largest in (
-        ("CPU", max(plan.worker_cpus, plan.auditor_cpus), max((n.cpus for n in nodes), default=0.0)),
-        ("GPU", max(plan.worker_gpus, plan.auditor_gpus), max((n.gpus for n in nodes), default=0.0)),
+        ("CPU", max(plan.worker_cpus, plan.auditor_cpus), max((n.cpus for n in able), default=0.0)),
+        ("GPU", max(plan.worker_gpus, plan.auditor_gpus), max((n.gpus for n in able), default=0.0)),
     ):
         if need > largest + SLACK:
             raise ConfigError(f"resources: one process needs {need:g} {unit}, but the largest node has {largest:g}")
+    short = _short(plan if plan.slots else replace(plan, slots=1), nodes)
+    if short is not None:
+        wanted = " and ".join(str(part) for part in short.parts if part.count)
+        where = f"nodes labelled role={short.role}" if short.role else "nodes"
+        alike = Counter(f"{n.cpus:g} CPU and {n.gpus:g} GPU" for n in short.nodes)
+        have = ", ".join(f"{count} with {what}" for what, count in alike.items()) or "there are none"
+        raise ConfigError(
+            f"resources: {wanted} do not fit the {where} ({have}): room for {short.missing} of {short.part.count} "
+            f"{short.part.name} is missing; lower resources.slots, resources.auditors or train.workers"
+        )
+
+
+def _short(plan: Plan, nodes: Sequence[Node]) -> _Short | None:
+    """The first processes of a plan that have no place; None if all have one."""
     workers = _Part("workers", plan.slots * plan.workers, plan.worker_cpus, plan.worker_gpus)
-    auditors = _Part("auditors", plan.auditors, plan.auditor_cpus, plan.auditor_gpus)
-    if plan.slots < 1:
-        workers = replace(workers, count=plan.workers)
+    auditors = _Part(AUDITORS, plan.auditors, plan.auditor_cpus, plan.auditor_gpus)
     if plan.roles:
         groups = [
             (role, [part], [n for n in nodes if n.role == role]) for role, part in ((TRAIN, workers), (AUDIT, auditors))
         ]
     else:
         drivers = _Part("trial functions", plan.concurrent_trials if plan.driver_cpus else 0, plan.driver_cpus, 0.0)
-        groups = [("", [auditors, workers, drivers], list(nodes))]
+        able = nodes if plan.worker_gpus else _workers(nodes)  # trial functions run on nodes without GPUs, too
+        groups = [("", [auditors, workers, drivers], list(able))]
     for role, parts, members in groups:
-        short = _misfit(parts, members)
-        if short is not None:
-            wanted = " and ".join(str(part) for part in parts if part.count)
-            where = f"nodes labelled role={role}" if role else "nodes"
-            alike = Counter(f"{n.cpus:g} CPU and {n.gpus:g} GPU" for n in members)
-            have = ", ".join(f"{count} with {what}" for what, count in alike.items()) or "there are none"
-            raise ConfigError(
-                f"resources: {wanted} do not fit the {where} ({have}): room for {short} is missing; "
-                "lower resources.slots, resources.auditors or train.workers"
-            )
+        found = _misfit(parts, members)
+        if found is not None:
+            return _Short(*found, role, parts, members)
+    return None
 
 
 @dataclass(frozen=True)
@@ -165,8 +234,19 @@ class _Part:
         return f"{self.count} {self.name} x {' and '.join(needs)}"
 
 
-def _misfit(parts: Sequence[_Part], nodes: Sequence[Node]) -> str | None:
-    """The first processes without a place, if each goes to the first node with room, the largest first; None if all fit."""
+@dataclass(frozen=True)
+class _Short:
+    """Processes without a place: `missing` of `part`, one of the `parts` that share the `nodes` of a role."""
+
+    part: _Part
+    missing: int
+    role: str
+    parts: Sequence[_Part]
+    nodes: Sequence[Node]
+
+
+def _misfit(parts: Sequence[_Part], nodes: Sequence[Node]) -> tuple[_Part, int] | None:
+    """The first part of which some have no place, and how many, if each goes to the first node with room, the largest first."""
     free = [[n.cpus, n.gpus] for n in nodes]
     for part in sorted(parts, key=lambda p: (p.gpus, p.cpus), reverse=True):
         left = part.count
@@ -176,5 +256,5 @@ def _misfit(parts: Sequence[_Part], nodes: Sequence[Node]) -> str | None:
                 node[1] -= part.gpus
                 left -= 1
         if left:
-            return f"{left} of {part.count} {part.name}"
+            return part, left
     return None

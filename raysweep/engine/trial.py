@@ -16,7 +16,7 @@ from raysweep.auditing.objectives import objectives
 from raysweep.auditing.request import AuditRequest, Outcome
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
-from raysweep.engine.resources import TRAIN, Plan
+from raysweep.engine.resources import Plan
 from raysweep.rundir import RunDir
 from raysweep.search.searcher import FINAL
 from raysweep.search.study import OBJECTIVES
@@ -68,14 +68,14 @@ def scaling(plan: Plan) -> ScalingConfig:
         use_gpu=plan.worker_gpus > 0,
         resources_per_worker=resources,
         placement_strategy="PACK",
-        label_selector={"role": TRAIN} if plan.roles else None,
+        label_selector={"role": plan.train_role} if plan.train_role else None,
     )
 
 
 def ask_audit(run_id: str, request: AuditRequest) -> Outcome:
     """Has a model audited; the manager's answer."""
     manager = ray.get_actor(actor_name("audits", request.run, run_id), namespace=NAMESPACE)
-    outcome: Outcome = ray.get(manager.audit.remote(request))
+    outcome: Outcome = ray.get(manager.submit.remote(request.key, request))
     return outcome
 
 

@@ -25,6 +25,10 @@ from raysweep.search.searcher import ParetoSearch
 from raysweep.search.spaces import Space
 from raysweep.storage.files import checkpoint_path
 
+NODE_LOSSES = (
+    20  # of the nodes of a trial's function, which then starts again elsewhere and finds the job that it waits for
+)
+
 
 def run_trials(engine: Engine, spaces: Sequence[Space]) -> None:
     """Runs the trials that are left; raises Interrupted if some are left afterwards.
@@ -53,12 +57,12 @@ def run_trials(engine: Engine, spaces: Sequence[Space]) -> None:
             storage_path=str(folder.path / "tune"),
             verbose=0,
             callbacks=[TrialEvents(folder, engine.run_id, engine.sweep, engine.events)],
-            failure_config=tune.FailureConfig(max_failures=2),
+            failure_config=tune.FailureConfig(max_failures=NODE_LOSSES),
         ),
     )
     with restored_interrupts():
         tuner.fit()
-    idle = ray.get(engine.actors.broker.waited.remote(plan.slots))
+    idle = ray.get(engine.actors.broker.waited.remote())
     if idle is not None:
         folder.update(train_workers_idle=idle)
         engine.events.say("search", f"train workers were idle {idle:.0%} of the time")

@@ -1,16 +1,11 @@
 """Two ways to run jobs on Ray Train workers, behind one interface: `executor.run(job) -> Outcome`.
 
-warm      one long-lived TorchTrainer per slot. Its rank 0 asks the broker for the next job and passes it to its group.
-isolated  one TorchTrainer per job, for jobs that span nodes and for untrusted methods.
+warm      long-lived slots (`train/slot.py`), which ask the broker for one job after another.
+isolated  one TorchTrainer per job, for untrusted methods.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
-import uuid
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -22,10 +17,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from raysweep.storage.files import temporary_path
 from raysweep.train.broker import ATTEMPTS
 from raysweep.train.jobs import Job, Outcome, finished
-from raysweep.train.worker import run_one, serve
+from raysweep.train.worker import run_one
 
 CONTROLLER_FAILURES = 20  # of Ray Train's controller, as on a busy machine
-CLOSE_S, END_S = 5, 60  # waiting for the broker, and for the groups to end
 
 
 class Executor(Protocol):
@@ -39,17 +33,17 @@ class Executor(Protocol):
 
 
 class Warm:
-    """Hands jobs to the warm groups through the broker."""
+    """Hands jobs to the slots through the broker."""
 
     def __init__(self, broker: ActorHandle):
         self.broker = broker
 
     def run(self, job: Job) -> Outcome:
-        outcome: Outcome = finished(job) or ray.get(self.broker.submit.remote(job))
+        outcome: Outcome = finished(job) or ray.get(self.broker.submit.remote(job.id, job))
         return outcome
 
     def stop(self) -> None:
-        """Does nothing: closing the broker, which `stop_groups` does, ends all waiting."""
+        """Does nothing: closing the broker ends all waiting."""
 
 
 class Isolated:
@@ -107,43 +101,5 @@ def fit(job: Job, scaling: ScalingConfig, storage: str) -> Outcome:
         overdue.unlink(missing_ok=True)
 
 
-fit_in_task = ray.remote(num_cpus=0, max_retries=ATTEMPTS - 1)(fit)
-
-
-def start_group(broker: ActorHandle, slot: int, scaling: ScalingConfig, storage: str) -> threading.Thread:
-    """Starts a warm group in the background; it ends when the broker is closed."""
-
-    def fit_group() -> None:
-        from ray.train.torch import TorchTrainer
-
-        trainer = TorchTrainer(
-            serve,
-            train_loop_config={"broker": broker, "slot": slot},
-            scaling_config=scaling,
-            run_config=RunConfig(
-                name=f"group-{slot}-{uuid.uuid4().hex[:16]}",  # new each time: Train would resume a name that exists
-                storage_path=storage,
-                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=CONTROLLER_FAILURES),
-            ),
-        )
-        # Ray raises SystemExit in waiting threads when it shuts down
-        with contextlib.suppress(ray.exceptions.RayError, ray.train.TrainingFailedError, SystemExit):
-            trainer.fit()
-
-    thread = threading.Thread(target=fit_group, name=f"group-{slot}", daemon=True)
-    thread.start()
-    return thread
-
-
-def stop_groups(broker: ActorHandle, groups: Iterable[threading.Thread]) -> None:
-    """Ends the warm groups, also those at work, and waits for their threads.
-
-    A thread that is still inside Ray while Ray shuts down can crash the process. Ray Train starts the group of a killed worker
-    again, which then learns from the broker that the run has ended.
-    """
-    with contextlib.suppress(ray.exceptions.RayError):
-        for worker in ray.get(broker.close.remote(), timeout=CLOSE_S):
-            ray.kill(worker)
-    deadline = time.monotonic() + END_S
-    for group in groups:
-        group.join(max(0.0, deadline - time.monotonic()))
+# spread: each holds the controller of its workers, and the head would be full of them
+fit_in_task = ray.remote(num_cpus=0, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")(fit)

@@ -1,21 +1,20 @@
 """Trains candidates and prepares methods, one job after another, on a base model that stays in memory.
 
-The same code runs in warm groups, in isolated ones, and without Ray. No job influences the next: weights are copied from the
+The same code runs in slots, in isolated groups, and without Ray. No job influences the next: weights are copied from the
 base, the random state is set from the job's seed, and gradients, hooks and autocast are dropped with the copy.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from methods.base import Diverged, Method
+from raysweep.dispatch.desk import Word
 from raysweep.models import families
 from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import Embeddings
@@ -26,13 +25,13 @@ from raysweep.storage.recent import Recent
 from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task, encoded
 from raysweep.train.jobs import CARD, Job, Outcome, file_digest, finished
-from raysweep.train.unlearning import Checkpoint, apply, prepare, rank_and_world, trainable_copy
+from raysweep.train.unlearning import Checkpoint, Stopped, apply, prepare, rank_and_world, trainable_copy
 
 if TYPE_CHECKING:
     from raysweep.models.latent import LatentText
     from raysweep.models.tower import Clip
 
-Progress = Callable[[str, int, int, float], None]  # of (job, steps done, steps in all, the method's first diagnostic)
+STOPPED = "stopped"  # status of a job that its worker gave up: another one does it
 
 
 class Resident:
@@ -96,9 +95,26 @@ class Resident:
         model.embeddings = self._embeddings.get(key, embeddings)
 
 
-def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outcome:
-    """Runs a job and saves its result, unless that is there already. Errors of the method become a failed outcome."""
-    rank, _ = rank_and_world()
+class Supervisor(Protocol):
+    """What a job's holder knows about it.
+
+    word: "held", "leave" if the worker should end soon, "lost" if another worker has the job. progress: (steps done, steps in
+    all, the method's first diagnostic), which the job sets.
+    """
+
+    word: Word
+    progress: Any
+
+    def owns(self) -> bool:
+        """Whether the job is still the worker's."""
+
+
+def run(job: Job, resident: Resident, supervisor: Supervisor | None = None) -> Outcome:
+    """Runs a job and saves its result, unless that is there already. Errors of the method become a failed outcome.
+
+    A job of one worker whose supervisor lets it leave, or has lost it, ends with the status `STOPPED`.
+    """
+    rank, world = rank_and_world()
     before = finished(job)
     if before is not None:
         return before
@@ -109,13 +125,25 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
         settings = method_class.Hyperparameters(**job.hyperparameters)
         model, task = resident.for_method(job, method_class, settings)
         if job.kind == "prepare":
-            return _prepare(job, method_class, settings, model, task, rank, started)
+            return _prepare(job, method_class, settings, model, task, rank, started, supervisor)
         prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
         checkpoint = Checkpoint(checkpoint_path(Path(job.out)), job.digest, job.checkpoint_s)
-        report = None if progress is None else partial(progress, job.id)
-        result = apply(method_class, settings, model, task, prepared, job.seed, job.precision, checkpoint, report)
+        result = apply(
+            method_class,
+            settings,
+            model,
+            task,
+            prepared,
+            job.seed,
+            job.precision,
+            checkpoint,
+            None if supervisor is None else lambda *progress: setattr(supervisor, "progress", progress),
+            None if supervisor is None or world > 1 else lambda: supervisor.word,
+        )
         if job.lora is not None:
             result.model.merge()
+    except Stopped as stop:
+        return Outcome(STOPPED, str(stop))
     except Diverged as error:
         return Outcome("failed", str(error), seconds=time.monotonic() - started)
     except Exception as error:  # any exception of a method must end as a recorded failure of its trial alone
@@ -123,6 +151,8 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
     seconds = time.monotonic() - started
     outcome = Outcome("ok", "", result.model.digest, seconds, result.step_seconds, result.diagnostics)
     if rank == 0:
+        if supervisor is not None and not supervisor.owns():
+            return Outcome(STOPPED, "lost")
         card = job.card | {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome)}
 
         def fill(folder: Path) -> None:
@@ -135,11 +165,20 @@ def run(job: Job, resident: Resident, progress: Progress | None = None) -> Outco
 
 
 def _prepare(
-    job: Job, method_class: type[Method], settings: Any, model: Any, task: Task, rank: int, started: float
+    job: Job,
+    method_class: type[Method],
+    settings: Any,
+    model: Any,
+    task: Task,
+    rank: int,
+    started: float,
+    supervisor: Supervisor | None,
 ) -> Outcome:
     tensors = prepare(method_class, settings, model, task, job.seed)
     outcome = Outcome("ok", digest=digest_state(tensors), seconds=time.monotonic() - started)
     if rank == 0:
+        if supervisor is not None and not supervisor.owns():
+            return Outcome(STOPPED, "lost")
         out = Path(job.out)
         save_tensors(out, tensors)
         card = {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome), "sha256": file_digest(out)}

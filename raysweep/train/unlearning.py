@@ -24,7 +24,12 @@ from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task, encoded
 
 Progress = Callable[[int, int, float], None]  # of (steps done, steps in all, the method's first diagnostic)
+Interrupt = Callable[[], str]  # "leave": write a checkpoint and stop; "lost": stop; anything else: go on
 REPORT_EVERY = 25  # steps; each report waits for the device
+
+
+class Stopped(Exception):
+    """Training was interrupted; the message is the interrupt's word."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,12 @@ def apply(
     precision: str = "fp32",
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
+    interrupt: Interrupt | None = None,
 ) -> Unlearned:
     """Trains `model` in place by a method to its end. task: its images in the form that the method takes, pixels or latents."""
     torch.manual_seed(seed)
     method = method_class(model, settings, dict(prepared), task.goal)
-    step_seconds, diagnostics = train(method, task, seed, precision, checkpoint, progress)
+    step_seconds, diagnostics = train(method, task, seed, precision, checkpoint, progress, interrupt)
     diagnostics |= method.finish()
     return Unlearned(method.model, step_seconds, diagnostics)
 
@@ -170,11 +176,13 @@ def train(
     precision: str = "fp32",
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
+    interrupt: Interrupt | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Steps a method to its end, from its checkpoint if it has one.
 
     seed: of data order, noise, time steps and dropout. precision: of the passes, fp32 or bf16; weights and optimiser stay in
     fp32. progress: called on rank 0 with (steps done, steps in all, the method's first diagnostic).
+    interrupt: asked between steps; raises Stopped if it says so.
     Returns (seconds per step, diagnostics of the last step as last/NAME).
     """
     rank, world = rank_and_world()
@@ -197,6 +205,10 @@ def train(
         if checkpoint is not None and rank == 0 and time.monotonic() - saved > checkpoint.every_s:
             checkpoint.write(method.state_dict())
             saved = time.monotonic()
+        if interrupt is not None and (word := interrupt()) in ("leave", "lost"):
+            if word == "leave" and checkpoint is not None:
+                checkpoint.write(method.state_dict())
+            raise Stopped(word)
     done = max(1, method.done - first)
     return (time.monotonic() - began) / done, {f"last/{name}": float(value) for name, value in scalars.items()}
 

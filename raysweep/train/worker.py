@@ -1,63 +1,54 @@
-"""The code inside a Ray Train worker: the loops of warm and of isolated groups, and the timer of a job's budget.
+"""The code inside a Ray Train worker: the loops of slots and of isolated groups.
 
 Heavy imports stay inside the functions: Ray also unpickles this module in its helper processes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
-
+from raysweep.dispatch.holder import Holder, ended_after
 from raysweep.settings import BUDGET
 from raysweep.train.jobs import Job, Outcome
 
 if TYPE_CHECKING:
     from raysweep.train.loop import Resident
 
-OVERDUE_EXIT = 70
+LOST_EXIT = 72
 
 
 def serve(config: dict[str, Any]) -> None:
-    """The loop of every rank of a warm group: does jobs of the broker until that is closed.
+    """The loop of every rank of a slot: does jobs of the broker until that lets it end.
 
-    config: `broker`, an actor handle, and `slot`, the number of the group. Rank 0 asks for jobs and reports outcomes.
+    config: `broker`, an actor handle, and `worker`, the slot's name. Rank 0 asks for jobs and reports outcomes. A single worker
+    stops between two steps when it has lost its job or must leave; a group of several is ended, because its other ranks would
+    wait for rank 0, and goes on from the last checkpoint.
     """
     import torch.distributed as dist
 
-    from raysweep.train.loop import run
+    from raysweep.train.loop import STOPPED, run
 
-    broker, slot = config["broker"], config["slot"]
     resident, rank = set_up()
-    worker = ray.get_runtime_context().current_actor
-    fresh = True
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    end = (lambda: os._exit(LOST_EXIT)) if several else None
+    holder: Holder[Job, Outcome] | None = Holder(config["broker"], config["worker"], end) if rank == 0 else None
     while True:
-        item = [ray.get(broker.next.remote(slot, fresh, worker)) if rank == 0 else None]
-        fresh = False
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        item = [holder.next() if holder is not None else None]
+        if several:
             dist.broadcast_object_list(item, src=0)
         job = item[0]
-        if job == "stop":
+        if job is None:
             return
-        if job == "wait":
-            continue
-        assert isinstance(job, Job)
-
-        def progress(job_id: str, step: int, steps: int, value: float) -> None:
-            broker.note.remote(job_id, step, steps, value)
-
-        def report(outcome: Outcome, job: Job = job) -> None:
-            ray.get(broker.finish.remote(slot, job.id, outcome))
-
-        with budget(job, report if rank == 0 else None):
-            outcome = run(job, resident, progress)
-        if rank == 0:
-            report(outcome)
+        with ended_after(job.budget_s, partial(_hand_in_overdue, holder, job)):
+            outcome = run(job, resident, holder)
+        if holder is not None:
+            if outcome.status == STOPPED:
+                holder.put_back()
+            else:
+                holder.finish(outcome)
 
 
 def run_one(config: dict[str, Any]) -> Outcome:
@@ -73,7 +64,7 @@ def run_one(config: dict[str, Any]) -> Outcome:
     if overdue.exists():
         return overdue_outcome(job)
     resident, _ = set_up()
-    with budget(job, lambda _: overdue.touch()):
+    with ended_after(job.budget_s, overdue.touch):
         return run(job, resident)
 
 
@@ -91,27 +82,9 @@ def set_up() -> tuple[Resident, int]:
     return Resident(get_device()), rank
 
 
-@contextlib.contextmanager
-def budget(job: Job, report: Callable[[Outcome], object] | None) -> Iterator[None]:
-    """Ends this process if the block takes longer than the job's budget, after `report` has taken the failed outcome.
-
-    Ray Train then starts the group again.
-    """
-
-    def expire() -> None:
-        try:
-            if report is not None:
-                report(overdue_outcome(job))
-        finally:  # even if the report fails, so that no caller waits for this process
-            os._exit(OVERDUE_EXIT)
-
-    timer = threading.Timer(job.budget_s, expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _hand_in_overdue(holder: Holder[Job, Outcome] | None, job: Job) -> None:
+    if holder is not None:
+        holder.finish(overdue_outcome(job))
 
 
 def overdue_outcome(job: Job) -> Outcome:

@@ -1,0 +1,245 @@
+"""The steward: keeps a run's slots and auditors in step with the nodes that there are and with what there is to do.
+
+It looks every two seconds. Nodes that join receive workers. What workers did on nodes that are lost goes to others at once. On
+nodes that are being drained, workers stop at a checkpoint. Where slots and auditors have the same size, those that have had nothing
+to do for a while are replaced by the other kind if that has too much to do; after the search slots are replaced by auditors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from raysweep.config.schema import Sweep
+from raysweep.engine.cluster import alive_nodes
+from raysweep.engine.events import Events
+from raysweep.engine.resources import Node, Plan, refit
+
+LOOK_S = 2.0
+ANSWER_S = 30.0  # for a desk to answer
+SHIFT_S = 30.0  # without work, before a worker is replaced by one of the other kind
+Hire = Callable[[str, str], tuple[ActorHandle, ray.ObjectRef]]  # (name, role of its node) -> (actor, its service's end)
+
+
+@dataclass
+class Member:
+    """A worker. role: of its node, as in `Plan`. service: ends when the worker does."""
+
+    actor: ActorHandle
+    role: str
+    service: ray.ObjectRef
+
+
+@dataclass
+class Crew:
+    """The workers of one kind, called `name` and a number, which ask `desk` for work."""
+
+    name: str
+    desk: ActorHandle
+    hire: Hire
+    members: dict[str, Member] = field(default_factory=dict)
+    leaving: set[str] = field(default_factory=set)
+    hired: int = 0
+
+    def adjust(self, wanted: Mapping[str, int], census: Mapping[str, Any]) -> None:
+        """Hires and dismisses until there are as many as wanted for each role. Dismissed first: who has no place, then no work."""
+        staying = [name for name in self.members if name not in self.leaving]
+        have = Counter(self.members[name].role for name in staying)
+        at_work = {worker: bool(key) for worker, (_, key) in census["workers"].items()}
+        for role in {*have, *wanted}:
+            surplus = have[role] - wanted.get(role, 0)
+            of_role = [name for name in staying if self.members[name].role == role]
+            of_role.sort(key=lambda name: (name in at_work, at_work.get(name, False)))
+            self.dismiss(of_role[: max(0, surplus)], at_work)
+            for _ in range(-surplus):
+                name = f"{self.name}-{self.hired}"
+                self.hired += 1
+                actor, service = self.hire(name, role)
+                self.members[name] = Member(actor, role, service)
+
+    def dismiss(self, names: list[str], present: Mapping[str, Any]) -> None:
+        """Ends workers: those that the desk knows when they can, the others at once."""
+        known = [name for name in names if name in present]
+        self.leaving |= set(known)
+        if known:
+            self.desk.leave.remote(known)
+        for name in names:
+            if name not in present:
+                self.remove(name)
+
+    def reap(self, census: Mapping[str, Any]) -> None:
+        """Removes workers that have ended, and starts the processes of those again whose heartbeat stopped."""
+        services = {member.service: name for name, member in self.members.items()}
+        if services:
+            ended, _ = ray.wait(list(services), num_returns=len(services), timeout=0)
+            for service in ended:
+                self.remove(services[service])
+        for name in census["silent"]:
+            if name in self.members:
+                ray.kill(self.members[name].actor, no_restart=False)
+
+    def remove(self, name: str) -> None:
+        """Kills a worker; its task goes to another one."""
+        ray.kill(self.members.pop(name).actor)
+        self.leaving.discard(name)
+        self.desk.forget.remote([name])
+
+    def on(self, nodes: set[str], census: Mapping[str, Any]) -> list[str]:
+        """The workers on nodes, without those that leave."""
+        return [
+            w for w, (node, _) in census["workers"].items() if node in nodes and w in self.members.keys() - self.leaving
+        ]
+
+
+class Steward:
+    """Manages the slots and the auditors of a run in a thread of the driver. slots: None where trials have groups of their own."""
+
+    def __init__(self, sweep: Sweep, plan: Plan, nodes: list[Node], slots: Crew | None, auditors: Crew, events: Events):
+        self.sweep, self.plan, self.events = sweep, plan, events
+        self.slots, self.auditors = slots, auditors
+        self.nodes = {node.id: node for node in nodes}
+        self.searching = True
+        self.shift = Shift()
+        self._lock, self._ending = threading.Lock(), threading.Event()
+        self._trouble = ""
+        self._thread = threading.Thread(target=self._watch, name="steward", daemon=True)
+
+    def start(self) -> None:
+        """Hires the workers and begins to watch. Auditors first: they must not wait for what slots have taken."""
+        nobody: dict[str, Any] = {"workers": {}, "silent": [], "queued": 0}
+        self._adjust(nobody, nobody)
+        self._thread.start()
+
+    def end_search(self) -> None:
+        """Replaces the slots by auditors."""
+        with self._lock:
+            self.searching = False
+        self.look()
+
+    def stop(self) -> None:
+        """Ends the watch and every worker."""
+        self._ending.set()
+        with self._lock:
+            for crew in (self.slots, self.auditors):
+                for member in crew.members.values() if crew is not None else ():
+                    ray.kill(member.actor)
+        self._thread.join(ANSWER_S)
+
+    def look(self) -> None:
+        """Looks once at nodes, desks and workers, and does what is due."""
+        with self._lock:
+            if self._ending.is_set():
+                return
+            desks = [crew.desk for crew in (self.slots, self.auditors) if crew is not None]
+            nodes = {node.id: node for node in alive_nodes()}
+            self._follow(nodes)
+            answers = ray.get([desk.census.remote() for desk in desks], timeout=ANSWER_S)
+            jobs = answers[0] if self.slots is not None else {"workers": {}, "silent": [], "queued": 0}
+            audits = answers[-1]
+            self._say_trouble(audits["trouble"])
+            self._leave_drained(jobs, audits)
+            self._adjust(jobs, audits)
+
+    def _follow(self, nodes: dict[str, Node]) -> None:
+        """Makes the plan for the nodes that there are, if they have changed."""
+        if nodes.keys() == self.nodes.keys():
+            return
+        joined = [node for key, node in nodes.items() if key not in self.nodes]
+        lost = [node for key, node in self.nodes.items() if key not in nodes]
+        self.nodes = nodes
+        dead = {n["NodeID"] for n in ray.nodes() if not n["Alive"]}
+        gone = [node.id for node in lost if node.id in dead]
+        for crew in (self.slots, self.auditors):
+            if crew is not None and gone:
+                ray.get(crew.desk.forget.remote([], gone), timeout=ANSWER_S)
+        plan = refit(self.plan, list(nodes.values()), self.sweep)
+        changes = [f"{_listed(joined)} joined"] * bool(joined) + [f"{_listed(lost)} left"] * bool(lost)
+        if plan is None:
+            self.events.say("cluster", f"{', '.join(changes)}: no room for a slot and an auditor; waiting for nodes")
+            return
+        self.plan = plan
+        self.events.say("cluster", f"{', '.join(changes)}: {plan.slots} trials at once, {plan.auditors} auditors")
+
+    def _leave_drained(self, jobs: Mapping[str, Any], audits: Mapping[str, Any]) -> None:
+        drained = {n["NodeID"] for n in ray.nodes() if n["Alive"]} - self.nodes.keys()
+        for crew, census in ((self.slots, jobs), (self.auditors, audits)):
+            if crew is not None and drained:
+                crew.dismiss(crew.on(drained, census), census["workers"])
+
+    def _adjust(self, jobs: Mapping[str, Any], audits: Mapping[str, Any]) -> None:
+        plan = self.plan
+        slots, auditors = Counter[str](), Counter({plan.audit_role: plan.auditors})
+        if not self.searching:
+            auditors[plan.train_role] += plan.late_auditors
+        else:
+            slots[plan.train_role] = plan.slots
+            if self.slots is not None and plan.workers == 1 and 0 < plan.worker_gpus == plan.auditor_gpus:
+                self.shift.look(jobs, audits, plan, time.monotonic())
+                slots[plan.audit_role] += self.shift.to_slots
+                auditors[plan.audit_role] -= self.shift.to_slots
+                auditors[plan.train_role] += self.shift.to_auditors
+                slots[plan.train_role] -= self.shift.to_auditors
+        for crew, wanted, census in ((self.auditors, auditors, audits), (self.slots, slots, jobs)):
+            if crew is not None:
+                crew.reap(census)
+                crew.adjust(wanted, census)
+
+    def _say_trouble(self, trouble: str) -> None:
+        if trouble and trouble != self._trouble:
+            self.events.say("warning", f"{trouble}; audits wait until there is room")
+        self._trouble = trouble
+
+    def _watch(self) -> None:
+        # Ray raises SystemExit in waiting threads when it shuts down
+        with contextlib.suppress(SystemExit):
+            while not self._ending.wait(LOOK_S):
+                try:
+                    self.look()
+                except ray.exceptions.RayError:  # a desk that is being started again
+                    continue
+                except Exception as error:
+                    self.events.say("warning", f"the cluster could not be looked at: {type(error).__name__}: {error}")
+
+
+@dataclass
+class Shift:
+    """How many workers of one kind are replaced by the other kind, as demand has it. At most one of the two is above 0."""
+
+    to_slots: int = 0
+    to_auditors: int = 0
+    since: float | None = None  # when demand became one-sided
+    towards: int = 0  # 1: slots are short, -1: auditors are
+
+    def look(self, jobs: Mapping[str, Any], audits: Mapping[str, Any], plan: Plan, now: float) -> None:
+        """Shifts half of the idle workers once demand has been one-sided for `SHIFT_S`."""
+        idle_slots, idle_auditors = (sum(not key for _, key in c["workers"].values()) for c in (jobs, audits))
+        towards = 0
+        if jobs["queued"] and idle_auditors and not audits["queued"]:
+            towards = 1
+        elif audits["queued"] and idle_slots and not jobs["queued"]:
+            towards = -1
+        if towards != self.towards:
+            self.towards, self.since = towards, now
+        if not towards or self.since is None or now - self.since < SHIFT_S:
+            return
+        self.since = now
+        balance = (
+            self.to_slots - self.to_auditors + towards * max(1, (idle_auditors if towards > 0 else idle_slots) // 2)
+        )
+        balance = max(1 - plan.slots, min(plan.auditors - 1, balance))
+        self.to_slots, self.to_auditors = max(0, balance), max(0, -balance)
+
+
+def _listed(nodes: list[Node]) -> str:
+    """Nodes for people: their addresses and roles, or their number if they are many."""
+    if len(nodes) > 3:
+        return f"{len(nodes)} nodes"
+    return ", ".join(f"node {n.address}" + f" ({n.role})" * bool(n.role) for n in nodes)
