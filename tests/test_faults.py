@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -17,14 +16,16 @@ from tiny import LATENT, latent_task, tiny_model, tiny_task
 
 from evaluators.judge import train_judge
 from raysweep.auditing.auditor import Auditor
-from raysweep.auditing.manager import LOG, AuditManager
-from raysweep.auditing.request import AuditRequest
+from raysweep.auditing.manager import LOG, AuditManager, Replaced
+from raysweep.auditing.request import AuditRequest, Chore
 from raysweep.config.schema import Tier
 from raysweep.models.latent import LatentText
+from raysweep.settings import TIMEOUT
 from raysweep.storage.cache import load_tensors, save_tensors
-from raysweep.train.broker import ATTEMPTS, NAMESPACE, Broker
-from raysweep.train.executors import Isolated, Warm, start_group, stop_groups
-from raysweep.train.jobs import Job, Outcome, finished
+from raysweep.train.broker import NAMESPACE, Broker, Usage
+from raysweep.train.executors import Isolated, Warm
+from raysweep.train.jobs import Job, finished
+from raysweep.train.slot import Slot, slot_options
 
 pytestmark = pytest.mark.timeout(400)
 TIER = Tier(
@@ -77,19 +78,19 @@ def job(folder, name: str, method: str = "finetune", out: str | None = None, **m
 
 @pytest.fixture(scope="module")
 def warm(folder):
-    """A warm group of one worker."""
+    """A slot of one worker."""
     from ray.train import ScalingConfig
 
     broker = Broker.remote()
-    group = start_group(
-        broker, 0, ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}), str(folder / "train")
-    )
+    scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
+    slot = Slot.options(**slot_options(scaling)).remote()
+    service = slot.serve.remote(broker, "slot-0", scaling, str(folder / "train"))
     executor = Warm(broker)
     outcome = executor.run(job(folder, "first"))
     assert outcome.status == "ok", outcome.reason
     yield executor
-    stop_groups(broker, [group])
-    assert not group.is_alive()
+    ray.get(broker.close.remote())
+    ray.get(service, timeout=60)
 
 
 def test_a_job_that_is_done_is_not_done_again(folder, warm):
@@ -145,43 +146,6 @@ def test_two_train_workers_give_the_weights_of_one(folder, warm):
     assert float((flat[0] - flat[1]).norm() / flat[0].norm()) < 1e-5
 
 
-def test_a_job_whose_worker_always_dies_ends_as_failed(tmp_path):
-    """The broker alone, without processes: a group that comes back `fresh` has lost what it did."""
-    broker = Broker.__ray_metadata__.modified_class()
-    poison = Job("p", "train", "m", {}, 0, "t", None, str(tmp_path / "p"))
-
-    async def play():
-        waiting = asyncio.ensure_future(broker.submit(poison))
-        await asyncio.sleep(0)
-        for k in range(ATTEMPTS):
-            assert (await broker.next(0, k > 0, None)).id == "p"
-        idle = asyncio.ensure_future(broker.next(0, True, None))
-        outcome = await waiting
-        assert await broker.close() == []
-        assert await idle == "stop"
-        return outcome
-
-    assert asyncio.run(play()).reason == f"its worker died {ATTEMPTS} times"
-
-
-def test_a_broker_that_closes_names_the_workers_at_work(tmp_path):
-    """They are ended then, because their jobs may take long; those without a job end by themselves."""
-    broker = Broker.__ray_metadata__.modified_class()
-
-    async def play():
-        waiting = asyncio.ensure_future(broker.submit(Job("p", "train", "m", {}, 0, "t", None, str(tmp_path / "p"))))
-        await asyncio.sleep(0)
-        await broker.next(0, True, "at work")
-        idle = asyncio.ensure_future(broker.next(1, True, "idle"))
-        await asyncio.sleep(0)
-        assert await broker.close() == ["at work"]
-        assert await idle == "stop"
-        with pytest.raises(RuntimeError, match="the run has ended"):
-            await waiting
-
-    asyncio.run(play())
-
-
 def test_results_of_other_jobs_do_not_count_as_done(folder, warm):
     done = job(folder, "f")
     assert warm.run(done).status == "ok"
@@ -206,12 +170,27 @@ def request(folder, name: str, run) -> AuditRequest:
     )
 
 
-def test_every_audit_is_done_once_though_auditor_and_manager_are_killed(folder):
-    run = folder / "run"
+@pytest.fixture
+def audits(folder, request):
+    """(a manager of a new run, two auditors, the run's folder); the auditors may end their work afterwards."""
+    run = folder / request.node.name
     run.mkdir()
-    auditors = [Auditor.options(name=f"aud-{i}").remote() for i in range(2)]
-    manager = AuditManager.options(name="mgr").remote(str(run), ["aud-0", "aud-1"], NAMESPACE, 3, 120)
-    pending = [manager.audit.remote(request(folder, f"s{k}", run)) for k in range(10)]
+    manager = AuditManager.remote(str(run), 3)
+    auditors = [Auditor.remote() for _ in range(2)]
+    for k, auditor in enumerate(auditors):
+        auditor.serve.remote(manager, f"auditor-{k}", 120)
+    yield manager, auditors, run
+    for actor in (*auditors, manager):
+        ray.kill(actor)
+
+
+def ask(manager, request):
+    return manager.submit.remote(request.key, request)
+
+
+def test_every_audit_is_done_once_though_auditor_and_manager_are_killed(folder, audits):
+    manager, auditors, run = audits
+    pending = [ask(manager, request(folder, f"s{k}", run)) for k in range(10)]
     ray.wait(pending, num_returns=2)
     ray.kill(auditors[0], no_restart=False)
     ray.wait(pending, num_returns=5)
@@ -221,63 +200,62 @@ def test_every_audit_is_done_once_though_auditor_and_manager_are_killed(folder):
     keys = [json.loads(line)["key"] for line in (run / LOG).read_text().splitlines() if line]
     assert len(keys) == len(set(keys)) == 10
     assert len(list((run / "rows").glob("*.parquet"))) == 10
-    for actor in (*auditors, manager):
-        ray.kill(actor)
 
 
-def test_requests_wait_for_an_auditor_that_is_being_restarted(folder):
-    run = folder / "run3"
-    run.mkdir()
-    auditor = Auditor.options(name="aud-r").remote()
-    manager = AuditManager.remote(str(run), ["aud-r"], NAMESPACE, 2, 120)
-    pending = [manager.audit.remote(request(folder, f"s{k}", run)) for k in range(5)]
-    ray.wait(pending, num_returns=1)
-    ray.kill(auditor, no_restart=False)  # it refuses every call until its process is up again
-    answers = ray.get(pending, timeout=200)
-    assert [a["reason"] for a in answers if a["status"] != "ok"] == []
-    for actor in (auditor, manager):
-        ray.kill(actor)
-
-
-def test_every_caller_is_answered_before_a_run_ends(folder):
-    """If the manager were killed first, Ray would print for each of them that it will be tried again."""
-    run = folder / "run4"
-    run.mkdir()
-    auditor = Auditor.options(name="aud-c").remote()
-    manager = AuditManager.remote(str(run), ["aud-c"], NAMESPACE, 2, 120)
-    pending = [manager.audit.remote(request(folder, f"s{k}", run)) for k in range(20)]
-    ray.wait(pending, num_returns=1)
-    ray.get(manager.close.remote(), timeout=10)
-    late = manager.audit.remote(request(folder, "late", run))
-    with pytest.raises(RuntimeError, match="the run has ended"):
-        ray.get(late, timeout=10)
-    for actor in (auditor, manager):
-        ray.kill(actor)
-    refused = 0
-    for waiting in pending:
-        try:
-            assert ray.get(waiting, timeout=10)["status"] == "ok"
-        except RuntimeError as error:
-            assert "the run has ended" in str(error)  # noqa: PT017
-            refused += 1
-    assert refused >= 15
-
-
-def test_a_failed_audit_is_recorded_and_the_others_continue(folder):
-    run = folder / "run2"
-    run.mkdir()
-    auditor = Auditor.options(name="aud-x").remote()
-    manager = AuditManager.remote(str(run), ["aud-x"], NAMESPACE, 2, 120)
+def test_a_failed_audit_is_recorded_and_the_others_continue(folder, audits):
+    manager, _, run = audits
     bad = request(folder, "bad", run)
     bad = AuditRequest(**{**vars(bad), "model": str(folder / "absent")})
-    failed, fine = ray.get([manager.audit.remote(r) for r in (bad, request(folder, "good", run))])
+    chore = Chore("train_judge", (str(folder / "task"), 0, "probe", str(folder / "absent" / "judge")))
+    failed, fine, judge = ray.get([ask(manager, bad), ask(manager, request(folder, "good", run)), ask(manager, chore)])
     assert failed["status"] == "failed"
     assert "not a diffusers pipeline folder" in failed["reason"]
-    assert "2 attempts" in failed["reason"]
+    assert "3 attempts" in failed["reason"]
     assert fine["status"] == "ok"
     assert fine["images"] >= TIER.samples
-    assert ray.get(manager.state.remote()) == {"done": 2, "pending": 0, "waiting": 0, "idle": 1}
-    ray.kill(auditor)
+    assert judge["status"] == "failed"
+    assert sorted(json.loads(line)["status"] for line in (run / LOG).read_text().splitlines() if line) == [
+        "failed",
+        "ok",
+    ]
+
+
+def test_an_audit_that_hangs_is_ended_by_its_time_limit(folder, audits):
+    manager, auditors, run = audits
+    for auditor in auditors:
+        ray.kill(auditor)
+    hasty = Auditor.remote()
+    hasty.serve.remote(manager, "hasty", 0.01)
+    answer = ray.get(ask(manager, request(folder, "slow", run)), timeout=200)
+    ray.kill(hasty)
+    assert (answer["status"], answer["limit"]) == ("failed", TIMEOUT)
+    assert answer["reason"] == "no answer within 0.01 s (3 attempts)"
+
+
+def test_a_log_that_cannot_be_written_delays_answers_and_loses_none(folder, audits):
+    manager, _, run = audits
+    (run / LOG).mkdir()  # stands for a full disk: opening the file is an error of the system
+    answer = ask(manager, request(folder, "s", run))
+    deadline = time.monotonic() + 100
+    while not (trouble := ray.get(manager.census.remote())["trouble"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert LOG in trouble
+    (run / LOG).rmdir()
+    assert ray.get(answer, timeout=60)["status"] == "ok"
+    assert LOG not in ray.get(manager.census.remote())["trouble"]
+
+
+def test_a_manager_that_was_replaced_does_not_write(tmp_path):
+    """Both managers alone, without processes: the second one owns the log."""
+    kind = AuditManager.__ray_metadata__.modified_class
+    first = kind(str(tmp_path), 3)
+    first._append("one")
+    second = kind(str(tmp_path), 3)
+    second._append("two")
+    with pytest.raises(Replaced):
+        first._append("three")
+    assert (tmp_path / LOG).read_text() == "onetwo"
 
 
 def test_gauges_reach_rays_metrics(folder):
@@ -293,24 +271,10 @@ def test_gauges_reach_rays_metrics(folder):
     assert not missing
 
 
-def test_the_broker_measures_the_share_of_time_that_slots_are_idle():
-    """The broker alone: two jobs with a pause between them."""
-    broker = Broker.__ray_metadata__.modified_class()
-
-    async def play():
-        assert await broker.waited(1) is None
-        for name in ("x", "y"):
-            waiting = asyncio.ensure_future(broker.submit(Job(name, "train", "m", {}, 0, "t", None, name)))
-            await asyncio.sleep(0)
-            taken = await broker.next(0, False, None)
-            await asyncio.sleep(0.05)
-            await broker.finish(0, taken.id, Outcome("ok"))
-            await waiting
-            await asyncio.sleep(0.1)
-        share = await broker.waited(1)
-        await broker.watch()
-        return share, await broker.waited(1)
-
-    share, after = asyncio.run(play())
-    assert 0.3 < share < 0.6
-    assert after is None
+def test_the_share_of_time_in_which_slots_are_idle():
+    """Two slots; the time before the first job and after the last does not count."""
+    usage = Usage()
+    assert usage.idle is None
+    for workers, busy, now in ((2, 0, 0.0), (2, 1, 10.0), (2, 2, 11.0), (2, 1, 13.0), (2, 0, 14.0), (2, 0, 99.0)):
+        usage.change(workers, busy, now)
+    assert usage.idle == pytest.approx(1 - 6 / 8)

@@ -28,6 +28,10 @@ OWNER = "audits.owner"
 WRITE_S, RETRY_S = 600.0, 5.0  # how long a log that cannot be written is tried, and how often
 
 
+class Replaced(Exception):
+    """Another manager of the run has been started."""
+
+
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=CALLS)
 class AuditManager(Desk[AuditRequest | Chore, Outcome]):
     """The desk of the audits of the run in a folder. attempts: per request."""
@@ -100,11 +104,12 @@ class AuditManager(Desk[AuditRequest | Chore, Outcome]):
                     await asyncio.to_thread(self._append, "".join(line for line, _ in batch))
                     self.trouble = ""
                     break
+                except Replaced as error:
+                    return await self.close(str(error))
                 except OSError as error:  # a full disk: somebody may make room
                     self.trouble = f"{self.path} cannot be written ({error.strerror or error})"
                     if time.monotonic() - started > WRITE_S:
-                        await self.close(f"{self.trouble}; make room and run the same command again")
-                        return
+                        return await self.close(f"{self.trouble}; make room and run the same command again")
                     await asyncio.sleep(RETRY_S)
             for _, written in batch:
                 written.set_result(None)
@@ -112,7 +117,7 @@ class AuditManager(Desk[AuditRequest | Chore, Outcome]):
     def _append(self, text: str) -> None:
         """Appends to the log, unless another manager of the run has been started since."""
         if (self.folder / OWNER).read_text(encoding="utf-8") != self.owner:
-            os._exit(1)
+            raise Replaced(f"{self.path} belongs to another audit manager")
         with open(self.path, "a", encoding="utf-8") as log:
             log.write(text)
             log.flush()

@@ -8,6 +8,7 @@ another one: each is a coroutine, and what has to wait is a future.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -56,7 +57,8 @@ class Desk(Generic[Task, Outcome]):
         self.silent: set[str] = set()  # workers whose heartbeat stopped
         self.progress: dict[str, Any] = {}
         self.closed = ""  # why
-        self._looked = 0.0
+        self.clock = time.monotonic
+        self._looked = -math.inf
 
     def failure(self, key: str, reason: str) -> Outcome:
         """The outcome of a task whose attempts are used up."""
@@ -86,13 +88,13 @@ class Desk(Generic[Task, Outcome]):
         self.silent.discard(worker)
         if fresh and worker in self.leases.works:
             await self._lost(self.leases.works[worker], "its worker died", counts=True)
-        deadline = time.monotonic() + WAIT_S
+        deadline = self.clock() + WAIT_S
         while not (self.closed or worker in self.leaving):
             await self._expire()
-            lease = self.leases.take(worker, time.monotonic())
+            lease = self.leases.take(worker, self.clock())
             if lease is not None:
                 return Assignment(lease.key, self.tasks[lease.key], lease.token, self._beat_s())
-            left = deadline - time.monotonic()
+            left = deadline - self.clock()
             if left <= 0:
                 return "wait"
             turn = asyncio.get_running_loop().create_future()
@@ -104,7 +106,7 @@ class Desk(Generic[Task, Outcome]):
     async def beat(self, worker: str, key: str, token: str, progress: Any = None) -> Word:
         """Renews a lease: "held", "leave" if the worker should end soon, "lost" if the task is no longer the worker's."""
         await self._expire()
-        if not self.leases.renew(worker, key, token, time.monotonic()):
+        if not self.leases.renew(worker, key, token, self.clock()):
             return "lost"
         if progress is not None:
             self.progress[key] = progress
@@ -112,7 +114,7 @@ class Desk(Generic[Task, Outcome]):
 
     async def finish(self, worker: str, key: str, token: str, outcome: Outcome, again: bool = False) -> bool:
         """Takes an outcome; ignores it and returns False if the task is not the worker's. again: try the task again, if it may."""
-        if not self.leases.renew(worker, key, token, time.monotonic()):
+        if not self.leases.renew(worker, key, token, self.clock()):
             return False
         if again and self.leases.put_back(key, counts=True):
             self._wake()
@@ -122,7 +124,7 @@ class Desk(Generic[Task, Outcome]):
 
     async def put_back(self, worker: str, key: str, token: str) -> None:
         """Takes a task back from a worker that leaves."""
-        if self.leases.renew(worker, key, token, time.monotonic()) and self.leases.put_back(key, counts=False):
+        if self.leases.renew(worker, key, token, self.clock()) and self.leases.put_back(key, counts=False):
             self._wake()
 
     async def leave(self, workers: Iterable[str]) -> None:
@@ -165,7 +167,7 @@ class Desk(Generic[Task, Outcome]):
 
     async def _expire(self) -> None:
         """Takes tasks from workers whose heartbeat stopped; looks for them at most once in a second."""
-        now = time.monotonic()
+        now = self.clock()
         if now - self._looked < 1:
             return
         self._looked = now
