@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -66,7 +67,9 @@ def measure(desk: ActorHandle, tasks: list[list[tuple[str, Any]]], outcome: Any)
     workers = [Workers.remote() for _ in range(2)]
     services = [w.serve.remote(desk, f"w{k}", outcome) for k, w in enumerate(workers)]
     callers, rates, slowest = Callers.remote(), [], 0.0
-    for batch in tasks:
+    warm_up, *rounds = tasks  # processes start in the first round
+    ray.get(callers.submit.remote(desk, warm_up))
+    for batch in rounds:
         running = callers.submit.remote(desk, batch)
         while not ray.wait([running], timeout=0.2)[0]:
             asked = time.perf_counter()
@@ -108,11 +111,15 @@ def main() -> None:
             object_store_memory=200 * 2**20,
             runtime_env={"env_vars": ENVIRONMENT | {"PYTHONPATH": root}},
         )
-        keys = [[f"{r}-{k}" for k in range(options.tasks)] for r in range(options.rounds)]
+        keys = [[f"{r}-{k}" for k in range(options.tasks)] for r in range(options.rounds + 1)]
         jobs = [[(k, Job(k, "train", "m", {"lr": 1e-3}, 0, "t", "b", k)) for k in batch] for batch in keys]
         result = {
             "jobs": measure(Broker.remote(), jobs, Outcome("ok")),
-            "audits": measure(AuditManager.remote(folder, 3), [[(k, None) for k in batch] for batch in keys], AUDIT),
+            "audits": measure(
+                AuditManager.remote(folder, 3),
+                [[(k, SimpleNamespace(tier_name="probe")) for k in batch] for batch in keys],
+                AUDIT,
+            ),
             "machine": f"{os.cpu_count()} CPUs, {platform.machine()}",
             "versions": {k: v for k, v in versions().items() if k in ("python", "ray")},
         }

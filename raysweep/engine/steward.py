@@ -52,11 +52,12 @@ class Crew:
     def adjust(self, wanted: Mapping[str, int], census: Mapping[str, Any]) -> None:
         """Hires and dismisses until there are as many as wanted for each role. Dismissed first: who has no place, then no work."""
         staying = [name for name in self.members if name not in self.leaving]
-        have = Counter(self.members[name].role for name in staying)
+        roles = {name: self.members[name].role for name in staying}
+        have = Counter(roles.values())
         at_work = {worker: bool(key) for worker, (_, key) in census["workers"].items()}
         for role in {*have, *wanted}:
             surplus = have[role] - wanted.get(role, 0)
-            of_role = [name for name in staying if self.members[name].role == role]
+            of_role = [name for name in staying if roles[name] == role]
             of_role.sort(key=lambda name: (name in at_work, at_work.get(name, False)))
             self.dismiss(of_role[: max(0, surplus)], at_work)
             for _ in range(-surplus):
