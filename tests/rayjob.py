@@ -20,7 +20,19 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 MANIFEST, REDUCED = ROOT / "docs" / "cluster" / "kuberay.yaml", Path(__file__).with_name("rayjob_schema.json")
-KEPT = ("type", "format", "enum", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "anyOf", "default")
+KEPT = (
+    "type",
+    "format",
+    "enum",
+    "pattern",
+    "minimum",
+    "maximum",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "anyOf",
+    "default",
+)
 
 
 def documents() -> dict[str, Any]:
@@ -67,7 +79,7 @@ def main(definition: str, version: str) -> None:
     job = documents()["RayJob"]
     schema = versions[job["apiVersion"].partition("/")[2]]
     jsonschema.validate(job, strict(schema))
-    print(f"{MANIFEST.relative_to(ROOT)}: valid for KubeRay {version}")
+    sys.stdout.write(f"{MANIFEST.relative_to(ROOT)}: valid for KubeRay {version}\n")
     content = {"source": f"ray.io_rayjobs.yaml of KubeRay {version}", "schema": reduced(schema, [job])}
     REDUCED.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
