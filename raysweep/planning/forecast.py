@@ -14,7 +14,7 @@ from methods.base import Descent
 from raysweep.config import draws, presets
 from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.engine.expectation import nodes_of_file
-from raysweep.engine.resources import make_plan
+from raysweep.engine.resources import Plan, make_plan
 from raysweep.models.folders import is_hub_id
 from raysweep.planning import footprint
 from raysweep.planning.dry_run import typical
@@ -110,6 +110,12 @@ def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
     )
 
 
+def wall_hours(cost: Forecast, plan: Plan) -> float:
+    """Hours that a sweep takes with a plan: training, then the search on all slots, then the audits on all auditors."""
+    lanes = max(1.0, plan.slots * plan.workers * plan.worker_gpus)
+    return cost.training + cost.search / lanes + cost.audit / max(1.0, plan.auditors + plan.late_auditors)
+
+
 def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
     """The lines of a preset's dry run: (topic, text)."""
     network = footprint.of(about.network)
@@ -118,8 +124,6 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
     plan = make_plan(nodes_of_file(cluster), sweep)
     cost = forecast(sweep, network, spaces)
     share = sweep.search.trials // len(sweep.methods)
-    lanes = max(1.0, plan.slots * plan.workers * plan.worker_gpus)
-    wall = cost.training + cost.search / lanes + cost.audit / max(1.0, plan.auditors + plan.late_auditors)
     training = _hours(cost.training) if cost.training else "are given"
     tera = {precision: f"{peak / 1e12:.0f}" for precision, peak in PEAK.items()}
     return [
@@ -132,7 +136,7 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
         (
             "cost",
             f"about {_hours(cost.gpu_hours)} of an H100: base and oracles {training}, search {_hours(cost.search)}, audits "
-            f"{_hours(cost.audit)}; about {_hours(wall)} on this cluster",
+            f"{_hours(cost.audit)}; about {_hours(wall_hours(cost, plan))} on this cluster",
         ),
         ("assumes", f"{SHARE:.0%} of {tera['fp32']} TFLOP/s in single precision, of {tera['bf16']} in bf16"),
         ("memory", "; ".join(f"{n} {size / 1e9:.1f} GB" for n, size in cost.memory.items()) + " on one GPU"),
