@@ -15,7 +15,6 @@ from raysweep.cli import main
 from raysweep.config import presets
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError, Sweep
-from raysweep.engine.resources import Node
 from raysweep.models import families
 from raysweep.planning import forecast
 from raysweep.rundir import RunDir
@@ -144,16 +143,9 @@ def test_cost_grows_with_the_work():
     )  # the former keeps a graph for two gradients
 
 
-def test_nodes_of_the_launcher_file():
-    nodes = forecast.nodes_of(forecast.cluster_file())
-    assert nodes.count(Node(192.0, 8.0, "train")) == 3
-    assert nodes.count(Node(192.0, 8.0, "audit")) == 1
-    assert nodes.count(Node(16.0, 0.0, "control")) == 1
-
-
 def test_a_users_own_launcher_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    types = {"head": {"resources": {"CPU": 8}}, "gpus": {"resources": {"CPU": 64, "GPU": 4}, "min_workers": 2}}
+    types = {"head": {"resources": {"CPU": 8}}, "gpus": {"resources": {"CPU": 64, "GPU": 4}, "max_workers": 2}}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"head_node_type": "head", "available_node_types": types}))
     assert "cluster.yaml: 6 trials at once" in call("run", "siss-mnist-tshirt", "--dry-run").output
     (tmp_path / "cluster.yaml").write_text("just: this")

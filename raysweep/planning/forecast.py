@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from methods.base import Descent
 from raysweep.config import draws, presets
 from raysweep.config.schema import ConfigError, Sweep, Tier
-from raysweep.engine.resources import Node, make_plan
+from raysweep.engine.expectation import nodes_of_file
+from raysweep.engine.resources import Plan, make_plan
 from raysweep.models.folders import is_hub_id
 from raysweep.planning import footprint
 from raysweep.planning.dry_run import typical
@@ -75,20 +74,6 @@ def cluster_file() -> Path:
     raise ConfigError(f"{CLUSTER}: not in this folder, so there is no cluster to plan for")
 
 
-def nodes_of(cluster: Path) -> list[Node]:
-    """The nodes that a Ray launcher file asks for at least; raises ConfigError if it is not one."""
-    nodes = []
-    try:
-        types = yaml.safe_load(cluster.read_text(encoding="utf-8"))
-        for name, node in types["available_node_types"].items():
-            count = 1 if name == types.get("head_node_type") else node.get("min_workers", 0)
-            offered, role = node.get("resources", {}), node.get("labels", {}).get("role", "")
-            nodes += [Node(float(offered.get("CPU", 0)), float(offered.get("GPU", 0)), role)] * count
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{cluster}: not a launcher file with available_node_types ({error})") from error
-    return nodes
-
-
 def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
     """The cost of a sweep over a network."""
     task = images_task(sweep)
@@ -125,16 +110,20 @@ def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
     )
 
 
+def wall_hours(cost: Forecast, plan: Plan) -> float:
+    """Hours that a sweep takes with a plan: training, then the search on all slots, then the audits on all auditors."""
+    lanes = max(1.0, plan.slots * plan.workers * plan.worker_gpus)
+    return cost.training + cost.search / lanes + cost.audit / max(1.0, plan.auditors + plan.late_auditors)
+
+
 def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
     """The lines of a preset's dry run: (topic, text)."""
     network = footprint.of(about.network)
     spaces = [load_space(name, sweep.spaces.get(name), images_task(sweep).kind) for name in sweep.methods]
     cluster = cluster_file()
-    plan = make_plan(nodes_of(cluster), sweep)
+    plan = make_plan(nodes_of_file(cluster), sweep)
     cost = forecast(sweep, network, spaces)
     share = sweep.search.trials // len(sweep.methods)
-    lanes = max(1.0, plan.slots * plan.workers * plan.worker_gpus)
-    wall = cost.training + cost.search / lanes + cost.audit / max(1.0, plan.auditors + plan.late_auditors)
     training = _hours(cost.training) if cost.training else "are given"
     tera = {precision: f"{peak / 1e12:.0f}" for precision, peak in PEAK.items()}
     return [
@@ -147,7 +136,7 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
         (
             "cost",
             f"about {_hours(cost.gpu_hours)} of an H100: base and oracles {training}, search {_hours(cost.search)}, audits "
-            f"{_hours(cost.audit)}; about {_hours(wall)} on this cluster",
+            f"{_hours(cost.audit)}; about {_hours(wall_hours(cost, plan))} on this cluster",
         ),
         ("assumes", f"{SHARE:.0%} of {tera['fp32']} TFLOP/s in single precision, of {tera['bf16']} in bf16"),
         ("memory", "; ".join(f"{n} {size / 1e9:.1f} GB" for n, size in cost.memory.items()) + " on one GPU"),
