@@ -37,7 +37,9 @@ def check_whole(folder: Path, process) -> None:
 
 def seconds_between(folder: Path, first: str, then: str) -> float:
     """From the first line that contains `first` to the next that contains `then`."""
-    times = [(datetime.strptime(line[:8], "%H:%M:%S"), line) for line in log(folder).splitlines() if re.match(r"\d\d:", line)]
+    times = [
+        (datetime.strptime(line[:8], "%H:%M:%S"), line) for line in log(folder).splitlines() if re.match(r"\d\d:", line)
+    ]
     start = next(at for at, line in times if first in line)
     return next((at - start).total_seconds() for at, line in times if at >= start and then in line)
 

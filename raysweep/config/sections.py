@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from raysweep.registry import names, suggest
 from raysweep.settings import ASIDE
+from raysweep.storage.places import Place
 
 
 class Section(BaseModel):
@@ -75,6 +76,14 @@ class TrainConfig(Section):
     )
 
 
+class ExpectedNodes(Section):
+    """Nodes of one role that a cluster will have."""
+
+    nodes: int = Field(ge=1, description="number of nodes")
+    cpus: float = Field(gt=0, description="CPUs of each")
+    gpus: float = Field(0, ge=0, description="GPUs of each")
+
+
 class ResourceConfig(Section):
     """CPUs and GPUs of train workers and auditors; null: chosen from the cluster (see `raysweep run --dry-run`)."""
 
@@ -86,3 +95,9 @@ class ResourceConfig(Section):
     slots: int | None = Field(None, ge=1, description="number of trials trained at the same time")
     auditors: int | None = Field(None, ge=1, description="number of auditors")
     cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray instance; null: all cores")
+    expect: Place | dict[Literal["train", "audit", "any"], ExpectedNodes] | None = Field(
+        None,
+        description="nodes to plan for and to ask the autoscaler for: a launcher file, such as cluster.yaml, or by role, such as "
+        "{train: {nodes: 3, cpus: 192, gpus: 8}, audit: {nodes: 1, cpus: 192, gpus: 8}}; null: the nodes that have joined at the start",
+    )
+    wait_s: float = Field(1800, ge=0, description="seconds to wait until the first of the expected nodes can work")

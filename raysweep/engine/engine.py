@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from raysweep.config.schema import Sweep
+from raysweep.engine.arrival import await_nodes, check_expected, expected_nodes, requested
 from raysweep.engine.cluster import connected, has_trial_slots
 from raysweep.engine.events import Events
 from raysweep.engine.pool import Pool, pool
@@ -53,13 +54,17 @@ class Engine:
         """
         run_id = folder.run_id
         with connected(sweep) as cluster:
-            plan = make_plan(cluster.nodes, sweep, has_trial_slots())
+            expected = expected_nodes(sweep)
+            check_expected(sweep, cluster.nodes)
+            plan = make_plan(expected or cluster.nodes, sweep, has_trial_slots())
             events.say("plan", plan.describe())
             if cluster.dashboard:
                 events.say("url", f"Ray dashboard  http://{cluster.dashboard}")
-            with pool(folder.path, run_id, sweep, plan, cluster.nodes, events) as actors:
-                executor = make_executor(str(folder.path), run_id, sweep, plan)
-                yield cls(sweep, task, spaces, folder, run_id, events, plan, actors, executor, cluster.dashboard)
+            with requested(expected):
+                nodes = await_nodes(plan, expected, sweep, events) if expected else cluster.nodes
+                with pool(folder.path, run_id, sweep, plan, nodes, events) as actors:
+                    executor = make_executor(str(folder.path), run_id, sweep, plan)
+                    yield cls(sweep, task, spaces, folder, run_id, events, plan, actors, executor, cluster.dashboard)
 
     @contextlib.contextmanager
     def threads(self) -> Iterator[ThreadPoolExecutor]:

@@ -101,10 +101,14 @@ class Crew:
 
 
 class Steward:
-    """Manages the slots and the auditors of a run in a thread of the driver. slots: None where trials have groups of their own."""
+    """Manages the slots and the auditors of a run in a thread of the driver.
+
+    plan: for all nodes that are expected; it is cut down to what the present ones hold. slots: None where trials have groups of their
+    own.
+    """
 
     def __init__(self, sweep: Sweep, plan: Plan, nodes: list[Node], slots: Crew | None, auditors: Crew, events: Events):
-        self.sweep, self.plan, self.events = sweep, plan, events
+        self.sweep, self.full, self.plan, self.events = sweep, plan, refit(plan, nodes, sweep) or plan, events
         self.slots, self.auditors = slots, auditors
         self.nodes = {node.id: node for node in nodes}
         self.searching = True
@@ -161,7 +165,7 @@ class Steward:
         for crew in (self.slots, self.auditors):
             if crew is not None and gone:
                 ray.get(crew.desk.forget.remote([], gone), timeout=ANSWER_S)
-        plan = refit(self.plan, list(nodes.values()), self.sweep)
+        plan = refit(self.full, list(nodes.values()), self.sweep)
         changes = [f"{_listed(joined)} joined"] * bool(joined) + [f"{_listed(lost)} left"] * bool(lost)
         if plan is None:
             self.events.say("cluster", f"{', '.join(changes)}: no room for a slot and an auditor; waiting for nodes")
