@@ -124,10 +124,8 @@ class Steward:
         self._thread.start()
 
     def end_search(self) -> None:
-        """Replaces the slots by auditors."""
-        with self._lock:
-            self.searching = False
-        self.look()
+        """Has the slots replaced by auditors."""
+        self.searching = False
 
     def stop(self) -> None:
         """Ends the watch and every worker."""
