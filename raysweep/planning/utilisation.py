@@ -53,4 +53,4 @@ def in_words(sweep: Sweep, plan: Plan, line: Timeline) -> str:
         if window is None
         else f"{min(window, trials)} of {trials} trials ahead of results"
     )
-    return f"{plan.slots} busy {line.busy:.0%} of the search (simulated; {told}; search.window)"
+    return f"{plan.slots} slots, busy {line.busy:.0%} of the search: simulated; {told} (search.window)"
