@@ -16,6 +16,8 @@ from test_spaces import CONDITIONAL, PLAIN, result, searcher, value
 
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
+from raysweep.engine.resources import Node, make_plan
+from raysweep.planning.utilisation import in_words, simulated
 from raysweep.results import pareto
 from raysweep.rundir import RunDir
 from raysweep.search import view
@@ -279,3 +281,16 @@ def test_finished_is_said_once_all_were_suggested(tmp_path):
     search = searcher(tmp_path, trials=4, window=4)
     assert [isinstance(search.suggest(k), dict) for k in "abcd"] == [True] * 4
     assert search.suggest("e") == Searcher.FINISHED
+
+
+def test_the_dry_run_simulates_the_steps_that_spaces_give():
+    sweep = load(None, ("methods=[finetune]", "search.trials=400"))
+    plan = make_plan([Node(96, 8)] * 4, sweep)
+    alike = Space("finetune", {"steps": 10}, (), ())
+    apart = Space("finetune", {}, (Parameter("steps", "logint", (1, 400), {}),), ())
+    busy = [simulated(sweep, [space], plan, {"finetune": 1.0}, 0.1) for space in (alike, apart)]
+    assert plan.slots == 24
+    assert busy[0].busy > 0.9 > busy[1].busy > 0.5
+    assert "24 slots, busy 9" in in_words(sweep, plan, busy[0])
+    free = load(None, ("methods=[finetune]", "search.trials=400", "search.asynchronous=true"))
+    assert simulated(free, [apart], plan, {"finetune": 1.0}, 0.1).busy > busy[1].busy
