@@ -291,6 +291,6 @@ def test_the_dry_run_simulates_the_steps_that_spaces_give():
     busy = [simulated(sweep, [space], plan, {"finetune": 1.0}, 0.1) for space in (alike, apart)]
     assert plan.slots == 24
     assert busy[0].busy > 0.9 > busy[1].busy > 0.5
-    assert "24 slots, busy 9" in in_words(sweep, plan, busy[0])
+    assert "24, busy 9" in in_words(sweep, plan, busy[0])
     free = load(None, ("methods=[finetune]", "search.trials=400", "search.asynchronous=true"))
     assert simulated(free, [apart], plan, {"finetune": 1.0}, 0.1).busy > busy[1].busy

@@ -46,11 +46,9 @@ def simulated(sweep: Sweep, spaces: list[Space], plan: Plan, step_s: dict[str, f
 
 
 def in_words(sweep: Sweep, plan: Plan, line: Timeline) -> str:
-    """What keeps the slots from being busy all the time, for people."""
-    trials, window = sweep.search.trials, resolve_window(sweep.search, plan.concurrent_trials)
-    told = (
-        "suggestions wait for no results"
-        if window is None
-        else f"{min(window, trials)} of {trials} trials ahead of results"
-    )
-    return f"{plan.slots} slots, busy {line.busy:.0%} of the search: simulated; {told} (search.window)"
+    """How busy the slots are, for people."""
+    window = resolve_window(sweep.search, plan.concurrent_trials)
+    told = "no suggestion waits for results"
+    if window is not None:
+        told = f"at most {min(window, sweep.search.trials)} of {sweep.search.trials} trials are ahead of results"
+    return f"{plan.slots}, busy {line.busy:.0%} of the search by a simulation; {told} (search.window)"

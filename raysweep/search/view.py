@@ -62,10 +62,10 @@ class History:
 
     def _best(self) -> list[int]:
         """Indices of the best, by non-dominated sorting; among equals the earliest."""
-        points = np.frombuffer(self.objectives).reshape(-1, len(OBJECTIVES))
-        if not len(points):
+        if not self.valid:
             return []
-        return [self.valid[i] for i in np.argsort(moocore.pareto_rank(points), kind="stable")[:BEST]]
+        ranks = moocore.pareto_rank(np.frombuffer(self.objectives).reshape(-1, len(OBJECTIVES)))
+        return [self.valid[i] for i in np.argsort(ranks, kind="stable")[:BEST]]
 
     def ask(
         self, sampler: BaseSampler, fixed: dict[str, Any], number: int, draw: Callable[[Trial], dict[str, Any]]
