@@ -58,6 +58,7 @@ class Changes(TypedDict, total=False):
     data: list[Account]  # of what was read for the task
     digests: dict[str, str]  # "config" and "task" -> hash
     drawn: dict[str, Drawn]  # hash of the model that is audited alone, or "" for a sweep -> what was drawn
+    window: int  # of the search, as `search.window: auto` came out on the cluster that the run began on
     train_workers_idle: float  # share of the search's time
 
 
@@ -197,8 +198,9 @@ class RunDir:
         return validate_config(load_yaml(text), str(self.config), text, stored=True)
 
     def in_force(self) -> Sweep:
-        """The resolved config of the run, with what was drawn for its audits: it reproduces the run."""
-        return self.sweep().with_drawn(self.read_manifest().get("drawn", {}).get("", {}))
+        """The resolved config of the run, with what was drawn for its audits and its search's window: it reproduces the run."""
+        manifest = self.read_manifest()
+        return self.sweep().with_drawn(manifest.get("drawn", {}).get("", {})).with_window(manifest.get("window"))
 
     def check(self, sweep: Sweep, task: str = "") -> None:
         """Raises ConfigError if the directory cannot be written, or holds anything but a run of this sweep.

@@ -182,7 +182,14 @@ def test_dry_run_starts_nothing_and_names_what_is_not_tested(tmp_path):
     small = ("samples=60", "noises=20", "membership_images=20", "recall_images=4")
     result = call("run", "--dry-run", "search.trials=6", *(f"audit.audit.{setting}" for setting in small))
     assert result.exit_code == 0, result.output
-    for part in ("nothing was started", "untested", "about", "1 each of", "one step"):
+    for part in (
+        "nothing was started",
+        "untested",
+        "about",
+        "1 each of",
+        "one step",
+        "of 6 trials are ahead of results",
+    ):
         assert part in result.output
     assert not (tmp_path / "runs").exists()
 

@@ -272,4 +272,4 @@ def test_the_search_tries_the_points_as_they_are_and_keeps_the_rest_as_released(
     for hp in read[2:]:
         assert (hp.tau, hp.t_sampler, hp.weight_decay, hp.batch_size) == (None, "uniform", 1e-6, 64)
         assert 0.02 <= hp.rho <= 0.5
-    assert "siss.rho" not in search.study.trials[configs[1]["number"]].params  # it does not exist beside tau
+    assert "siss.rho" not in search.study.planned[configs[1]["place"]].params  # it does not exist beside tau

@@ -34,8 +34,8 @@ CONDITIONAL = Space(
 PLAIN = Space("finetune", {}, (Parameter("lr", "log", (1e-4, 1e-2), {}),), (Point("paper", {"lr": 1e-3}),))
 
 
-def searcher(tmp_path, trials=8, batch=4, seed=0, sampler="tpe", parts=(CONDITIONAL, PLAIN)):
-    return ParetoSearch(tmp_path / "study.journal", "s", list(parts), trials, batch, seed, sampler)
+def searcher(tmp_path, trials=8, window=4, seed=0, sampler="tpe", parts=(CONDITIONAL, PLAIN)):
+    return ParetoSearch(tmp_path / "study.journal", "s", list(parts), trials, window, seed, sampler)
 
 
 def result(a: float, b: float, **more):
@@ -126,33 +126,6 @@ def test_suggestions_do_not_depend_on_the_order_of_results(tmp_path):
     ]
 
 
-def test_a_batch_runs_while_the_next_waits_for_the_one_before_it(tmp_path):
-    search = searcher(tmp_path, trials=8, batch=2)
-    a, b, c, d = (search.suggest(k) for k in "abcd")  # nothing to wait for: two batches
-    assert search.suggest("e") is None
-    search.on_trial_complete("c", value(c))
-    assert search.study.trials[c["number"]].state == TrialState.RUNNING  # held back: unknown to the third batch
-    search.on_trial_complete("a", value(a))
-    assert search.suggest("e") is None
-    search.on_trial_complete("b", value(b))
-    assert search.study.trials[c["number"]].state == TrialState.COMPLETE
-    e = search.suggest("e")
-    assert isinstance(e, dict)
-    assert isinstance(search.suggest("f"), dict)
-    assert search.suggest("g") is None
-    search.on_trial_complete("d", value(d))
-    assert isinstance(search.suggest("g"), dict)
-
-
-def test_a_trial_whose_result_was_held_back_at_a_kill_is_suggested_again(tmp_path):
-    search = searcher(tmp_path, trials=6, batch=2)
-    configs = {k: search.suggest(k) for k in "abcd"}
-    search.on_trial_complete("c", value(configs["c"]))
-    again = searcher(tmp_path, trials=6, batch=2)
-    assert again.left() == 6
-    assert [again.suggest(k)["trial"] for k in "wxyz"] == [c["trial"] for c in configs.values()]
-
-
 @pytest.mark.parametrize(
     ("final", "error", "state", "reason"),
     [
@@ -168,23 +141,23 @@ def test_results_and_errors_become_states(tmp_path, final, error, state, reason)
     search = searcher(tmp_path)
     config = search.suggest("a")
     search.on_trial_complete("a", final, error)
-    trial = search.study.trials[config["number"]]
+    trial = search.study.planned[config["place"]]
     assert trial.state == state
     assert reason is None or reason in trial.user_attrs["reason"]
     assert trial.user_attrs["tune_id"] == "a"
 
 
 def test_restore_suggests_the_unfinished_again_and_nothing_twice(tmp_path):
-    search = searcher(tmp_path)
+    search = searcher(tmp_path, window=8)
     configs = [search.suggest(k) for k in "abc"]
     search.on_trial_complete("b", value(configs[1]))
-    again = searcher(tmp_path)
+    again = searcher(tmp_path, window=8)
     again.restore("unused")
     assert again.left() == 7
-    assert [c["trial"] for c in (again.suggest(k) for k in "xyz")] == ["000-siss", "002-siss", "003-finetune"]
-    assert [again.suggest(k)["place"] for k in "qrst"] == [4, 5, 6, 7]
+    assert [c["trial"] for c in (again.suggest(k) for k in "xy")] == ["000-siss", "002-siss"]
+    assert [again.suggest(k)["place"] for k in "zqrst"] == [3, 4, 5, 6, 7]
     assert again.suggest("w") == Searcher.FINISHED
-    assert len(again.study.trials) == 8
+    assert len(open_study(tmp_path / "study.journal", "s").trials) == 8
 
 
 def test_only_trials_ended_by_a_limit_are_retried_under_a_wider_one(tmp_path):
@@ -207,26 +180,14 @@ def test_only_trials_ended_by_a_limit_are_retried_under_a_wider_one(tmp_path):
     killed = limited(20)  # before it ended: it is suggested again unchanged
     assert killed.retry() == []
     again = killed.suggest("e")
-    assert again == configs[0] | {"number": 4}
+    assert again == configs[0]
     killed.on_trial_complete("e", value(again))
     assert killed.left() == limited(40).left() == 0
     assert limited(40).retry() == []
-    states = [t.state for t in killed.study.trials]
+    states = [t.state for t in open_study(tmp_path / "study.journal", "s").trials]
     assert states == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE, TrialState.COMPLETE]
     rows = trial_table(SimpleNamespace(journal=tmp_path / "study.journal"), "s")
     assert [r.state for r in rows] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-
-
-def test_an_interrupted_suggestion_keeps_the_shares(tmp_path):
-    study = open_study(tmp_path / "study.journal", "s")
-    study.enqueue_trial({"siss.rho": 0.1})
-    study.ask()  # killed before the config was written
-    study.enqueue_trial({"siss.rho": 0.1})  # killed before it was asked for
-    configs = drain(searcher(tmp_path, trials=4))
-    assert [c["trial"] for c in configs] == ["000-siss", "001-finetune", "002-siss", "003-finetune"]
-    states = [t.state for t in open_study(tmp_path / "study.journal", "s").trials]
-    assert states.count(TrialState.COMPLETE) == 4
-    assert TrialState.RUNNING not in states
 
 
 def test_optuna_and_its_dashboard_open_the_journal(tmp_path):
@@ -251,7 +212,7 @@ def test_constraint_reaches_the_study(tmp_path):
     search = searcher(tmp_path, trials=2)
     search.suggest("a")
     search.on_trial_complete("a", result(0.0, 0.9, constraint=0.3))
-    assert any("constraint" in key for key in search.study.trials[0].system_attrs)
+    assert any("constraint" in key for key in search.study.planned[0].system_attrs)
 
 
 def test_the_end_of_a_trial_that_an_earlier_process_asked_for_is_recorded_whole(tmp_path):
@@ -264,7 +225,7 @@ def test_the_end_of_a_trial_that_an_earlier_process_asked_for_is_recorded_whole(
     again.on_trial_complete("w", result(0.2, 0.9, constraint=0.3))
     again.on_trial_complete("x", {"reason": "diverged", "train_s": 2.0, "residue": math.nan, FINAL: True})
     trials = open_study(tmp_path / "study.journal", "s").trials
-    ended = [trials[c["number"]] for c in configs[:2]]
+    ended = [trials[c["place"]] for c in configs[:2]]
     assert [t.state for t in ended] == [TrialState.COMPLETE, TrialState.FAIL]
     assert [t.user_attrs["tune_id"] for t in ended] == ["w", "x"]
     assert json.loads(ended[0].user_attrs["result"])["residue"] == 0.2
@@ -279,4 +240,4 @@ def test_a_searcher_can_be_pickled(tmp_path):
     search = searcher(tmp_path)
     search.suggest("a")
     copy = cloudpickle.loads(cloudpickle.dumps(search))
-    assert len(copy.study.trials) == 8
+    assert copy.suggest("b")["place"] == 0  # it attaches to the journal again

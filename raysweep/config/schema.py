@@ -129,6 +129,12 @@ class Sweep(Section):
         """The sweep with what was drawn for its audits."""
         return self.model_copy(update={"audit": self.audit.with_drawn(drawn)})
 
+    def with_window(self, window: int | None) -> Sweep:
+        """The sweep with the window that `search.window: auto` came out as; None: the sweep itself."""
+        if window is None or self.search.window != "auto":
+            return self
+        return self.model_copy(update={"search": self.search.model_copy(update={"window": window})})
+
     @property
     def warnings(self) -> list[str]:
         """Non-fatal problems, to display."""

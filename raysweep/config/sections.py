@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from raysweep.registry import names, suggest
 from raysweep.settings import ASIDE
@@ -27,10 +27,16 @@ class SearchConfig(Section):
 
     trials: int = Field(36, ge=1, description="number of trials, shared equally between the methods")
     sampler: str = Field("tpe", description="sampler of hyperparameters: tpe, random, or one of another package")
-    batch: int = Field(
-        6,
-        ge=1,
-        description="trials suggested at once, from the results of all batches but the previous one, which is still running",
+    window: int | Literal["auto"] = Field(
+        "auto",
+        description="trials suggested ahead of results: a suggestion sees the results of all trials but the (window - 1) before it and "
+        "waits for them, so that it depends neither on the number of workers nor on their order; auto: from the cluster that the run "
+        "starts on, at most half of the trials, and kept when the run is resumed",
+    )
+    asynchronous: bool = Field(
+        False,
+        description="suggest from whatever has ended and never wait: keeps all slots busy, but the trials then depend on the number and "
+        "the speed of workers, and the same config and seed give another search each time",
     )
     seed: int = Field(0, ge=0, description="seed of the sampler and of every trial")
     min_validity: float = Field(
@@ -43,6 +49,21 @@ class SearchConfig(Section):
         if value not in names("sampler") and not is_stored(info):
             raise ValueError(f"{value!r} is not a sampler{suggest(value, names('sampler'))}")
         return value
+
+    @field_validator("window", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"must be a whole number from 1, or auto, not {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _waits(self) -> Self:
+        if self.asynchronous and self.window != "auto":
+            raise ValueError(
+                "asynchronous: suggestions wait for nothing, so there is no window; leave search.window out"
+            )
+        return self
 
 
 class LoRA(Section):

@@ -23,6 +23,7 @@ from raysweep.results.trials import trial_table
 from raysweep.rundir import RunDir
 from raysweep.search.searcher import ParetoSearch
 from raysweep.search.spaces import Space
+from raysweep.search.window import resolve_window
 from raysweep.storage.files import checkpoint_path
 
 NODE_LOSSES = (
@@ -71,14 +72,18 @@ def run_trials(engine: Engine, spaces: Sequence[Space]) -> None:
 
 
 def searcher_of(engine: Engine, spaces: Sequence[Space]) -> ParetoSearch:
-    """The searcher of a sweep, attached to its study."""
-    settings, sweep = engine.sweep.search, engine.sweep
+    """The searcher of a sweep, attached to its study; records the window that it works with."""
+    folder, sweep = engine.folder, engine.sweep.with_window(engine.folder.read_manifest().get("window"))
+    settings = sweep.search
+    window = resolve_window(settings, engine.plan.concurrent_trials)
+    if window is not None and settings.window == "auto":
+        folder.update(window=window)
     return ParetoSearch(
-        engine.folder.journal,
+        folder.journal,
         engine.run_id,
         list(spaces),
         settings.trials,
-        settings.batch,
+        window,
         settings.seed,
         settings.sampler,
         sweep.limits,

@@ -18,9 +18,11 @@ from raysweep.config.schema import Sweep, Tier
 from raysweep.engine.cached_jobs import cached
 from raysweep.engine.resources import Plan
 from raysweep.models import families
+from raysweep.planning.utilisation import in_words, simulated
 from raysweep.registry import resolve
 from raysweep.rundir import RunDir
 from raysweep.search.spaces import Space
+from raysweep.search.utilisation import Timeline
 from raysweep.tasks.records import data_lines
 from raysweep.tasks.task import Task, encoded
 
@@ -32,7 +34,8 @@ STARTUP_S = 30.0  # processes of Ray and their imports on two cores; see benchma
 class Estimate:
     """Seconds of work by part, from timings on this machine; `wall`: of the sweep, with what its plan runs in parallel.
 
-    step_seconds: method -> seconds per step. probe_s, audit_s: of one model. cached: artifact -> whether the cache has it.
+    step_seconds: method -> seconds per step. probe_s, audit_s: of one model. slots: the search in simulated time. cached: artifact ->
+    whether the cache has it.
     """
 
     prepare: float
@@ -42,6 +45,7 @@ class Estimate:
     step_seconds: dict[str, float]
     probe_s: float
     audit_s: float
+    slots: Timeline
     cached: dict[str, bool]
 
 
@@ -58,6 +62,7 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     trials = sweep.search.trials // len(spaces)
     train = sum(trials * steps[space.method] * typical(space).get("steps", 1) for space in spaces)
     search = train + sweep.search.trials * probe_s
+    slots = simulated(sweep, spaces, plan, steps, probe_s)
     audited = sweep.audit.top + sweep.oracles + 2
     audit = audited * audit_s + (sweep.oracles + 2) * probe_s
     cpus = os.cpu_count() or 1
@@ -65,10 +70,10 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     wall = (
         STARTUP_S
         + prepare / min(lanes, max(1, len(untrained)))
-        + search / lanes
+        + search / lanes / (slots.busy or 1.0)
         + audit / min(plan.auditors + plan.late_auditors, cpus)
     )
-    return Estimate(prepare, search, audit, wall, steps, probe_s, audit_s, in_cache)
+    return Estimate(prepare, search, audit, wall, steps, probe_s, audit_s, slots, in_cache)
 
 
 def not_tested(sweep: Sweep, task: Task) -> list[str]:
@@ -95,6 +100,7 @@ def describe(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> list[
         *(("data", line) for line in data_lines(task)),
         ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
         ("cluster", plan.describe()),
+        ("slots", in_words(sweep, plan, cost.slots)),
         ("prepare", f"{cost.prepare:.0f} s of training; in the cache: {in_cache}"),
         ("trials", f"{cost.search:.0f} s of work; one step: {steps}"),
         ("audits", f"probe {cost.probe_s:.1f} s per trial, audit {cost.audit_s:.1f} s x up to {audited}"),

@@ -19,9 +19,11 @@ from raysweep.models.folders import is_hub_id
 from raysweep.planning import footprint
 from raysweep.planning.dry_run import typical
 from raysweep.planning.footprint import SINGLE, Footprint
+from raysweep.planning.utilisation import in_words, simulated
 from raysweep.registry import attacks, resolve
 from raysweep.search.spaces import Space
 from raysweep.search.spaces import load as load_space
+from raysweep.search.utilisation import Timeline
 from raysweep.storage.code_digests import ROOT
 from raysweep.tasks.images import ImagesTask
 from raysweep.tasks.sources import TORCHVISION
@@ -77,7 +79,6 @@ def cluster_file() -> Path:
 def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
     """The cost of a sweep over a network."""
     task = images_task(sweep)
-    seconds = network.flops / (SHARE * PEAK[sweep.train.precision])
     single = network.flops / (SHARE * PEAK["fp32"])
     recipe = task.recipe
     retrained = (0 if task.trained else 1) + (0 if sweep.oracle_models or not task.base_steps else sweep.oracles)
@@ -86,13 +87,7 @@ def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
     trials = sweep.search.trials // len(spaces)
     search = 0.0
     for space in spaces:
-        settings = typical(space)
-        rows = (
-            settings.get("steps", 1)
-            * settings.get("batch_size", 64)
-            * resolve("method", space.method).forwards_per_step
-        )
-        search += trials * rows * seconds
+        search += trials * typical(space).get("steps", 1) * _step_seconds(sweep, network, space)
     search += (sweep.search.trials + sweep.oracles + 2) * _audit_seconds(sweep, network, "probe")
     audited = min(sweep.audit.top, sweep.search.trials) * sweep.audit.rounds + sweep.oracles + 2
     attacked = sweep.audit.finalists + sweep.oracles + 1
@@ -132,6 +127,7 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
         *(("differs", line) for line in about.differs),
         ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
         ("cluster", f"{cluster}: {plan.describe()}"),
+        ("slots", in_words(sweep, plan, _slots(sweep, network, spaces, plan))),
         ("network", f"{network.parameters / 1e6:.1f} M weights, {network.flops / 1e9:.3g} GFLOP per image and pass"),
         (
             "cost",
@@ -143,6 +139,19 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
         ("disk", f"{cost.disk / 1e9:.0f} GB of candidates and oracles"),
         *(("missing", f"{item.key} ({value}): {item.what}; {item.get}") for item, value in missing(sweep, about)),
     ]
+
+
+def _step_seconds(sweep: Sweep, network: Footprint, space: Space) -> float:
+    """Seconds of one step of a method on one GPU."""
+    rows = typical(space).get("batch_size", 64) * resolve("method", space.method).forwards_per_step
+    return float(rows * network.flops / (SHARE * PEAK[sweep.train.precision]))
+
+
+def _slots(sweep: Sweep, network: Footprint, spaces: list[Space], plan: Plan) -> Timeline:
+    """The search in simulated time."""
+    gpus = plan.workers * plan.worker_gpus
+    step_s = {space.method: _step_seconds(sweep, network, space) / max(1.0, gpus) for space in spaces}
+    return simulated(sweep, spaces, plan, step_s, _audit_seconds(sweep, network, "probe"))
 
 
 def _memory(sweep: Sweep, network: Footprint, space: Space) -> float:

@@ -1,12 +1,10 @@
-"""Samplers of the search: functions (seed, spaces) that return a sampler of Optuna.
+"""Samplers of the search: functions (seed, space) that return a sampler of Optuna for one trial of the space's method.
 
-Each trial has a new one with its own seed, so that a resumed search continues like an uninterrupted one. It reads
-the trials before it from the study, whose two objectives (residue, damage) are minimised.
+Each trial has a new one with its own seed, so that a resumed search continues like an uninterrupted one. It reads from its study
+the trials of the method that it may learn from (see `raysweep.search.view`); their two objectives (residue, damage) are minimised.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
@@ -14,14 +12,12 @@ from raysweep.search.spaces import Space
 from raysweep.search.study import quiet
 
 
-def random(seed: int, spaces: Sequence[Space]) -> BaseSampler:
+def random(seed: int, space: Space) -> BaseSampler:
     """Independent draws."""
     return RandomSampler(seed=seed)
 
 
-def tpe(seed: int, spaces: Sequence[Space]) -> BaseSampler:
-    """Multi-objective tree-structured Parzen estimators; the first two trials of each method are drawn at random."""
+def tpe(seed: int, space: Space) -> BaseSampler:
+    """Multi-objective tree-structured Parzen estimators; until two trials of the method are known, trials are drawn at random."""
     with quiet():
-        return TPESampler(
-            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=2 * len(spaces)
-        )
+        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=2)
