@@ -173,7 +173,7 @@ def _train_shadow(engine: Engine, context: Context, trial: Trial, number: int) -
     }
     job = start.job(sweep, config)
     out = str(folder.path / "shadows" / trial.trial / f"unlearned-{number}")
-    job = Job(**vars(job) | {"id": f"{job.id}-shadow-{number}", "out": out, "prepared": prepared})
+    job = Job(**vars(job) | {"id": f"{job.id}-shadow-{number}", "out": out, "prepared": prepared, "as_delta": False})
     unlearned = _run(engine, job)
     return {
         f"unlearned-{number}": (job.out, unlearned.digest),
