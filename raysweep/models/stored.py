@@ -19,6 +19,10 @@ FILE = "delta.safetensors"
 PLACE = "base.json"  # beside the candidates of a run: where their base is
 
 
+class Missing(ValueError):
+    """A candidate's weights were dropped, or its base is gone; the message says how to get them back."""
+
+
 def save(folder: Path, base: Any, base_digest: str, model: Any, digest: str, place: str) -> None:
     """Writes a model into a new folder as what differs from its base or, if a delta cannot hold that, whole.
 
@@ -58,11 +62,11 @@ def drop(folder: Path) -> None:
 def base_of(folder: Path) -> Path | None:
     """The folder of the base of a candidate that is stored as a delta; None for any other folder.
 
-    Raises ValueError if the weights were dropped, or if the base is gone.
+    Raises Missing if the weights were dropped, or if the base is gone.
     """
     if not (folder / FILE).is_file():
         if (folder / CARD).is_file() and not is_kept(folder):
-            raise ValueError(f"{folder}: this candidate's weights were dropped to save disk; {_make_again(folder)}")
+            raise Missing(f"{folder}: this candidate's weights were dropped to save disk; {_make_again(folder)}")
         return None
     from raysweep.models import delta
 
@@ -72,7 +76,7 @@ def base_of(folder: Path) -> Path | None:
     places.append(header["place"])
     found = next((place for place in map(Path, places) if place.is_dir()), None)
     if found is None:
-        raise ValueError(
+        raise Missing(
             f"{folder}: is stored as what differs from its base, the model with the hash {header['base']}, which is no longer in "
             f"{places[0]}: put it back there"
         )
