@@ -1,4 +1,4 @@
-"""Verbs that read and write models and their images: export, patch, convert, draw."""
+"""Verbs that read and write models and their images: export, remake, patch, convert, draw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from raysweep.cli.common import OK, load_sweep, open_run, read_front, reports_errors, require_absent
+from raysweep.cli.common import OK, load_sweep, open_run, read_front, reports_errors, require_absent, run_display
 
 if TYPE_CHECKING:
     from raysweep.rundir import RunDir
@@ -75,6 +75,27 @@ def _loaded(folder: Path) -> Any:
         return load(folder)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+@click.command()
+@click.argument("run")
+@click.argument("trial")
+@reports_errors
+def remake(run: str, trial: str) -> int:
+    """Make a candidate again whose weights were dropped (`candidates.keep`), from its recorded settings and seeds.
+
+    On a CPU the result is the same bit for bit, with the same versions of all packages. A result with another hash replaces nothing:
+    it is kept beside the candidates, and the exit code is 1. The next attempt at the run drops what it does not need again.
+    """
+    from raysweep.engine.remake import remake_candidate
+    from raysweep.storage.files import StoreError
+
+    with run_display() as display:
+        made = remake_candidate(open_run(run), trial, display)
+    if not made.is_same:
+        raise StoreError(made.difference)
+    click.echo(f"{made.folder}  the same model as before, hash {made.digest}")
+    return OK
 
 
 def _warn_of_standing(folder: RunDir, trial: str) -> None:

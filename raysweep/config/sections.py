@@ -86,3 +86,13 @@ class ResourceConfig(Section):
     slots: int | None = Field(None, ge=1, description="number of trials trained at the same time")
     auditors: int | None = Field(None, ge=1, description="number of auditors")
     cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray instance; null: all cores")
+
+
+class CandidatesConfig(Section):
+    """Which candidates a run keeps on disk. The others keep their settings, results and hash; `raysweep remake` makes them again."""
+
+    keep: Literal["all", "front", "audited"] = Field(
+        "audited",
+        description="all: every candidate; audited: those that the final audit measures; front: of those, when the run is complete, the "
+        "members of the front and the recommended one",
+    )
