@@ -227,11 +227,15 @@ def test_of_two_workers_with_one_job_the_first_to_finish_wins(home, originals):
     shared = job(home, "raced", originals / "pixel", hyperparameters=usual("finetune"))
     first = []
 
-    def meanwhile(name, done, steps, value):
-        if done == steps:
-            first.append(loop.run(shared, loop.Resident()))
+    class Meanwhile:
+        word = "held"
 
-    second = loop.run(shared, loop.Resident(), meanwhile)
+        def owns(self):
+            if not first:
+                first.append(loop.run(shared, loop.Resident()))
+            return True
+
+    second = loop.run(shared, loop.Resident(), Meanwhile())
     assert first == [second]
     assert second.digest == families.load(shared.out).digest
     assert not list((home / "candidates").glob(".raced*"))

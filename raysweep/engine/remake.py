@@ -12,6 +12,7 @@ from pathlib import Path
 
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.context import Context
+from raysweep.dispatch.desk import Word
 from raysweep.engine.cached_jobs import prepare_job, prepares
 from raysweep.engine.cluster import RunFailed
 from raysweep.engine.engine import Engine
@@ -60,10 +61,26 @@ class Remade:
 
 
 class Here:
-    """Runs jobs in this process, as a train worker does: on the GPU, or on one thread of the CPU."""
+    """Runs jobs in this process, as a slot does: on the GPU, or on one thread of the CPU. Nobody takes a job away from it."""
+
+    word: Word = "held"
 
     def __init__(self, events: Events):
         self.events = events
+
+    def owns(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def progress(self) -> tuple[int, int, float]:
+        """(steps done, steps in all, the method's first diagnostic) of the job at work; shown whenever the job sets it."""
+        return self._progress
+
+    @progress.setter
+    def progress(self, value: tuple[int, int, float]) -> None:
+        self._progress = value
+        self.events.tick("steps", value[0], value[1])
 
     def run(self, job: Job) -> Outcome:
         import torch
@@ -72,12 +89,8 @@ class Here:
         from raysweep.train.loop import Resident, run
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-        def progress(_: str, done: int, steps: int, value: float) -> None:
-            self.events.tick("steps", done, steps)
-
         with contextlib.nullcontext() if device.type == "cuda" else one_thread():
-            return run(job, Resident(device), progress)
+            return run(job, Resident(device), self)
 
     def stop(self) -> None:
         """Does nothing: no other process works for it."""
