@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from raysweep.cli import main
 from raysweep.config import presets
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError, Sweep
-from raysweep.engine.resources import Node
+from raysweep.engine.resources import Node, make_plan
 from raysweep.models import families
-from raysweep.planning import forecast
+from raysweep.planning import disk, forecast
 from raysweep.rundir import RunDir
 from raysweep.search.spaces import load as load_space
 from raysweep.storage.schemas import ROWS, read_table
@@ -88,7 +89,7 @@ def test_a_dry_run_needs_none_of_the_files(name, tmp_path, monkeypatch):
     assert "cluster.yaml: 24 trials at once" in plan["cluster"][0]
     assert "of an H100" in plan["cost"][0]
     assert "GB" in plan["memory"][0]
-    assert "GB of candidates" in plan["disk"][0]
+    assert re.match(r"at most [\d.]+ [MGT]B of candidates and checkpoints during the search \(", plan["disk"][0])
     assert not list(tmp_path.iterdir())
     refused = call("validate", name)
     assert refused.exit_code == 2
@@ -136,12 +137,34 @@ def test_cost_grows_with_the_work():
     a, b, c = (forecast.forecast(s, network, spaces) for s in (few, more, half))
     assert a.training == 0
     assert b.search == pytest.approx(2 * a.search, rel=0.05)
-    assert b.disk == 2 * a.disk
     assert c.search < a.search
     assert all(c.memory[m] < a.memory[m] for m in a.memory)
     assert (
         a.memory["siss"] > a.memory["siss_no_is"] > a.memory["finetune"]
     )  # the former keeps a graph for two gradients
+
+
+def test_the_disk_of_a_search_does_not_grow_with_its_trials():
+    """Candidates of Stable Diffusion: the weights that train, for a number of trials that only settings and cluster bound."""
+
+    def planned(*overrides: str) -> disk.Disk:
+        sweep = load(presets.path_of("rgd-sd-artist"), overrides, absent=True)
+        plan = make_plan(forecast.nodes_of(forecast.cluster_file()), sweep)
+        return disk.of(sweep, plan, candidate, 2 * candidate, 0)
+
+    candidate = 3.4e9
+    many, more = planned("search.trials=1000"), planned("search.trials=10000")
+    assert many == more
+    assert (more.kept, more.flying) == (4 * 8, 24 + 8 + 1)
+    assert more.search == (32 + 33 + 24 * disk.COPIES) * candidate < 1e12
+    assert more.after == 8 * candidate
+    everything = planned("search.trials=10000", "candidates.keep=all")
+    assert everything.after == 10000 * candidate == everything.kept * candidate
+    assert "at most 547 GB of candidates and checkpoints during the search (32 candidates, 33 more" in more.in_words(
+        "audited"
+    )
+    network = forecast.footprint.of(presets.about("rgd-sd-artist").network)
+    assert 0 < network.adaptable < network.trained(("unet",)) < network.trained(())
 
 
 def test_nodes_of_the_launcher_file():

@@ -17,6 +17,7 @@ from raysweep.models import contents, delta, families, stored
 from raysweep.models.folders import CARD
 from raysweep.models.identity import Identity
 from raysweep.models.latent import LatentText
+from raysweep.planning import disk
 from raysweep.results.run import StoredModel
 from raysweep.storage.files import write_folder
 from raysweep.tasks.task import Task
@@ -114,6 +115,11 @@ def test_a_stored_candidate_is_the_same_model_as_a_whole_one(kind, home, origina
     assert names == {n for n, t in before.items() if not torch.equal(t, after[n])}
     assert (not names) if part is None else all(part in name for name in names)
     assert kind != "one layer" or len(names) == 1
+    job_settings = SimpleNamespace(train=SimpleNamespace(**{"modules": (), "lora": None} | KINDS[kind][3]))
+    planned, planned_whole = disk.sizes(job_settings, start)
+    size = sum(t.nbytes for t in tensors.values())
+    assert size <= planned <= planned_whole
+    assert size == planned or kind in ("some layers", "one layer", "a sampler alone", "both modules")
 
 
 def test_a_vision_language_model_is_stored_as_its_edited_tensors(home, originals, tmp_path):
