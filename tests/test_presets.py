@@ -17,7 +17,7 @@ from raysweep.config import presets
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.engine.resources import Node, make_plan
-from raysweep.models import families
+from raysweep.models import families, stored
 from raysweep.planning import disk, forecast
 from raysweep.rundir import RunDir
 from raysweep.search.spaces import load as load_space
@@ -214,7 +214,9 @@ def test_a_preset_runs_to_its_report(tmp_path: Path, cache: Path, name: str):
     rows = read_table(run / "rows", ROWS).to_pylist()
     assert not [r for r in rows if r["status"] == "failed"]
     assert load(recipe_of(run, tmp_path)).digest == RunDir(run).in_force().digest
-    for candidate in (run / "candidates").iterdir():
+    kept = [p.parent for p in (run / "candidates").glob("*/raysweep.json") if stored.is_kept(p.parent)]
+    assert kept
+    for candidate in kept:
         card = json.loads((candidate / "raysweep.json").read_text())
         assert families.load(candidate).digest == card["outcome"]["digest"]
 
