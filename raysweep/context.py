@@ -82,6 +82,7 @@ class Context:
             task=str(self.folder.task),
             base=self.base,
             out=str(self.folder.candidates / config["trial"]),
+            as_delta=True,
             prepared=self.prepared_file(config["method"], config["hyperparameters"]),
             budget_s=sweep.train.budget_s,
             checkpoint_s=sweep.train.checkpoint_s,

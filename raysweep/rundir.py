@@ -141,8 +141,13 @@ class RunDir:
 
     @property
     def candidates(self) -> Path:
-        """A folder of models, one per trial that ended well."""
+        """A folder of models, one per trial that ended well; of those that were dropped, their cards."""
         return self.path / "candidates"
+
+    @property
+    def remade(self) -> Path:
+        """A folder of candidates that were made again and came out differently."""
+        return self.path / "remade"
 
     @property
     def front_json(self) -> Path:

@@ -169,7 +169,7 @@ def test_every_output_of_a_run_says_the_same(remembering, monkeypatch):
     assert "best so far, but not recommended: it has not forgotten" in call("show", str(remembering), "000-rgd").output
     digests = {"base_digest": "b", "task_digest": "t", "outcome": {"digest": "d"}}
     card = {"trial": "000-rgd", "method": "rgd", "seed": 0, "hyperparameters": {}, **digests}
-    text = page(RunDir(remembering), card)
+    text = page(RunDir(remembering), card, remembering / "candidates" / "000-rgd")
     assert "this candidate is best so far, but not recommended: it has not forgotten" in text
     assert "±" not in text + html
 

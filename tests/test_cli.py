@@ -26,6 +26,7 @@ SURFACE = {
     "run": ["CONFIG", "OVERRIDES", "--dry-run"],
     "shadows": ["RUN", "TRIAL", "--models", "--json"],
     "show": ["SUBJECTS", "--json"],
+    "remake": ["RUN", "TRIAL"],
     "sign": ["CARD", "--key"],
     "status": ["RUN", "--json"],
     "verify": ["CARD", "--task", "--signature-key", "--json"],

@@ -10,6 +10,7 @@ from tiny import clip_model, edm_model, latent_task, tiny_config, tiny_model, ti
 
 from raysweep.config.schema import ConfigError
 from raysweep.export import delta
+from raysweep.models import delta as models_delta
 from raysweep.models import families
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
@@ -37,7 +38,7 @@ def test_a_delta_is_applied_and_reverted_bit_for_bit(pair, tmp_path):
     base, candidate, name = pair
     header = delta.write(tmp_path / "d.safetensors", base, candidate)
     assert header["tensors"] == 1
-    assert set(delta.read(tmp_path / "d.safetensors")[1]) == {f"before/{name}", f"after/{name}"}
+    assert set(models_delta.read(tmp_path / "d.safetensors")[1]) == {f"before/{name}", f"after/{name}"}
     digest = delta.apply(tmp_path / "d.safetensors", base, tmp_path / "applied")
     assert digest == families.load(candidate).digest == families.load(tmp_path / "applied").digest
     delta.apply(tmp_path / "d.safetensors", tmp_path / "applied", tmp_path / "back", revert=True)
@@ -61,14 +62,14 @@ def test_a_delta_refuses_other_models_and_broken_files(pair, tmp_path):
     with pytest.raises(ConfigError, match="but the delta goes from"):
         delta.apply(path, candidate, tmp_path / "out")
     PixelDDPM.build(tiny_config(3), 0).save(tmp_path / "other")
-    with pytest.raises(ConfigError, match="has another architecture than"):
+    with pytest.raises(ConfigError, match=r"cannot be a delta over .*: it has another architecture"):
         delta.write(tmp_path / "no", base, tmp_path / "other")
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ConfigError, match="not a readable safetensors file"):
         delta.apply(path, base, tmp_path / "out")
     with pytest.raises(ConfigError, match="no such file"):
-        delta.read(tmp_path / "absent")
+        delta.apply(tmp_path / "absent", base, tmp_path / "out")
     weights = next(base.rglob("*.safetensors"))
     with pytest.raises(ConfigError, match="not a delta"):
-        delta.read(weights)
+        delta.apply(weights, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from small import recipe_of, start
 from tiny import ROOT
 
 from raysweep.config.reader import load
-from raysweep.models import families
+from raysweep.models import families, stored
 from raysweep.rundir import RunDir
 
 LITTLE = {
@@ -38,8 +38,8 @@ def test_an_example_runs_to_its_report(tmp_path: Path, name: str):
     front = json.loads((run / "front.json").read_text())
     assert front["points"]
     assert load(recipe_of(run, tmp_path)).digest == RunDir(run).in_force().digest
-    for candidate in (run / "candidates").iterdir():
-        assert (
-            families.load(candidate).digest
-            == json.loads((candidate / "raysweep.json").read_text())["outcome"]["digest"]
-        )
+    kept = [p.parent for p in (run / "candidates").glob("*/raysweep.json") if stored.is_kept(p.parent)]
+    assert kept
+    for candidate in kept:
+        card = json.loads((candidate / "raysweep.json").read_text())
+        assert families.load(candidate).digest == card["outcome"]["digest"]

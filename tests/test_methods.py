@@ -31,6 +31,7 @@ from tiny import (
 )
 
 from methods.base import Diverged, Goal, Method
+from raysweep.models import families, stored
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import FAMILIES as RECORDS
@@ -143,6 +144,11 @@ def test_candidates_survive_saving(name, tmp_path):
     method.model.save(tmp_path / "model")
     again = PixelDDPM.load(tmp_path / "model")
     assert again.digest == method.model.digest
+    base = tiny_model(task)
+    base.save(tmp_path / "base")
+    (tmp_path / "stored").mkdir()
+    stored.save(tmp_path / "stored", base, base.digest, method.model, again.digest, str(tmp_path / "base"))
+    assert families.load(tmp_path / "stored").digest == again.digest
     cond = None if task.kind == "points" else torch.tensor([2, 0])
     seeds = torch.arange(2)
     assert torch.equal(again.sample(cond, seeds, 3, 1.5), method.model.sample(cond, seeds, 3, 1.5))

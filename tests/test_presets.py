@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from raysweep.cli import main
 from raysweep.config import presets
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError, Sweep
-from raysweep.models import families
-from raysweep.planning import forecast
+from raysweep.engine.expectation import nodes_of_file
+from raysweep.engine.resources import make_plan
+from raysweep.models import families, stored
+from raysweep.planning import disk, forecast
 from raysweep.rundir import RunDir
 from raysweep.search.spaces import load as load_space
 from raysweep.storage.schemas import ROWS, read_table
@@ -87,7 +90,7 @@ def test_a_dry_run_needs_none_of_the_files(name, tmp_path, monkeypatch):
     assert "cluster.yaml: 24 trials at once" in plan["cluster"][0]
     assert "of an H100" in plan["cost"][0]
     assert "GB" in plan["memory"][0]
-    assert "GB of candidates" in plan["disk"][0]
+    assert re.match(r"at most [\d.]+ [MGT]B of candidates and checkpoints during the search \(", plan["disk"][0])
     assert not list(tmp_path.iterdir())
     refused = call("validate", name)
     assert refused.exit_code == 2
@@ -135,12 +138,34 @@ def test_cost_grows_with_the_work():
     a, b, c = (forecast.forecast(s, network, spaces) for s in (few, more, half))
     assert a.training == 0
     assert b.search == pytest.approx(2 * a.search, rel=0.05)
-    assert b.disk == 2 * a.disk
     assert c.search < a.search
     assert all(c.memory[m] < a.memory[m] for m in a.memory)
     assert (
         a.memory["siss"] > a.memory["siss_no_is"] > a.memory["finetune"]
     )  # the former keeps a graph for two gradients
+
+
+def test_the_disk_of_a_search_does_not_grow_with_its_trials():
+    """Candidates of Stable Diffusion: the weights that train, for a number of trials that only settings and cluster bound."""
+
+    def planned(*overrides: str) -> disk.Disk:
+        sweep = load(presets.path_of("rgd-sd-artist"), overrides, absent=True)
+        plan = make_plan(nodes_of_file(forecast.cluster_file()), sweep)
+        return disk.of(sweep, plan, candidate, 2 * candidate, 0)
+
+    candidate = 3.4e9
+    many, more = planned("search.trials=1000"), planned("search.trials=10000")
+    assert many == more
+    assert (more.kept, more.flying) == (4 * 8, 24 + 8 + 1)
+    assert more.search == (32 + 33 + 24 * disk.COPIES) * candidate < 1e12
+    assert more.after == 8 * candidate
+    everything = planned("search.trials=10000", "candidates.keep=all")
+    assert everything.after == 10000 * candidate == everything.kept * candidate
+    assert "at most 547 GB of candidates and checkpoints during the search (32 candidates, 33 more" in more.in_words(
+        "audited"
+    )
+    network = forecast.footprint.of(presets.about("rgd-sd-artist").network)
+    assert 0 < network.adaptable < network.trained(("unet",)) < network.trained(())
 
 
 def test_a_users_own_launcher_file(tmp_path, monkeypatch):
@@ -183,7 +208,9 @@ def test_a_preset_runs_to_its_report(tmp_path: Path, cache: Path, name: str):
     rows = read_table(run / "rows", ROWS).to_pylist()
     assert not [r for r in rows if r["status"] == "failed"]
     assert load(recipe_of(run, tmp_path)).digest == RunDir(run).in_force().digest
-    for candidate in (run / "candidates").iterdir():
+    kept = [p.parent for p in (run / "candidates").glob("*/raysweep.json") if stored.is_kept(p.parent)]
+    assert kept
+    for candidate in kept:
         card = json.loads((candidate / "raysweep.json").read_text())
         assert families.load(candidate).digest == card["outcome"]["digest"]
 

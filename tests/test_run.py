@@ -17,6 +17,8 @@ from tiny import ROOT
 
 from raysweep.auditing import card as cards
 from raysweep.cli import main
+from raysweep.models import families, stored
+from raysweep.results.run import Run
 from raysweep.rundir import RunDir
 from raysweep.storage.files import digest_of
 from raysweep.storage.schemas import FRONT, ROWS, SCORES, TRIALS, read_table, write_table
@@ -48,6 +50,11 @@ def run(home, monkeypatch) -> RunDir:
 
 def call(*arguments: str):
     return CliRunner().invoke(main, list(arguments))
+
+
+def audited(run: RunDir) -> str:
+    """An audited candidate, whose weights the run keeps."""
+    return next(n for n in json.loads(run.front_json.read_text())["candidates"] if n.endswith("neggrad"))
 
 
 def test_nothing_is_lost_redone_or_done_twice_by_a_kill(home, run):
@@ -176,23 +183,24 @@ def test_the_report_can_be_rebuilt_and_escapes_html(run):
 def test_show_status_export_and_ls_agree_with_the_run(run, tmp_path):
     status = json.loads(call("status", "small", "--json").output)
     assert (status["state"], status["exit_code"], status["trials"]) == ("done", 0, {"COMPLETE": 4, "FAIL": 2})
-    shown = call("show", "small", "000-neggrad")
+    name = audited(run)
+    shown = call("show", "small", name)
     assert shown.exit_code == 0
     assert "reconstruction.correlation" in shown.output
     front = json.loads(run.front_json.read_text())
-    standing = front["standing"].get("000-neggrad", "not audited")
+    standing = front["standing"][name]
     assert f"standing         {standing}" in shown.output
     assert status["answer"] == front["answer"]
     assert call("show", "small", "000-neggrd").exit_code == 2
-    exported = call("export", "small", "000-neggrad", str(tmp_path / "out"))
+    exported = call("export", "small", name, str(tmp_path / "out"))
     assert exported.exit_code == 0, exported.output
-    assert (f"warning: 000-neggrad is {standing}" in exported.output) == (standing != "recommended")
+    assert (f"warning: {name} is {standing}" in exported.output) == (standing != "recommended")
     from diffusers import DDIMPipeline
 
     DDIMPipeline.from_pretrained(tmp_path / "out")
     card = json.loads((tmp_path / "out" / "raysweep.json").read_text())
     assert card["method"] == "neggrad"
-    assert call("export", "small", "000-neggrad", str(tmp_path / "out")).exit_code == 2
+    assert call("export", "small", name, str(tmp_path / "out")).exit_code == 2
     page = (tmp_path / "out" / "README.md").read_text()
     assert card["outcome"]["digest"] in page
     assert "library_name: diffusers" in page
@@ -201,18 +209,51 @@ def test_show_status_export_and_ls_agree_with_the_run(run, tmp_path):
 
 
 def test_export_refuses_weights_that_do_not_match_their_card(run, tmp_path):
-    card = run.candidates / "003-neggrad" / "raysweep.json"
+    card = run.candidates / audited(run) / "raysweep.json"
     text = card.read_text()
     data = json.loads(text)
     data["outcome"]["digest"] = "0" * 16
     card.write_text(json.dumps(data))
     try:
-        result = call("export", "small", "003-neggrad", str(tmp_path / "out"))
+        result = call("export", "small", audited(run), str(tmp_path / "out"))
     finally:
         card.write_text(text)
     assert result.exit_code == 1
     assert "not exported" in result.output
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_keeps_what_it_audited_and_makes_the_rest_again(run, tmp_path):
+    """The process here, without Ray, gives the same bits as the run's workers."""
+    trials = {t["trial"]: t for t in read_table(run.trials, TRIALS).to_pylist() if t["state"] == "COMPLETE"}
+    candidates = json.loads(run.front_json.read_text())["candidates"]
+    kept = {p.parent.name for p in run.candidates.glob(f"*/{stored.FILE}")}
+    assert kept == set(candidates) < set(trials)
+    assert {p.parent.name for p in run.candidates.glob("*/raysweep.json")} == set(trials)
+    assert Run(run.path).candidates.keys() == trials.keys()
+    name = min(set(trials) - kept)
+    assert not Run(run.path).candidates[name].is_kept
+    command = f"raysweep remake {run.path} {name}"
+    out = tmp_path / "out"
+    for verb in (
+        ("export", "small", name, str(out)),
+        ("audit", str(run.candidates / name), "small.yaml", "name=other"),
+    ):
+        refused = call(*verb)
+        assert (refused.exit_code, command in refused.output) == (2, True), refused.output
+    assert f"raysweep remake runs/small {name}" in call("show", "small", name).output
+    made = call(*command.split()[1:])
+    assert made.exit_code == 0, made.output
+    assert f"the same model as before, hash {trials[name]['digest']}" in made.output
+    assert run.read_manifest()["state"] == "done"
+    assert call("export", "small", name, str(out)).exit_code == 0
+    assert families.load(out).digest == Run(run.path).candidates[name].load().digest == trials[name]["digest"]
+    again = call(*command.split()[1:])
+    assert (again.exit_code, "nothing to make" in again.output) == (2, True)
+    failed = next(t["trial"] for t in read_table(run.trials, TRIALS).to_pylist() if t["state"] == "FAIL")
+    refused = call("remake", "small", failed)
+    assert (refused.exit_code, "made no candidate: RuntimeError: this method is broken" in refused.output) == (2, True)
+    assert call("remake", "small", "000-neggrd").exit_code == 2
 
 
 def test_another_config_is_refused(run):
@@ -224,7 +265,7 @@ def test_another_config_is_refused(run):
 @pytest.fixture(scope="module")
 def card(home, cache) -> Path:
     """The audit card of a candidate, made by the command; its folder has the name of an anchor."""
-    shutil.copytree(home / "runs/small/candidates/000-neggrad", home / "base")
+    shutil.copytree(home / "runs/small/candidates" / audited(RunDir(home / "runs/small")), home / "base")
     process = start(home, cache, "audit", "base", "small.yaml", "name=other")
     assert process.wait(timeout=400) == 0, log(home)
     return next((home / "runs/other-audits/cards").iterdir())
@@ -381,20 +422,21 @@ def test_a_candidate_that_cannot_be_placed_is_named_and_the_others_stay(run, tmp
 
 @pytest.mark.slow
 def test_shadow_models_attack_a_trial(home, cache, run):
+    name = audited(run)
     process = start(
         home,
         cache,
         "shadows",
         "small",
-        "000-neggrad",
+        name,
         "--models",
         "3",
         PYTHONPATH=str(home / "faulty") + os.pathsep + str(ROOT),
     )
     assert process.wait(timeout=600) == 0, log(home)
-    content = json.loads((run.path / "shadows" / "000-neggrad.json").read_text())
+    content = json.loads((run.path / "shadows" / f"{name}.json").read_text())
     assert len(content["ratios"]["unlearned"]) == content["summary"]["shadows"] == 3
     assert len(set(content["models"].values())) == 7
     assert run.read_manifest()["state"] == "done"
     assert call("shadows", "small", "002-raises").exit_code == 2
-    assert call("shadows", "small", "000-neggrad", "--models", "2").exit_code == 2
+    assert call("shadows", "small", name, "--models", "2").exit_code == 2

@@ -186,7 +186,7 @@ def test_the_line_of_the_model_card_reads_the_candidate(tmp_path, config):
         "hyperparameters": {},
         "seed": 1,
     }
-    text = modelcard.page(run, card)
+    text = modelcard.page(run, card, run.candidates / "000-rgd")
     line = next(part.strip() for part in text.splitlines() if "from_pretrained(FOLDER" in part)
     module, _, call_ = line.partition(".from_pretrained")
     package, _, name = module.rpartition(".")

@@ -19,7 +19,7 @@ def main(context: click.Context) -> None:
 for verb in (
     *(runs.run, runs.validate, runs.status, runs.report, runs.show),
     *(audits.audit, audits.sign, audits.verify, audits.shadows),
-    *(models.export, models.patch, models.convert, models.draw),
+    *(models.export, models.remake, models.patch, models.convert, models.draw),
     *(setup.init, setup.list_, setup.doctor),
 ):
     main.add_command(verb)

@@ -1,15 +1,14 @@
-"""Verbs that read and write models and their images: export, patch, convert, draw."""
+"""Verbs that read and write models and their images: export, remake, patch, convert, draw."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from raysweep.cli.common import OK, load_sweep, open_run, read_front, reports_errors, require_absent
+from raysweep.cli.common import OK, load_sweep, open_run, read_front, reports_errors, require_absent, run_display
 
 if TYPE_CHECKING:
     from raysweep.rundir import RunDir
@@ -27,22 +26,16 @@ def export(run: str, trial: str, out: str, as_delta: bool) -> int:
 
     Warns if the run does not recommend the candidate, or recommends it with reservations; the model card also says so.
     """
-    from raysweep.config.schema import ConfigError
     from raysweep.context import Context
     from raysweep.export import delta, modelcard
-    from raysweep.models.families import load
-    from raysweep.registry import suggest
-    from raysweep.storage.files import StoreError, write_folder
-    from raysweep.train.jobs import CARD
+    from raysweep.models.folders import CARD
+    from raysweep.storage.files import StoreError, write_folder, write_json
 
     folder, target = open_run(run), Path(out)
-    source = folder.candidates / trial
-    if not (source / CARD).is_file():
-        candidates = sorted(p.name for p in folder.candidates.glob("*") if (p / CARD).is_file())
-        raise ConfigError(f"{run}: no candidate {trial!r}{suggest(trial, candidates)}")
+    source = _candidate(folder, trial)
     require_absent(target)
-    card = json.loads((source / CARD).read_text())
-    expected, digest = card["outcome"]["digest"], load(source).digest
+    model, card = _loaded(source), json.loads((source / CARD).read_text())
+    expected, digest = card["outcome"]["digest"], model.digest
     if digest != expected:
         raise StoreError(f"{source}: the weights hash to {digest}, but the card says {expected}; not exported")
     _warn_of_standing(folder, trial)
@@ -52,11 +45,56 @@ def export(run: str, trial: str, out: str, as_delta: bool) -> int:
         return OK
 
     def fill(temporary: Path) -> None:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        model.save(temporary)
+        write_json(temporary / CARD, card)
         modelcard.write(folder, card, temporary)
 
     write_folder(target, fill)
     click.echo(str(target))
+    return OK
+
+
+def _candidate(folder: RunDir, trial: str) -> Path:
+    """The folder of a candidate; raises ConfigError if the run has none of this name."""
+    from raysweep.config.schema import ConfigError
+    from raysweep.models.folders import CARD
+    from raysweep.registry import suggest
+
+    if not (folder.candidates / trial / CARD).is_file():
+        candidates = sorted(p.parent.name for p in folder.candidates.glob(f"*/{CARD}"))
+        raise ConfigError(f"{folder.path}: no candidate {trial!r}{suggest(trial, candidates)}")
+    return folder.candidates / trial
+
+
+def _loaded(folder: Path) -> Any:
+    """The model in a folder; raises ConfigError, saying what is wrong with the folder."""
+    from raysweep.config.schema import ConfigError
+    from raysweep.models.families import load
+
+    try:
+        return load(folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+@click.command()
+@click.argument("run")
+@click.argument("trial")
+@reports_errors
+def remake(run: str, trial: str) -> int:
+    """Make a candidate again whose weights were dropped (`candidates.keep`), from its recorded settings and seeds.
+
+    On a CPU the result is the same bit for bit, with the same versions of all packages. A result with another hash replaces nothing:
+    it is kept beside the candidates, and the exit code is 1. The next attempt at the run drops what it does not need again.
+    """
+    from raysweep.engine.remake import remake_candidate
+    from raysweep.storage.files import StoreError
+
+    with run_display() as display:
+        made = remake_candidate(open_run(run), trial, display)
+    if not made.is_same:
+        raise StoreError(made.difference)
+    click.echo(f"{made.folder}  the same model as before, hash {made.digest}")
     return OK
 
 

@@ -277,6 +277,7 @@ def report(runs: tuple[str, ...], compare: bool, out: str) -> int:
 def show(subjects: tuple[str, ...], as_json: bool) -> int:
     """Show a trial (its settings, their sources, all its measurements), or audit cards side by side."""
     from raysweep.config.schema import ConfigError
+    from raysweep.models import stored
     from raysweep.registry import suggest
     from raysweep.report.compare import is_card
     from raysweep.results.audited import keys_of, rows_of
@@ -293,12 +294,16 @@ def show(subjects: tuple[str, ...], as_json: bool) -> int:
         raise ConfigError(f"{run}: no trial {trial!r}{suggest(trial, sorted(trials))}")
     rows = rows_of(folder, keys_of(folder, list(trials.values())), [trial])
     standing = read_front(folder).get("standing", {}).get(trial, "not audited")
+    is_kept = stored.is_kept(folder.candidates / trial)
     if as_json:
-        print_json({"trial": trials[trial].plain(), "standing": standing, "rows": rows})
+        print_json({"trial": trials[trial].plain(), "standing": standing, "is_kept": is_kept, "rows": rows})
         return OK
     for key, value in trials[trial].plain().items():
         click.echo(f"{key:<16} {value}")
     click.echo(f"{'standing':<16} {standing}")
+    if trials[trial].is_complete and not is_kept:
+        command = shlex.join(["raysweep", "remake", short_path(folder.path), trial])
+        click.echo(f"{'weights':<16} dropped to save disk; make them again: {command}")
     for tier in sorted({r["tier"] for r in rows}, key=lambda t: (t != "probe", t)):
         click.echo(f"{tier}:")
         print_rows([r for r in rows if r["tier"] == tier])

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from raysweep.config import presets
-from raysweep.config.sections import ResourceConfig, SearchConfig, Section, TrainConfig, is_stored
+from raysweep.config.sections import CandidatesConfig, ResourceConfig, SearchConfig, Section, TrainConfig, is_stored
 from raysweep.config.tiers import AuditConfig, Drawn, Tier
 from raysweep.registry import UnknownName, names, resolve, suggest
 from raysweep.settings import ASIDE, BUDGET, ORACLES, TIMEOUT, asides
@@ -57,6 +57,9 @@ class Sweep(Section):
     search: SearchConfig = Field(default_factory=SearchConfig, description="how hyperparameters are searched")
     train: TrainConfig = Field(default_factory=TrainConfig, description="how trials are trained")
     audit: AuditConfig = Field(default_factory=AuditConfig, description="how candidates are measured")
+    candidates: Annotated[CandidatesConfig, ASIDE] = Field(
+        default_factory=CandidatesConfig, description="which candidates are kept on disk"
+    )
     resources: Annotated[ResourceConfig, ASIDE] = Field(
         default_factory=ResourceConfig, description="CPUs and GPUs of workers and auditors"
     )

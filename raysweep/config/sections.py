@@ -122,3 +122,13 @@ class ResourceConfig(Section):
         "{train: {nodes: 3, cpus: 192, gpus: 8}, audit: {nodes: 1, cpus: 192, gpus: 8}}; null: the nodes that have joined at the start",
     )
     wait_s: float = Field(1800, ge=0, description="seconds to wait until the first of the expected nodes can work")
+
+
+class CandidatesConfig(Section):
+    """Which candidates a run keeps on disk. The others keep their settings, results and hash; `raysweep remake` makes them again."""
+
+    keep: Literal["all", "front", "audited"] = Field(
+        "audited",
+        description="all: every candidate; audited: those that the final audit measures; front: of those, when the run is complete, the "
+        "members of the front and the recommended one",
+    )

@@ -13,6 +13,9 @@ from raysweep.context import Context
 from raysweep.engine.audits import Audits, measure_anchors
 from raysweep.engine.cluster import RunFailed
 from raysweep.engine.engine import Engine
+from raysweep.engine.remake import remake
+from raysweep.engine.retention import keep_only
+from raysweep.models import stored
 from raysweep.results.front import Front, audited_front, judged_by_attacks, write_front
 from raysweep.results.paired import write_paired
 from raysweep.results.trials import Trial, pick_for_audit
@@ -47,6 +50,8 @@ class FinalAudit:
         from raysweep.report.page import build
 
         engine = self.engine
+        keep_only(engine.folder, engine.sweep, self.trials, self.picked)
+        self.restore()
         engine.actors.audit_only()
         front = self.audit()
         self.incomplete += front.unplaced
@@ -58,7 +63,39 @@ class FinalAudit:
         write_paired(engine.folder, self.context, self.audits["audit"], {t.trial: t.method for t in self.trials})
         engine.folder.update(incomplete=self.incomplete)  # for the report
         build(engine.folder)
+        if engine.sweep.candidates.keep == "front" and not self.incomplete:  # what is missing may be audited again
+            members = {row.trial for row in front.candidate_rows if row.on_front or row.trial == front.choice.trial}
+            keep_only(engine.folder, engine.sweep, self.trials, members)
         return front
+
+    def restore(self) -> None:
+        """Makes picked candidates again that were dropped before their audit; one that comes out differently is not audited."""
+        engine, (tier_name, tier) = self.engine, self.engine.sweep.audit.round(1)
+
+        def is_needed(name: str) -> bool:
+            audited = self.request(tier_name, tier, name).rows_path.is_file()
+            return not audited and not stored.is_kept(engine.folder.candidates / name)
+
+        dropped = [name for name in self.picked if is_needed(name)]
+        if not dropped:
+            return
+        engine.events.say("prepare", f"dropped during the search, and made again: {', '.join(dropped)}")
+        with engine.threads() as threads:
+            futures = {
+                name: threads.submit(remake, engine.executor, engine.sweep, self.context, self.picked[name])
+                for name in dropped
+            }
+        for name, future in futures.items():
+            try:
+                problem = "" if future.result().is_same else future.result().difference
+            except RunFailed as error:
+                problem = f"{name}: was dropped during the search and could not be made again: {error}"
+            if problem:
+                self.incomplete.append(problem)
+                engine.events.say("failed", problem)
+                del self.picked[name]
+        if not self.picked:
+            raise RunFailed("; ".join(self.incomplete))
 
     def audit(self) -> Front:
         """Audits the picked candidates, and in further rounds, each on its own seeds, those whose standing is uncertain."""

@@ -15,6 +15,7 @@ from raysweep.engine.events import Events
 from raysweep.engine.final_audit import FinalAudit
 from raysweep.engine.prepare import open_choices, prepare, prepare_methods
 from raysweep.engine.tuning import run_trials
+from raysweep.models import stored
 from raysweep.results.front import Front
 from raysweep.results.trials import Trial, trial_table, write_trials
 from raysweep.rundir import RunDir
@@ -61,6 +62,7 @@ def _run(engine: Engine) -> Result:
     for command in monitors(folder):
         events.say("url", command)
     context = prepare(engine)
+    stored.say_place(folder.candidates, context.base)
     # before the search, which would be wasted on a base that has not learned what it must forget
     incomplete = measure_anchors(engine, context, "audit", sweep.audit.audit)
     incomplete += measure_anchors(engine, context, "probe", sweep.audit.probe)

@@ -27,6 +27,7 @@ from raysweep.engine.cached_jobs import prepare_job, prepares, retrain_job
 from raysweep.engine.cluster import RunFailed
 from raysweep.engine.engine import Engine
 from raysweep.engine.events import Events
+from raysweep.models import stored
 from raysweep.registry import resolve
 from raysweep.results.recompute import load_scores
 from raysweep.results.trials import Trial, trial_table
@@ -107,6 +108,10 @@ def run_shadows(folder: RunDir, name: str, shadows: int, events: Events) -> tupl
         raise ConfigError(f"{folder.path}: {name!r} is not a trial with a candidate; those are: {', '.join(done)}")
     if shadows < MIN_SHADOWS:
         raise ConfigError(f"--models: at least {MIN_SHADOWS}, not {shadows}")
+    try:
+        stored.base_of(folder.candidates / name)
+    except stored.Missing as error:  # before the shadows are trained
+        raise ConfigError(str(error)) from error
     trial, manifest = done[name], folder.read_manifest()
     task, context = Task.load(folder.task), Context.load(str(folder.path))
     with folder.claim(sweep, manifest["digests"]):
@@ -173,7 +178,7 @@ def _train_shadow(engine: Engine, context: Context, trial: Trial, number: int) -
     }
     job = start.job(sweep, config)
     out = str(folder.path / "shadows" / trial.trial / f"unlearned-{number}")
-    job = Job(**vars(job) | {"id": f"{job.id}-shadow-{number}", "out": out, "prepared": prepared})
+    job = Job(**vars(job) | {"id": f"{job.id}-shadow-{number}", "out": out, "prepared": prepared, "as_delta": False})
     unlearned = _run(engine, job)
     return {
         f"unlearned-{number}": (job.out, unlearned.digest),

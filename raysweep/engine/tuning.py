@@ -18,6 +18,7 @@ from raysweep.engine.attempt import Interrupted
 from raysweep.engine.engine import Engine
 from raysweep.engine.events import Events
 from raysweep.engine.resources import TRIAL_SLOT
+from raysweep.engine.retention import Retention
 from raysweep.engine.trial import trial
 from raysweep.results.trials import trial_table
 from raysweep.rundir import RunDir
@@ -106,7 +107,9 @@ class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def __init__(self, folder: RunDir, run_id: str, sweep: Sweep, events: Events):
         self.folder, self.run_id, self.sweep, self.events = folder, run_id, sweep, events
-        states = [t.state for t in trial_table(folder, run_id)]  # of a run that is resumed
+        trials = trial_table(folder, run_id)  # of a run that is resumed
+        states = [t.state for t in trials]
+        self.retention = Retention(folder, sweep, trials)
         self.done, self.failed = sum(state != "RUNNING" for state in states), states.count("FAIL")
         self.gauges = {
             "trials": Gauge("raysweep_trials", "ended trials", ("run", "state")),
@@ -142,6 +145,7 @@ class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray is not typed
             for name in ("residue", "damage"):
                 self.gauges[name].set(result[name], {"run": self.run_id, "method": config["method"]})
         self.count()
+        self.retention.ended(config, result)
         self.events.tick("trials", self.done, total)
 
     def count(self) -> None:

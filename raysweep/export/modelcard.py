@@ -25,16 +25,15 @@ LIMITS = (
 )
 
 
-def page(folder: RunDir, card: dict[str, Any]) -> str:
-    """Markdown with the front matter that model hubs read. card: the candidate's own card."""
+def page(folder: RunDir, card: dict[str, Any], model: Path) -> str:
+    """Markdown with the front matter that model hubs read. card: the candidate's own card; model: its folder, in its library's layout."""
     task = json.loads((folder.task / "task.json").read_text())
     family: Family = resolve("family", task["family"])
     front = json.loads(folder.front_json.read_text()) if folder.front_json.is_file() else {}
-    candidate = folder.candidates / card["trial"]
     matter = {"library_name": family.library, "tags": ["machine-unlearning", "raysweep", card["method"]]}
     sampler = (
         f" raysweep draws its images with the sampler in `{samplers.FILE}`."
-        if (candidate / samplers.FILE).is_file()
+        if (model / samplers.FILE).is_file()
         else ""
     )
     source = f", settings of {card['source']}" if card.get("source") else ""
@@ -48,7 +47,7 @@ def page(folder: RunDir, card: dict[str, Any]) -> str:
             f"Made by raysweep from the base model with hash `{card['base_digest']}`, to forget {_forgotten(task)} of the task "
             f"{task['name']} (hash `{card['task_digest']}`). Weights: hash `{card['outcome']['digest']}`.{sampler}",
             "",
-            f"    {loading_line(family, candidate)}",
+            f"    {loading_line(family, model)}",
             "",
             "## Settings",
             f"Method `{card['method']}`, seed {card['seed']}{source}:",
@@ -91,7 +90,7 @@ def _findings(front: dict[str, Any], trial: str) -> list[str]:
 
 def write(folder: RunDir, card: dict[str, Any], out: Path) -> None:
     """Writes the page into an exported folder."""
-    (out / "README.md").write_text(page(folder, card), encoding="utf-8")
+    (out / "README.md").write_text(page(folder, card, out), encoding="utf-8")
 
 
 def loading_line(family: Family, folder: Path) -> str:

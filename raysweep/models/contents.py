@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from raysweep.models import families
+from raysweep.models import families, stored
 from raysweep.models.folders import read_json
 from raysweep.models.validation import SCHEDULE
 from raysweep.models.weights import weight_files
@@ -15,8 +15,12 @@ from raysweep.models.weights import weight_files
 def not_read(folder: Path) -> tuple[str, ...]:
     """Files, whole subfolders (NAME/) and settings of the scheduler in a model's folder that have no influence on the model.
 
-    Raises ValueError if the folder holds no model. Of a family that does not state what it reads, the one entry says so.
+    Of a run's candidate, what is not read of its base, too. Raises ValueError if the folder holds no model. Of a family that does not
+    state what it reads, the one entry says so.
     """
+    base = stored.base_of(folder)
+    if base is not None:
+        return (*_unread(folder, folder, {folder / stored.FILE}), *(f"{base}/{entry}" for entry in not_read(base)))
     kind = families.handle(families.family_of(folder))
     if not kind.reads:
         return (f"not known: models of the family {kind.family} do not state which files they read",)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raysweep.models import stored
 from raysweep.models.folders import INDEX, pipeline_class, read_json
 from raysweep.records import Family
 from raysweep.registry import FAMILIES, PluginError, external, imported, resolve
@@ -31,6 +32,7 @@ def handle(family: str) -> Any:
 
 def family_of(folder: Path) -> str:
     """The family of the model in a folder; raises ValueError if it is none that is known."""
+    folder = stored.base_of(folder) or folder
     family = _recognised(folder, FAMILIES)
     if family is not None:
         return family
@@ -58,8 +60,10 @@ def _says(file: Path, entries: Mapping[str, Any]) -> bool:
 
 
 def load(folder: str | Path) -> Any:
-    """The model in a folder; raises ValueError, saying what is wrong with the folder."""
-    return handle(family_of(Path(folder))).load(folder)
+    """The model in a folder: a whole one, or a run's candidate over its base; raises ValueError, saying what is wrong with it."""
+    folder = Path(folder)
+    base = stored.base_of(folder)
+    return handle(family_of(folder)).load(folder) if base is None else stored.compose(folder, base, load)
 
 
 def example(task: Any) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "model_index.json"
+CARD = "raysweep.json"  # what raysweep says of a model that it trained
 OPEN_CLIP = "open_clip_config.json"
 HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}")  # lengths are the hub's
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # never pickles

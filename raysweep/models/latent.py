@@ -364,6 +364,12 @@ class LatentText(Diffusion):
         return hidden, pooled
 
 
+def adaptable(unet: nn.Module) -> list[nn.Parameter]:
+    """The weights that adapters change once they are merged."""
+    ends = tuple(f".{name}.weight" for name in ATTENTION)
+    return [p for name, p in unet.named_parameters() if name.endswith(ends)]
+
+
 def _same(encoders: list[nn.Module], others: list[nn.Module]) -> bool:
     """Whether two lists of networks have the same weights."""
     return all(

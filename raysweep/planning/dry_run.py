@@ -18,6 +18,7 @@ from raysweep.config.schema import Sweep, Tier
 from raysweep.engine.cached_jobs import cached
 from raysweep.engine.resources import Plan
 from raysweep.models import families
+from raysweep.planning import disk
 from raysweep.planning.utilisation import in_words, simulated
 from raysweep.registry import resolve
 from raysweep.rundir import RunDir
@@ -93,6 +94,8 @@ def describe(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> list[
     share = sweep.search.trials // len(sweep.methods)
     audited = sweep.audit.top + sweep.oracles + 2
     steps = ", ".join(f"{method} {seconds * 1000:.0f} ms" for method, seconds in cost.step_seconds.items())
+    sizes = disk.sizes(sweep, families.example(task))
+    retrained = (0 if task.given_base else 1) + (0 if sweep.oracle_models else sweep.oracles)
     basis = f"{STEPS} timed steps per method and one timed audit per tier"
     seeds = ", ".join(f"{n} {_seed_in_words(getattr(sweep.audit, n))}" for n in ("probe", "audit", "durability"))
     return [
@@ -104,6 +107,7 @@ def describe(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> list[
         ("prepare", f"{cost.prepare:.0f} s of training; in the cache: {in_cache}"),
         ("trials", f"{cost.search:.0f} s of work; one step: {steps}"),
         ("audits", f"probe {cost.probe_s:.1f} s per trial, audit {cost.audit_s:.1f} s x up to {audited}"),
+        ("disk", disk.of(sweep, plan, *sizes, retrained).in_words(sweep.candidates.keep)),
         ("total", f"about {cost.wall / 60:.1f} min (estimate: {basis})"),
         ("seeds", f"{seeds}; judges and their images disjoint: yes"),
         ("views", f"residue: worst of {', '.join(task.views)}; damage: {task.quality}"),

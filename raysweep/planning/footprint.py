@@ -49,7 +49,7 @@ class Footprint:
     parameters: number of weights; others: that of further modules, by name. flops: floating-point operations per row.
     activations: bytes per row that a pass in single precision keeps for its backward pass; mixed: the same in bf16 mixed
     precision, where normalisations stay in single precision. casts: bytes of that pass's copies of the weights, for any
-    number of rows.
+    number of rows. adaptable: weights that adapters change.
     """
 
     parameters: int
@@ -58,6 +58,7 @@ class Footprint:
     others: dict[str, int] = field(default_factory=dict)
     mixed: float = 0.0
     casts: float = 0.0
+    adaptable: int = 0
 
     @property
     def saved(self) -> int:
@@ -171,6 +172,8 @@ def _of_stable_diffusion(config: dict[str, Any]) -> Footprint:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from raysweep.models.latent import adaptable
+
     def run(net: Any, rows: int) -> torch.Tensor:
         size, width = net.config.sample_size, net.config.cross_attention_dim
         text = torch.empty(rows, TEXT_LENGTH, width)
@@ -179,8 +182,12 @@ def _of_stable_diffusion(config: dict[str, Any]) -> Footprint:
 
     with torch.device("meta"):
         encoder, vae = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)), AutoencoderKL(**AUTOENCODER)
+        unet = UNet2DConditionModel(**STABLE_DIFFUSION | config)
     others = {"text_encoder": _count(encoder), "vae": _count(vae)}
-    return replace(_both(lambda: UNet2DConditionModel(**STABLE_DIFFUSION | config), run), others=others)
+    adapted = sum(p.numel() for p in adaptable(unet))
+    return replace(
+        _both(lambda: UNet2DConditionModel(**STABLE_DIFFUSION | config), run), others=others, adaptable=adapted
+    )
 
 
 def _of_clip(name: str) -> Footprint:

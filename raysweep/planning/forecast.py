@@ -16,7 +16,7 @@ from raysweep.config.schema import ConfigError, Sweep, Tier
 from raysweep.engine.expectation import nodes_of_file
 from raysweep.engine.resources import Plan, make_plan
 from raysweep.models.folders import is_hub_id
-from raysweep.planning import footprint
+from raysweep.planning import disk, footprint
 from raysweep.planning.dry_run import typical
 from raysweep.planning.footprint import SINGLE, Footprint
 from raysweep.planning.utilisation import in_words, simulated
@@ -36,12 +36,11 @@ CLUSTER = "cluster.yaml"
 
 @dataclass(frozen=True)
 class Forecast:
-    """GPU-hours by part, bytes on disk, and peak bytes on a GPU by method."""
+    """GPU-hours by part, and peak bytes on a GPU by method."""
 
     training: float
     search: float
     audit: float
-    disk: float
     memory: dict[str, float]
 
     @property
@@ -53,6 +52,12 @@ def images_task(sweep: Sweep) -> ImagesTask:
     """The task of a preset, which is always of the kind `images`: the user's model and images."""
     assert isinstance(sweep.task, ImagesTask)
     return sweep.task
+
+
+def retrained(sweep: Sweep) -> int:
+    """How many models a preset trains from scratch: base and oracles, unless they are given."""
+    task = images_task(sweep)
+    return (0 if task.trained else 1) + (0 if sweep.oracle_models or not task.base_steps else sweep.oracles)
 
 
 def missing(sweep: Sweep, about: presets.About) -> list[tuple[presets.Bring, str]]:
@@ -81,9 +86,8 @@ def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
     task = images_task(sweep)
     single = network.flops / (SHARE * PEAK["fp32"])
     recipe = task.recipe
-    retrained = (0 if task.trained else 1) + (0 if sweep.oracle_models or not task.base_steps else sweep.oracles)
     # a step costs three forward passes: one forward, and a backward pass that counts twice
-    training = retrained * task.base_steps * recipe.get("batch_size", 64) * 3 * single
+    training = retrained(sweep) * task.base_steps * recipe.get("batch_size", 64) * 3 * single
     trials = sweep.search.trials // len(spaces)
     search = 0.0
     for space in spaces:
@@ -95,12 +99,10 @@ def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
     attack_count = len(attacks() if chosen is None else chosen)
     audit = audited * _audit_seconds(sweep, network, "audit")
     audit += attacked * _audit_seconds(sweep, network, "durability") * attack_count
-    models = sweep.search.trials + retrained
     return Forecast(
         training=training / 3600,
         search=search / 3600,
         audit=audit / 3600,
-        disk=float(models * network.saved),
         memory={space.method: _memory(sweep, network, space) for space in spaces},
     )
 
@@ -119,6 +121,7 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
     plan = make_plan(nodes_of_file(cluster), sweep)
     cost = forecast(sweep, network, spaces)
     share = sweep.search.trials // len(sweep.methods)
+    candidate = SINGLE * (network.adaptable if sweep.train.lora else network.trained(sweep.train.modules))
     training = _hours(cost.training) if cost.training else "are given"
     tera = {precision: f"{peak / 1e12:.0f}" for precision, peak in PEAK.items()}
     return [
@@ -136,7 +139,7 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
         ),
         ("assumes", f"{SHARE:.0%} of {tera['fp32']} TFLOP/s in single precision, of {tera['bf16']} in bf16"),
         ("memory", "; ".join(f"{n} {size / 1e9:.1f} GB" for n, size in cost.memory.items()) + " on one GPU"),
-        ("disk", f"{cost.disk / 1e9:.0f} GB of candidates and oracles"),
+        ("disk", disk.of(sweep, plan, candidate, network.saved, retrained(sweep)).in_words(sweep.candidates.keep)),
         *(("missing", f"{item.key} ({value}): {item.what}; {item.get}") for item, value in missing(sweep, about)),
     ]
 

@@ -21,7 +21,9 @@ def front(points: np.ndarray, directions: Sequence[str]) -> list[int]:
     sign = np.array([{"min": 1.0, "max": -1.0}[d] for d in directions])
     costs = np.asarray(points, dtype=float).reshape(-1, len(sign)) * sign
     usable = np.flatnonzero(np.isfinite(costs).all(1))
-    return [int(i) for i in usable if not any(_dominates(costs[j], costs[i]) for j in usable)]
+    if not len(usable):
+        return []
+    return [int(i) for i in usable[moocore.is_nondominated(costs[usable], keep_weakly=True)]]
 
 
 def hypervolume(points: np.ndarray, reference: Sequence[float] = REFERENCE) -> float:
@@ -119,7 +121,3 @@ def attainment(sets: Sequence[np.ndarray], share: float) -> np.ndarray:
     owner = np.repeat(np.arange(1, len(full) + 1), [len(s) for s in full])
     corners = np.asarray(moocore.eaf(np.concatenate(full), sets=owner, percentiles=[100 * needed / len(full)]))
     return corners[np.argsort(corners[:, 0]), :2]
-
-
-def _dominates(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool((a <= b).all() and (a < b).any())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.context import Context
+from raysweep.models import stored
 from raysweep.results.audited import keys_of
 from raysweep.results.trials import read_trials
 from raysweep.rundir import RunDir
@@ -28,6 +30,11 @@ class StoredModel:
     name: str
     folder: Path
     digest: str
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its weights are on disk; `raysweep remake` makes those of a candidate that were dropped again."""
+        return stored.is_kept(self.folder)
 
     def load(self) -> Any:
         """The model as a handle (docs/models.md)."""
@@ -46,14 +53,18 @@ class StoredModel:
         from raysweep.models import samplers
         from raysweep.models.folders import INDEX, read_json
 
-        if (self.folder / samplers.FILE).is_file():
-            raise ValueError(f"{self.folder}: is sampled by raysweep's sampler ({samplers.FILE}); use load()")
-
-        index = self.folder / INDEX
-        name = read_json(index).get("_class_name") if index.is_file() else None
-        if not hasattr(diffusers, str(name)):
-            raise ValueError(f"{self.folder}: diffusers has no pipeline for it; load() gives raysweep's handle")
-        return diffusers.DiffusionPipeline.from_pretrained(self.folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.folder
+            if stored.base_of(folder) is not None:
+                folder = Path(temporary)
+                self.load().save(folder)
+            if (folder / samplers.FILE).is_file():
+                raise ValueError(f"{self.folder}: is sampled by raysweep's sampler ({samplers.FILE}); use load()")
+            index = folder / INDEX
+            name = read_json(index).get("_class_name") if index.is_file() else None
+            if not hasattr(diffusers, str(name)):
+                raise ValueError(f"{self.folder}: diffusers has no pipeline for it; load() gives raysweep's handle")
+            return diffusers.DiffusionPipeline.from_pretrained(folder)
 
 
 class Run:

@@ -136,6 +136,12 @@ def pick_for_audit(trials: Sequence[Trial], top: int) -> list[Trial]:
     return list(picked.values())[: max(top, len(best))]
 
 
+def fronts_of_methods(trials: Sequence[Trial]) -> list[Trial]:
+    """The complete trials that no other one of their method dominates. `pick_for_audit` picks none but these."""
+    methods = dict.fromkeys(t.method for t in trials)
+    return [t for method in methods for t in _front([t for t in trials if t.method == method and t.is_complete])]
+
+
 def points_of(trials: Sequence[Trial]) -> np.ndarray:
     """(residue, damage) of each trial by its probe, (n, 2)."""
     return np.array([t.point for t in trials]).reshape(-1, 2)

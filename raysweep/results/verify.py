@@ -22,6 +22,7 @@ from raysweep.auditing.card import (
     sha256,
 )
 from raysweep.config.schema import Tier
+from raysweep.models.stored import Missing
 from raysweep.registry import RegistryError
 from raysweep.storage.files import StoreError, digest_state
 
@@ -287,6 +288,8 @@ def _compare_digest(what: str, stated: str, path: Path, digest: Callable[[Path],
         return Comparison(what, None, f"{path}: not here")
     try:
         return _compare(what, stated, digest(path))
+    except Missing as error:
+        return Comparison(what, None, str(error))
     except (ValueError, StoreError) as error:
         return Comparison(what, False, str(error))
 

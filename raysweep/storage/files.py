@@ -27,6 +27,7 @@ TEMPORARY = ".*.tmp"  # names of files and folders that are being written
 CHECKPOINT = ".*.partial.pt"  # names of the checkpoints of unfinished training
 DAY_S = 24 * 3600.0
 RENAMES = 10  # attempts to move a folder to its final name
+OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # why a folder cannot take the name of what is there
 
 
 class StoreError(RuntimeError):
@@ -77,37 +78,51 @@ def write_json(path: Path, data: Any) -> None:
     write_bytes(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(path: Path, fill: Callable[[Path], None], stands: Callable[[Path], bool] = lambda _: False) -> None:
     """Writes a folder atomically: `fill` writes into a temporary folder, which is then renamed to `path`.
 
-    If several processes write the same folder at once, on one host or many, the last to finish wins. Leftovers of killed
-    writers are removed after a day.
+    stands: whether a folder is a finished result of the same work, which then stays, even if it appears while this one is written:
+    of several writers of it, on one host or many, the first to finish wins. Any other folder is replaced, so without `stands` the
+    last to finish wins. Leftovers of killed writers are removed after a day.
     """
     temporary = temporary_path(path)
     _clear(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"), DAY_S)
     try:
+        if stands(path):
+            return
         temporary.mkdir(parents=True)
         fill(temporary)
-        _move_into_place(temporary, path)
+        _move_into_place(temporary, path, stands)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into_place(new: Path, path: Path) -> None:
-    """Renames a folder to `path`. An existing one is renamed out of the way first, so that no reader sees it half deleted."""
+def _move_into_place(new: Path, path: Path, stands: Callable[[Path], bool]) -> None:
+    """Renames a folder to `path`, unless a folder that `stands` is there.
+
+    The rename itself finds out whether one is there: what this host remembers of a shared storage may be out of date. Another
+    folder is renamed out of the way first, so that no reader sees it half deleted, and put back if it has become one that stands.
+    """
     for attempt in range(RENAMES):
-        old = temporary_path(path)
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(path, old)
         try:
             os.replace(new, path)
-        except OSError as error:  # another writer renamed its folder between our two renames
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == RENAMES - 1:
-                raise
-        else:
             return
+        except OSError as error:
+            if error.errno not in OCCUPIED or attempt == RENAMES - 1:
+                raise
+        if stands(path):
+            return
+        old = temporary_path(path)
+        try:
+            os.replace(path, old)
+            if stands(old):
+                os.replace(old, path)
+                return
+        except OSError as error:  # another writer was faster: it renamed the folder, or put its own there
+            if error.errno not in (errno.ENOENT, *OCCUPIED):
+                raise
         finally:
             _remove(old)
 

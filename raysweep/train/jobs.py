@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raysweep.models.folders import CARD
 from raysweep.storage.files import digest_of
-
-CARD = "raysweep.json"
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Job:
     task and the seed, and `frozen` is the folder of the trained autoencoder that it uses, if it is a latent model.
     modules: the modules of a text-to-image model that train, () for all. lora: rank and alpha of adapters that train
     instead. precision: of the forward and backward passes, fp32 or bf16. budget_s: seconds after which the job is ended.
-    checkpoint_s: seconds between checkpoints. inputs: content hashes of the files behind the paths, and of the code. card:
+    checkpoint_s: seconds between checkpoints. as_delta: save what differs from the base instead of the whole model. inputs: content hashes of the files behind the paths, and of the code. card:
     what the candidate's card says besides.
     """
 
@@ -41,6 +40,7 @@ class Job:
     precision: str = "fp32"
     budget_s: float = 600.0
     checkpoint_s: float = 60.0
+    as_delta: bool = False
     inputs: dict[str, str] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
 
@@ -83,16 +83,28 @@ def finished(job: Job) -> Outcome | None:
     Prepared tensors lie in a cache that other runs write to: a file whose hash is not the card's (truncated, replaced) counts
     as no result.
     """
-    path = Path(job.out) / CARD if job.kind == "train" else Path(job.out).with_suffix(".json")
-    if not path.is_file() or not Path(job.out).exists():
-        return None
-    try:
-        card = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        return None
-    if card.get("job_digest") != job.digest or (job.kind == "prepare" and card["sha256"] != file_digest(Path(job.out))):
+    out = Path(job.out)
+    if job.kind == "train":
+        return trained(job, out)
+    card = _card(out.with_suffix(".json"), job)
+    if card is None or not out.is_file() or card["sha256"] != file_digest(out):
         return None
     return Outcome(**card["outcome"])
+
+
+def trained(job: Job, folder: Path) -> Outcome | None:
+    """The outcome by the card in a folder, wherever that is; None unless it is the card of this training job."""
+    card = _card(folder / CARD, job)
+    return None if card is None else Outcome(**card["outcome"])
+
+
+def _card(path: Path, job: Job) -> dict[str, Any] | None:
+    """The content of a card; None if there is none, or another job's."""
+    try:
+        card: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return card if card.get("job_digest") == job.digest else None
 
 
 def file_digest(path: Path) -> str:

@@ -15,16 +15,17 @@ import torch
 
 from methods.base import Diverged, Method
 from raysweep.dispatch.desk import Word
-from raysweep.models import families
+from raysweep.models import families, stored
 from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import Embeddings
+from raysweep.models.folders import CARD
 from raysweep.registry import resolve
 from raysweep.storage.cache import load_tensors, save_tensors
 from raysweep.storage.files import checkpoint_path, digest_state, write_folder, write_json
 from raysweep.storage.recent import Recent
 from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task, encoded
-from raysweep.train.jobs import CARD, Job, Outcome, file_digest, finished
+from raysweep.train.jobs import Job, Outcome, file_digest, finished, trained
 from raysweep.train.unlearning import Checkpoint, Stopped, apply, prepare, rank_and_world, trainable_copy
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Resident:
     def __init__(self, device: torch.device | None = None):
         self.device = device or torch.device("cpu")
         self._tasks: Recent[Task] = Recent(2)  # in pixels, and in latents
-        self._models: Recent[Any] = Recent(1)
+        self._models: Recent[tuple[Any, str]] = Recent(1)
         self._clips: Recent[Clip] = Recent(1)
         self._embeddings: Recent[Embeddings] = Recent(1)
 
@@ -64,9 +65,29 @@ class Resident:
         """A copy of the job's base model, which the job may change; freshly initialised for a job without a base."""
         if job.base is None:
             return families.build(task, derive_seed("init", job.seed), job.frozen).to(self.device)
-        base = job.base
-        loaded = self._models.get(base, lambda: families.load(base).to(self.device))
-        return trainable_copy(loaded, job.seed, job.modules, job.lora)
+        return trainable_copy(self._base(job.base, job)[0], job.seed, job.modules, job.lora)
+
+    def save(self, folder: Path, job: Job, model: Any, digest: str) -> None:
+        """Writes a job's result, whose hash is `digest`, into a new folder: whole, or as what differs from the job's base."""
+        if job.base is None or not job.as_delta:
+            model.save(folder)
+        else:
+            stored.save(folder, *self._base(job.base, job), model, digest, job.base)
+
+    def _base(self, folder: str, job: Job) -> tuple[Any, str]:
+        """(a job's base model, its hash); raises ValueError if it is not the model that the job was made for."""
+
+        def read() -> tuple[Any, str]:
+            model = families.load(folder).to(self.device)
+            return model, model.digest
+
+        model, digest = self._models.get(folder, read)
+        expected = job.inputs.get("base", digest)
+        if digest != expected:
+            raise ValueError(
+                f"{folder}: has the hash {digest}, but the base had {expected}: it has changed; put it back"
+            )
+        return model, digest
 
     def for_method(self, job: Job, method: type[Method], settings: Any) -> tuple[Any, Task]:
         """(a model that the method may change, the task in the form that the method takes: pixels or latents)."""
@@ -156,11 +177,12 @@ def run(job: Job, resident: Resident, supervisor: Supervisor | None = None) -> O
         card = job.card | {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome)}
 
         def fill(folder: Path) -> None:
-            result.model.save(folder)
+            resident.save(folder, job, result.model, outcome.digest)
             write_json(folder / CARD, card)
 
-        write_folder(Path(job.out), fill)
+        write_folder(Path(job.out), fill, lambda folder: trained(job, folder) is not None)
         checkpoint.path.unlink(missing_ok=True)
+        return finished(job) or outcome  # of another worker, if it was given the same job and ended first
     return outcome
 
 
