@@ -100,9 +100,13 @@ def _say_answer(result: Result, say: Callable[[str, str], None]) -> None:
 
 
 def _available_nodes(sweep: Sweep) -> list[Node]:
-    """The nodes of the cluster of RAY_ADDRESS, else this machine as one node."""
+    """The nodes that the sweep expects, else those of the cluster of RAY_ADDRESS, else this machine as one node."""
+    from raysweep.engine.arrival import expected_nodes
     from raysweep.engine.resources import Node
 
+    expected = expected_nodes(sweep)
+    if expected:
+        return expected
     if os.environ.get("RAY_ADDRESS"):
         from raysweep.engine.cluster import connected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,9 +28,7 @@ from raysweep.search.spaces import Space
 from raysweep.search.window import resolve_window
 from raysweep.storage.files import checkpoint_path
 
-NODE_LOSSES = (
-    20  # of the nodes of a trial's function, which then starts again elsewhere and finds the job that it waits for
-)
+NODE_LOSSES = 20  # of a trial's function, which starts again on another node and finds the job that it waits for
 
 
 def run_trials(engine: Engine, spaces: Sequence[Space]) -> None:
@@ -51,9 +50,7 @@ def run_trials(engine: Engine, spaces: Sequence[Space]) -> None:
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 0} | resources),
         param_space={"run": str(folder.path), "plan": asdict(plan)},
-        tune_config=tune.TuneConfig(
-            search_alg=searcher, num_samples=left, max_concurrent_trials=plan.concurrent_trials, reuse_actors=True
-        ),
+        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=left, reuse_actors=True),
         run_config=tune.RunConfig(
             name="search",
             storage_path=str(folder.path / "tune"),
@@ -62,6 +59,8 @@ def run_trials(engine: Engine, spaces: Sequence[Space]) -> None:
             failure_config=tune.FailureConfig(max_failures=NODE_LOSSES),
         ),
     )
+    # Tune prints a traceback for each trial function whose node is lost; the steward says which node that was
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     with restored_interrupts():
         tuner.fit()
     idle = ray.get(engine.actors.broker.waited.remote())
@@ -88,6 +87,7 @@ def searcher_of(engine: Engine, spaces: Sequence[Space]) -> ParetoSearch:
         settings.seed,
         settings.sampler,
         sweep.limits,
+        lambda: engine.actors.steward.plan.concurrent_trials,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from methods.base import Descent
 from raysweep.config import draws, presets
 from raysweep.config.schema import ConfigError, Sweep, Tier
+from raysweep.engine.arrival import expected_nodes
 from raysweep.engine.expectation import nodes_of_file
 from raysweep.engine.resources import Plan, make_plan
 from raysweep.models.folders import is_hub_id
@@ -118,7 +119,7 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
     network = footprint.of(about.network)
     spaces = [load_space(name, sweep.spaces.get(name), images_task(sweep).kind) for name in sweep.methods]
     cluster = cluster_file()
-    plan = make_plan(nodes_of_file(cluster), sweep)
+    plan = make_plan(expected_nodes(sweep) or nodes_of_file(cluster), sweep)
     cost = forecast(sweep, network, spaces)
     share = sweep.search.trials // len(sweep.methods)
     candidate = SINGLE * (network.adaptable if sweep.train.lora else network.trained(sweep.train.modules))

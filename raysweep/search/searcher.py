@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class ParetoSearch(Searcher):  # type: ignore[misc]  # Ray is not typed
         trials, seed, sampler: as in `SearchConfig`.
         window: see `raysweep.search.window.resolve_window`.
         limits: the time limits that end a trial, in seconds, by setting.
+        most: how many trials may be in flight at present; None: any number.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class ParetoSearch(Searcher):  # type: ignore[misc]  # Ray is not typed
         seed: int,
         sampler: str = "tpe",
         limits: dict[str, float] | None = None,
+        most: Callable[[], int] | None = None,
     ):
         super().__init__(metric=list(OBJECTIVES), mode=["min"] * len(OBJECTIVES))
         self.journal, self.name, self.spaces = journal, name, spaces
         self.trials, self.size, self.seed, self.sampler = trials, window, seed, sampler
-        self.limits = limits or {}
+        self.limits, self.most = limits or {}, most
         self._attach()
 
     def _attach(self) -> None:
@@ -88,6 +91,8 @@ class ParetoSearch(Searcher):  # type: ignore[misc]  # Ray is not typed
 
     def suggest(self, trial_id: str) -> TrialConfig | str | None:
         """The next trial's config; None: the results that it must see are not known yet; FINISHED: all were suggested."""
+        if self.most is not None and len(self.places) >= self.most():
+            return None
         place = len(self.study.planned)
         if self.ready:
             place = self.ready.popleft()
@@ -137,10 +142,14 @@ class ParetoSearch(Searcher):  # type: ignore[misc]  # Ray is not typed
         return self.trials - len(self.window.ended)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("study", "window", "histories", "ready", "places")}
+        return {
+            k: v
+            for k, v in self.__dict__.items()
+            if k not in ("study", "window", "histories", "ready", "places", "most")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, most=None)
         self._attach()
 
     def _history(self, place: int) -> History:
