@@ -62,9 +62,10 @@ class Retention:
         if result.get("reason"):
             self._failed(config["trial"], bool(result.get("limit")))
             return
-        fields = ("trial", "number", "method", "source", "hyperparameters", "seed")
+        fields = ("trial", "method", "source", "hyperparameters", "seed")
         objectives = {"residue": result["residue"], "damage": result["damage"]}
-        t = Trial(**{name: config[name] for name in fields}, **objectives, state="COMPLETE")
+        same = {name: config[name] for name in fields}
+        t = Trial(number=config["place"], **same, **objectives, state="COMPLETE")
         self.front = fronts_of_methods([*self.front, t])
         self.held.add(t.trial)
         self._drop()

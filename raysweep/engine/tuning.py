@@ -59,9 +59,7 @@ def run_trials(engine: Engine, spaces: Sequence[Space]) -> None:
             failure_config=tune.FailureConfig(max_failures=NODE_LOSSES),
         ),
     )
-    # Tune prints a traceback for each trial function whose node is lost; the steward says which node that was
-    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
-    with restored_interrupts():
+    with restored_interrupts(), quiet_losses():
         tuner.fit()
     idle = ray.get(engine.actors.broker.waited.remote())
     if idle is not None:
@@ -100,6 +98,21 @@ def restored_interrupts() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def quiet_losses() -> Iterator[None]:
+    """Keeps Tune from printing a traceback for each trial function whose node is lost; the steward says which node that was."""
+    logger = logging.getLogger("ray.tune.execution.tune_controller")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], ray.exceptions.RayActorError))
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray is not typed
