@@ -7,7 +7,9 @@ import copy
 import pytest
 from tiny import ROOT
 
+from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
+from raysweep.engine.arrival import expected_nodes as expected_by
 from raysweep.engine.expectation import expected_nodes, nodes_of_file, require_offered
 from raysweep.engine.resources import Node
 
@@ -97,3 +99,25 @@ def test_expectations_against_what_is_offered():
     ):
         with pytest.raises(ConfigError, match=message):
             require_offered(expected, offered, "resources.expect")
+
+
+def test_expectations_in_a_config():
+    """By role, or as the path of a launcher file."""
+    roles = load(None, ("resources.expect={train: {nodes: 2, cpus: 8, gpus: 1}, any: {nodes: 1, cpus: 4}}",))
+    assert expected_by(roles) == [Node(8, 1, "train")] * 2 + [Node(4)]
+    assert expected_by(load(None, (f"resources.expect={ROOT / 'cluster.yaml'}",))) == [TRAIN] * 3 + [AUDIT]
+    assert expected_by(load(None)) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{trian: {nodes: 1, cpus: 8}}", r"resources\.expect\.trian: unknown key; did you mean 'train'\?"),
+        ("{audit: {nods: 1, cpus: 8}}", r"resources\.expect\.audit\.nods: unknown key; did you mean 'nodes'\?"),
+        ("{train: {nodes: 0, cpus: 8}}", r"resources\.expect\.train\.nodes: .*greater than or equal to 1 \(got 0\)"),
+        ("5", r"resources\.expect: .*\(got 5\)"),
+    ],
+)
+def test_a_mistake_in_an_expectation_names_its_key(value, message):
+    with pytest.raises(ConfigError, match=message):
+        load(None, (f"resources.expect={value}",))

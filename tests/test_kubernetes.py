@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 
 import jsonschema
 import pytest
@@ -11,12 +12,14 @@ import yaml
 from rayjob import REDUCED, documents, strict
 
 from raysweep.config.reader import load
+from raysweep.engine.arrival import expected_nodes as expected_by
 from raysweep.engine.expectation import expected_nodes
 from raysweep.engine.resources import Node, make_plan
 
 JOB = documents()["RayJob"]
 SCHEMA = strict(json.loads(REDUCED.read_text())["schema"])
 CLUSTER = JOB["spec"]["rayClusterSpec"]
+COMMAND = shlex.split(JOB["spec"]["entrypoint"])
 
 
 def test_the_manifest_follows_the_schema():
@@ -51,6 +54,7 @@ def test_the_plan_of_the_manifest():
     launcher = _derive_autoscaling_config_from_ray_cr(cluster)
     nodes = expected_nodes(launcher, "kuberay.yaml")
     assert nodes == [Node(180, 8, "train")] * 3 + [Node(180, 8, "audit")]
+    assert expected_by(load(None, COMMAND[6:])) == nodes  # the job asks for what the groups allow
     plan = make_plan(nodes, load(None))
     assert (plan.slots, plan.auditors) == (24, 8)
     types = launcher["available_node_types"]
@@ -68,9 +72,9 @@ def test_pods_share_the_storage():
         assert container["volumeMounts"] == [{"name": pod["volumes"][0]["name"], "mountPath": "/shared"}]
         assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": claim["metadata"]["name"]}
         assert {"name": "RAYSWEEP_CACHE", "value": "/shared/raysweep/cache"} in container["env"]
-    words = JOB["spec"]["entrypoint"].split()
-    assert words[:4] == ["python", "-m", "raysweep", "run"]
-    assert words[4:] == ["/shared/raysweep/sweep.yaml", "storage=/shared/raysweep/runs"]
+    program, settings = COMMAND[:4], COMMAND[4:]
+    assert program == ["python", "-m", "raysweep", "run"]
+    assert settings[:2] == ["/shared/raysweep/sweep.yaml", "storage=/shared/raysweep/runs"]
     assert yaml.safe_load(JOB["spec"]["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}
 
 

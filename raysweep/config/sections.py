@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from raysweep.registry import names, suggest
 from raysweep.settings import ASIDE
 from raysweep.storage.places import Place
+from raysweep.tasks.unions import tag
 
 
 class Section(BaseModel):
@@ -105,6 +107,14 @@ class ExpectedNodes(Section):
     gpus: float = Field(0, ge=0, description="GPUs of each")
 
 
+class Expected(Section):
+    """Nodes that a cluster will have, by role."""
+
+    train: ExpectedNodes | None = Field(None, description="nodes that train, labelled role=train")
+    audit: ExpectedNodes | None = Field(None, description="nodes that audit, labelled role=audit")
+    any: ExpectedNodes | None = Field(None, description="nodes that do both")
+
+
 class ResourceConfig(Section):
     """CPUs and GPUs of train workers and auditors; null: chosen from the cluster (see `raysweep run --dry-run`)."""
 
@@ -116,7 +126,13 @@ class ResourceConfig(Section):
     slots: int | None = Field(None, ge=1, description="number of trials trained at the same time")
     auditors: int | None = Field(None, ge=1, description="number of auditors")
     cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray instance; null: all cores")
-    expect: Place | dict[Literal["train", "audit", "any"], ExpectedNodes] | None = Field(
+    expect: (
+        Annotated[
+            Annotated[Place, Tag(tag("launcher file"))] | Annotated[Expected, Tag(tag("roles"))],
+            Discriminator(lambda value: tag("launcher file" if isinstance(value, str | Path) else "roles")),
+        ]
+        | None
+    ) = Field(
         None,
         description="nodes to plan for and to ask the autoscaler for: a launcher file, such as cluster.yaml, or by role, such as "
         "{train: {nodes: 3, cpus: 192, gpus: 8}, audit: {nodes: 1, cpus: 192, gpus: 8}}; null: the nodes that have joined at the start",

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from ray.autoscaler.sdk import request_resources
 
@@ -13,7 +14,7 @@ from raysweep.config.schema import ConfigError, Sweep
 from raysweep.engine.cluster import RunFailed, alive_nodes
 from raysweep.engine.events import Events
 from raysweep.engine.expectation import nodes_of_file
-from raysweep.engine.resources import Node, Plan, refit
+from raysweep.engine.resources import AUDIT, TRAIN, Node, Plan, refit
 
 LOOK_S = 2.0
 SAY_S = 30.0
@@ -24,11 +25,10 @@ def expected_nodes(sweep: Sweep) -> list[Node]:
     expect = sweep.resources.expect
     if expect is None:
         return []
-    if isinstance(expect, dict):
-        return [
-            Node(g.cpus, g.gpus, "" if role == "any" else role) for role, g in expect.items() for _ in range(g.nodes)
-        ]
-    return nodes_of_file(expect)
+    if isinstance(expect, Path):
+        return nodes_of_file(expect)
+    groups = ((TRAIN, expect.train), (AUDIT, expect.audit), ("", expect.any))
+    return [Node(g.cpus, g.gpus, role) for role, g in groups if g is not None for _ in range(g.nodes)]
 
 
 @contextlib.contextmanager
