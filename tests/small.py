@@ -22,7 +22,7 @@ spaces:
   neggrad: {steps: {logint: [2, 4]}}
   siss_no_is: {steps: {logint: [2, 5]}}
 oracles: 2
-search: {trials: 6, batch: 2}
+search: {trials: 6, window: 4}
 audit:
   top: 2
   rounds: 2
