@@ -30,7 +30,7 @@ name: odd
 task: {name: patches}
 methods: [nudge]
 oracles: 1
-search: {trials: 2}
+search: {trials: 2, window: 2}
 audit:
   top: 1
   rounds: 1

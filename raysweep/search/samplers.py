@@ -20,4 +20,10 @@ def random(seed: int, space: Space) -> BaseSampler:
 def tpe(seed: int, space: Space) -> BaseSampler:
     """Multi-objective tree-structured Parzen estimators; until two trials of the method are known, trials are drawn at random."""
     with quiet():
-        return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=2)
+        return TPESampler(
+            seed=seed,
+            multivariate=True,
+            group=any(p.when for p in space.parameters),  # only then do trials differ in their parameters
+            constant_liar=True,
+            n_startup_trials=2,
+        )

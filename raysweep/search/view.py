@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from raysweep.search.study import CONSTRAINTS, OBJECTIVES, quiet
 
-LEARNED, BEST, RUNNING = 400, 100, 100
+LEARNED, BEST, RUNNING = 300, 75, 60
 _RESULTS = ("result", "reason", "limit", "tune_id")  # user attributes that depend on when and how a trial ended
 _TRANSIENT = "tpe:relative_params"  # a note of TPE for other processes; the trial's parameters say the same
 
@@ -31,14 +31,14 @@ class History:
     """What suggestions may know of the trials of one method, and the way to ask for the next one."""
 
     def __init__(self) -> None:
-        self.running: dict[int, FrozenTrial] = {}  # place -> trial without results
+        self.running: dict[int, FrozenTrial] = {}  # place -> trial whose results must not be seen yet
         self.ended: list[FrozenTrial] = []  # complete or stopped early, in the order in which they were learned
         self.valid = array("q")  # indices of those that are complete and satisfy the constraint
         self.objectives = array("d")  # of these, one after the other
 
     def start(self, place: int, trial: FrozenTrial) -> None:
         """Adds a trial that was planned, as one under way, whatever became of it."""
-        self.running[place] = _without_results(trial)
+        self.running[place] = trial
 
     def learn(self, place: int, trial: FrozenTrial) -> None:
         """Replaces a trial under way by its outcome; a failed one is forgotten."""
@@ -58,7 +58,7 @@ class History:
             latest = (i for i in reversed(indices) if i not in best)
             indices = [*best, *islice(latest, LEARNED - len(best))]
         running = islice(reversed(self.running.values()), RUNNING)
-        return sorted([*(self.ended[i] for i in indices), *running], key=lambda t: t.number)
+        return sorted([*(self.ended[i] for i in indices), *map(_without_results, running)], key=lambda t: t.number)
 
     def _best(self) -> list[int]:
         """Indices of the best, by non-dominated sorting; among equals the earliest."""
