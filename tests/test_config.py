@@ -62,6 +62,7 @@ ASIDE = {  # settings of location, speed, time limits and display
     "train.checkpoint_s": 5,
     "audit.attempts": 1,
     "audit.timeout_s": 7200,
+    "candidates.keep": "all",
 }
 
 

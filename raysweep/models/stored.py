@@ -47,22 +47,27 @@ def say_place(candidates: Path, base: str) -> None:
 
 def is_kept(folder: Path) -> bool:
     """Whether a candidate's folder has its weights."""
-    return folder.is_dir() and any(path.name != CARD for path in folder.iterdir())
+    return folder.is_dir() and any(_weights(folder))
 
 
 def drop(folder: Path) -> None:
     """Removes a candidate's weights; its card stays."""
-    for path in folder.iterdir():
+    for path in _weights(folder):
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != CARD:
+        else:
             path.unlink()
+
+
+def _weights(folder: Path) -> list[Path]:
+    """What is in a candidate's folder besides its card; without hidden files, which a network file system may leave for a while."""
+    return [path for path in folder.iterdir() if path.name != CARD and not path.name.startswith(".")]
 
 
 def base_of(folder: Path) -> Path | None:
     """The folder of the base of a candidate that is stored as a delta; None for any other folder.
 
-    Raises Missing if the weights were dropped, or if the base is gone.
+    Raises Missing if the weights were dropped, or if the base is gone; ValueError if the file is damaged.
     """
     if not (folder / FILE).is_file():
         if (folder / CARD).is_file() and not is_kept(folder):
@@ -70,15 +75,17 @@ def base_of(folder: Path) -> Path | None:
         return None
     from raysweep.models import delta
 
-    header = delta.header_of(folder / FILE)
+    try:
+        header = delta.header_of(folder / FILE)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_make_again(folder)}") from error
     recorded = folder.parent / PLACE
-    places = [read_json(recorded)["base"]] if recorded.is_file() else []
-    places.append(header["place"])
+    places = [header["place"], *([read_json(recorded)["base"]] if recorded.is_file() else [])]
     found = next((place for place in map(Path, places) if place.is_dir()), None)
     if found is None:
         raise Missing(
             f"{folder}: is stored as what differs from its base, the model with the hash {header['base']}, which is no longer in "
-            f"{places[0]}: put it back there"
+            f"{places[-1]}: put it back there"
         )
     return found
 
