@@ -138,7 +138,10 @@ def test_a_run_without_a_front_shows_its_anchors_and_probes(home, tmp_path):
     assert set(keys["probe"]) == {*ANCHORS, TRIAL}
     assert keys_of(RunDir(tmp_path / "none"), []) == {"probe": {}}
     assert {r["value"] for r in rows_of(home, {"audit": keys["audit"]}, ANCHORS)} == {NEW}
-    assert {r["values"][0] for r in scores_of(home, {"audit": keys["audit"]}, ["base"])} == {NEW}
+    assert {name: a.tolist() for name, a in scores_of(home, keys["audit"], ["base", "unknown"]).items()} == {
+        ("base", "loss.forget"): [[NEW]]
+    }
+    assert scores_of(home, keys["audit"], ["base"], ("strip.",)) == {}
 
 
 def test_a_front_that_does_not_name_its_audits_is_refused(tmp_path):
