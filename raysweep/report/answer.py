@@ -117,7 +117,7 @@ def not_tested(data: ReportData) -> list[str]:
     return lines + untested(
         data.task,
         tiers,
-        results_of(r for r in data.rows if r["tier"] != "probe"),
+        results_of(data.rows),
         [View(**view) for view in data.anchors["views"]],
         oracles=len(data.sweep.oracle_models) or data.sweep.oracles,
     )

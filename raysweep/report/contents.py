@@ -32,7 +32,7 @@ def page_context(data: ReportData) -> dict[str, Any]:
     """Everything that the template shows, as text and tables."""
     best_trial = data.front["best"]["trial"] if data.front else None
     best = next((p for p in data.candidates() if p.trial == best_trial), None)
-    absent = [r for r in data.rows if r["status"] != "ok" and r["tier"] != "probe" and not r["paired_with"]]
+    absent = [r for r in data.rows if r["status"] != "ok" and not r["paired_with"]]
     incomplete = data.manifest.get("incomplete", [])
     complete = not incomplete and not any(r["status"] == "failed" for r in absent)
     groups = strips(data)

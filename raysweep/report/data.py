@@ -34,7 +34,7 @@ class ReportData:
 
     sweep: with what was drawn for its audits. front: front.json, empty if the run has none. points: all audited candidates and
     the anchors. subjects: the models that the page shows in detail (see `in_detail`), in the order of the front. rows: theirs, as
-    in `storage.schemas.ROWS`, without replicates. scores: (subject, score) -> array whose first axis runs over units, of anchors
+    in `storage.schemas.ROWS`, without the probe's and without replicates. scores: (subject, score) -> array whose first axis runs over units, of anchors
     and of the first `PICTURED` candidates. anchors: the audit's anchors-audit.json. tables: those that the run has written,
     relative to it. shape: (C, H, W) of a picture. original: the first forgotten pictures (n, C, H, W) in [-1, 1].
     """
@@ -133,7 +133,7 @@ def gather(folder: RunDir) -> ReportData:
         points=points,
         subjects=subjects,
         trials=trials,
-        rows=rows_of(folder, keys, subjects, ROW_COLUMNS),
+        rows=rows_of(folder, {t: k for t, k in keys.items() if t != "probe"}, subjects, ROW_COLUMNS),
         scores=scores_of(folder, keys.get("audit", {}), pictured, ("strip.", "loss.")),
         anchors=json.loads(folder.anchors("audit").read_text()) if folder.anchors("audit").is_file() else {"views": []},
         tables=[file.name for file in (folder.front_json, folder.front_table, folder.trials) if file.is_file()],

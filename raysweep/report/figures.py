@@ -23,7 +23,8 @@ GREY, GRID = "#7a828c", "rgba(128,128,128,0.25)"
 ANCHORS = {"base": "star", "oracle": "star-diamond", "destroyed": "x"}
 MARKERS = ("o", "s", "D", "^", "P", "p", "h", "v")  # of matplotlib, one per method
 RESIDUE, DAMAGE = "residue (0 like the oracle, 1 like the base)", "damage (0 like the oracle, 1 destroyed)"
-EDGE = 1.1  # of the axes of attainment surfaces
+EDGE = 1.1  # of the axes of residue and damage, or more if audited models lie beyond
+COLUMNS = 5  # hyperparameters side by side
 DRAWN = 2000  # trials in a figure, all methods together: more hide one another, and browsers become slow
 SPLITS = (("forget", "forget_holdout", "forgotten images"), ("retain", "holdout", "retained images"))
 
@@ -48,6 +49,9 @@ def front(data: ReportData) -> go.Figure:
                 name=p.trial,
                 showlegend=False,
             )
+    for axes, objective in zip((figure.update_xaxes, figure.update_yaxes), OBJECTIVES, strict=True):
+        ends = [p.interval(objective)[1] for p in data.detailed]  # estimates of bad trials may lie far beyond
+        axes(range=[-0.05, 1.05 * max([EDGE, *ends])])
     return _style(figure, RESIDUE, DAMAGE, 470)
 
 
@@ -197,7 +201,7 @@ def optimism(data: ReportData) -> go.Figure:
 
 
 def effects(data: ReportData) -> go.Figure:
-    """Each searched numeric hyperparameter against residue and damage, a column each, one colour per method."""
+    """Each searched numeric hyperparameter against residue and, below, damage, one colour per method."""
     values: dict[str, dict[str, list[tuple[float, float, float]]]] = {}  # name -> method -> (value, residue, damage)
     for method, trials in drawn(data).items():
         for t in trials:
@@ -207,27 +211,31 @@ def effects(data: ReportData) -> go.Figure:
     names = [name for name, by_method in values.items() if len({v for t in by_method.values() for v, *_ in t}) > 2]
     if not names:
         return _style(go.Figure(), None, None, 200)
-    figure = make_subplots(2, len(names), shared_xaxes=True, vertical_spacing=0.06, horizontal_spacing=0.05)
-    for column, name in enumerate(names, 1):
+    bands = -(-len(names) // COLUMNS)
+    figure = make_subplots(2 * bands, min(COLUMNS, len(names)), vertical_spacing=0.13 / bands, horizontal_spacing=0.05)
+    for k, name in enumerate(names):
+        band, column = divmod(k, COLUMNS)
         for method, points in values[name].items():
             x, *objectives = np.array(points, dtype=np.float32).T
             colour, symbol = data.styles[method]
-            for k, y in enumerate(objectives, 1):
+            for row, y in enumerate(objectives, 2 * band + 1):
                 figure.add_scatter(
                     x=x,
                     y=y,
                     mode="markers",
-                    marker={"color": colour, "symbol": symbol, "size": 7},
+                    marker={"color": colour, "symbol": symbol, "size": 5},
                     hovertext=method,
                     showlegend=False,
-                    row=k,
-                    col=column,
+                    row=row,
+                    col=column + 1,
                 )
-        figure.update_xaxes(type="log", row=1, col=column)
-        figure.update_xaxes(type="log", title_text=name, row=2, col=column)
-    for k, objective in enumerate(OBJECTIVES, 1):
-        figure.update_yaxes(title_text=objective, row=k, col=1)
-    return _style(figure, None, None, 420)
+        for row, objective in enumerate(OBJECTIVES, 2 * band + 1):
+            title = name if objective == "damage" else None
+            figure.update_xaxes(
+                type="log", nticks=4, title_text=title, showticklabels=bool(title), row=row, col=column + 1
+            )
+            figure.update_yaxes(title_text=objective if column == 0 else None, row=row, col=column + 1)
+    return _style(figure, None, None, 440 * bands)
 
 
 def roc(data: ReportData) -> go.Figure:

@@ -19,7 +19,7 @@ YES_NO = {True: "yes", False: "no", None: "-"}
 
 @dataclass(frozen=True)
 class FrontLine:
-    """An audited candidate or an anchor."""
+    """An audited candidate or an anchor. on_front: whether it is on the overall front or at least on its method's."""
 
     trial: str
     method: str
@@ -29,13 +29,16 @@ class FrontLine:
     probe: str
     over_forgetting: str
     on_front: str
-    on_method_front: str
     p_dominated: str
     audits: str
 
 
 def front_lines(data: ReportData) -> list[FrontLine]:
-    """The candidates that are shown in detail, and the anchors."""
+    """The candidates that are shown in detail, the front first, and the anchors."""
+
+    def rank(p: FrontRow) -> tuple[bool, bool, bool, float]:
+        return not p.is_candidate, not p.on_front, not p.on_method_front, p.worst if p.is_candidate else 0.0
+
     return [
         FrontLine(
             trial=p.trial,
@@ -45,12 +48,11 @@ def front_lines(data: ReportData) -> list[FrontLine]:
             damage=p.in_brief("damage"),
             probe="-" if p.probe_residue is None else f"{p.probe_residue:.3f} / {p.probe_damage:.3f}",
             over_forgetting=f"{p.over_forgetting:.3f}",
-            on_front=YES_NO[p.on_front],
-            on_method_front=YES_NO[p.on_method_front],
+            on_front="its method's" if p.on_method_front and not p.on_front else YES_NO[p.on_front],
             p_dominated="-" if p.p_dominated is None else f"{p.p_dominated:.2f}",
             audits=str(p.audits or "-"),
         )
-        for p in data.detailed
+        for p in sorted(data.detailed, key=rank)
     ]
 
 
