@@ -1,4 +1,4 @@
-"""Storage that fills midway, on a real file system of a few megabytes: one message, nothing lost, and the run goes on.
+"""Storage that fills midway, on a real file system of 16 MB: one message, nothing lost, and the run goes on.
 
 The file system is mounted in a namespace of its own, where the system allows that.
 """
@@ -12,7 +12,7 @@ import pytest
 from tiny import ROOT
 
 MOUNT = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-SMALL = 'mount -t tmpfs -o size=4m none "$0" && exec "$@"'
+SMALL = 'mount -t tmpfs -o size=16m none "$0" && exec "$@"'
 START = """
 import sys
 from pathlib import Path

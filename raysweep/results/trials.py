@@ -120,9 +120,8 @@ def save_trials(folder: RunDir, trials: Sequence[Trial], size: int) -> None:
 
 
 def study_size(folder: RunDir) -> int:
-    """Bytes of the study's journals on disk. They only grow, so a study of the same size has the same trials."""
-    files = (p for top in folder.path.glob("study*") for p in (top, *top.rglob("*")) if p.suffix != ".lock")
-    return sum(p.stat().st_size for p in files if p.is_file())
+    """Bytes of the study on disk. Its files only grow, so a study of the same size has the same trials."""
+    return sum(p.stat().st_size for p in folder.journals)
 
 
 def trials_of(folder: RunDir) -> list[Trial]:
