@@ -87,12 +87,14 @@ class Draws:
         return float(np.exp(self.rng.uniform(*np.log([low, high]))) if log else self.rng.uniform(low, high))
 
 
-def make_run(folder: Path, trials: int, audited: int, methods: Sequence[str] = METHODS) -> RunDir:
-    """A finished run directory of synthetic trials, of which `audited` were audited."""
+def make_run(
+    folder: Path, trials: int, audited: int, methods: Sequence[str] = METHODS, task: Task | None = None
+) -> RunDir:
+    """A finished run directory of synthetic trials, of which `audited` were audited. task: None for that of the default sweep."""
     settings = (f"name={folder.name}", f"storage={folder.parent}", f"cache={folder.parent / 'cache'}")
     sizes = (f"search.trials={trials}", f"audit.top={audited}", "audit.audit.seed=2", "audit.durability.seed=3")
     sweep = load(None, (*settings, *sizes, f"methods=[{', '.join(methods)}]"))
-    task, run = sweep.task.build(), RunDir.of(sweep)
+    task, run = task or sweep.task.build(), RunDir.of(sweep)
     with run.claim(sweep, {"config": sweep.digest, "task": task.digest}, sweep.audit.checks_for(task), task.family):
         run.task.mkdir(parents=True)
         task.save(run.task)
