@@ -111,12 +111,6 @@ class RunDir:
         return self.path / "study.journal"
 
     @property
-    def journals(self) -> list[Path]:
-        """The files that the study consists of. They only grow, a line at a time."""
-        tops = self.path.glob(f"{self.journal.stem}*")
-        return [p for top in tops for p in (top, *top.rglob("*")) if p.is_file() and p.suffix != ".lock"]
-
-    @property
     def trials(self) -> Path:
         """One row per trial."""
         return self.path / "trials.parquet"
@@ -272,8 +266,6 @@ class RunDir:
             stack.callback(clear_temporaries, self.path)  # processes of a killed run may write while this one begins
             clear_temporaries(cache_folder(sweep.cache), DAY_S)  # younger ones may belong to other runs
             clear_temporaries(cache_folder(sweep.cache), MONTH_S, CHECKPOINT)
-            for journal in self.journals:
-                _cut_torn_line(journal)
             text = ("# resolved config of this run\n" + sweep.recipe()).encode()
             if not self.config.is_file() or self.config.read_bytes() != text:  # limits, resources or paths changed
                 write_bytes(self.config, text)
@@ -285,15 +277,6 @@ class RunDir:
     def update(self, **changes: Unpack[Changes]) -> None:
         """Changes entries of the manifest."""
         write_json(self.manifest, {**self.read_manifest(), **changes})
-
-
-def _cut_torn_line(journal: Path) -> None:
-    """Removes a last line without an end, which a full disk or a kill leaves; what follows on it could not be read."""
-    with journal.open("rb+") as file:
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-            os.fsync(file.fileno())
 
 
 def list_runs(storage: Path) -> list[RunDir]:

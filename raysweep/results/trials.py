@@ -120,8 +120,8 @@ def save_trials(folder: RunDir, trials: Sequence[Trial], size: int) -> None:
 
 
 def study_size(folder: RunDir) -> int:
-    """Bytes of the study on disk. Its files only grow, so a study of the same size has the same trials."""
-    return sum(p.stat().st_size for p in folder.journals)
+    """Bytes of the study's journal, 0 without one. It only grows, so a study of the same size has the same trials."""
+    return folder.journal.stat().st_size if folder.journal.is_file() else 0
 
 
 def trials_of(folder: RunDir) -> list[Trial]:
