@@ -13,6 +13,7 @@ import pytest
 from raysweep.config.schema import ConfigError
 from raysweep.engine import shared
 from raysweep.engine.shared import Look, appears, check_shared, complaint, look, name_of
+from raysweep.storage.code_digests import ROOT
 from raysweep.storage.files import temporary_path
 
 A, B = Path("/mnt/runs/a"), Path("/mnt/cache")
@@ -74,20 +75,17 @@ def test_one_node_needs_no_check(tmp_path):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """A head and one more node, as Ray's own tests have them; the driver is connected."""
+    """A control node and a train node; the driver is connected."""
     import ray
-    from ray.cluster_utils import Cluster
-
-    from raysweep.storage.code_digests import ROOT
+    from raylets import raylets
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 1})
-    cluster.add_node(num_cpus=1, labels={"role": "train"})
-    try:
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    with raylets("train") as made:
+        ray.init(address=made.address, log_to_driver=False)
+        try:
+            yield made
+        finally:
+            ray.shutdown()
 
 
 @pytest.mark.cluster
@@ -110,7 +108,7 @@ def test_a_node_with_another_file_system_at_the_same_path_is_named(cluster, tmp_
         "--num-cpus=1",
         "--block",
     ]
-    start.append("--labels=role=audit")
+    start += ["--labels=role=audit", f"--object-store-memory={80 * 2**20}"]
     process = subprocess.Popen(
         [*HIDDEN, mount, str(folder), *start], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     )
