@@ -6,7 +6,6 @@ those of the oracles of a judgement by the checks' own code, so that thousands o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from raysweep.auditing.verdict import Verdict, verdict
 from raysweep.config.schema import Tier
 from raysweep.models.pixel import PixelDDPM
 from raysweep.registry import reach_of, resolve
+from raysweep.storage.files import write_file
 
 TIERS = ("audit", "durability")
 LEFT_OUT = ("interpolation", "sampler_removal")  # they do not count, or need a candidate made from the base
@@ -159,12 +159,10 @@ class Pool:
 
     @staticmethod
     def _save(file: Path, parts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{tier}/{name}": array for tier, scores in parts.items() for name, array in scores.items()}
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as out:
-            np.savez_compressed(out, **arrays)
-        os.replace(temporary, file)
+        arrays: dict[str, Any] = {
+            f"{tier}/{name}": array for tier, scores in parts.items() for name, array in scores.items()
+        }
+        write_file(file, lambda out: np.savez_compressed(out, **arrays))
 
 
 class Mixture(torch.nn.Module):

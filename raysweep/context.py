@@ -21,6 +21,17 @@ from raysweep.storage.files import digest_of, write_json
 from raysweep.storage.schemas import ROWS, read_table
 from raysweep.train.jobs import Job
 
+MEASURED = (
+    "check",
+    "metric",
+    "value",
+    "n",
+    "interval",
+    "status",
+    "reason",
+    "replicates",
+)  # columns behind a `Measured`
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -175,11 +186,13 @@ def prepared_key(defaults: dict[str, Any], hyperparameters: dict[str, Any]) -> s
 
 def load_measured(run: Path, key: str) -> Measured:
     """Values and replicates of one audit, from its rows, and the reasons for those that are absent."""
+    table = read_table(rows_path(run, key), ROWS, MEASURED)
+    replicates_of = table["replicates"]
     values, replicates, absent, floors = {}, {}, {}, {}
-    for row in read_table(rows_path(run, key), ROWS).to_pylist():
+    for k, row in enumerate(table.drop_columns("replicates").to_pylist()):
         name = f"{row['check']}.{row['metric']}"
-        if row["status"] == "ok" and row["replicates"] is not None:
-            values[name], replicates[name] = row["value"], np.array(row["replicates"])
+        if row["status"] == "ok" and replicates_of[k].is_valid:
+            values[name], replicates[name] = row["value"], np.array(replicates_of[k].values)
             if row["interval"].startswith(SHARE):
                 floors[name] = share_floor(row["n"])
         elif row["status"] != "ok":

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,12 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 
-from filelock import FileLock, Timeout
-
 from raysweep.config.reader import validate as validate_config
 from raysweep.config.schema import ConfigError, Drawn, Sweep
 from raysweep.plugins import used
 from raysweep.storage.cache import cache_folder
+from raysweep.storage.claims import LOCK, RECORD, ClaimError, claimed
 from raysweep.storage.code_digests import ROOT
 from raysweep.storage.files import CHECKPOINT, DAY_S, clear_temporaries, write_bytes, write_json
 from raysweep.storage.places import PlaceError, check_writable
@@ -52,6 +52,7 @@ class Changes(TypedDict, total=False):
     state: str  # new, running, done, incomplete, failed or interrupted
     reason: str  # why it failed
     incomplete: list[str]  # checks that failed or are missing
+    host: str  # of the process that works or worked last on it
     pid: int
     resumed_at: str
     commits: list[str]  # of raysweep, as the run began and at every resumption
@@ -220,7 +221,7 @@ class RunDir:
         except PlaceError as error:
             raise ConfigError(str(error)) from error
         if not self.exists():
-            if self.path.is_dir() and any(p.name != "lock" for p in self.path.iterdir()):
+            if self.path.is_dir() and any(p.name not in (LOCK, RECORD) for p in self.path.iterdir()):
                 raise ConfigError(f"{self.path}: not empty and not a run; choose another name or storage")
             return
         manifest = self.read_manifest()
@@ -252,17 +253,17 @@ class RunDir:
         holds the directory.
         """
         self.check(sweep, digests.get("task", ""))
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / "lock")
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ConfigError(f"{self.path}: another raysweep run is at work on this directory") from error
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(claimed(self.path))
+            except ClaimError as error:
+                raise ConfigError(str(error)) from error
+            except OSError as error:
+                raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
             self.check(sweep, digests.get("task", ""))
             clear_temporaries(self.path)
+            stack.callback(clear_temporaries, self.path)  # processes of a killed run may write while this one begins
             clear_temporaries(cache_folder(sweep.cache), DAY_S)  # younger ones may belong to other runs
             clear_temporaries(cache_folder(sweep.cache), MONTH_S, CHECKPOINT)
             text = ("# resolved config of this run\n" + sweep.recipe()).encode()
@@ -270,11 +271,8 @@ class RunDir:
                 write_bytes(self.config, text)
             if not self.exists():
                 write_json(self.manifest, _manifest(sweep, digests, checks, family))
-            self.update(state="running", pid=os.getpid(), resumed_at=now())
+            self.update(state="running", host=socket.gethostname(), pid=os.getpid(), resumed_at=now())
             yield
-        finally:
-            clear_temporaries(self.path)  # again: processes of a killed run may have written while this one began
-            lock.release()
 
     def update(self, **changes: Unpack[Changes]) -> None:
         """Changes entries of the manifest."""

@@ -18,10 +18,10 @@ from raysweep.results import pareto
 from raysweep.results.front import Front, write_front
 from raysweep.results.front_row import FrontRow
 from raysweep.results.picks import Picks
-from raysweep.results.trials import Trial
+from raysweep.results.trials import Trial, save_trials, study_size
 from raysweep.rundir import RunDir
 from raysweep.storage.files import write_json
-from raysweep.storage.schemas import ROWS, SCORES, TRIALS, write_table
+from raysweep.storage.schemas import ROWS, SCORES, write_table
 
 KEYS = {"reconstruction.correlation": "audit.audit.noises", "damage": "audit.audit.samples"}
 LIKE = Verdict(label="like the oracle", within=0.05, tested=9)
@@ -127,7 +127,7 @@ def run(
     write_front(home, of, sweep)
     write_json(home.anchors("audit"), {"keys": keys, "views": []})
     trials = [trial(r.trial, method=r.method, digest=f"weights of {folder.name}") for r in of.candidate_rows]
-    write_table(home.trials, [t.plain() for t in trials], TRIALS)
+    save_trials(home, trials, study_size(home))
     size = task.splits["forget"].x[0].numel()
     pictures = np.random.default_rng(1).uniform(-1, 1, (4, size)).tolist()
     for subject, key in keys.items():

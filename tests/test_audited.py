@@ -113,7 +113,9 @@ def test_the_report_shows_only_the_audits_behind_its_front(home):
     data = gather(home)
     assert {r["value"] for r in data.rows} == {NEW}
     assert {(r["subject"], r["tier"]) for r in data.rows} == {
-        (s, t) for s in (TRIAL, *ANCHORS) for t in ("probe", "audit", "durability")
+        (s, t)
+        for s in (TRIAL, *ANCHORS)
+        for t in ("audit", "durability")  # no page shows a probe's rows
     }
     assert data.metric(TRIAL, "loss.auc")["value"] == NEW
     assert data.metric(TRIAL, "loss.auc", "oracle")["value"] == NEW
@@ -138,7 +140,10 @@ def test_a_run_without_a_front_shows_its_anchors_and_probes(home, tmp_path):
     assert set(keys["probe"]) == {*ANCHORS, TRIAL}
     assert keys_of(RunDir(tmp_path / "none"), []) == {"probe": {}}
     assert {r["value"] for r in rows_of(home, {"audit": keys["audit"]}, ANCHORS)} == {NEW}
-    assert {r["values"][0] for r in scores_of(home, {"audit": keys["audit"]}, ["base"])} == {NEW}
+    assert {name: a.tolist() for name, a in scores_of(home, keys["audit"], ["base", "unknown"]).items()} == {
+        ("base", "loss.forget"): [[NEW]]
+    }
+    assert scores_of(home, keys["audit"], ["base"], ("strip.",)) == {}
 
 
 def test_a_front_that_does_not_name_its_audits_is_refused(tmp_path):

@@ -80,6 +80,22 @@ def test_an_unattacked_candidate_is_not_recommended_if_others_were_attacked():
     assert any("attack 001-siss" in step for step in of.choice.steps)
 
 
+def test_the_best_so_far_is_none_that_was_not_attacked_and_that_another_dominates():
+    worse = row("001-siss", 0.06, 0.3, on_front=False)
+    of = front([GOOD, worse], {"000-rgd": REMEMBERS})
+    assert of.choice.trial == "000-rgd"
+    assert answer(of)[0].startswith("No candidate is recommended. Best so far is 000-rgd: it has not forgotten")
+    assert any("attack 001-siss" in step for step in of.choice.steps)
+    concealed = row("002-rgd", 0.6, 0.7, on_front=False)
+    assert front([GOOD, worse, concealed], {"000-rgd": REMEMBERS, "002-rgd": CONCEALED}).choice.trial == "002-rgd"
+
+
+def test_advice_names_a_few_of_many_candidates():
+    rows = [GOOD, *(row(f"{k:03}-siss", 0.05, 0.9 - k / 1000) for k in range(1, 101))]
+    (step,) = [s for s in front(rows, {"000-rgd": REMEMBERS}).choice.steps if s.startswith("attack")]
+    assert step.startswith("attack 100-siss, 099-siss, 098-siss, 097-siss, 096-siss and 95 more, to which there is no")
+
+
 @pytest.mark.parametrize(("candidates", "verdicts", "reservation"), [
     ([row("000-rgd", 0.088, 0.05, 0.214)], {"000-rgd": LIKE}, "does not show a residue under 0.1: residue 0.088 (95 % interval 0.000 to 0.302)"),
     ([row("000-rgd", 0.02, 0.3, damage_hi=0.7)], {"000-rgd": LIKE}, "its damage is uncertain"),
@@ -147,7 +163,7 @@ def call(*arguments: str):
     return CliRunner().invoke(main, list(arguments))
 
 
-def test_every_output_of_a_run_says_the_same(remembering, monkeypatch):
+def test_every_output_of_a_run_says_the_same(remembering):
     """front.json, report, status, show, export's warning and the model card; the terminal below."""
     from raysweep.export.modelcard import page
     from raysweep.rundir import RunDir
@@ -165,7 +181,6 @@ def test_every_output_of_a_run_says_the_same(remembering, monkeypatch):
     assert "of the previous attempt" not in call("status", str(remembering)).output
     RunDir(remembering).update(state="interrupted")
     assert "answer of the previous attempt:\nNo candidate is recommended" in call("status", str(remembering)).output
-    monkeypatch.setattr("raysweep.results.trials.trial_table", lambda *_: [trial("000-rgd")])
     assert "best so far, but not recommended: it has not forgotten" in call("show", str(remembering), "000-rgd").output
     digests = {"base_digest": "b", "task_digest": "t", "outcome": {"digest": "d"}}
     card = {"trial": "000-rgd", "method": "rgd", "seed": 0, "hyperparameters": {}, **digests}

@@ -113,3 +113,20 @@ def test_the_attainment_region_is_reached_by_the_share_of_the_sets():
         for at in rng.random((300, 2)):
             reached = sum(((s <= at).all(1)).any() for s in sets)
             assert bool((corners <= at).all(1).any()) == (reached >= needed)
+
+
+def test_probabilities_are_shares_of_draws_whatever_the_number_of_points():
+    draws = np.maximum(0.0, np.random.default_rng(5).normal(size=(300, 20, 2)))
+    a, b = draws[:, :, None, :], draws[:, None, :, :]
+    dominates = (a <= b).all(-1) & (a < b).any(-1)
+    np.testing.assert_array_equal(pareto.dominance_probability(draws), dominates.mean(0))
+    np.testing.assert_array_equal(pareto.dominance_probability(draws, np.array([3, 7])), dominates.mean(0)[:, [3, 7]])
+    np.testing.assert_allclose(pareto.dominated_probability(draws), dominates.any(1).mean(0))
+
+
+def test_the_front_of_a_large_sweep_takes_no_time():
+    points = np.random.default_rng(6).random((20_000, 2))
+    members = pareto.front(points, ("min", "min"))  # every pair would be 400 million comparisons
+    x, y = points[members][np.argsort(points[members, 0])].T
+    assert (np.diff(y) < 0).all()
+    assert all((points[:, 1] >= b)[points[:, 0] < a].all() for a, b in zip(x, y, strict=True))

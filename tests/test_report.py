@@ -22,7 +22,7 @@ from PIL import Image
 from raysweep.auditing.anchors import View
 from raysweep.cli import main
 from raysweep.report.page import build
-from raysweep.report.pictures import png, veiled
+from raysweep.report.pictures import SIDE, address, veiled
 from raysweep.rundir import RunDir
 from raysweep.storage.files import write_json
 from raysweep.tasks.records import Tally
@@ -84,8 +84,16 @@ def test_a_veil_keeps_only_means():
     assert len(np.unique(hidden[0, 0])) == 16
     np.testing.assert_allclose(hidden[1, 2, :16, :12], images[1, 2, :16, :12].mean(), rtol=1e-5)
     assert len(np.unique(veiled(images[:1, :1, :8, :8]))) == 4
-    assert pixels(png(np.zeros((2, 1, 512, 512)))).shape[0] == 512  # large pictures are not enlarged
-    assert pixels(png(np.zeros((2, 1, 8, 8)))).shape[0] == 40
+
+
+def test_small_pictures_are_enlarged_and_large_ones_reduced():
+    rng = np.random.default_rng(0)
+    assert pixels(address(np.zeros((2, 1, 8, 8)))).shape == (40, 2 * 45)  # with a line between them
+    assert pixels(address(np.zeros((1, 3, 32, 32)))).shape == (SIDE, SIDE + 5, 3)
+    large = address(rng.uniform(-1, 1, (8, 3, 512, 768)).astype(np.float32))
+    height, width, _ = pixels(large).shape
+    assert (height, width) == pytest.approx((512 / 768 * SIDE, 8 * SIDE), rel=0.01)
+    assert len(large) < 300_000
 
 
 @pytest.mark.slow

@@ -205,10 +205,10 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
 def status(run: str, as_json: bool) -> int:
     """Show how far a run is, and what failed."""
     from raysweep.auditing.manager import LOG, read_log
-    from raysweep.results.trials import trial_table
+    from raysweep.results.trials import trials_of
 
     folder = open_run(run)
-    manifest, trials = folder.read_manifest(), trial_table(folder, folder.run_id)
+    manifest, trials = folder.read_manifest(), trials_of(folder)
     data = {
         "run": str(folder.path),
         "state": manifest["state"],
@@ -285,7 +285,7 @@ def show(subjects: tuple[str, ...], as_json: bool) -> int:
     from raysweep.registry import suggest
     from raysweep.report.compare import is_card
     from raysweep.results.audited import keys_of, rows_of
-    from raysweep.results.trials import trial_table
+    from raysweep.results.trials import trials_of
 
     if is_card(Path(subjects[0])):
         return _show_cards([Path(name) for name in subjects], as_json)
@@ -293,7 +293,7 @@ def show(subjects: tuple[str, ...], as_json: bool) -> int:
         raise ConfigError("show: give a run and one of its trials, or audit cards")
     run, trial = subjects
     folder = open_run(run)
-    trials = {t.trial: t for t in trial_table(folder, folder.run_id)}
+    trials = {t.trial: t for t in trials_of(folder)}
     if trial not in trials:
         raise ConfigError(f"{run}: no trial {trial!r}{suggest(trial, sorted(trials))}")
     rows = rows_of(folder, keys_of(folder, list(trials.values())), [trial])

@@ -11,7 +11,8 @@ from raysweep.config.schema import ConfigError, Drawn, Sweep
 from raysweep.engine.cluster import RunFailed
 from raysweep.models import families
 from raysweep.rundir import RunDir, git_commit
-from raysweep.storage.files import write_folder, write_json
+from raysweep.storage.files import StoreError, write_folder, write_json
+from raysweep.storage.places import out_of_space
 from raysweep.tasks.task import Task
 
 
@@ -29,7 +30,7 @@ def attempt(
 
     subject: hash of the model that is audited alone, for which everything is drawn afresh; "" for a sweep.
     on_failure: called once the manifest says why the attempt failed. Raises ConfigError if the directory cannot be claimed, and
-    RunFailed in place of Unmeasured; other errors of the block pass.
+    RunFailed in place of Unmeasured and of errors that come from a full disk; other errors of the block pass.
     """
     digests = {"config": sweep.digest, "task": task.digest}
     with folder.claim(sweep, digests, sweep.audit.checks_for(task), task.family):
@@ -44,11 +45,18 @@ def attempt(
             save_task(folder, task)
             yield sweep.with_drawn(_recorded_draw(folder, sweep, task, subject))
         except (Interrupted, KeyboardInterrupt):
-            folder.update(state="interrupted")
+            with contextlib.suppress(StoreError):  # on a full disk the state stays "running", which resumes as well
+                folder.update(state="interrupted")
             raise
         except Exception as error:
             expected = isinstance(error, RunFailed | Unmeasured | ConfigError)
-            folder.update(state="failed", reason=str(error) if expected else f"{type(error).__name__}: {error}")
+            full = out_of_space(error)
+            with contextlib.suppress(StoreError):
+                folder.update(
+                    state="failed", reason=full or (str(error) if expected else f"{type(error).__name__}: {error}")
+                )
+            if full:  # where no report could be written, either
+                raise RunFailed(full) from error
             on_failure()
             if isinstance(error, Unmeasured):
                 raise RunFailed(str(error)) from error

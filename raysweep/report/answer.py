@@ -12,6 +12,7 @@ from raysweep.report.data import ReportData
 from raysweep.report.tables import TableLine, value
 from raysweep.results.choice import MEANING
 from raysweep.results.front_row import OBJECTIVES, FrontRow
+from raysweep.tasks.records import listed
 
 EASY = 0.2  # largest objective of the best candidate under which a short front says that the task is easy
 METRICS = (
@@ -105,13 +106,18 @@ def not_tested(data: ReportData) -> list[str]:
     else:
         lines = ["No candidate was audited: the search's own estimates are from few samples, and are not results."]
     if not_attacked:
-        lines.append(f"Whether attacks bring the forgotten data back was not shown for {', '.join(not_attacked)}.")
+        lines.append(f"Whether attacks bring the forgotten data back was not shown for {listed(not_attacked)}.")
+    if data.left_out:
+        lines.append(
+            f"Checks are shown of {len(data.detailed)} of {len(data.points)} audited models; those that failed on others are listed "
+            "above, and their rows are in rows/."
+        )
     audit = data.sweep.audit
     tiers = {"audit": audit.audit} | ({"durability": audit.durability} if audit.finalists else {})
     return lines + untested(
         data.task,
         tiers,
-        results_of(r for r in data.rows if r["tier"] != "probe"),
+        results_of(data.rows),
         [View(**view) for view in data.anchors["views"]],
         oracles=len(data.sweep.oracle_models) or data.sweep.oracles,
     )
@@ -153,12 +159,12 @@ def other_picks(data: ReportData) -> list[str]:
         f"Least damage among candidates whose residue is shown to be under {sure['limit']}: "
         f"{named(sure['trial']) if sure['trial'] else 'no candidate is that sure'}.",
         f"Shown to have a residue under {shown['limit']}, with false discoveries over the sweep's candidates held to "
-        f"{shown['rate']:.0%}: {', '.join(named(t) for t in shown['trials']) or 'none'}.",
+        f"{shown['rate']:.0%}: {listed(map(named, shown['trials'])) or 'none'}.",
     ]
     if data.front["undecided"]:
         audits = max(p.audits or 0 for p in data.candidates())
         lines.append(
-            f"Not surely on the front or off it after {audits} audits: {', '.join(data.front['undecided'])}. Raise audit.rounds to "
+            f"Not surely on the front or off it after {audits} audits: {listed(data.front['undecided'])}. Raise audit.rounds to "
             "measure them again."
         )
     return lines

@@ -7,7 +7,7 @@ from typing import Any
 
 from raysweep.config import presets
 from raysweep.config.schema import Sweep
-from raysweep.report import tables
+from raysweep.report import figures, tables
 from raysweep.report.answer import (
     answer,
     answer_table,
@@ -25,12 +25,14 @@ from raysweep.report.pictures import Strips, strips
 from raysweep.rundir import Manifest
 from raysweep.tasks.records import lines_of
 
+LINES = 50  # in a list of what failed
+
 
 def page_context(data: ReportData) -> dict[str, Any]:
     """Everything that the template shows, as text and tables."""
     best_trial = data.front["best"]["trial"] if data.front else None
     best = next((p for p in data.candidates() if p.trial == best_trial), None)
-    absent = [r for r in data.rows if r["status"] != "ok" and r["tier"] != "probe" and not r["paired_with"]]
+    absent = [r for r in data.rows if r["status"] != "ok" and not r["paired_with"]]
     incomplete = data.manifest.get("incomplete", [])
     complete = not incomplete and not any(r["status"] == "failed" for r in absent)
     groups = strips(data)
@@ -60,16 +62,25 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "optimism": search_optimism(data),
         "strips": groups,
         "data": [line for account in data.manifest.get("data", ()) for line in lines_of(account)],
-        "failures": [t for t in data.trials if t.has_failed],
+        "failures": tables.failure_lines(data),
         "trials": how_trials_ended(data),
-        "incomplete": incomplete,
+        "incomplete": _first(incomplete, "manifest.json"),
         "absent": sorted({(r["check"], r["status"], r["reason"]) for r in absent}),
+        "left_out": data.left_out,
+        "drawn": figures.drawn_in_words(data),
+        "tables": data.tables,
         "untested": not_tested(data),
         "config": data.sweep.recipe(),
         "versions": sorted(data.manifest["versions"].items()) + _plugins(data.manifest),
         "commit": ", resumed at ".join(data.commits),
         "command": f"raysweep run {data.sweep.name}.yaml",
     }
+
+
+def _first(lines: Sequence[str], file: str) -> list[str]:
+    """The first `LINES` lines, and how many more are in a file of the run."""
+    more = len(lines) - LINES
+    return [*lines[:LINES], *([f"{more} more, in {file}"] if more > 0 else [])]
 
 
 def _hypervolume(data: ReportData) -> str:

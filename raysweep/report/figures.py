@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
 from raysweep.report.data import COLOURS, ReportData
+from raysweep.results import pareto
 from raysweep.results.front_row import OBJECTIVES, FrontRow, Objective
 from raysweep.results.trials import Trial, points_of
 from raysweep.storage.files import write_bytes
@@ -22,15 +23,17 @@ GREY, GRID = "#7a828c", "rgba(128,128,128,0.25)"
 ANCHORS = {"base": "star", "oracle": "star-diamond", "destroyed": "x"}
 MARKERS = ("o", "s", "D", "^", "P", "p", "h", "v")  # of matplotlib, one per method
 RESIDUE, DAMAGE = "residue (0 like the oracle, 1 like the base)", "damage (0 like the oracle, 1 destroyed)"
-EDGE = 1.1  # of the axes of attainment surfaces
+EDGE = 1.1  # of the axes of residue and damage, or more if audited models lie beyond
+COLUMNS = 5  # hyperparameters side by side
+DRAWN = 2000  # trials in a figure, all methods together: more hide one another, and browsers become slow
 SPLITS = (("forget", "forget_holdout", "forgotten images"), ("retain", "holdout", "retained images"))
 
 
 def front(data: ReportData) -> go.Figure:
     """Residue against damage: search estimates hollow, audited values filled with 95 % whiskers, anchors as stars."""
     figure = go.Figure()
-    for method in data.styles:
-        _add_method(figure, data, method)
+    for method, trials in drawn(data).items():
+        _add_method(figure, data, method, trials)
     members = sorted((p for p in data.candidates() if p.on_front), key=lambda p: p.residue)
     line = {"color": GREY, "width": 2, "shape": "hv"}
     figure.add_scatter(**_xy(members), mode="lines", name="front", line=line, hoverinfo="skip")
@@ -46,17 +49,44 @@ def front(data: ReportData) -> go.Figure:
                 name=p.trial,
                 showlegend=False,
             )
+    for axes, objective in zip((figure.update_xaxes, figure.update_yaxes), OBJECTIVES, strict=True):
+        ends = [p.interval(objective)[1] for p in data.detailed]  # estimates of bad trials may lie far beyond
+        axes(range=[-0.05, 1.05 * max([EDGE, *ends])])
     return _style(figure, RESIDUE, DAMAGE, 470)
 
 
-def _add_method(figure: go.Figure, data: ReportData, method: str) -> None:
-    """Adds a method's search estimates, its own front and its audited candidates."""
+def drawn(data: ReportData) -> dict[str, list[Trial]]:
+    """Method -> its completed trials in figures: all, or, of too many, its front by the probe and an even share of the others."""
+    most = max(1, DRAWN // len(data.styles))
+    return {method: _thinned(data.completed(method), most) for method in data.styles}
+
+
+def _thinned(trials: Sequence[Trial], most: int) -> list[Trial]:
+    if len(trials) <= most:
+        return list(trials)
+    kept = {*pareto.front(points_of(trials), ("min", "min"))[:most]}
+    others = [k for k in range(len(trials)) if k not in kept]
+    kept |= {others[int(k)] for k in np.linspace(0, len(others) - 1, most - len(kept))}
+    return [trials[k] for k in sorted(kept)]
+
+
+def drawn_in_words(data: ReportData) -> str:
+    """A sentence on which trials figures leave out; "" if none."""
+    complete, shown = sum(t.is_complete for t in data.trials), sum(map(len, drawn(data).values()))
+    if shown == complete:
+        return ""
+    return (
+        f"{shown} of {complete} completed trials are drawn: each method's front by the probe, and of its others an even share over the "
+        "search."
+    )
+
+
+def _add_method(figure: go.Figure, data: ReportData, method: str, trials: Sequence[Trial]) -> None:
+    """Adds a method's search estimates, its own front and its audited candidates, those that are shown in detail with whiskers."""
     colour, symbol = data.styles[method]
-    trials = data.completed(method)
     common: dict[str, Any] = {"legendgroup": method}
     figure.add_scatter(
-        x=[t.residue for t in trials],
-        y=[t.damage for t in trials],
+        **_columns(points_of(trials)),
         mode="markers",
         marker={"symbol": f"{symbol}-open", "color": colour, "size": 7, "opacity": 0.45},
         hovertext=[f"{t.trial} (search)<br>{_settings(t)}" for t in trials],
@@ -70,21 +100,37 @@ def _add_method(figure: go.Figure, data: ReportData, method: str) -> None:
     line = {"color": colour, "width": 1, "dash": "dot", "shape": "hv"}
     members = [p for p in audited if p.on_method_front]
     figure.add_scatter(**_xy(members), mode="lines", line=line, hoverinfo="skip", showlegend=False, **common)
+    detailed = [p for p in data.detailed if p.method == method]
+    names = {p.trial for p in detailed}
     figure.add_scatter(
-        **_xy(audited),
+        **_xy([p for p in audited if p.trial not in names]),
+        mode="markers",
+        marker={"symbol": symbol, "color": colour, "size": 5},
+        hoverinfo="skip",
+        showlegend=False,
+        **common,
+    )
+    figure.add_scatter(
+        **_xy(detailed),
         mode="markers",
         marker={"symbol": symbol, "color": colour, "size": 11, "line": {"width": 1, "color": GREY}},
-        error_x=_whisker(audited, "residue", colour),
-        error_y=_whisker(audited, "damage", colour),
-        hovertext=[f"{p.trial} (audit)<br>{_settings(p)}" for p in audited],
+        error_x=_whisker(detailed, "residue", colour),
+        error_y=_whisker(detailed, "damage", colour),
+        hovertext=[f"{p.trial} (audit)<br>{_settings(p)}" for p in detailed],
         hoverinfo="text",
         name=method,
         **common,
     )
 
 
-def _xy(points: Sequence[FrontRow]) -> dict[str, list[float]]:
-    return {"x": [p.residue for p in points], "y": [p.damage for p in points]}
+def _columns(points: np.ndarray) -> dict[str, np.ndarray]:
+    """The coordinates of points (n, 2) as a figure takes them, in single precision, which the page holds in a quarter of the bytes."""
+    x, y = points.astype(np.float32).T
+    return {"x": x, "y": y}
+
+
+def _xy(points: Sequence[FrontRow]) -> dict[str, np.ndarray]:
+    return _columns(np.array([(p.residue, p.damage) for p in points]).reshape(-1, 2))
 
 
 def attainment(bands: Mapping[str, Mapping[float, np.ndarray]]) -> go.Figure:
@@ -130,10 +176,12 @@ def _staircase(corners: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def optimism(data: ReportData) -> go.Figure:
-    """Each candidate's objectives by the search and by the audit, joined by a line."""
+    """The objectives of the candidates in detail by the search and by the audit, joined by a line."""
     figure = make_subplots(1, 2, subplot_titles=OBJECTIVES)
     for column, objective in enumerate(OBJECTIVES, 1):
-        for p in data.candidates():
+        for p in data.detailed:
+            if not p.is_candidate:
+                continue
             colour, symbol = data.styles[p.method]
             figure.add_scatter(
                 x=["search", "audit"],
@@ -153,38 +201,41 @@ def optimism(data: ReportData) -> go.Figure:
 
 
 def effects(data: ReportData) -> go.Figure:
-    """Each searched numeric hyperparameter against residue and damage, a column each, one colour per method."""
-    settings: dict[
-        str, list[tuple[str, float, tuple[float, float]]]
-    ] = {}  # name -> (method, value, point) of each trial
-    for t in data.trials:
-        if t.is_complete:
+    """Each searched numeric hyperparameter against residue and, below, damage, one colour per method."""
+    values: dict[str, dict[str, list[tuple[float, float, float]]]] = {}  # name -> method -> (value, residue, damage)
+    for method, trials in drawn(data).items():
+        for t in trials:
             for name, value in t.hyperparameters.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
-                    settings.setdefault(name, []).append((t.method, value, t.point))
-    names = [name for name, trials in settings.items() if len({value for _, value, _ in trials}) > 2]
+                    values.setdefault(name, {}).setdefault(method, []).append((value, *t.point))
+    names = [name for name, by_method in values.items() if len({v for t in by_method.values() for v, *_ in t}) > 2]
     if not names:
         return _style(go.Figure(), None, None, 200)
-    figure = make_subplots(2, len(names), shared_xaxes=True, vertical_spacing=0.06, horizontal_spacing=0.05)
-    for column, name in enumerate(names, 1):
-        for k, objective in enumerate(OBJECTIVES):
-            for method, (colour, symbol) in data.styles.items():
-                trials = [(value, point[k]) for other, value, point in settings[name] if other == method]
+    bands = -(-len(names) // COLUMNS)
+    figure = make_subplots(2 * bands, min(COLUMNS, len(names)), vertical_spacing=0.13 / bands, horizontal_spacing=0.05)
+    for k, name in enumerate(names):
+        band, column = divmod(k, COLUMNS)
+        for method, points in values[name].items():
+            x, *objectives = np.array(points, dtype=np.float32).T
+            colour, symbol = data.styles[method]
+            for row, y in enumerate(objectives, 2 * band + 1):
                 figure.add_scatter(
-                    x=[x for x, _ in trials],
-                    y=[y for _, y in trials],
+                    x=x,
+                    y=y,
                     mode="markers",
-                    marker={"color": colour, "symbol": symbol, "size": 7},
+                    marker={"color": colour, "symbol": symbol, "size": 5},
                     hovertext=method,
                     showlegend=False,
-                    row=k + 1,
-                    col=column,
+                    row=row,
+                    col=column + 1,
                 )
-            if column == 1:
-                figure.update_yaxes(title_text=objective, row=k + 1, col=1)
-        figure.update_xaxes(type="log", row=1, col=column)
-        figure.update_xaxes(type="log", title_text=name, row=2, col=column)
-    return _style(figure, None, None, 420)
+        for row, objective in enumerate(OBJECTIVES, 2 * band + 1):
+            title = name if objective == "damage" else None
+            figure.update_xaxes(
+                type="log", nticks=4, title_text=title, showticklabels=bool(title), row=row, col=column + 1
+            )
+            figure.update_yaxes(title_text=objective if column == 0 else None, row=row, col=column + 1)
+    return _style(figure, None, None, 440 * bands)
 
 
 def roc(data: ReportData) -> go.Figure:
@@ -196,7 +247,7 @@ def roc(data: ReportData) -> go.Figure:
     figure = make_subplots(1, len(splits), subplot_titles=[title for *_, title in splits])
     chance = {"color": GREY, "dash": "dot", "width": 1}
     for column, (members, holdout, _) in enumerate(splits, 1):
-        for p in data.points:
+        for p in data.detailed:
             calibration = data.scores.get((p.trial, "loss.calibration"))
             if calibration is None or p.trial == "destroyed":
                 continue
@@ -239,8 +290,8 @@ def write_pngs(data: ReportData, folder: Path) -> None:
     """Writes front.png, the front as on the page."""
     figure = Figure(figsize=(7, 5), dpi=140, layout="constrained")
     axes = figure.subplots()
-    for i, method in enumerate(data.styles):
-        _draw_method(axes, data, method, MARKERS[i % len(MARKERS)])
+    for i, (method, trials) in enumerate(drawn(data).items()):
+        _draw_method(axes, data, method, trials, MARKERS[i % len(MARKERS)])
     members = sorted((p for p in data.candidates() if p.on_front), key=lambda p: p.residue)
     axes.step([p.residue for p in members], [p.damage for p in members], where="post", color="grey", lw=1.5)
     for p in data.points:
@@ -256,12 +307,12 @@ def write_pngs(data: ReportData, folder: Path) -> None:
     write_bytes(folder / "front.png", out.getvalue())
 
 
-def _draw_method(axes: Axes, data: ReportData, method: str, marker: str) -> None:
-    """Draws a method's search estimates hollow, and its audited candidates filled with 95 % whiskers."""
+def _draw_method(axes: Axes, data: ReportData, method: str, trials: Sequence[Trial], marker: str) -> None:
+    """Draws a method's search estimates hollow, and its audited candidates in detail filled with 95 % whiskers."""
     colour, _ = data.styles[method]
-    residue, damage = points_of(data.completed(method)).T
+    residue, damage = points_of(trials).T
     axes.scatter(residue, damage, s=18, facecolors="none", edgecolors=colour, alpha=0.5, marker=marker)
-    audited = [p for p in data.candidates() if p.method == method]
+    audited = [p for p in data.detailed if p.method == method]
     axes.errorbar(
         [p.residue for p in audited],
         [p.damage for p in audited],

@@ -1,4 +1,4 @@
-"""Strips of pictures as PNG data addresses. Sensitive ones are veiled in their pixels, not by a style sheet alone."""
+"""Strips of pictures as data addresses. Sensitive ones are veiled in their pixels, not by a style sheet alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from PIL import Image
 from raysweep.report.data import ReportData
 
 ZOOM = 5  # largest enlargement of small pictures
-SIDE = 160  # pixels up to which pictures are enlarged
+SIDE = 160  # pixels up to which small pictures are enlarged, and to which large ones are reduced
+QUALITY = 90  # of the JPEG files of reduced pictures
 CELLS = 4  # per side of a veiled picture
 
 TITLES = {
@@ -64,7 +65,9 @@ def strips(data: ReportData) -> list[Strips]:
 
 def _group(title: str, rows: list[tuple[str, np.ndarray]], sensitive: bool) -> Strips:
     return Strips(
-        title, sensitive, [Strip(name, png(images), png(veiled(images)) if sensitive else "") for name, images in rows]
+        title,
+        sensitive,
+        [Strip(name, address(images), address(veiled(images)) if sensitive else "") for name, images in rows],
     )
 
 
@@ -86,13 +89,24 @@ def _cells(side: int) -> list[slice]:
     return [slice(int(low), int(high)) for low, high in pairwise(edges)]
 
 
-def png(images: np.ndarray) -> str:
-    """Images (n, C, H, W) in [-1, 1] side by side, small ones enlarged, as a data address."""
+def address(images: np.ndarray) -> str:
+    """Images (n, C, H, W) in [-1, 1] side by side, as a data address.
+
+    Small ones are enlarged, pixel by pixel. Large ones are reduced, because a page of them would be too large to open; the audit's
+    scores keep them whole.
+    """
     tiles = [np.pad(np.clip((im + 1) * 127.5, 0, 255), ((0, 0), (0, 0), (0, 1)), constant_values=255) for im in images]
     row = np.concatenate(tiles, axis=2).astype(np.uint8)
-    pixels = row[0] if row.shape[0] == 1 else row.transpose(1, 2, 0)
-    image = Image.fromarray(pixels)
-    zoom = max(1, min(ZOOM, SIDE // images.shape[2]))
-    out = io.BytesIO()
-    image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    image = Image.fromarray(row[0] if row.shape[0] == 1 else row.transpose(1, 2, 0))
+    side, out = max(images.shape[2:]), io.BytesIO()
+    if side > SIDE:
+        size = (round(image.width * SIDE / side), round(image.height * SIDE / side))
+        image.resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=QUALITY)
+        kind = "jpeg"
+    else:
+        zoom = max(1, min(ZOOM, SIDE // images.shape[2]))
+        image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(
+            out, "PNG", optimize=True
+        )
+        kind = "png"
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"

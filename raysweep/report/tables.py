@@ -9,15 +9,17 @@ from typing import Any
 from raysweep.auditing.informative import caveat
 from raysweep.report.data import ReportData
 from raysweep.results.front_row import FrontRow
+from raysweep.tasks.records import listed
 
 NO_METHOD = "#888888"  # colour of anchors
 OVER_FORGOTTEN = 0.1  # over-forgetting from which an audit sheet mentions it
+REASONS = 20  # for which trials failed, a line each
 YES_NO = {True: "yes", False: "no", None: "-"}
 
 
 @dataclass(frozen=True)
 class FrontLine:
-    """An audited candidate or an anchor."""
+    """An audited candidate or an anchor. on_front: whether it is on the overall front or at least on its method's."""
 
     trial: str
     method: str
@@ -27,13 +29,16 @@ class FrontLine:
     probe: str
     over_forgetting: str
     on_front: str
-    on_method_front: str
     p_dominated: str
     audits: str
 
 
 def front_lines(data: ReportData) -> list[FrontLine]:
-    """The front and the anchors."""
+    """The candidates that are shown in detail, the front first, and the anchors."""
+
+    def rank(p: FrontRow) -> tuple[bool, bool, bool, float]:
+        return not p.is_candidate, not p.on_front, not p.on_method_front, p.worst if p.is_candidate else 0.0
+
     return [
         FrontLine(
             trial=p.trial,
@@ -43,24 +48,24 @@ def front_lines(data: ReportData) -> list[FrontLine]:
             damage=p.in_brief("damage"),
             probe="-" if p.probe_residue is None else f"{p.probe_residue:.3f} / {p.probe_damage:.3f}",
             over_forgetting=f"{p.over_forgetting:.3f}",
-            on_front=YES_NO[p.on_front],
-            on_method_front=YES_NO[p.on_method_front],
+            on_front="its method's" if p.on_method_front and not p.on_front else YES_NO[p.on_front],
             p_dominated="-" if p.p_dominated is None else f"{p.p_dominated:.2f}",
             audits=str(p.audits or "-"),
         )
-        for p in data.points
+        for p in sorted(data.detailed, key=rank)
     ]
 
 
 @dataclass(frozen=True)
 class MethodLine:
-    """A method: its trials, and its best audited candidate."""
+    """A method: its trials, and its best audited candidate. on_front: how many of its candidates are on the overall front."""
 
     method: str
     colour: str
     trials: str
     seconds: str
     audited: int
+    on_front: int
     best: str
     residue: str
     damage: str
@@ -71,7 +76,7 @@ def method_lines(data: ReportData) -> list[MethodLine]:
     lines = []
     for method in data.sweep.methods:
         trials = [t for t in data.trials if t.method == method]
-        complete = data.completed(method)
+        complete = [t for t in trials if t.is_complete]
         audited = [p for p in data.candidates() if p.method == method]
         best = min(audited, key=lambda p: (p.worst, p.residue + p.damage), default=None)
         lines.append(
@@ -81,11 +86,34 @@ def method_lines(data: ReportData) -> list[MethodLine]:
                 trials=f"{len(complete)} of {len(trials)}",
                 seconds=f"{sum(t.train_s or 0 for t in complete):.0f}",
                 audited=len(audited),
+                on_front=sum(bool(p.on_front) for p in audited),
                 best=best.trial if best else "-",
                 residue=best.in_brief("residue") if best else "-",
                 damage=best.in_brief("damage") if best else "-",
             )
         )
+    return lines
+
+
+@dataclass(frozen=True)
+class FailureLine:
+    """The trials that failed for one reason."""
+
+    trials: str
+    reason: str
+
+
+def failure_lines(data: ReportData) -> list[FailureLine]:
+    """The reasons for which trials failed, the most frequent first, at most `REASONS`."""
+    by_reason: dict[str, list[str]] = {}
+    for t in data.trials:
+        if t.has_failed:
+            by_reason.setdefault(t.reason, []).append(t.trial)
+    groups = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    lines = [FailureLine(listed(trials), reason) for reason, trials in groups[:REASONS]]
+    if len(groups) > REASONS:
+        rest = sum(len(trials) for _, trials in groups[REASONS:])
+        lines.append(FailureLine(f"{rest} more", f"{len(groups) - REASONS} other reasons, in trials.parquet"))
     return lines
 
 
@@ -138,35 +166,38 @@ class Sheet:
 
 
 def sheets(data: ReportData) -> list[Sheet]:
-    """The audit sheets of all audited models."""
-    points = {p.trial: p for p in data.points}
-    return [_sheet(data, subject, points.get(subject)) for subject in data.subjects]
-
-
-def _sheet(data: ReportData, subject: str, point: FrontRow | None) -> Sheet:
-    lines = []
+    """The audit sheets of the models that are shown in detail."""
+    points = {p.trial: p for p in data.detailed}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for row in data.rows:
-        if row["subject"] == subject and row["tier"] == "audit" and not row["paired_with"]:
-            metric = f"{row['check']}.{row['metric']}"
-            lines.append(
-                CheckLine(
-                    metric=metric,
-                    value=value(row) if row["status"] == "ok" else row["status"],
-                    n=row["n"],
-                    interval="-" if row["lo"] is None else f"{row['lo']:.3g} to {row['hi']:.3g}",
-                    to_oracle=_difference(data.metric(subject, metric, "oracle")),
-                    to_base=_difference(data.metric(subject, metric, "base")),
-                    direction=row["direction"],
-                    status=row["status"],
-                    note=_note(row, caveat(data.kind, metric)),
-                )
-            )
+        if row["tier"] == "audit" and not row["paired_with"]:
+            rows.setdefault(row["subject"], []).append(row)
+    return [_sheet(data, subject, points.get(subject), rows.get(subject, ())) for subject in data.subjects]
+
+
+def _sheet(data: ReportData, subject: str, point: FrontRow | None, rows: Iterable[Mapping[str, Any]]) -> Sheet:
     standing = []
     if point is not None and point.is_candidate:
         standing.append(data.front["standing"][subject])
         if point.over_forgetting > OVER_FORGOTTEN:
             standing.append("over-forgotten, which counts as damage")
-    return Sheet(subject, (point.method if point else "") or "anchor", "; ".join(standing), lines)
+    method = (point.method if point else "") or "anchor"
+    return Sheet(subject, method, "; ".join(standing), [_check_line(data, subject, row) for row in rows])
+
+
+def _check_line(data: ReportData, subject: str, row: Mapping[str, Any]) -> CheckLine:
+    metric = f"{row['check']}.{row['metric']}"
+    return CheckLine(
+        metric=metric,
+        value=value(row) if row["status"] == "ok" else row["status"],
+        n=row["n"],
+        interval="-" if row["lo"] is None else f"{row['lo']:.3g} to {row['hi']:.3g}",
+        to_oracle=_difference(data.metric(subject, metric, "oracle")),
+        to_base=_difference(data.metric(subject, metric, "base")),
+        direction=row["direction"],
+        status=row["status"],
+        note=_note(row, caveat(data.kind, metric)),
+    )
 
 
 def _note(row: Mapping[str, Any], limit: str) -> str:
@@ -210,8 +241,9 @@ def attacks(data: ReportData) -> Attacks:
         )
         for check, strength in _strengths(measured)
     ]
-    verdicts = [(name, verdict["sentence"]) for name, verdict in data.front.get("verdicts", {}).items()]
-    gaps = [f"{name}: {reason}." for name, reason in data.front.get("attacks_without_verdict", {}).items()]
+    shown, front = set(data.subjects), data.front
+    verdicts = [(name, v["sentence"]) for name, v in front.get("verdicts", {}).items() if name in shown]
+    gaps = [f"{name}: {reason}." for name, reason in front.get("attacks_without_verdict", {}).items() if name in shown]
     return Attacks(subjects, lines, verdicts, gaps)
 
 

@@ -7,8 +7,11 @@ ones stay in its folder. A subject's name and a tier are therefore not enough to
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
 
 from raysweep.auditing.request import rows_path, scores_path
 from raysweep.config.schema import ConfigError
@@ -40,22 +43,38 @@ def keys_of(folder: RunDir, trials: Sequence[Trial]) -> Keys:
     return keys
 
 
-def rows_of(folder: RunDir, keys: Keys, subjects: Iterable[str]) -> list[dict[str, Any]]:
-    """The rows of `subjects` in all tiers (see `storage.schemas.ROWS`), each audit's followed by its differences to base and oracles."""
+def rows_of(
+    folder: RunDir, keys: Keys, subjects: Iterable[str], columns: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of `subjects` in all tiers (see `storage.schemas.ROWS`), each audit's followed by its differences to base and oracles.
+
+    columns: those to read; None for all.
+    """
     rows = []
     for key in _wanted(keys, subjects):
-        rows += read_table(rows_path(folder.path, key), ROWS).to_pylist()
+        rows += read_table(rows_path(folder.path, key), ROWS, columns).to_pylist()
         paired = folder.rows / f"paired-{key}.parquet"
         if paired.is_file():
-            rows += read_table(paired, ROWS).to_pylist()
+            rows += read_table(paired, ROWS, columns).to_pylist()
     return rows
 
 
-def scores_of(folder: RunDir, keys: Keys, subjects: Iterable[str]) -> list[dict[str, Any]]:
-    """The scores of `subjects` in all tiers (see `storage.schemas.SCORES`)."""
-    return [
-        row for key in _wanted(keys, subjects) for row in read_table(scores_path(folder.path, key), SCORES).to_pylist()
-    ]
+def scores_of(
+    folder: RunDir, keys: Mapping[str, str], subjects: Iterable[str], prefixes: Sequence[str] = ("",)
+) -> dict[tuple[str, str], np.ndarray]:
+    """(subject, score) -> its values in one tier, a row per independent unit in order: (units, values of a unit).
+
+    keys: subject -> key of its audit. prefixes: begins of the scores' names that are wanted.
+    """
+    arrays = {}
+    for subject in subjects:
+        if subject in keys:
+            table = read_table(scores_path(folder.path, keys[subject]), SCORES, ("score", "unit", "values"))
+            for score in pc.unique(table["score"]).to_pylist():
+                if score.startswith(tuple(prefixes)):
+                    units = table.filter(pc.equal(table["score"], score)).sort_by("unit")
+                    arrays[subject, score] = pc.list_flatten(units["values"]).to_numpy().reshape(len(units), -1)
+    return arrays
 
 
 def _wanted(keys: Keys, subjects: Iterable[str]) -> Iterator[str]:

@@ -23,6 +23,7 @@ MIDWAY = 0.5  # residue from which a candidate is as near to the base as to the 
 STABLE = 0.8  # least share of paired resamples in which a choice without reservations is the same
 WIDE = 0.1  # distance from an objective to the upper end of its 95 % interval above which it counts as uncertain
 DESTROYED_DAMAGE = 1.0  # damage of the destroyed anchor
+NAMED = 5  # candidates that one piece of advice names
 RULED_OUT = ("remembers", "destroyed")  # verdicts that put a candidate last
 MEANING = {
     "residue": "what is left of the forgotten data (0 like a model that never saw them, 1 like the base)",
@@ -120,7 +121,11 @@ def choose(
     unattacked = {name: (gaps or {}).get(name, "it was not attacked") for name in names if name not in attacked}
     untried = []
     if any(name in attacked for name in names):
-        untried = [name for name in unattacked if not against[name]]
+        untried = [
+            row.trial
+            for row in sorted(rows, key=lambda r: r.worst)
+            if row.trial in unattacked and not against[row.trial]
+        ]
         against |= {name: (f"{unattacked[name]}, so it may remember",) for name in untried}
     sound = [k for k, name in enumerate(names) if not against[name]]
     if not sound:
@@ -141,11 +146,16 @@ def choose(
 
 
 def _best_so_far(rows: Sequence[FrontRow], attacked: Mapping[str, Verdict]) -> FrontRow | None:
-    """The candidate with the smallest larger objective, ties by the sum; those that an attack ruled out come last."""
+    """The candidate with the smallest larger objective, ties by the sum.
+
+    Last come those for which nothing speaks: those that an attack ruled out, and those that were not attacked and that another
+    candidate dominates, be it one that an attack ruled out.
+    """
 
     def rank(row: FrontRow) -> tuple[bool, float, float]:
-        ruled_out = row.trial in attacked and attacked[row.trial].label in RULED_OUT
-        return ruled_out, row.worst, row.residue + row.damage
+        verdict = attacked.get(row.trial)
+        last = not row.on_front if verdict is None else verdict.label in RULED_OUT
+        return last, row.worst, row.residue + row.damage
 
     return min(rows, key=rank, default=None)
 
@@ -218,11 +228,15 @@ def _reservations(
 def _steps(
     best: FrontRow, against: Mapping[str, tuple[str, ...]], untried: Sequence[str], keys: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """Advice for a sweep without a recommendation. untried: candidates whose only objection is that they were not attacked."""
+    """Advice for a sweep without a recommendation.
+
+    untried: candidates whose only objection is that they were not attacked, the best first.
+    """
     objections, method, steps = " ".join(against[best.trial]), best.method, []
     if untried:
+        best_first = ", ".join(untried[:NAMED]) + (f" and {len(untried) - NAMED} more" if len(untried) > NAMED else "")
         steps.append(
-            f"attack {', '.join(untried)}, to which there is no other objection: raise audit.finalists, or run `raysweep audit` on "
+            f"attack {best_first}, to which there is no other objection: raise audit.finalists, or run `raysweep audit` on "
             "the candidate's folder"
         )
     if "not forgotten" in objections or "as near to the base" in objections:

@@ -21,9 +21,7 @@ def front(points: np.ndarray, directions: Sequence[str]) -> list[int]:
     sign = np.array([{"min": 1.0, "max": -1.0}[d] for d in directions])
     costs = np.asarray(points, dtype=float).reshape(-1, len(sign)) * sign
     usable = np.flatnonzero(np.isfinite(costs).all(1))
-    if not len(usable):
-        return []
-    return [int(i) for i in usable[moocore.is_nondominated(costs[usable], keep_weakly=True)]]
+    return [int(i) for i in usable[_undominated(costs[usable])]]
 
 
 def hypervolume(points: np.ndarray, reference: Sequence[float] = REFERENCE) -> float:
@@ -47,28 +45,34 @@ def resample(values: np.ndarray, replicates: np.ndarray, draws: int = 2000, seed
     return drawn
 
 
-def dominance_probability(draws: np.ndarray) -> np.ndarray:
-    """P[i, j]: the share of draws (draws, n, k) in which point i dominates point j, shape (n, n)."""
-    a, b = draws[:, :, None, :], draws[:, None, :, :]
-    probability: np.ndarray = np.mean((a <= b).all(-1) & (a < b).any(-1), axis=0)
+def dominance_probability(draws: np.ndarray, over: np.ndarray | None = None) -> np.ndarray:
+    """P[i, j]: the share of draws (draws, n, k) in which point i dominates the j-th of the points `over`, shape (n, points).
+
+    over: their indices; None for all. One draw at a time, because all pairs in all draws would not fit in memory.
+    """
+    others = draws if over is None else draws[:, over]
+    counts = np.zeros((draws.shape[1], others.shape[1]), dtype=np.int32)
+    for mine, theirs in zip(draws, others, strict=True):
+        pairs = [(a[:, None], b[None, :]) for a, b in zip(mine.T, theirs.T, strict=True)]
+        no_worse = np.logical_and.reduce([a <= b for a, b in pairs])
+        counts += no_worse & np.logical_or.reduce([a < b for a, b in pairs])
+    probability: np.ndarray = counts / len(draws)
     return probability
 
 
 def dominated_probability(draws: np.ndarray) -> np.ndarray:
     """The share of draws (draws, n, k) in which some other point dominates point i, (n,)."""
-    a, b = draws[:, :, None, :], draws[:, None, :, :]
-    beaten = np.logical_and((a <= b).all(-1), (a < b).any(-1))
-    probability: np.ndarray = np.any(beaten, axis=1).mean(0)
+    probability: np.ndarray = np.mean([~_undominated(draw) for draw in draws], axis=0)
     return probability
 
 
 def undecided(draws: np.ndarray, certain: float = 0.95) -> list[int]:
     """Indices of the points to measure again: those neither on nor off the front with probability `certain`, and those that
     may dominate them."""
-    chance, pairs = dominated_probability(draws), dominance_probability(draws)
-    open_ = (chance > 1 - certain) & (chance < certain)
-    rivals = (pairs[:, open_] > 1 - certain).any(1)
-    return [int(i) for i in np.flatnonzero(open_ | rivals)]
+    chance = dominated_probability(draws)
+    is_open = (chance > 1 - certain) & (chance < certain)
+    rivals = (dominance_probability(draws, np.flatnonzero(is_open)) > 1 - certain).any(1)
+    return [int(i) for i in np.flatnonzero(is_open | rivals)]
 
 
 def hypervolume_interval(
@@ -121,3 +125,11 @@ def attainment(sets: Sequence[np.ndarray], share: float) -> np.ndarray:
     owner = np.repeat(np.arange(1, len(full) + 1), [len(s) for s in full])
     corners = np.asarray(moocore.eaf(np.concatenate(full), sets=owner, percentiles=[100 * needed / len(full)]))
     return corners[np.argsort(corners[:, 0]), :2]
+
+
+def _undominated(costs: np.ndarray) -> np.ndarray:
+    """Whether no other point dominates each of the points (n, k), all of them finite and minimised; equal points are all kept."""
+    if not len(costs):
+        return np.zeros(0, dtype=bool)
+    kept: np.ndarray = moocore.is_nondominated(costs, keep_weakly=True)
+    return kept

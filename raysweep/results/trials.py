@@ -1,4 +1,4 @@
-"""The trials of a sweep as records, read from its study; the table of them on disk; which of them to audit. No Ray."""
+"""The trials of a sweep as records, read from its study or from the table of them on disk; which of them to audit. No Ray."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from raysweep.results import pareto
 from raysweep.rundir import RunDir
-from raysweep.search.study import open_study
 from raysweep.storage.schemas import TRIALS, read_table, write_table
+
+STUDY_SIZE = "study_size"  # key in the metadata of trials.parquet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,8 @@ def trial_table(folder: RunDir, name: str) -> list[Trial]:
     """Trials of the study `name`, in the order of the sweep; empty without a study."""
     if not folder.journal.is_file():
         return []
+    from raysweep.search.study import open_study  # Optuna, which readers of trials.parquet do not need
+
     by_position = {}
     for frozen in open_study(folder.journal, name).get_trials(deepcopy=False):
         if "config" in frozen.user_attrs:
@@ -103,9 +107,30 @@ def _trial(frozen: Any, config: dict[str, Any]) -> Trial:
 
 def write_trials(folder: RunDir, name: str) -> list[Trial]:
     """Brings trials.parquet up to date with the study; returns the trials."""
+    size = study_size(folder)  # before reading: what is added meanwhile makes the table outdated, not wrong
     trials = trial_table(folder, name)
-    write_table(folder.trials, [t.plain() for t in trials], TRIALS)
+    save_trials(folder, trials, size)
     return trials
+
+
+def save_trials(folder: RunDir, trials: Sequence[Trial], size: int) -> None:
+    """Writes trials.parquet. size: that of the study with these trials."""
+    schema = TRIALS.with_metadata(TRIALS.metadata | {STUDY_SIZE: str(size)})
+    write_table(folder.trials, [t.plain() for t in trials], schema)
+
+
+def study_size(folder: RunDir) -> int:
+    """Bytes of the study's journal, 0 without one. It only grows, so a study of the same size has the same trials."""
+    return folder.journal.stat().st_size if folder.journal.is_file() else 0
+
+
+def trials_of(folder: RunDir) -> list[Trial]:
+    """The trials of a run: of trials.parquet if the study is as it was when that was written, which is much faster, else of the study."""
+    if folder.trials.is_file():
+        recorded = (pq.read_schema(folder.trials).metadata or {}).get(STUDY_SIZE.encode())
+        if recorded is not None and int(recorded) == study_size(folder):
+            return read_trials(folder)
+    return trial_table(folder, folder.run_id)
 
 
 def read_trials(folder: RunDir) -> list[Trial]:

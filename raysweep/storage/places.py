@@ -7,6 +7,7 @@ is read, because workers have other working directories.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -15,11 +16,16 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from raysweep.storage.files import StoreError
+
 SOCKET_BYTES = 107 if sys.platform.startswith("linux") else 103  # longest path of a Unix socket
 # The longest path of a socket below Ray's temporary folder; the last number is a process id.
 RAY_SOCKET = "ray/session_2000-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 # A Path keeps one of the two slashes; one letter alone is a drive, C:/.
 URI = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+FREE = "free some space there, and run the same command again to resume: nothing that had ended is lost"
 
 
 class PlaceError(ValueError):
@@ -77,6 +83,18 @@ def check_writable(folder: Path, remedy: str) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         because = "" if existing == folder else f", because {existing} cannot be written"
         raise PlaceError(f"{folder}: cannot be {'made' if because else 'written'}{because}; {remedy}")
+
+
+def out_of_space(error: BaseException | None) -> str:
+    """A message for an error that comes from a full disk or quota, at any depth and also in a process of Ray; "" for others."""
+    while error is not None:
+        inner = getattr(error, "cause", None) or error.__cause__ or error.__context__  # the first is of Ray's errors
+        if isinstance(error, StoreError) and out_of_space(inner):
+            return f"{error}; {FREE}"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{error.filename or 'a file of the run'}: {error.strerror}; {FREE}"
+        error = inner
+    return ""
 
 
 def ray_folder() -> Path:

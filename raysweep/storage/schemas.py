@@ -6,7 +6,7 @@ A table is a Parquet file, or a folder of them (its parts), each written as a wh
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +144,23 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -
     write_bytes(path, sink.getvalue())
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Reads one part, or all parts of a folder; raises StoreError if one is unreadable or of another schema version."""
-    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    tables = []
-    for part in parts:
-        try:
-            table = pq.read_table(part, partitioning=None)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StoreError(f"cannot read {part}: {error}") from error
-        version = (table.schema.metadata or {}).get(b"schema_version", b"?").decode()
-        if version != SCHEMA_VERSION:
-            raise StoreError(f"{part}: schema version {version}, but this raysweep reads {SCHEMA_VERSION}")
-        tables.append(table.select(schema.names))
-    return pa.concat_tables(tables) if tables else schema.empty_table()
+def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads one part, or all parts of a folder.
+
+    columns: those to read, which a reader of many parts names for its time and memory; None for all. Raises StoreError if a part
+    is unreadable or of another schema version.
+    """
+    names = schema.names if columns is None else columns
+    tables = [_read_part(part, names) for part in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
+    return pa.concat_tables(tables) if tables else pa.schema([schema.field(name) for name in names]).empty_table()
+
+
+def _read_part(part: Path, columns: Sequence[str]) -> pa.Table:
+    try:
+        with pq.ParquetFile(part) as file:
+            version = (file.schema_arrow.metadata or {}).get(b"schema_version", b"?").decode()
+            if version != SCHEMA_VERSION:
+                raise StoreError(f"{part}: schema version {version}, but this raysweep reads {SCHEMA_VERSION}")
+            return file.read(columns, use_threads=False).select(columns)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreError(f"cannot read {part}: {error}") from error
