@@ -36,11 +36,12 @@ def sweep(*overrides: str):
 
 def config(number: int, method: str) -> dict:
     name = f"{number:03d}-{method}"
-    return {"trial": name, "number": number, "method": method, "source": "", "hyperparameters": {}, "seed": 0}
+    return {"trial": name, "place": number, "method": method, "source": "", "hyperparameters": {}, "seed": 0}
 
 
 def complete(number: int, method: str, residue: float, damage: float) -> Trial:
-    return Trial(**config(number, method), state="COMPLETE", residue=residue, damage=damage)
+    fields = config(number, method)
+    return Trial(number=fields.pop("place"), **fields, state="COMPLETE", residue=residue, damage=damage)
 
 
 def made(folder: RunDir, name: str) -> Path:
