@@ -39,9 +39,15 @@ def config(number: int, method: str) -> dict:
     return {"trial": name, "place": number, "method": method, "source": "", "hyperparameters": {}, "seed": 0}
 
 
+def trial_of(config: dict, **result) -> Trial:
+    """The complete trial with a config."""
+    return Trial(
+        number=config["place"], **{k: v for k, v in config.items() if k != "place"}, state="COMPLETE", **result
+    )
+
+
 def complete(number: int, method: str, residue: float, damage: float) -> Trial:
-    fields = config(number, method)
-    return Trial(number=fields.pop("place"), **fields, state="COMPLETE", residue=residue, damage=damage)
+    return trial_of(config(number, method), residue=residue, damage=damage)
 
 
 def made(folder: RunDir, name: str) -> Path:
@@ -153,7 +159,7 @@ class Run:
         trial = config(0, method) | {"hyperparameters": hyperparameters, "seed": 5}
         outcome = self.here.run(context.job(self.sweep, trial))
         assert outcome.status == "ok", outcome.reason
-        self.trial = Trial(**trial, state="COMPLETE", residue=0.1, damage=0.1, digest=outcome.digest)
+        self.trial = trial_of(trial, residue=0.1, damage=0.1, digest=outcome.digest)
         self.candidate = self.folder.candidates / self.trial.trial
 
 
