@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -25,7 +26,8 @@ from raysweep.models.pixel import PixelDDPM
 from raysweep.rundir import RunDir
 from raysweep.storage import places
 from raysweep.storage.cache import cache_folder
-from raysweep.storage.places import PlaceError, absolute, check_writable, ray_folder
+from raysweep.storage.files import StoreError
+from raysweep.storage.places import PlaceError, absolute, check_writable, out_of_space, ray_folder
 
 TIER = {"samples": 20, "class_samples": 10, "noises": 10, "loss_noises": 10, "groups": 5}
 
@@ -248,3 +250,27 @@ def test_names_that_cannot_be_paths_are_refused(name):
     assert not is_hub_id(name)
     with pytest.raises(PlaceError, match="cannot be a path"):
         absolute(name)
+
+
+class Remote(Exception):
+    """As Ray's errors, which carry the error of another process."""
+
+    def __init__(self, cause: Exception):
+        super().__init__("a task failed")
+        self.cause = cause
+
+
+def test_a_full_disk_is_recognised_behind_other_errors(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    stored = StoreError("cannot write /data/run/a.json: No space left on device")
+    stored.__cause__ = full
+    advice = "; free some space there, and run the same command again to resume: nothing that had ended is lost"
+    assert out_of_space(Remote(stored)) == f"cannot write /data/run/a.json: No space left on device{advice}"
+    assert (
+        out_of_space(OSError(errno.EDQUOT, "Disk quota exceeded", "/home/b")) == f"/home/b: Disk quota exceeded{advice}"
+    )
+    outer = RuntimeError("the search ended")
+    outer.__context__ = full
+    assert out_of_space(outer) == f"a file of the run: No space left on device{advice}"
+    for other in (None, RuntimeError("x"), StoreError("cannot read /a"), OSError(errno.EACCES, "Permission denied")):
+        assert out_of_space(other) == ""

@@ -223,7 +223,7 @@ def effects(data: ReportData) -> go.Figure:
                     x=x,
                     y=y,
                     mode="markers",
-                    marker={"color": colour, "symbol": symbol, "size": 5},
+                    marker={"color": colour, "symbol": symbol, "size": 5, "opacity": 0.6},
                     hovertext=method,
                     showlegend=False,
                     row=row,
