@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import ray
+
 from raysweep.config.schema import Sweep
 from raysweep.engine.arrival import await_nodes, check_expected, expected_nodes, requested
 from raysweep.engine.cluster import connected, has_trial_slots
 from raysweep.engine.events import Events
 from raysweep.engine.pool import Pool, pool
 from raysweep.engine.resources import Plan, make_plan
+from raysweep.engine.shared import check_shared
 from raysweep.engine.trial import make_executor
 from raysweep.rundir import RunDir
 from raysweep.search.spaces import Space
+from raysweep.storage.cache import cache_folder
 from raysweep.tasks.task import Task
 from raysweep.train.executors import Executor
 
@@ -49,8 +53,8 @@ class Engine:
         """Connects to a cluster or starts one, and starts the run's actors; they end with the block.
 
         Raises:
-            ConfigError: no cluster answers, or the sweep does not fit it.
-            RunFailed: no local Ray starts.
+            ConfigError: no cluster answers, the sweep does not fit it, or its nodes do not share the run directory and the cache.
+            RunFailed: no local Ray starts, or none of the nodes that are expected joins in time.
         """
         run_id = folder.run_id
         with connected(sweep) as cluster:
@@ -62,6 +66,7 @@ class Engine:
                 events.say("url", f"Ray dashboard  http://{cluster.dashboard}")
             with requested(expected):
                 nodes = await_nodes(plan, expected, sweep, events) if expected else cluster.nodes
+                check_shared(ray.nodes(), [folder.path, cache_folder(sweep.cache)])
                 with pool(folder.path, run_id, sweep, plan, nodes, events) as actors:
                     executor = make_executor(str(folder.path), run_id, sweep, plan)
                     yield cls(sweep, task, spaces, folder, run_id, events, plan, actors, executor, cluster.dashboard)
