@@ -26,7 +26,7 @@ QUICK = {  # Ray declares a node dead after some 5 s, instead of 30 s
 class Raylets:
     """A cluster of a control node and the given others, by role. address: for RAY_ADDRESS."""
 
-    def __init__(self, *roles: str):
+    def __init__(self, *roles: str, cpus: int = 2):
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={
@@ -37,11 +37,16 @@ class Raylets:
                 "_system_config": QUICK,
             },
         )
-        self.nodes = [self.add(role) for role in roles]
+        self.nodes = [self.add(role, cpus) for role in roles]
 
     @property
     def address(self) -> str:
         return str(self.cluster.address)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For commands of Ray that act on this cluster."""
+        return os.environ | {"RAY_ADDRESS": self.address}
 
     def add(self, role: str, cpus: int = 2) -> ray._private.node.Node:
         """A further node."""
@@ -55,11 +60,11 @@ class Raylets:
 
 
 @contextlib.contextmanager
-def raylets(*roles: str) -> Iterator[Raylets]:
+def raylets(*roles: str, cpus: int = 2) -> Iterator[Raylets]:
     """A cluster for the block, whose processes know what a run's processes need to know."""
     before = dict(os.environ)
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
-    made = Raylets(*roles)
+    made = Raylets(*roles, cpus=cpus)
     try:
         yield made
     finally:

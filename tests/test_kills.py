@@ -1,0 +1,106 @@
+"""The kill matrix: while a sweep runs on real raylets, random processes and nodes are killed in each of its phases.
+
+    KILLS=100 pytest -m cluster tests/test_kills.py -s        # about half a minute per kill on two cores
+
+Each sweep must end with every trial complete, none done twice and no audit missing.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from raylets import Raylets, raylets, sweep
+from small import SMALL, log
+from test_cluster import check_whole
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(0)]
+KILLS = int(os.environ.get("KILLS", "7"))
+SEED = int(os.environ.get("KILL_SEED", "0"))
+PHASES = {"prepare": " plan ", "search": " anchor  probe view", "audit": "on fresh seeds", "attack": "attacks"}
+PROCESSES = {"slot": "ray::Slot", "auditor": "ray::Auditor", "broker": "ray::Broker", "manager": "ray::AuditManager"}
+VICTIMS = (*PROCESSES, "trial function", "driver", "node")
+BETWEEN_S = (4.0, 14.0)
+ENDED_S = 900  # for a sweep after its last kill
+
+
+@dataclass
+class Killer:
+    """Kills at random. done: (victim, phase) -> kills."""
+
+    made: Raylets
+    folder: Path
+    rng: random.Random
+    process: psutil.Popen
+    done: Counter = field(default_factory=Counter)
+
+    def phase(self) -> str:
+        said = log(self.folder).split("\x00")[-1]
+        return next((name for name, text in reversed(PHASES.items()) if text in said), "start")
+
+    def kill(self, victim: str) -> bool:
+        """Kills one of a kind, if there is one; a driver is started again, and a node is replaced."""
+        phase = self.phase()
+        if victim == "driver":
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+            self.process = sweep(self.folder, self.made)
+        elif victim == "node":
+            node = self.rng.choice(self.made.nodes)
+            role = node._ray_params.labels["role"]
+            self.made.kill(node)
+            self.made.nodes.remove(node)
+            self.made.nodes.append(self.made.add(role))
+        else:
+            processes = self.of_kind(victim)
+            if not processes:
+                return False
+            self.rng.choice(processes).kill()
+        self.done[victim, phase] += 1
+        return True
+
+    def of_kind(self, victim: str) -> list[psutil.Process]:
+        """The workers of the cluster's raylets with such a name."""
+        prefix = PROCESSES.get(victim, "ray::ImplicitFunc")
+        found = []
+        for node in [self.made.cluster.head_node, *self.made.nodes]:
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+            for p in raylet.children(recursive=True):
+                with_name = "".join(p.cmdline()[:1]) if p.is_running() else ""
+                if with_name.startswith(prefix):
+                    found.append(p)
+        return found
+
+
+def table(done: Counter) -> str:
+    """Markdown: kills by victim and phase."""
+    phases = ["start", *PHASES]
+    lines = ["| killed | " + " | ".join(phases) + " |", "|---" * (len(phases) + 1) + "|"]
+    lines += [f"| {victim} | " + " | ".join(str(done[victim, p]) for p in phases) + " |" for victim in VICTIMS]
+    return "\n".join(lines)
+
+
+def test_whatever_is_killed_nothing_is_lost(tmp_path):
+    rng, done, k = random.Random(SEED), Counter(), 0
+    victims = [VICTIMS[i % len(VICTIMS)] for i in range(KILLS)]
+    rng.shuffle(victims)
+    while victims:
+        folder = tmp_path / f"sweep-{k}"
+        folder.mkdir()
+        (folder / "sweep.yaml").write_text(SMALL.replace("base_steps: 70", "base_steps: 120"))
+        with raylets("train", "train", "audit") as made:
+            killer = Killer(made, folder, rng, sweep(folder, made), done)
+            while victims and killer.process.poll() is None:
+                time.sleep(rng.uniform(*BETWEEN_S))
+                if killer.process.poll() is None and killer.kill(victims[-1]):
+                    print(f"sweep {k}, {killer.phase()}: {victims[-1]} killed", flush=True)
+                    victims.pop()
+            check_whole(folder, killer.process)
+        k += 1
+    print(f"{k} sweeps, {sum(done.values())} kills\n{table(done)}")
