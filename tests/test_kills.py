@@ -99,8 +99,8 @@ def test_whatever_is_killed_nothing_is_lost(tmp_path):
             while victims and killer.process.poll() is None:
                 time.sleep(rng.uniform(*BETWEEN_S))
                 if killer.process.poll() is None and killer.kill(victims[-1]):
-                    print(f"sweep {k}, {killer.phase()}: {victims[-1]} killed", flush=True)
+                    print(f"sweep {k}, {killer.phase()}: {victims[-1]} killed", flush=True)  # noqa: T201
                     victims.pop()
             check_whole(folder, killer.process)
         k += 1
-    print(f"{k} sweeps, {sum(done.values())} kills\n{table(done)}")
+    print(f"{k} sweeps, {sum(done.values())} kills\n{table(done)}")  # noqa: T201

@@ -80,7 +80,7 @@ class TrainConfig(Section):
 
     executor: Annotated[Literal["warm", "isolated"], ASIDE] = Field(
         "warm",
-        description="warm: long-lived worker groups that train one trial after another; isolated: one group per trial",
+        description="warm: long-lived workers that train one trial after another; isolated: fresh workers for each trial",
     )
     workers: Annotated[int, ASIDE] = Field(1, ge=1, le=512, description="data-parallel workers per trial, 1 to 512")
     modules: tuple[str, ...] = Field(
