@@ -108,10 +108,15 @@ def forecast(sweep: Sweep, network: Footprint, spaces: list[Space]) -> Forecast:
     )
 
 
-def wall_hours(cost: Forecast, plan: Plan) -> float:
-    """Hours that a sweep takes with a plan: training, then the search on all slots, then the audits on all auditors."""
-    lanes = max(1.0, plan.slots * plan.workers * plan.worker_gpus)
-    return cost.training + cost.search / lanes + cost.audit / max(1.0, plan.auditors + plan.late_auditors)
+def wall_hours(cost: Forecast, plan: Plan, search: Timeline) -> float:
+    """Hours that a sweep takes with a plan: training, then the search as simulated, then the audits on all auditors."""
+    return cost.training + search.seconds / 3600 + cost.audit / max(1.0, plan.auditors + plan.late_auditors)
+
+
+def disk_of(sweep: Sweep, network: Footprint, plan: Plan) -> disk.Disk:
+    """What a sweep over a network needs on disk."""
+    candidate = SINGLE * (network.adaptable if sweep.train.lora else network.trained(sweep.train.modules))
+    return disk.of(sweep, plan, candidate, network.saved, retrained(sweep))
 
 
 def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
@@ -120,9 +125,8 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
     spaces = [load_space(name, sweep.spaces.get(name), images_task(sweep).kind) for name in sweep.methods]
     cluster = cluster_file()
     plan = make_plan(expected_nodes(sweep) or nodes_of_file(cluster), sweep)
-    cost = forecast(sweep, network, spaces)
+    cost, search = forecast(sweep, network, spaces), timeline(sweep, network, spaces, plan)
     share = sweep.search.trials // len(sweep.methods)
-    candidate = SINGLE * (network.adaptable if sweep.train.lora else network.trained(sweep.train.modules))
     training = _hours(cost.training) if cost.training else "are given"
     tera = {precision: f"{peak / 1e12:.0f}" for precision, peak in PEAK.items()}
     return [
@@ -131,16 +135,16 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
         *(("differs", line) for line in about.differs),
         ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
         ("cluster", f"{cluster}: {plan.describe()}"),
-        ("slots", in_words(sweep, plan, _slots(sweep, network, spaces, plan))),
+        ("slots", in_words(sweep, plan, search)),
         ("network", f"{network.parameters / 1e6:.1f} M weights, {network.flops / 1e9:.3g} GFLOP per image and pass"),
         (
             "cost",
             f"about {_hours(cost.gpu_hours)} of an H100: base and oracles {training}, search {_hours(cost.search)}, audits "
-            f"{_hours(cost.audit)}; about {_hours(wall_hours(cost, plan))} on this cluster",
+            f"{_hours(cost.audit)}; about {_hours(wall_hours(cost, plan, search))} on this cluster",
         ),
         ("assumes", f"{SHARE:.0%} of {tera['fp32']} TFLOP/s in single precision, of {tera['bf16']} in bf16"),
         ("memory", "; ".join(f"{n} {size / 1e9:.1f} GB" for n, size in cost.memory.items()) + " on one GPU"),
-        ("disk", disk.of(sweep, plan, candidate, network.saved, retrained(sweep)).in_words(sweep.candidates.keep)),
+        ("disk", disk_of(sweep, network, plan).in_words(sweep.candidates.keep)),
         *(("missing", f"{item.key} ({value}): {item.what}; {item.get}") for item, value in missing(sweep, about)),
     ]
 
@@ -151,7 +155,7 @@ def _step_seconds(sweep: Sweep, network: Footprint, space: Space) -> float:
     return float(rows * network.flops / (SHARE * PEAK[sweep.train.precision]))
 
 
-def _slots(sweep: Sweep, network: Footprint, spaces: list[Space], plan: Plan) -> Timeline:
+def timeline(sweep: Sweep, network: Footprint, spaces: list[Space], plan: Plan) -> Timeline:
     """The search in simulated time."""
     gpus = plan.workers * plan.worker_gpus
     step_s = {space.method: _step_seconds(sweep, network, space) / max(1.0, gpus) for space in spaces}
