@@ -33,6 +33,16 @@ def test_the_panels_show_what_is_exported():
     assert run["definition"] == run["query"]["query"] == "label_values(ray_raysweep_trials, run)"
 
 
+def test_the_docs_name_what_is_exported():
+    rows = re.findall(r"^\| (`ray_raysweep.*?) \| (.*?) \|", (ROOT / "docs" / "cluster.md").read_text(), re.MULTILINE)
+    tables = {
+        name: set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", tags)))
+        for names, tags in rows
+        for name in re.findall(r"ray_(raysweep_\w+)", names)
+    }
+    assert tables == exported()
+
+
 def test_the_panels_use_tags_that_the_metrics_have():
     gauges = exported()
     for text in EXPRESSIONS:
