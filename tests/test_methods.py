@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_table import ALL, TRAINED, D, build, run, settings_for, slow, task_for, weights
+from method_table import ALL, STEPPED, TRAINED, D, build, run, settings_for, slow, task_for, weights
 from pydantic import ValidationError
 from tiny import (
     LATENT,
