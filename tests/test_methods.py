@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_table import ALL, TRAINED, D, build, run, settings_for, slow, task_for, weights
+from method_table import ALL, STEPPED, TRAINED, D, build, run, settings_for, slow, task_for, weights
 from pydantic import ValidationError
 from tiny import (
     LATENT,
@@ -34,6 +34,7 @@ from methods.base import Diverged, Goal, Method
 from raysweep.models import families, stored
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
+from raysweep.planning.disk import checkpoint
 from raysweep.registry import FAMILIES as RECORDS
 from raysweep.registry import resolve, unserved
 from raysweep.storage.files import digest_state
@@ -152,6 +153,22 @@ def test_candidates_survive_saving(name, tmp_path):
     cond = None if task.kind == "points" else torch.tensor([2, 0])
     seeds = torch.arange(2)
     assert torch.equal(again.sample(cond, seeds, 3, 1.5), method.model.sample(cond, seeds, 3, 1.5))
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_checkpoints_are_no_larger_than_planned(name):
+    method, task = build(name, dtype=torch.float32)
+    run(method, task, 0, 1)
+
+    def size(value: object) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.nbytes
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        return sum(map(size, parts))
+
+    whole = sum(p.nbytes for p in method.model.net.parameters())
+    small = 1000  # counters and such
+    assert size(method.state_dict()) <= checkpoint(type(method), whole, whole) + small
 
 
 OTHERS = [family for family in sorted(RECORDS) if family != "pixel-ddpm"]

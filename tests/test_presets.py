@@ -157,11 +157,11 @@ def test_the_disk_of_a_search_does_not_grow_with_its_trials():
     many, more = planned("search.trials=1000"), planned("search.trials=10000")
     assert many == more
     assert (more.kept, more.flying) == (4 * 8, 24 + 8 + 1)
-    assert more.search == (32 + 33 + 24 * disk.COPIES) * candidate < 1e12
+    assert more.search == (32 + 33 + 24 * (2 + 6)) * candidate < 1e12
     assert more.after == 8 * candidate
     everything = planned("search.trials=10000", "candidates.keep=all")
     assert everything.after == 10000 * candidate == everything.kept * candidate
-    assert "at most 547 GB of candidates and checkpoints during the search (32 candidates, 33 more" in more.in_words(
+    assert "at most 874 GB of candidates and checkpoints during the search (32 candidates, 33 more" in more.in_words(
         "audited"
     )
     network = forecast.footprint.of(presets.about("rgd-sd-artist").network)

@@ -52,6 +52,10 @@ class FinalAudit:
         engine = self.engine
         keep_only(engine.folder, engine.sweep, self.trials, self.picked)
         self.restore()
+        made = sum(t.is_complete for t in self.trials)
+        if engine.sweep.candidates.keep != "all" and made > len(self.picked):
+            dropped = f"of {made} candidates the weights of the {len(self.picked)} to be audited are kept"
+            engine.events.say("audit", f"{dropped}; `raysweep remake` makes another one again (candidates.keep)")
         engine.actors.audit_only()
         front = self.audit()
         self.incomplete += front.unplaced

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from methods.base import Method
 from raysweep.config.schema import Sweep
 from raysweep.engine.resources import Plan
 from raysweep.engine.retention import audited, bound
 from raysweep.models.latent import adaptable
+from raysweep.registry import resolve
 
-COPIES = 4  # of the trained weights in a checkpoint: the weights, both moments of Adam, and an average
+IN_MEMORY = (
+    2  # of the numbers per trained weight that a method holds, those that no checkpoint has, among them gradients
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,14 @@ def of(sweep: Sweep, plan: Plan, candidate: float, whole: float, retrained: int)
     flying = min(trials - kept, plan.concurrent_trials)
     slots = min(trials, plan.slots)
     after = kept if keep == "all" else min(trials, audited(sweep))
-    return Disk((kept + flying + slots * COPIES) * candidate, after * candidate, retrained * whole, kept, flying, slots)
+    state = max(checkpoint(resolve("method", name), candidate, whole) for name in sweep.methods)
+    search = (kept + flying) * candidate + slots * state
+    return Disk(search, after * candidate, retrained * whole, kept, flying, slots)
+
+
+def checkpoint(method: type[Method], candidate: float, whole: float) -> float:
+    """The most bytes of a method's checkpoint: the model, and what the method keeps for each trained weight besides."""
+    return whole + candidate * max(0.0, method.copies - IN_MEMORY)
 
 
 def sizes(sweep: Sweep, model: Any) -> tuple[float, float]:
