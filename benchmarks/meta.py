@@ -44,7 +44,13 @@ STEPS = (250, 400, 600)
 ONE_SIDED = 1.645
 TABLE = Path(__file__).resolve().parent.parent / "raysweep" / "auditing" / "informative.json"
 MARGINS = {"gap": membership.MARGIN, "excess": verdict.MARGIN}
-LOWER = ("unlearning_accuracy", "forget_loss", "forget_log_loss", "forget_bits")  # low if it is known
+LOWER = (
+    "unlearning_accuracy",
+    "forget_loss",
+    "forget_log_loss",
+    "unlabelled_log_loss",
+    "forget_bits",
+)  # low if it is known
 OTHER = ("validity", "energy", "log_ratio", "holdout_rate", "equivalence_p", "frechet")
 
 

@@ -5,7 +5,9 @@
 
 Oracles are retrained from different seeds, and each is judged by disjoint sets of 3 and of 5 of the others, by every kind of
 statement of raysweep. A statement at 95 % may be wrong in 5 %; the goal is at most 8 %. Rates come with the exact 95 % interval of a
-share; judgements share models, so true intervals are wider. Scores per sample are kept in `benchmarks/results/`.
+share; judgements share models, so true intervals are wider. A rate above the goal therefore comes with its probability by chance: how
+often a metric whose oracles are normally distributed, for which 5 % is exact, gives at least this rate in the same judgements. Scores
+per sample are kept in `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -19,24 +21,42 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from ground import machine, save_lines
 from pool import Judgement, Pool
+from scipy import stats
 from unlearning import RESULTS
 
-from evaluators.statistics import clopper_pearson
+from evaluators.statistics import LEVEL, clopper_pearson
 from raysweep.auditing.anchors import Unmeasured
 
 FLAGGED = ("remembers", "merely avoided", "concealed", "destroyed")
 GOAL = 0.08
 
 
+def design(oracles: int, anchors: int) -> Iterator[tuple[int, list[int]]]:
+    """The index of each oracle with those of the disjoint sets of `anchors` of the others that judge it."""
+    for k in range(oracles):
+        others = [*range(k + 1, oracles), *range(k)]
+        for i in range(0, len(others) - anchors + 1, anchors):
+            yield k, others[i : i + anchors]
+
+
 def judgements(pool: Pool, anchors: int) -> Iterator[tuple[str, Judgement]]:
     """Each oracle by disjoint sets of `anchors` of the others."""
-    for k, name in enumerate(pool.oracles):
-        others = pool.oracles[k + 1 :] + pool.oracles[:k]
-        for i in range(0, len(others) - anchors + 1, anchors):
-            try:
-                yield name, pool.judge(name, others[i : i + anchors])
-            except Unmeasured as error:
-                print(f"{name} by {', '.join(others[i : i + anchors])}: {error}")
+    for k, by in design(len(pool.oracles), anchors):
+        name, others = pool.oracles[k], [pool.oracles[i] for i in by]
+        try:
+            yield name, pool.judge(name, others)
+        except Unmeasured as error:
+            print(f"{name} by {', '.join(others)}: {error}")
+
+
+def rates_by_chance(oracles: int, anchors: int, tables: int = 2000) -> np.ndarray:
+    """False-flag rates (tables,) of one metric whose oracles are normally distributed, in the judgements of `design`."""
+    x, flags = np.random.default_rng(0).normal(size=(oracles, tables)), []
+    for k, by in design(oracles, anchors):
+        error = x[by].std(0, ddof=1) * np.sqrt(1 + 1 / anchors)
+        flags.append(np.abs(x[k] - x[by].mean(0)) > error * stats.t.isf((1 - LEVEL) / 2, anchors - 1))
+    rates: np.ndarray = np.mean(flags, axis=0)
+    return rates
 
 
 def statements(judged: Sequence[Judgement]) -> dict[str, list[bool]]:
@@ -58,10 +78,12 @@ def table(pool: Pool, sizes: Sequence[int]) -> str:
     """Markdown: a line per kind of statement, a column per number of anchors; the noise floor; the verdicts."""
     columns = {size: [judgement for _, judgement in judgements(pool, size)] for size in sizes}
     rates = {size: statements(judged) for size, judged in columns.items()}
+    by_chance = {size: rates_by_chance(len(pool.oracles), size) for size in sizes}
     lines = ["| a true oracle is flagged because | " + " | ".join(f"{s} anchors" for s in sizes) + " |"]
     lines.append("|---" * (len(sizes) + 1) + "|")
     for kind in dict.fromkeys(kind for by_kind in rates.values() for kind in by_kind):
-        lines.append(f"| {kind} | " + " | ".join(_rate(rates[size].get(kind, [])) for size in sizes) + " |")
+        cells = [_rate(rates[size].get(kind, []), by_chance[size]) for size in sizes]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     for size, judged in columns.items():
         floor = [[j.place.residue, j.place.damage] for j in judged]
         residue, damage = np.quantile(floor, 0.95, axis=0)
@@ -74,12 +96,12 @@ def table(pool: Pool, sizes: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def _rate(flags: Sequence[bool]) -> str:
+def _rate(flags: Sequence[bool], by_chance: np.ndarray) -> str:
     if not flags:
         return "-"
-    low, high = clopper_pearson(sum(flags), len(flags))
-    mark = "" if np.mean(flags) <= GOAL else " **above the goal**"
-    return f"{np.mean(flags):.3f} [{low:.3f}, {high:.3f}]{mark}"
+    rate, (low, high) = float(np.mean(flags)), clopper_pearson(sum(flags), len(flags))
+    mark = "" if rate <= GOAL else f" **above the goal** (by chance {np.mean(by_chance >= rate):.2f})"
+    return f"{rate:.3f} [{low:.3f}, {high:.3f}]{mark}"
 
 
 def main() -> None:

@@ -3,6 +3,10 @@
 The loss of an image is the mean over the diffusion timesteps `loss_t` and `loss_noises` noises of the squared error of
 the network's own output (epsilon or v), mean over elements. A forgotten image that the model still knows has a loss far
 below the oracle's; a loss above the oracle's is over-forgetting, not more forgetting.
+
+What a model answers under a label or a prompt that it has never seen is left to chance, so oracles differ in the loss of
+forgotten images of a class. Without the label (`unlabelled_log_loss`, in the unconditional branch, which every oracle has
+trained) they hardly do, and an edit of the path of the label hides nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +20,14 @@ from evaluators.base import Direction, Evaluator, Images, Metric, Scores, Subjec
 
 
 class Denoising(Evaluator):
-    """Mean and log-mean denoising loss by split; the training objective of Ho et al., arXiv:2006.11239."""
+    """Mean and log-mean denoising loss by split, and of a forgotten class without its label; the training objective of Ho et al., arXiv:2006.11239."""
 
     name = "denoising"
     directions: ClassVar[dict[str, Direction]] = {
         "forget_loss": "target",
         "forget_log_loss": "target",
         "retain_loss": "min",
+        "unlabelled_log_loss": "target",
     }
     needs = "forget and retain sets"
     cost = "`loss_noises` passes per image and step of `loss_t`"
@@ -30,42 +35,50 @@ class Denoising(Evaluator):
     def scores(self, subject: Subject) -> Scores:
         forget, retain = subject.task.splits["forget"].distinct(), subject.task.splits["retain"]
         n = subject.sizes["loss_images"]
-        return {
-            "forget": noise_by_step(subject, forget, n),
-            "retain": noise_by_step(subject, retain, n),
-        }
+        scores = {"forget": noise_by_step(subject, forget, n), "retain": noise_by_step(subject, retain, n)}
+        if subject.classed and subject.model.unconditional(1) is not None:
+            scores["unlabelled"] = noise_by_step(subject, forget, n, labelled=False)
+        return scores
 
     def values(self, scores: Scores, subject: Subject) -> dict[str, float]:
         forget = float(scores["forget"].mean())
-        return {
+        values = {
             "forget_loss": forget,
             "forget_log_loss": float(np.log(forget)),
             "retain_loss": float(scores["retain"].mean()),
         }
+        if "unlabelled" in scores:
+            values["unlabelled_log_loss"] = float(np.log(scores["unlabelled"].mean()))
+        return values
 
     def rows(self, scores: Scores, subject: Subject, replicates: dict[str, np.ndarray]) -> list[Metric]:
         values, rows = self.values(scores, subject), []
         for key in ("forget", "retain"):
             name, units = f"{key}_loss", scores[key].mean(1)
             rows.append(Metric.mean(name, values[name], units, over="noise draws", direction=self.directions[name]))
-        name, n = "forget_log_loss", len(scores["forget"])
-        return [*rows, Metric.jackknife(name, values[name], n, replicates[name], over="noise draws")]
+        logs = [name for name in values if name.endswith("_log_loss")]
+        n = len(scores["forget"])
+        return rows + [Metric.jackknife(name, values[name], n, replicates[name], over="noise draws") for name in logs]
 
 
-def noise_by_step(subject: Subject, images: Images, limit: int) -> np.ndarray:
-    """Losses (loss_noises, len(loss_t)), mean over at most `limit` images: the units are draws of noise."""
-    return _losses(subject, images, limit).mean(2)
+def noise_by_step(subject: Subject, images: Images, limit: int, labelled: bool = True) -> np.ndarray:
+    """Losses (loss_noises, len(loss_t)), mean over at most `limit` images: the units are draws of noise.
+
+    labelled: whether the model gets the labels of the images; if not, its unconditional branch answers.
+    """
+    return _losses(subject, images, limit, labelled).mean(2)
 
 
 @torch.no_grad()
-def _losses(subject: Subject, images: Images, limit: int) -> np.ndarray:
+def _losses(subject: Subject, images: Images, limit: int, labelled: bool) -> np.ndarray:
     """Losses (loss_noises, len(loss_t), images) on the shared noise bank."""
     model, sizes = subject.model, subject.sizes
     grid = sizes["loss_t"]
     bank = model.noise(subject.seeds("loss", sizes["loss_noises"]))
     images = subject.inputs(images.take(torch.arange(min(limit, len(images)))))
     x = images.x.to(bank)
-    cond = None if images.cond is None else images.cond.to(bank.device)
+    given = images.cond if labelled else model.unconditional(len(x))
+    cond = None if given is None else given.to(bank.device)
     model.net.eval()
     out = np.empty((len(bank), len(grid), len(x)))
     for j, t in enumerate(grid):

@@ -39,12 +39,14 @@ class Comparison:
     oracles: int
     spread: float | None
 
-    def interval(self, level: float = LEVEL, comparisons: int = 1) -> tuple[float, float]:
-        """(low, high) of the difference to one further oracle; the low end holds for `comparisons` differences at once."""
-        tail = (1 - level) / 2
-        return self.difference - self.se * _t(tail / comparisons, self.df), self.difference + self.se * _t(
-            tail, self.df
-        )
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """(low, high) of the difference to one further oracle."""
+        half = self.se * _t((1 - level) / 2, self.df)
+        return self.difference - half, self.difference + half
+
+    def p_at_most(self, limit: float) -> float:
+        """One-sided p-value of "the difference to one further oracle is at most `limit`"."""
+        return _tail(self.difference - limit, self.se, self.df)
 
     def upper(self, level: float = LEVEL) -> float:
         """The one-sided upper limit of the difference to the mean of all possible oracles."""
@@ -53,7 +55,7 @@ class Comparison:
     def p_excess(self, margin: float) -> float:
         """One-sided p-value: small if the model exceeds the oracles' mean by more than `margin`, and further than an oracle would."""
         over = _tail(self.difference - margin, self.se_mean, self.df)
-        return max(over, _tail(self.difference, self.se, self.df))
+        return max(over, self.p_at_most(0.0))
 
     def p_at_least(self, margin: float) -> float:
         """One-sided p-value of "the difference to the mean of all possible oracles is at least `margin`"."""

@@ -179,7 +179,9 @@ def test_training_and_every_check():
 def test_without_a_null_class_nothing_leaks():
     task = replace(tiny_task("class"), family="edm", sampling={"steps": 3, "guidance": 1.0})
     model = EDM.build({"unet": edm_model().net.config | {"num_class_embeds": 6}}, 0)
-    tier = Tier(seed=1, judge="audit", groups=5, samples=20, class_samples=10, checks=("classifier",))
+    tier = Tier(seed=1, judge="audit", groups=5, samples=20, class_samples=10, checks=("classifier", "denoising"))
     values = measure(subject_of(model, task, Judge(1, 6), tier), tier).values
     assert "classifier.recognised" in values
     assert "classifier.leak" not in values
+    assert "denoising.forget_log_loss" in values
+    assert "denoising.unlabelled_log_loss" not in values

@@ -185,9 +185,25 @@ def test_a_check_that_raises_becomes_a_failed_row(points_task, judge, monkeypatc
     monkeypatch.setattr("evaluators.denoising.Denoising.values", broken)
     result = measure(subject_of(tiny_model(points_task), points_task, judge, QUICK), QUICK)
     failed = [r for r in result.rows if r.status == "failed"]
-    assert {r.name for r in failed} == {"forget_loss", "forget_log_loss", "retain_loss"}
+    assert {r.name for r in failed} == {"forget_loss", "forget_log_loss", "retain_loss", "unlabelled_log_loss"}
     assert all("no weights" in r.reason and r.value is None for r in failed)
     assert any(r.check == "fidelity" and r.status == "ok" for r in result.rows)
+
+
+def test_the_loss_without_the_label_ignores_what_the_label_does(class_task, points_task, judge):
+    tier = QUICK.model_copy(update={"checks": ("denoising",)})
+    model, other = tiny_model(class_task), tiny_model(class_task)
+    with torch.no_grad():
+        other.net.class_embedding.weight[class_task.forget_class] += 5.0
+    before, after = (measure(subject_of(m, class_task, judge, tier), tier).values for m in (model, other))
+    assert after["denoising.forget_log_loss"] != before["denoising.forget_log_loss"]
+    assert after["denoising.unlabelled_log_loss"] == before["denoising.unlabelled_log_loss"]
+    with torch.no_grad():
+        other.net.class_embedding.weight[model.null_label] += 5.0
+    changed = measure(subject_of(other, class_task, judge, tier), tier).values
+    assert changed["denoising.unlabelled_log_loss"] != before["denoising.unlabelled_log_loss"]
+    picture = measure(subject_of(tiny_model(points_task), points_task, judge, tier), tier).values
+    assert "denoising.unlabelled_log_loss" not in picture  # an image without a label has one loss
 
 
 def test_a_model_that_gives_nan_cannot_pass(points_task, judge):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from finished import row
+from scipy import stats
 
 from raysweep.auditing.anchors import Anchors, Unmeasured, assess_views, check_scale
 from raysweep.auditing.objectives import floor_in_words, mean_objectives, noise_floor, objectives
@@ -114,6 +115,32 @@ def test_a_further_oracle_is_rarely_called_imperfect(k):
         lost += placed.damage_lo > 0
     assert left / 200 <= 0.08
     assert lost / 200 <= 0.08
+
+
+def apart(*errors):
+    """A placement whose views lie so many errors (one-sided t of 4 degrees of freedom) above 5 oracles."""
+    views = [f"r.view{i}" for i in range(len(errors))]
+
+    def model(values, distance=2.0):
+        values = dict(zip(views, values, strict=True)) | {"f.frechet": distance, VALIDITY: 0.9}
+        return Measured(values, {k: np.full(10, v) for k, v in values.items()})
+
+    oracles = tuple(model([d] * len(views)) for d in (-0.02, -0.01, 0.0, 0.01, 0.02))
+    anchors = Anchors(model([1.0] * len(views)), oracles, model([0.0] * len(views), 32.0))
+    error = np.sqrt(0.00025 * (1 + 1 / 5))
+    known = assess_views(anchors, views)
+    return objectives(model([e * error for e in errors]), anchors, known, "f.frechet", VALIDITY), error
+
+
+def test_the_low_end_of_a_residue_holds_for_all_views_at_once():
+    t = lambda tail: stats.t.isf(tail, 4)  # noqa: E731
+    alone, error = apart(5.0)
+    assert alone.residue_lo == pytest.approx(error * (5 - t(0.025)), abs=1e-5)
+    largest, error = apart(5.0, 0.0, 0.0)  # as by Bonferroni
+    assert largest.residue_lo == pytest.approx(error * (5 - t(0.025 / 3)), abs=1e-5)
+    assert apart(3.5, 0.0, 0.0)[0].residue_lo == 0
+    assert apart(3.5, 3.5, 3.5)[0].residue_lo == pytest.approx(error * (3.5 - t(0.025)), abs=1e-5)  # together
+    assert apart(-3.0, -5.0)[0].residue_lo == 0
 
 
 def test_the_noise_floor_places_each_oracle_by_the_others():

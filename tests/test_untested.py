@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from tiny import clip_task, latent_task, tiny_model, tiny_task
@@ -27,6 +28,7 @@ from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
 from raysweep.engine.checks import check_tiers
 from raysweep.registry import checks_by_weights, names
+from raysweep.tasks.base import OBJECTIVES
 
 TASKS = {
     "points": StoredFacts("points", "pixel-ddpm", ("generation.rate",), "fidelity.frechet", "classifier.validity"),
@@ -151,14 +153,15 @@ def test_few_oracles_are_a_gap():
     assert [len(few_oracles(n)) for n in (None, 1, 2, 3)] == [0, 1, 1, 0]
 
 
-def test_a_list_of_checks_may_leave_out_altered_pictures_and_no_other_view():
-    task = tiny_task("points")
+@pytest.mark.parametrize(("kind", "added"), [("points", "altered"), ("class", "denoising")])
+def test_a_list_of_checks_may_leave_out_the_views_that_add_to_others_and_no_other_view(kind, added):
+    task = replace(tiny_task(kind), views=OBJECTIVES[kind].views)
     needed = sorted({metric.split(".")[0] for metric in (*task.views, task.quality, task.validity)})
 
     def sweep(without: str):
         return load(None, (f"audit.audit.checks={json.dumps([name for name in needed if name != without])}",))
 
-    check_tiers(sweep("altered"), task)
-    for name in sorted(set(needed) - {"altered"}):
+    check_tiers(sweep(added), task)
+    for name in sorted(set(needed) - {added}):
         with pytest.raises(ConfigError, match=rf"audit\.audit\.checks: '{name}' is missing"):
             check_tiers(sweep(name), task)

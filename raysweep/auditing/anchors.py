@@ -12,6 +12,8 @@ from raysweep.auditing.terms import Measured, term
 
 INFORMATIVE = 4.0  # least difference of base and oracles, in standard errors, for a view to count
 ALTERED = tuple(f"altered.presence@{alteration}" for alteration in ("mirror", "negative", "shift", "crop"))
+# Views that add to the others: a list of checks may leave them out.
+ADDED = (*ALTERED, "denoising.unlabelled_log_loss")
 # Side of the oracles on which models with the forgotten data lie; other metrics have no known side.
 KNOWS = dict.fromkeys(ALTERED, 1) | {
     "classifier.leak": 1,
@@ -19,6 +21,7 @@ KNOWS = dict.fromkeys(ALTERED, 1) | {
     "contrast.forget_similarity": 1,
     "contrast.recognised": 1,
     "denoising.forget_log_loss": -1,
+    "denoising.unlabelled_log_loss": -1,
     "generation.rate": 1,
     "questions.forget_accuracy": 1,
     "reconstruction.correlation": 1,

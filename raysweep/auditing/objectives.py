@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from evaluators.oracles import Comparison
+from evaluators.statistics import LEVEL
 from raysweep.auditing.anchors import SCALED_BY, Anchors, Unmeasured, Values, View, check_scale, ends_of_damage
 from raysweep.auditing.terms import Measured, Term, mean_over_rounds, term
 from raysweep.settings import ORACLES
@@ -210,19 +212,33 @@ class _Largest:
 def _largest(terms: Mapping[str, Term], most: Mapping[str, float] | None = None) -> _Largest:
     """The largest term. most: value at which a term ends, by metric.
 
-    Low end: the largest over the terms of their own low ends, each at the level that holds for all of them at once. High end and
-    upper limit: the largest of the terms' own, since the truly largest term is one of them.
+    Low end: the largest value that Simes' test, which several terms that lie a little apart can pass together, shows not all terms
+    to be under. High end and upper limit: the largest of the terms' own, since the truly largest term is one of them.
     """
-    ends = []
+    ends, compared = [], []
     for metric, one in terms.items():
-        comparison = one.comparison
-        low, high = comparison.interval(comparisons=len(terms))
-        cut = (most or {}).get(metric, math.inf)
-        values = (min(cut, v) for v in (comparison.difference, low, high, comparison.upper()))
+        comparison, cut = one.comparison, (most or {}).get(metric, math.inf)
+        values = (min(cut, v) for v in (comparison.difference, comparison.interval()[1], comparison.upper()))
         ends.append((*values, comparison.se))
-    low, high, upper = (max(0.0, *(end[i] for end in ends)) for i in (1, 2, 3))
+        compared.append((comparison, cut))
+    high, upper = (max(0.0, *(end[i] for end in ends)) for i in (1, 2))
     uncut, *_, se = max(ends)
-    return _Largest(uncut, se, low, high, upper)
+    return _Largest(uncut, se, _low_end(compared, uncut), high, upper)
+
+
+def _low_end(compared: Sequence[tuple[Comparison, float]], largest: float) -> float:
+    """The low end, cut at 0, of the largest of several comparisons, each with the value at which it ends, between 0 and `largest`."""
+    from scipy import optimize, stats
+
+    tail = (1 - LEVEL) / 2
+
+    def excess(limit: float) -> float:
+        p = [comparison.p_at_most(limit) if limit < cut else 1.0 for comparison, cut in compared]
+        return float(min(stats.false_discovery_control(p))) - tail
+
+    if largest <= 0 or excess(0.0) >= 0:
+        return 0.0
+    return float(optimize.bisect(excess, 0.0, largest, xtol=1e-6))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ DECIDED_BY: dict[str, str | None] = {
     "contrast.recognised": None,
     "contrast.retain_loss": None,
     "denoising.forget_log_loss": "loss_noises",
+    "denoising.unlabelled_log_loss": "loss_noises",
     "fidelity.frechet": "samples",
     "generation.rate": "samples",
     "questions.forget_accuracy": None,

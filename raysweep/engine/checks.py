@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from raysweep.auditing.anchors import ALTERED
+from raysweep.auditing.anchors import ADDED
 from raysweep.auditing.power import undecidable
 from raysweep.config.schema import ConfigError, Sweep
 from raysweep.engine.cached_jobs import prepares
@@ -86,8 +86,8 @@ def check_tower(task: Task, model: Any) -> None:
 def check_tiers(sweep: Sweep, task: Task) -> None:
     """Raises ConfigError unless the probe and the audit measure all objectives; imports the checks of other packages.
 
-    Views of altered pictures add to the other views: a list of checks without `altered` leaves them out, and report and card name
-    them as not tested.
+    Some views add to the others (`ADDED`): a list of checks without theirs leaves them out, and report and card name them as not
+    tested.
     """
     for tier_name in TIERS:
         checks = getattr(sweep.audit, tier_name).checks_for(task)
@@ -96,7 +96,7 @@ def check_tiers(sweep: Sweep, task: Task) -> None:
                 resolve("evaluator", name)
         if tier_name == "durability":
             continue
-        views = (view for view in task.views if view not in ALTERED)
+        views = (view for view in task.views if view not in ADDED)
         for metric in (*views, task.quality, task.validity):
             if metric.split(".")[0] not in checks:
                 raise ConfigError(

@@ -47,7 +47,9 @@ OBJECTIVES = {
             "altered.presence@crop",
         )
     ),
-    "class": ObjectiveMetrics(("classifier.recognised", "classifier.leak", "relearning.presence")),
+    "class": ObjectiveMetrics(
+        ("classifier.recognised", "classifier.leak", "relearning.presence", "denoising.unlabelled_log_loss")
+    ),
     "contrastive": ObjectiveMetrics(
         ("contrast.recognised", "contrast.forget_similarity"), "contrast.retain_loss", "contrast.validity"
     ),
