@@ -26,8 +26,9 @@ from raysweep.models.pixel import PixelDDPM
 from raysweep.rundir import versions
 from raysweep.storage.files import write_folder
 from raysweep.train.broker import NAMESPACE, Broker
-from raysweep.train.executors import Executor, Isolated, Warm, start_group, stop_groups
+from raysweep.train.executors import Executor, Isolated, Warm
 from raysweep.train.jobs import Job
+from raysweep.train.slot import Slot, slot_options
 
 STEPS = 5
 
@@ -76,9 +77,11 @@ def main() -> None:
         scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
         isolated = overheads(Isolated(scaling, str(folder / "train")), folder, "isolated", trials)
         broker = Broker.remote()
-        group = start_group(broker, 0, scaling, str(folder / "train"))
+        slot = Slot.options(**slot_options(scaling)).remote()
+        service = slot.serve.remote(broker, "slot-0", scaling, str(folder / "train"))
         warm = overheads(Warm(broker), folder, "warm", 4 * trials + 1)
-        stop_groups(broker, [group])
+        ray.get(broker.close.remote())
+        ray.get(service)
         ray.shutdown()
     first, warm = warm[0], warm[1:]
     print(

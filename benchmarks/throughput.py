@@ -69,10 +69,12 @@ def scaling(g: Ground) -> dict[int, float]:
         )
         for count in (1, 2):
             names = [f"a{count}-{k}" for k in range(count)]
-            auditors = [Auditor.options(name=n, num_cpus=1).remote() for n in names]
+            auditors = [Auditor.options(num_cpus=1).remote() for _ in names]
             run = folder / f"run-{count}"
             run.mkdir()
-            manager = AuditManager.remote(str(run), names, NAMESPACE, 1, 600)
+            manager = AuditManager.remote(str(run), 1)
+            for name, auditor in zip(names, auditors, strict=True):
+                auditor.serve.remote(manager, name, 600.0)
 
             def request(subject: str, run=run) -> AuditRequest:
                 return AuditRequest(
@@ -89,9 +91,11 @@ def scaling(g: Ground) -> dict[int, float]:
                     run=str(run),
                 )
 
-            ray.get([manager.audit.remote(request(f"warm-{k}")) for k in range(2 * count)])
+            asked = [request(f"warm-{k}") for k in range(2 * count)]
+            ray.get([manager.submit.remote(r.key, r) for r in asked])
+            asked = [request(f"s{k}") for k in range(MODELS)]
             started = time.perf_counter()
-            ray.get([manager.audit.remote(request(f"s{k}")) for k in range(MODELS)])
+            ray.get([manager.submit.remote(r.key, r) for r in asked])
             seconds[count] = time.perf_counter() - started
             for actor in (*auditors, manager):
                 ray.kill(actor)
