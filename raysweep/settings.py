@@ -13,6 +13,7 @@ ASIDE = "aside"
 # Settings that limit the time of a trial or an audit.
 BUDGET = "train.budget_s"
 TIMEOUT = "audit.timeout_s"
+DISK = "disk"  # ends a trial as a limit does: there was no room for its files
 
 ORACLES = 3  # fewest oracles whose spread is known well enough for useful intervals
 

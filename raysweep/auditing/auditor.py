@@ -15,8 +15,9 @@ from ray.actor import ActorHandle
 
 from raysweep.auditing.request import Answer, AuditRequest, Chore, Outcome
 from raysweep.dispatch.holder import Holder, ended_after
-from raysweep.settings import TIMEOUT
+from raysweep.settings import DISK, TIMEOUT
 from raysweep.storage.files import StoreError, digest_of, write_bytes
+from raysweep.storage.places import out_of_space
 from raysweep.storage.recent import Recent
 from raysweep.storage.schemas import ROWS, SCORES, read_table, write_table
 
@@ -89,7 +90,8 @@ class Auditor:
                 return {"status": "ok", "reason": "", "seconds": 0.0, "failed": [], "value": value}
             answer = self.measure(task)
         except Exception as error:  # any exception of a check must end as a recorded failure of its audit alone
-            return _failed(f"{type(error).__name__}: {error}")
+            full = out_of_space(error)
+            return _failed(full or f"{type(error).__name__}: {error}", DISK if full else "")
         return {"status": "ok", "reason": "", **answer}  # type: ignore[typeddict-item]
 
     def measure(self, request: AuditRequest) -> Answer:

@@ -40,7 +40,8 @@ def run_trials(engine: Engine, spaces: Sequence[Space]) -> None:
     retried = searcher.retry()
     if retried:
         engine.events.say(
-            "search", f"tried again, since the limit that ended them is wider by now: {', '.join(retried)}"
+            "search",
+            f"tried again, since the limit that ended them is wider by now or the disk was full: {', '.join(retried)}",
         )
     left = searcher.left()
     if left == 0:

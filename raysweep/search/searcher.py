@@ -20,6 +20,7 @@ from raysweep.search.spaces import Space
 from raysweep.search.study import OBJECTIVES, SweepStudy, TrialConfig, config_of
 from raysweep.search.view import History
 from raysweep.search.window import Window
+from raysweep.settings import DISK
 from raysweep.storage.seeds import derive_seed
 
 FINAL = "raysweep_final"  # key of a trial's last result; a trial that ends without it was stopped early
@@ -76,14 +77,15 @@ class ParetoSearch(Searcher):  # type: ignore[misc]  # Ray is not typed
                 self.ready.append(place)
 
     def retry(self) -> list[str]:
-        """Plans again, with the same settings, the trials that failed by a limit that is wider now; returns their names.
+        """Plans again, with the same settings, the trials that failed by a limit that is wider now, or on a full disk; their names.
 
         Called before the first suggestion.
         """
         again = []
         for place, trial in sorted(self.study.planned.items()):
             ended_by = trial.user_attrs.get("limit", {})
-            if trial.state.name == "FAIL" and any(self.limits.get(name, 0) > limit for name, limit in ended_by.items()):
+            wider = any(name == DISK or self.limits.get(name, 0) > limit for name, limit in ended_by.items())
+            if trial.state.name == "FAIL" and wider:
                 again.append(self.study.plan_again(place)["trial"])
         if again:
             self._load()
@@ -120,8 +122,8 @@ class ParetoSearch(Searcher):  # type: ignore[misc]  # Ray is not typed
         if error or (result.get(FINAL) and not _finite(objectives)):
             fallback = "the trial ended with an error" if error else f"objectives are not finite: {objectives}"
             attributes: dict[str, Any] = {"result": json.dumps({k: result[k] for k in _COSTS if k in result})}
-            if result.get("limit") in self.limits:
-                attributes["limit"] = {result["limit"]: self.limits[result["limit"]]}
+            if result.get("limit"):
+                attributes["limit"] = {result["limit"]: self.limits.get(result["limit"], 0.0)}
             self.study.fail(place, result.get("reason") or fallback, **attributes)
         elif not result.get(FINAL):
             self.study.prune(place, result.get("reason") or "stopped early")

@@ -20,8 +20,10 @@ from raysweep.models.diffusion import Diffusion
 from raysweep.models.embeddings import Embeddings
 from raysweep.models.folders import CARD
 from raysweep.registry import resolve
+from raysweep.settings import DISK
 from raysweep.storage.cache import load_tensors, save_tensors
 from raysweep.storage.files import checkpoint_path, digest_state, write_folder, write_json
+from raysweep.storage.places import out_of_space
 from raysweep.storage.recent import Recent
 from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task, encoded
@@ -135,7 +137,6 @@ def run(job: Job, resident: Resident, supervisor: Supervisor | None = None) -> O
 
     A job of one worker whose supervisor lets it leave, or has lost it, ends with the status `STOPPED`.
     """
-    rank, world = rank_and_world()
     before = finished(job)
     if before is not None:
         return before
@@ -146,44 +147,60 @@ def run(job: Job, resident: Resident, supervisor: Supervisor | None = None) -> O
         settings = method_class.Hyperparameters(**job.hyperparameters)
         model, task = resident.for_method(job, method_class, settings)
         if job.kind == "prepare":
-            return _prepare(job, method_class, settings, model, task, rank, started, supervisor)
-        prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
-        checkpoint = Checkpoint(checkpoint_path(Path(job.out)), job.digest, job.checkpoint_s)
-        result = apply(
-            method_class,
-            settings,
-            model,
-            task,
-            prepared,
-            job.seed,
-            job.precision,
-            checkpoint,
-            None if supervisor is None else lambda *progress: setattr(supervisor, "progress", progress),
-            None if supervisor is None or world > 1 else lambda: supervisor.word,
-        )
-        if job.lora is not None:
-            result.model.merge()
+            return _prepare(job, method_class, settings, model, task, started, supervisor)
+        return _train(job, method_class, settings, model, task, started, supervisor, resident)
     except Stopped as stop:
         return Outcome(STOPPED, str(stop))
     except Diverged as error:
         return Outcome("failed", str(error), seconds=time.monotonic() - started)
     except Exception as error:  # any exception of a method must end as a recorded failure of its trial alone
-        return Outcome("failed", f"{type(error).__name__}: {error}", seconds=time.monotonic() - started)
+        seconds, full = time.monotonic() - started, out_of_space(error)
+        reason = full or f"{type(error).__name__}: {error}"
+        return Outcome("failed", reason, seconds=seconds, limit=DISK if full else "")
+
+
+def _train(
+    job: Job,
+    method_class: type[Method],
+    settings: Any,
+    model: Any,
+    task: Task,
+    started: float,
+    supervisor: Supervisor | None,
+    resident: Resident,
+) -> Outcome:
+    rank, world = rank_and_world()
+    prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
+    checkpoint = Checkpoint(checkpoint_path(Path(job.out)), job.digest, job.checkpoint_s)
+    result = apply(
+        method_class,
+        settings,
+        model,
+        task,
+        prepared,
+        job.seed,
+        job.precision,
+        checkpoint,
+        None if supervisor is None else lambda *progress: setattr(supervisor, "progress", progress),
+        None if supervisor is None or world > 1 else lambda: supervisor.word,
+    )
+    if job.lora is not None:
+        result.model.merge()
     seconds = time.monotonic() - started
     outcome = Outcome("ok", "", result.model.digest, seconds, result.step_seconds, result.diagnostics)
-    if rank == 0:
-        if supervisor is not None and not supervisor.owns():
-            return Outcome(STOPPED, "lost")
-        card = job.card | {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome)}
+    if rank > 0:
+        return outcome
+    if supervisor is not None and not supervisor.owns():
+        raise Stopped("lost")
+    card = job.card | {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome)}
 
-        def fill(folder: Path) -> None:
-            resident.save(folder, job, result.model, outcome.digest)
-            write_json(folder / CARD, card)
+    def fill(folder: Path) -> None:
+        resident.save(folder, job, result.model, outcome.digest)
+        write_json(folder / CARD, card)
 
-        write_folder(Path(job.out), fill, lambda folder: trained(job, folder) is not None)
-        checkpoint.path.unlink(missing_ok=True)
-        return finished(job) or outcome  # of another worker, if it was given the same job and ended first
-    return outcome
+    write_folder(Path(job.out), fill, lambda folder: trained(job, folder) is not None)
+    checkpoint.path.unlink(missing_ok=True)
+    return finished(job) or outcome  # of another worker, if it was given the same job and ended first
 
 
 def _prepare(
@@ -192,15 +209,14 @@ def _prepare(
     settings: Any,
     model: Any,
     task: Task,
-    rank: int,
     started: float,
     supervisor: Supervisor | None,
 ) -> Outcome:
     tensors = prepare(method_class, settings, model, task, job.seed)
     outcome = Outcome("ok", digest=digest_state(tensors), seconds=time.monotonic() - started)
-    if rank == 0:
+    if rank_and_world()[0] == 0:
         if supervisor is not None and not supervisor.owns():
-            return Outcome(STOPPED, "lost")
+            raise Stopped("lost")
         out = Path(job.out)
         save_tensors(out, tensors)
         card = {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome), "sha256": file_digest(out)}
