@@ -28,7 +28,9 @@ def test_a_trial_that_ran_out_of_time_continues_under_a_longer_limit(tmp_path, c
     assert ended("train.budget_s=10") == 1, log(tmp_path)  # no limit is larger, so nothing is tried again
     assert len(calls.read_text().split()) == begun
     assert ended("train.budget_s=600") == 0, log(tmp_path)
-    assert "tried again, since the limit that ended them is wider by now or the disk was full: 000-slow" in log(tmp_path)
+    assert "tried again, since the limit that ended them is wider by now or the disk was full: 000-slow" in log(
+        tmp_path
+    )
     run = RunDir(tmp_path / "runs" / "late")
     trials = read_table(run.trials, TRIALS).to_pylist()
     assert [(t["trial"], t["state"], t["number"]) for t in trials] == [("000-slow", "COMPLETE", 1)]

@@ -15,8 +15,10 @@ import torch
 from tiny import tiny_model, tiny_task
 
 from raysweep.config.reader import load
+from raysweep.dispatch.holder import ended_after
 from raysweep.engine import trial
 from raysweep.models.pixel import PixelDDPM
+from raysweep.settings import DISK
 from raysweep.storage.files import checkpoint_path
 from raysweep.train import executors, loop, worker
 from raysweep.train.broker import actor_name
@@ -63,23 +65,46 @@ class Trainer:
         return SimpleNamespace(return_value=self.loop(self.config))
 
 
-def interrupt(name, step, steps, value):
-    raise KeyboardInterrupt
+class Interrupting:
+    """A supervisor in whose process the user presses Ctrl-C at the first report."""
+
+    word = "held"
+
+    def __setattr__(self, name, value):
+        raise KeyboardInterrupt
+
+    def owns(self):
+        return True
+
+
+class Supervisor:
+    """A supervisor that says `word` after so many looks, and whether the job is still the worker's."""
+
+    def __init__(self, word="held", after=0, owned=True):
+        self.says, self.after, self.owned, self.progress = word, after, owned, None
+
+    @property
+    def word(self):
+        self.after -= 1
+        return self.says if self.after < 0 else "held"
+
+    def owns(self):
+        return self.owned
 
 
 def test_a_job_that_ran_out_of_time_can_be_submitted_again(home, tmp_path, monkeypatch):
     """In an isolated group: the mark of one attempt says nothing about later ones, which may have a longer budget."""
     budgets = []
 
-    def budget(job, report):
-        budgets.append(job.budget_s)
-        if job.budget_s < 10:
-            report(None)  # as the timer does before it ends the process
+    def budget(seconds, report):
+        budgets.append(seconds)
+        if seconds < 10:
+            report()  # as the timer does before it ends the process
             raise TimeoutError
         return contextlib.nullcontext()
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
-    monkeypatch.setattr(worker, "budget", budget)
+    monkeypatch.setattr(worker, "ended_after", budget)
     monkeypatch.setattr(worker, "set_up", lambda: (loop.Resident(), 0))
     storage = tmp_path / "train"
     Trainer.slow = 1
@@ -91,15 +116,15 @@ def test_a_job_that_ran_out_of_time_can_be_submitted_again(home, tmp_path, monke
     assert not [p for p in (*home.rglob("*"), *tmp_path.rglob("*")) if "overdue" in p.name]
 
 
-def test_an_overdue_worker_ends_even_if_its_report_fails(monkeypatch, home):
+def test_an_overdue_worker_ends_even_if_its_report_fails(monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
-    def refuse(_):
+    def refuse():
         raise OSError(28, "No space left on device")
 
-    with worker.budget(job(home, "late", budget_s=0.01), refuse):
+    with ended_after(0.01, refuse):
         for _ in range(500):
             if codes:
                 break
@@ -112,12 +137,41 @@ def test_a_job_resumes_from_its_checkpoint_and_restarts_if_that_cannot_be_read(h
     cut = job(home, "cut", checkpoint_s=0.0)
     path = checkpoint_path(home / "out" / "cut")
     with pytest.raises(KeyboardInterrupt):
-        loop.run(cut, loop.Resident(), interrupt)
+        loop.run(cut, loop.Resident(), Interrupting())
     assert torch.load(path, weights_only=True)["job_digest"] == cut.digest
     path.write_bytes(path.read_bytes()[:200])
     outcome = loop.run(cut, loop.Resident())
     assert (outcome.status, outcome.digest) == ("ok", whole.digest), outcome.reason
     assert not path.exists()
+
+
+def test_a_worker_that_leaves_writes_a_checkpoint_from_which_another_goes_on(home):
+    whole = loop.run(job(home, "stays", checkpoint_s=600.0), loop.Resident())
+    given = job(home, "leaves", checkpoint_s=600.0)
+    assert loop.run(given, loop.Resident(), Supervisor("leave", after=1)).status == loop.STOPPED
+    assert torch.load(checkpoint_path(home / "out" / "leaves"), weights_only=True)["done"] == 2
+    outcome = loop.run(given, loop.Resident(), Supervisor())
+    assert (outcome.status, outcome.digest) == ("ok", whole.digest), outcome.reason
+
+
+def test_a_worker_that_lost_its_job_writes_nothing(home):
+    """Neither between two steps nor at the end."""
+    for name, supervisor in (("lost", Supervisor("lost", after=1)), ("late", Supervisor(owned=False))):
+        given = job(home, name, checkpoint_s=600.0)
+        assert loop.run(given, loop.Resident(), supervisor).status == loop.STOPPED
+        assert not checkpoint_path(home / "out" / name).exists()
+        assert not (home / "out" / name).exists()
+
+
+def test_a_full_disk_is_named_and_the_trial_can_be_tried_again(home, monkeypatch):
+    def full(self, folder, *_):
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(loop.Resident, "save", full)
+    outcome = loop.run(job(home, "full"), loop.Resident())
+    assert (outcome.status, outcome.limit) == ("failed", DISK)
+    assert "No space left on device" in outcome.reason
+    assert not (home / "out" / "full").exists()
 
 
 def test_a_worker_keeps_only_its_last_base(home, monkeypatch):
@@ -151,7 +205,7 @@ def test_dropout_after_a_checkpoint_is_that_of_an_uninterrupted_run(home):
     torch.rand(7)  # the process draws other random numbers in between
     cut = job(home, "cut-dropping", checkpoint_s=0.0, **base)
     with pytest.raises(KeyboardInterrupt):
-        loop.run(cut, loop.Resident(), interrupt)
+        loop.run(cut, loop.Resident(), Interrupting())
     assert torch.load(checkpoint_path(home / "out" / "cut-dropping"), weights_only=True)["done"] == 2
     outcome = loop.run(cut, loop.Resident())
     assert (outcome.status, outcome.digest) == ("ok", whole.digest), outcome.reason
