@@ -87,18 +87,17 @@ def long_search(home: Path, kind: str, trials: int, seed: int) -> None:
     retention, ended, seconds, most = Retention(folder, sweep, []), [], [], 0
     for number in range(sweep.search.trials):
         method = draw.choice(sweep.methods)
-        config = {"trial": f"{number:05d}-{method}", "number": number, "method": method, "source": "", "seed": 0}
-        config["hyperparameters"] = {}
+        config = {"trial": f"{number:05d}-{method}", "method": method, "source": "", "seed": 0, "hyperparameters": {}}
         residue, damage = probe(kind, draw, number / trials)
         candidate = folder.candidates / config["trial"]
         candidate.mkdir(parents=True)
         for name in (CARD, stored.FILE):
             (candidate / name).write_text("")
         started = time.process_time()
-        retention.ended(config, {"residue": residue, "damage": damage})
+        retention.ended(config | {"place": number}, {"residue": residue, "damage": damage})
         seconds.append(time.process_time() - started)
         most = max(most, len(retention.held))
-        ended.append(Trial(**config, state="COMPLETE", residue=residue, damage=damage))
+        ended.append(Trial(**config, number=number, state="COMPLETE", residue=residue, damage=damage))
     kept = {path.parent.name for path in folder.candidates.glob(f"*/{stored.FILE}")}
     assert kept == retention.held
     picked = pick_for_audit(ended, sweep.audit.top)
