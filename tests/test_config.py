@@ -56,6 +56,8 @@ ASIDE = {  # settings of location, speed, time limits and display
     "resources.slots": 1,
     "resources.auditors": 1,
     "resources.cpus": 1,
+    "resources.expect": {"train": {"nodes": 3, "cpus": 192, "gpus": 8}},
+    "resources.wait_s": 60,
     "train.executor": "isolated",
     "train.workers": 2,
     "train.budget_s": 7200,

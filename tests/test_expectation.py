@@ -10,7 +10,7 @@ from tiny import ROOT
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
 from raysweep.engine.arrival import expected_nodes as expected_by
-from raysweep.engine.expectation import expected_nodes, nodes_of_file, require_offered
+from raysweep.engine.expectation import expected_nodes, nodes_of_file
 from raysweep.engine.resources import Node
 
 TRAIN, AUDIT = Node(192, 8, "train"), Node(192, 8, "audit")
@@ -85,20 +85,6 @@ def test_a_file_of_another_kind(tmp_path):
     for name in ("torn.yaml", "absent.yaml"):
         with pytest.raises(ConfigError, match=f"{name}: cannot be read as a launcher file"):
             nodes_of_file(tmp_path / name)
-
-
-def test_expectations_against_what_is_offered():
-    offered = expected_nodes(LAUNCHER)
-    require_offered([TRAIN] * 3 + [AUDIT], offered, "resources.expect")
-    require_offered([Node(8, 1, "train"), TRAIN, TRAIN], offered, "resources.expect")
-    for expected, message in (
-        ([TRAIN] * 4, r"resources.expect: .* role=train, 192 CPU and 8 GPU: 4, but cluster.yaml allows 3;"),
-        ([Node(192, 16, "train")], r"role=train, 192 CPU and 16 GPU: 1, but cluster.yaml allows 0;"),
-        ([AUDIT, Node(8, 1, "audit")], r"role=audit, 8 CPU and 1 GPU: 1, but cluster.yaml allows 1;"),
-        ([Node(192, 8)], r"expected with 192 CPU and 8 GPU: 1, but cluster.yaml allows 0;"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            require_offered(expected, offered, "resources.expect")
 
 
 def test_expectations_in_a_config():

@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "0",
-    "TUNE_GLOBAL_CHECKPOINT_S": "30",
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",
     "RAY_DEDUP_LOGS": "1",
     # a run has more processes than a laptop has cores, most of which wait; Ray would print a warning about them
     "RAY_worker_maximum_startup_concurrency": str(max(4, os.cpu_count() or 1)),

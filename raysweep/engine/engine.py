@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -65,7 +65,10 @@ class Engine:
             if cluster.dashboard:
                 events.say("url", f"Ray dashboard  http://{cluster.dashboard}")
             with requested(expected):
-                nodes = await_nodes(plan, expected, sweep, events) if expected else cluster.nodes
+                nodes = cluster.nodes
+                if expected:
+                    nodes = await_nodes(plan, expected, sweep, events)
+                    plan = replace(plan, trial_slots=has_trial_slots())
                 check_shared(ray.nodes(), [folder.path, cache_folder(sweep.cache)])
                 with pool(folder.path, run_id, sweep, plan, nodes, events) as actors:
                     executor = make_executor(str(folder.path), run_id, sweep, plan)

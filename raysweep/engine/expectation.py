@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,32 +50,6 @@ def expected_nodes(launcher: Any, source: str = "cluster.yaml") -> list[Node]:
     where = f"{source}: available_node_types.{head}"
     first = _node(_mapping(types[head], where), where)
     return [first, *nodes] if first.gpus or not nodes else nodes
-
-
-def require_offered(expected: Sequence[Node], offered: Sequence[Node], key: str, source: str = "cluster.yaml") -> None:
-    """Raises ConfigError unless each expected node has an offered one, of its role, with at least its CPUs and GPUs.
-
-    key: the setting that names the expected nodes; source: the file that offers nodes.
-    """
-    left = sorted(offered, key=_size)
-    for node in sorted(expected, key=_size, reverse=True):
-        fit = next((n for n in left if _covers(n, node)), None)
-        if fit is None:
-            role = f"role={node.role}, " if node.role else ""
-            raise ConfigError(
-                f"{key}: nodes expected with {role}{node.cpus:g} CPU and {node.gpus:g} GPU: {sum(n == node for n in expected)}, "
-                f"but {source} allows {sum(_covers(n, node) for n in offered)}; expect fewer or smaller ones, or raise "
-                "max_workers of a node type"
-            )
-        left.remove(fit)
-
-
-def _covers(offered: Node, node: Node) -> bool:
-    return offered.role == node.role and offered.cpus >= node.cpus and offered.gpus >= node.gpus
-
-
-def _size(node: Node) -> tuple[float, float]:
-    return node.gpus, node.cpus
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

@@ -120,7 +120,7 @@ class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray is not typed
     """Reports the end of each trial to the run's events and to Ray's metrics."""
 
     def __init__(self, folder: RunDir, run_id: str, sweep: Sweep, events: Events):
-        self.folder, self.run_id, self.sweep, self.events = folder, run_id, sweep, events
+        self.folder, self.sweep, self.events = folder, sweep, events
         trials = trial_table(folder, run_id)  # of a run that is resumed
         states = [t.state for t in trials]
         self.retention = Retention(folder, sweep, trials)
@@ -157,15 +157,15 @@ class TrialEvents(tune.Callback):  # type: ignore[misc]  # Ray is not typed
             cost = f"{result['train_s']:.1f} s + {result['audit_s']:.1f} s"
             self.events.say("trial", f"{config['trial']:<16} {objectives}  {cost}  {settings}  {self.done}/{total}")
             for name in ("residue", "damage"):
-                self.gauges[name].set(result[name], {"run": self.run_id, "method": config["method"]})
+                self.gauges[name].set(result[name], {"run": self.folder.path.name, "method": config["method"]})
         self.count()
         self.retention.ended(config, result)
         self.events.tick("trials", self.done, total)
 
     def count(self) -> None:
         """Brings the counts of trials to Ray's metrics."""
-        self.gauges["trials"].set(self.failed, {"run": self.run_id, "state": "failed"})
-        self.gauges["trials"].set(self.done, {"run": self.run_id, "state": "ended"})
+        self.gauges["trials"].set(self.failed, {"run": self.folder.path.name, "state": "failed"})
+        self.gauges["trials"].set(self.done, {"run": self.folder.path.name, "state": "ended"})
 
 
 def _short(value: Any) -> str:
