@@ -127,6 +127,8 @@ def _wanted(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool, roles: bool)
     """The plan for a cluster, which may not fit. roles: divide the nodes by their roles."""
     asked, workers = sweep.resources, sweep.train.workers
     able = _workers(nodes)
+    if not able:
+        raise ConfigError("resources: only control nodes are there, and these neither train nor audit")
     gpus, cpus = sum(n.gpus for n in able), sum(n.cpus for n in able)
     for key in ("gpus_per_worker", "gpus_per_auditor"):
         number = getattr(asked, key)

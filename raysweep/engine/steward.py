@@ -55,7 +55,7 @@ class Crew:
         roles = {name: self.members[name].role for name in staying}
         have = Counter(roles.values())
         at_work = {worker: bool(key) for worker, (_, key) in census["workers"].items()}
-        for role in {*have, *wanted}:
+        for role in sorted({*have, *wanted}):
             surplus = have[role] - wanted.get(role, 0)
             of_role = [name for name in staying if roles[name] == role]
             of_role.sort(key=lambda name: (name in at_work, at_work.get(name, False)))
