@@ -59,13 +59,12 @@ class Pool:
 
     def close(self) -> None:
         """Ends everything."""
-        for desk in (
-            self.broker,
-            self.manager,
-        ):  # first: Ray prints of calls that still wait that they will be tried again
+        self.steward.stop_watching()
+        # before they are killed: Ray prints of calls that still wait that they will be tried again
+        for desk in (self.broker, self.manager):
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(desk.close.remote(), timeout=CLOSE_S)
-        self.steward.stop()
+        self.steward.dismiss_all()
         for actor in (self.manager, self.broker):
             ray.kill(actor)
         for thread in self.ending:  # one that is inside Ray while Ray shuts down would abort the process

@@ -127,14 +127,17 @@ class Steward:
         """Has the slots replaced by auditors."""
         self.searching = False
 
-    def stop(self) -> None:
-        """Ends the watch and every worker."""
+    def stop_watching(self) -> None:
+        """Ends the watch, so that nobody is hired in the place of workers that end."""
         self._ending.set()
-        with self._lock:
-            for crew in (self.slots, self.auditors):
-                for member in crew.members.values() if crew is not None else ():
-                    ray.kill(member.actor)
-        self._thread.join(ANSWER_S)
+        if self._thread.is_alive():
+            self._thread.join(ANSWER_S)
+
+    def dismiss_all(self) -> None:
+        """Kills every worker."""
+        for crew in (self.slots, self.auditors):
+            for member in crew.members.values() if crew is not None else ():
+                ray.kill(member.actor)
 
     def look(self) -> None:
         """Looks once at nodes, desks and workers, and does what is due."""
