@@ -32,7 +32,7 @@ class Gauge:
 def counted(monkeypatch):
     monkeypatch.setattr(tuning, "Gauge", Gauge)
     monkeypatch.setattr(Gauge, "seen", {})
-    return lambda state: Gauge.seen.get(("raysweep_trials", ("run", "r"), ("state", state)))
+    return lambda state: Gauge.seen.get(("raysweep_trials", ("run", "digits-picture"), ("state", state)))
 
 
 def test_counts_continue_after_a_resumption(tmp_path, counted):

@@ -44,21 +44,21 @@ def census(crew: Crew, idle=(), busy=()) -> dict:
 def test_workers_are_hired_by_role_and_dismissed_with_the_least_loss(crew):
     crew.adjust({"train": 3, "audit": 1}, census(crew))
     assert {name: m.role for name, m in crew.members.items()} == {
-        "slot-0": "train",
+        "slot-0": "audit",
         "slot-1": "train",
         "slot-2": "train",
-        "slot-3": "audit",
+        "slot-3": "train",
     }
-    seen = census(crew, idle=["slot-1"], busy=["slot-0", "slot-3"])  # slot-2 waits for a place
+    seen = census(crew, idle=["slot-1"], busy=["slot-3", "slot-0"])  # slot-2 waits for a place
     crew.adjust({"train": 1}, seen)
     assert crew.killed == ["actor of slot-2"]
-    assert sorted(crew.desk.left) == ["slot-1", "slot-3"]
+    assert sorted(crew.desk.left) == ["slot-0", "slot-1"]
     crew.adjust({"train": 1}, seen)  # those that leave are not counted, and not dismissed twice
-    assert sorted(crew.desk.left) == ["slot-1", "slot-3"]
+    assert sorted(crew.desk.left) == ["slot-0", "slot-1"]
     crew.remove("slot-1")
     assert crew.desk.forgotten == ["slot-2", "slot-1"]
     crew.adjust({"train": 2}, seen)
-    assert [name for name in crew.members if name not in crew.leaving] == ["slot-0", "slot-4"]
+    assert [name for name in crew.members if name not in crew.leaving] == ["slot-3", "slot-4"]
 
 
 def test_idle_workers_of_one_kind_become_the_other_as_demand_has_it():

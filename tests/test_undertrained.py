@@ -111,7 +111,7 @@ def without_ray(monkeypatch):
     def opened(folder, sweep, task, events, spaces):
         yield Engine(sweep, task, spaces, folder, folder.run_id, events, *4 * [None])
 
-    context = types.SimpleNamespace(oracles=("oracle-0",))
+    context = types.SimpleNamespace(oracles=("oracle-0",), base="base")
     monkeypatch.setattr(run.Engine, "open", opened)
     monkeypatch.setattr(run, "prepare", lambda _: called.append("prepare") or context)
     monkeypatch.setattr(run, "measure_anchors", lambda *a: called.append(f"anchors {a[2]}") or [])
