@@ -23,7 +23,7 @@ from test_cluster import check_whole
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(0)]
 KILLS = int(os.environ.get("KILLS", "7"))
 SEED = int(os.environ.get("KILL_SEED", "0"))
-PHASES = {"prepare": " plan ", "search": " anchor  probe view", "audit": "on fresh seeds", "attack": "attacks"}
+PHASES = {"prepare": " plan ", "search": "probe view", "audit": "on fresh seeds", "attack": "attacks"}
 PROCESSES = {"slot": "ray::Slot", "auditor": "ray::Auditor", "broker": "ray::Broker", "manager": "ray::AuditManager"}
 VICTIMS = (*PROCESSES, "trial function", "driver", "node")
 BETWEEN_S = (4.0, 14.0)
