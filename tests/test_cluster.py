@@ -71,7 +71,7 @@ def test_the_audit_node_dies_and_none_joins(folder):
 
 def test_a_node_is_drained_and_its_trial_goes_on_elsewhere(folder):
     with raylets("train", "train", "audit") as made:
-        process = sweep(folder, made, "resources.slots=null")
+        process = sweep(folder, made, "resources.slots=2")
         await_line(process, folder, " trial  ")
         command = ["drain-node", "--address", made.address, "--node-id", made.nodes[0].node_id]
         reason = [
@@ -93,7 +93,7 @@ def test_a_run_waits_for_the_nodes_that_it_expects(folder):
     """It starts with the first that can work, and uses the others when they join."""
     expect = "{train: {nodes: 2, cpus: 2}, audit: {nodes: 1, cpus: 2}}"
     with raylets() as made:
-        process = sweep(folder, made, f"resources.expect={expect}", "resources.slots=null")
+        process = sweep(folder, made, f"resources.expect={expect}", "resources.slots=2")
         await_line(process, folder, "waiting for nodes")
         time.sleep(3)
         assert " prepare " not in log(folder)
