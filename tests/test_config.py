@@ -6,6 +6,7 @@ import pytest
 
 from raysweep.config.reader import load, validate
 from raysweep.config.schema import ConfigError, Sweep
+from raysweep.config.sections import OlderName
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -66,6 +67,15 @@ ASIDE = {  # settings of location, speed, time limits and display
     "audit.timeout_s": 7200,
     "candidates.keep": "all",
 }
+
+
+def test_the_older_name_of_the_window_is_read_and_said():
+    with pytest.warns(OlderName, match=r"search.batch=3 is read as search.window=6; name the window"):
+        assert load(None, ("search.batch=3",)).search.window == 6
+    with pytest.raises(ConfigError, match="batch: is an older name of window"):
+        load(None, ("search.batch=3", "search.window=6"))
+    with pytest.raises(ConfigError, match=r"search\.batch: unknown key"):
+        load(None, ("search.batch=many",))
 
 
 def test_digest_ignores_where_and_how_fast_and_for_how_long():

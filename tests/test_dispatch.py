@@ -219,6 +219,24 @@ def test_silent_workers_lose_their_tasks_and_are_named():
     play(story())
 
 
+def test_a_task_that_only_its_worker_knew_after_a_restart_can_still_be_submitted():
+    """The worker registered before the caller asked again, and then died."""
+
+    async def story():
+        desk = Errands(1)
+        assert await desk.beat("w1", "a", "a token of the desk before") == "held"
+        fresh = asyncio.ensure_future(desk.next("w1", "n", True))
+        await soon()
+        assert not fresh.done()
+        caller = asyncio.ensure_future(desk.submit("a", "t"))
+        given = await fresh
+        assert (given.key, given.task) == ("a", "t")
+        await desk.finish("w1", "a", given.token, "done")
+        assert await caller == "done"
+
+    play(story())
+
+
 def test_failures_are_tried_again_as_often_as_allowed():
     async def story():
         desk = Errands(3)

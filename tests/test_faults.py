@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,8 +18,11 @@ from tiny import LATENT, latent_task, tiny_model, tiny_task
 from evaluators.judge import train_judge
 from raysweep.auditing.auditor import Auditor
 from raysweep.auditing.manager import LOG, AuditManager, Replaced
-from raysweep.auditing.request import AuditRequest, Chore
+from raysweep.auditing.request import AuditRequest, Chore, failed
 from raysweep.config.schema import Tier
+from raysweep.dispatch.desk import Closed
+from raysweep.engine import audits
+from raysweep.engine.cluster import RunFailed
 from raysweep.models.latent import LatentText
 from raysweep.settings import TIMEOUT
 from raysweep.storage.cache import load_tensors, save_tensors
@@ -171,7 +175,7 @@ def request(folder, name: str, run) -> AuditRequest:
 
 
 @pytest.fixture
-def audits(folder, request):
+def audit_pool(folder, request):
     """(a manager of a new run, two auditors, the run's folder); the auditors may end their work afterwards."""
     run = folder / request.node.name
     run.mkdir()
@@ -188,8 +192,8 @@ def ask(manager, request):
     return manager.submit.remote(request.key, request)
 
 
-def test_every_audit_is_done_once_though_auditor_and_manager_are_killed(folder, audits):
-    manager, auditors, run = audits
+def test_every_audit_is_done_once_though_auditor_and_manager_are_killed(folder, audit_pool):
+    manager, auditors, run = audit_pool
     pending = [ask(manager, request(folder, f"s{k}", run)) for k in range(10)]
     ray.wait(pending, num_returns=2)
     ray.kill(auditors[0], no_restart=False)
@@ -202,8 +206,8 @@ def test_every_audit_is_done_once_though_auditor_and_manager_are_killed(folder, 
     assert len(list((run / "rows").glob("*.parquet"))) == 10
 
 
-def test_a_failed_audit_is_recorded_and_the_others_continue(folder, audits):
-    manager, _, run = audits
+def test_a_failed_audit_is_recorded_and_the_others_continue(folder, audit_pool):
+    manager, _, run = audit_pool
     bad = request(folder, "bad", run)
     bad = AuditRequest(**{**vars(bad), "model": str(folder / "absent")})
     chore = Chore("train_judge", (str(folder / "task"), 0, "probe", str(folder / "absent" / "judge")))
@@ -220,8 +224,8 @@ def test_a_failed_audit_is_recorded_and_the_others_continue(folder, audits):
     ]
 
 
-def test_an_audit_that_hangs_is_ended_by_its_time_limit(folder, audits):
-    manager, auditors, run = audits
+def test_an_audit_that_hangs_is_ended_by_its_time_limit(folder, audit_pool):
+    manager, auditors, run = audit_pool
     for auditor in auditors:
         ray.kill(auditor)
     hasty = Auditor.remote()
@@ -232,8 +236,8 @@ def test_an_audit_that_hangs_is_ended_by_its_time_limit(folder, audits):
     assert answer["reason"] == "no answer within 0.01 s (3 attempts)"
 
 
-def test_a_log_that_cannot_be_written_delays_answers_and_loses_none(folder, audits):
-    manager, _, run = audits
+def test_a_log_that_cannot_be_written_delays_answers_and_loses_none(folder, audit_pool):
+    manager, _, run = audit_pool
     (run / LOG).mkdir()  # stands for a full disk: opening the file is an error of the system
     answer = ask(manager, request(folder, "s", run))
     deadline = time.monotonic() + 100
@@ -244,6 +248,38 @@ def test_a_log_that_cannot_be_written_delays_answers_and_loses_none(folder, audi
     (run / LOG).rmdir()
     assert ray.get(answer, timeout=60)["status"] == "ok"
     assert LOG not in ray.get(manager.census.remote())["trouble"]
+
+
+def test_an_audit_is_logged_once_though_its_report_comes_twice(tmp_path):
+    """A manager died after it had written the outcome and before it answered: Ray repeats the auditor's call to the next one."""
+    kind, done = (
+        AuditManager.__ray_metadata__.modified_class,
+        {"status": "ok", "reason": "", "seconds": 1.0, "failed": []},
+    )
+
+    async def report(manager):
+        return await manager.finish("auditor-0", "key", "token", done)
+
+    assert asyncio.run(report(kind(str(tmp_path), 3)))
+    again = kind(str(tmp_path), 3)
+    assert not asyncio.run(report(again))
+    assert asyncio.run(again.submit("key", None)) == done
+    assert (tmp_path / LOG).read_text().count("key") == 2  # of one line: {"key": "key", ...}
+
+
+def test_every_outcome_of_the_manager_has_what_a_trial_reads(tmp_path):
+    outcome = AuditManager.__ray_metadata__.modified_class(str(tmp_path), 3).failure("key", "its worker died")
+    assert outcome == failed("its worker died (3 attempts)")
+    assert outcome["limit"] == ""
+
+
+def test_a_manager_that_has_to_give_up_ends_the_run_with_its_reason(monkeypatch):
+    def closed(_):
+        raise Closed("audits.jsonl cannot be written (No space left on device); make room")
+
+    monkeypatch.setattr(audits.ray, "get", closed)
+    with pytest.raises(RunFailed, match="No space left on device"):
+        audits.answer_to(None)
 
 
 def test_a_manager_that_was_replaced_does_not_write(tmp_path):

@@ -61,6 +61,15 @@ def test_workers_are_hired_by_role_and_dismissed_with_the_least_loss(crew):
     assert [name for name in crew.members if name not in crew.leaving] == ["slot-3", "slot-4"]
 
 
+def test_a_silent_worker_is_started_again_once(crew, monkeypatch):
+    monkeypatch.setattr(steward_module.ray, "wait", lambda services, **_: ([], services))
+    crew.adjust({"train": 2}, census(crew))
+    crew.reap(census(crew, busy=["slot-0", "slot-1"]) | {"silent": ["slot-1"]})
+    assert crew.killed == ["actor of slot-1"]
+    assert crew.desk.forgotten == ["slot-1"]  # no longer silent for the desk
+    assert set(crew.members) == {"slot-0", "slot-1"}
+
+
 def test_idle_workers_of_one_kind_become_the_other_as_demand_has_it():
     plan, shift = make_plan(CLUSTER, load(None)), Shift()
     jobs = {"workers": {f"s{k}": ("n", "job") for k in range(24)}, "queued": 9}

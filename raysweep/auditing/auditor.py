@@ -13,7 +13,7 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from raysweep.auditing.request import Answer, AuditRequest, Chore, Outcome
+from raysweep.auditing.request import Answer, AuditRequest, Chore, Outcome, failed
 from raysweep.dispatch.holder import Holder, ended_after
 from raysweep.settings import DISK, TIMEOUT
 from raysweep.storage.files import StoreError, digest_of, write_bytes
@@ -75,10 +75,10 @@ class Auditor:
         timeout_s: seconds after which an audit counts as hung; this process then ends, and Ray starts another one.
         """
         holder: Holder[AuditRequest | Chore, Outcome] = Holder(manager, name)
+        hung = failed(f"no answer within {timeout_s:g} s", TIMEOUT)
         while (task := holder.next()) is not None:
-            with ended_after(
-                None if isinstance(task, Chore) else timeout_s, lambda: holder.finish(_hung(timeout_s), True)
-            ):
+            limit = None if isinstance(task, Chore) else timeout_s
+            with ended_after(limit, lambda: holder.finish(hung, again=True)):
                 outcome = self.do(task)
             holder.finish(outcome, again=outcome["status"] != "ok")
 
@@ -91,7 +91,7 @@ class Auditor:
             answer = self.measure(task)
         except Exception as error:  # any exception of a check must end as a recorded failure of its audit alone
             full = out_of_space(error)
-            return _failed(full or f"{type(error).__name__}: {error}", DISK if full else "")
+            return failed(full or f"{type(error).__name__}: {error}", DISK if full else "")
         return {"status": "ok", "reason": "", **answer}  # type: ignore[typeddict-item]
 
     def measure(self, request: AuditRequest) -> Answer:
@@ -202,14 +202,6 @@ class Auditor:
                     save_tensors(path, {"array": torch.from_numpy(array)})
             arrays[name] = array
         return arrays[name]
-
-
-def _failed(reason: str, limit: str = "") -> Outcome:
-    return {"status": "failed", "reason": reason, "seconds": 0.0, "failed": [], "limit": limit}
-
-
-def _hung(timeout_s: float) -> Outcome:
-    return _failed(f"no answer within {timeout_s:g} s", TIMEOUT)
 
 
 def _table_scores(request: AuditRequest, result: Measurement) -> list[dict[str, Any]]:

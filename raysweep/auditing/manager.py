@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from ray.util.metrics import Gauge
 
-from raysweep.auditing.request import AuditRequest, Chore, Outcome
+from raysweep.auditing.request import AuditRequest, Chore, Outcome, failed
 from raysweep.dispatch.desk import CALLS, Desk
 from raysweep.storage.files import write_bytes
 
@@ -40,6 +40,8 @@ class AuditManager(Desk[AuditRequest | Chore, Outcome]):
         super().__init__(attempts)
         self.folder, self.path, self.owner = Path(run), Path(run) / LOG, uuid.uuid4().hex
         self.done = read_log(self.path)
+        for key in self.done:  # an auditor whose report the last manager has logged and not confirmed says it again
+            self.leases.end(key)
         write_bytes(self.folder / OWNER, self.owner.encode())
         self.unwritten: list[tuple[str, asyncio.Future[None]]] = []
         self.writer: asyncio.Task[None] | None = None
@@ -55,12 +57,7 @@ class AuditManager(Desk[AuditRequest | Chore, Outcome]):
         }
 
     def failure(self, key: str, reason: str) -> Outcome:
-        return {
-            "status": "failed",
-            "reason": f"{reason} ({self.leases.attempts} attempts)",
-            "seconds": 0.0,
-            "failed": [],
-        }
+        return failed(f"{reason} ({self.leases.attempts} attempts)")
 
     async def finish(self, worker: str, key: str, token: str, outcome: Outcome, again: bool = False) -> bool:
         if again:
@@ -84,12 +81,12 @@ class AuditManager(Desk[AuditRequest | Chore, Outcome]):
         await written
 
     async def census(self) -> dict[str, Any]:
-        census = await super().census()
-        busy = sum(bool(key) for _, key in census["workers"].values())
-        self.gauges["auditors"].set(busy, {"run": self.run, "state": "busy"})
-        self.gauges["auditors"].set(len(census["workers"]) - busy, {"run": self.run, "state": "idle"})
-        self.gauges["queue"].set(census["queued"], {"run": self.run})
-        return census | {"trouble": self.trouble}
+        return await super().census() | {"trouble": self.trouble}
+
+    def count(self, queued: int, busy: int, idle: int) -> None:
+        self.gauges["queue"].set(queued, {"run": self.run})
+        for state, number in (("busy", busy), ("idle", idle)):
+            self.gauges["auditors"].set(number, {"run": self.run, "state": state})
 
     async def pid(self) -> int:
         """The id of this process, for tests that kill it."""

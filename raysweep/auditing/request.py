@@ -91,6 +91,11 @@ class Outcome(TypedDict):
     value: NotRequired[str]
 
 
+def failed(reason: str, limit: str = "") -> Outcome:
+    """The outcome of an audit or a chore that failed."""
+    return {"status": "failed", "reason": reason, "seconds": 0.0, "failed": [], "limit": limit}
+
+
 def rows_path(run: Path, key: str) -> Path:
     """The Parquet file of the rows of the audit `key` in the run folder `run`."""
     return run / "rows" / f"{key}.parquet"

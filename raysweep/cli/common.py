@@ -72,7 +72,7 @@ def quiet_libraries() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        plain = category.__name__ == "ReadOtherwise"  # by name: its module imports torch
+        plain = category.__name__ in ("ReadOtherwise", "OlderName")  # by name: the module of one imports torch
         text = f"warning: {message}\n" if plain else warnings.formatwarning(message, category, filename, lineno, line)
         if text not in shown:
             click.echo(text, err=True, nl=False)

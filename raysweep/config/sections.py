@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +25,10 @@ def is_stored(info: ValidationInfo) -> bool:
     return bool((info.context or {}).get("stored"))
 
 
+class OlderName(UserWarning):
+    """A config uses the older name of a setting, and is read as the message says."""
+
+
 class SearchConfig(Section):
     """Settings of the search over hyperparameters."""
 
@@ -44,6 +49,19 @@ class SearchConfig(Section):
     min_validity: float = Field(
         0.2, ge=0, le=1, description="constraint of the search: smallest share of valid samples of a candidate, 0 to 1"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _batches(cls, data: Any) -> Any:
+        """Reads `batch` as the window that had as many trials under way: a batch and the one before it."""
+        if not isinstance(data, dict) or not isinstance(batch := data.get("batch"), int) or batch < 1:
+            return data
+        if "window" in data:
+            raise ValueError("batch: is an older name of window, which is given as well; leave batch out")
+        warnings.warn(
+            f"search.batch={batch} is read as search.window={2 * batch}; name the window", OlderName, stacklevel=2
+        )
+        return {key: value for key, value in data.items() if key != "batch"} | {"window": 2 * batch}
 
     @field_validator("sampler")
     @classmethod

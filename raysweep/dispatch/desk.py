@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,11 +40,15 @@ class Assignment(Generic[Task]):
     beat_s: float
 
 
-class Desk(Generic[Task, Outcome]):
+class Closed(RuntimeError):
+    """The desk answers nobody any more; the message says why."""
+
+
+class Desk(ABC, Generic[Task, Outcome]):
     """Base of the actors that hand out tasks.
 
-    attempts: at one task, before it counts as failed. A subclass says in `failure` what the outcome of such a task is, and may
-    keep outcomes by `record`.
+    attempts: at one task, before it counts as failed. A subclass says in `failure` what the outcome of such a task is, may keep
+    outcomes by `record`, and may show by `count` how much there is to do.
     """
 
     def __init__(self, attempts: int):
@@ -60,19 +65,22 @@ class Desk(Generic[Task, Outcome]):
         self.clock = time.monotonic
         self._looked = -math.inf
 
+    @abstractmethod
     def failure(self, key: str, reason: str) -> Outcome:
         """The outcome of a task whose attempts are used up."""
-        raise NotImplementedError
 
     async def record(self, key: str, outcome: Outcome) -> None:
         """Keeps an outcome before callers receive it."""
 
+    def count(self, queued: int, busy: int, idle: int) -> None:
+        """Shows the numbers of waiting tasks and of workers with and without one, at each census."""
+
     async def submit(self, key: str, task: Task) -> Outcome:
-        """Waits for the outcome of a task; one that is submitted twice is done once. RuntimeError if the run ends before."""
+        """Waits for the outcome of a task; one that is submitted twice is done once. Raises Closed if the run ends before."""
         if key in self.done:
             return self.done[key]
         if self.closed:
-            raise RuntimeError(self.closed)
+            raise Closed(self.closed)
         self.tasks[key] = task
         future = self.waiting.setdefault(key, asyncio.get_running_loop().create_future())
         if self.leases.add(key):
@@ -116,16 +124,14 @@ class Desk(Generic[Task, Outcome]):
         """Takes an outcome; ignores it and returns False if the task is not the worker's. again: try the task again, if it may."""
         if not self.leases.renew(worker, key, token, self.clock()):
             return False
-        if again and self.leases.put_back(key, counts=True):
-            self._wake()
-        else:
+        if not again or not self._queued_again(key, counts=True):
             await self._end(key, outcome)
         return True
 
     async def put_back(self, worker: str, key: str, token: str) -> None:
         """Takes a task back from a worker that leaves."""
-        if self.leases.renew(worker, key, token, self.clock()) and self.leases.put_back(key, counts=False):
-            self._wake()
+        if self.leases.renew(worker, key, token, self.clock()):
+            self._queued_again(key, counts=False)
 
     async def leave(self, workers: Iterable[str]) -> None:
         """Lets workers end: those without a task at once, the others when they next ask or look."""
@@ -147,8 +153,10 @@ class Desk(Generic[Task, Outcome]):
         """Number of queued tasks; worker -> (node, its task or ""); workers whose heartbeat stopped; progress by task."""
         await self._expire()
         workers = {worker: (node, self.leases.works.get(worker, "")) for worker, node in self.nodes.items()}
+        queued, busy = len(self.leases.queue), len(self.leases.works)
+        self.count(queued, busy, len(workers) - busy)
         return {
-            "queued": len(self.leases.queue),
+            "queued": queued,
             "workers": workers,
             "silent": sorted(self.silent),
             "progress": dict(self.progress),
@@ -159,7 +167,7 @@ class Desk(Generic[Task, Outcome]):
         self.closed = reason
         for future in self.waiting.values():
             if not future.done():
-                future.set_exception(RuntimeError(reason))
+                future.set_exception(Closed(reason))
         self._wake_all()
 
     def _beat_s(self) -> float:
@@ -176,10 +184,18 @@ class Desk(Generic[Task, Outcome]):
             await self._lost(lease.key, "its worker gave no sign of life", counts=True)
 
     async def _lost(self, key: str, reason: str, counts: bool) -> None:
+        if not self._queued_again(key, counts):
+            await self._end(key, self.failure(key, reason))
+
+    def _queued_again(self, key: str, counts: bool) -> bool:
+        """Takes a task from its worker; False if its attempts are used up."""
+        if key not in self.tasks:  # registered by its worker after a restart, and not submitted again yet
+            self.leases.drop(key)
+            return True
         if self.leases.put_back(key, counts):
             self._wake()
-        else:
-            await self._end(key, self.failure(key, reason))
+            return True
+        return False
 
     async def _end(self, key: str, outcome: Outcome) -> None:
         self.leases.end(key)

@@ -83,6 +83,11 @@ class Leases:
         self.queue.appendleft(key)
         return True
 
+    def drop(self, key: str) -> None:
+        """Forgets a task, which may then be added again."""
+        self._release(key)
+        self.known.discard(key)
+
     def expired(self, now: float) -> list[Lease]:
         """Leases whose heartbeat has stopped."""
         return [lease for lease in self.held.values() if lease.until < now]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ray.autoscaler.sdk import request_resources
 
-from raysweep.config.schema import ConfigError, Sweep
+from raysweep.config.schema import Sweep
 from raysweep.engine.cluster import RunFailed, alive_nodes
 from raysweep.engine.events import Events
 from raysweep.engine.expectation import nodes_of_file
@@ -68,15 +68,6 @@ def await_nodes(plan: Plan, expected: Sequence[Node], sweep: Sweep, events: Even
             events.say("cluster", f"waiting for nodes, {waited:.0f} of {sweep.resources.wait_s:g} s; {missing}")
             said = waited
         time.sleep(LOOK_S)
-
-
-def check_expected(sweep: Sweep, nodes: Sequence[Node]) -> None:
-    """Raises ConfigError if only control nodes have joined and no others are expected."""
-    if not sweep.resources.expect and all(n.role == "control" for n in nodes):
-        raise ConfigError(
-            "resources: only control nodes have joined the cluster, and these neither train nor audit; name the nodes to wait for, "
-            "for example resources.expect=cluster.yaml"
-        )
 
 
 def _kinds(nodes: Sequence[Node]) -> str:

@@ -11,6 +11,7 @@ from raysweep.auditing.power import remedies
 from raysweep.auditing.request import AuditRequest, Outcome
 from raysweep.config.schema import Tier
 from raysweep.context import Context, load_measured
+from raysweep.dispatch.desk import Closed
 from raysweep.engine.cluster import RunFailed
 from raysweep.engine.engine import Engine
 
@@ -36,7 +37,7 @@ class Audits:
         while self.pending:
             ready, _ = ray.wait(list(self.pending), num_returns=1)
             name = self.pending.pop(ready[0])
-            answer: Outcome = ray.get(ready[0])
+            answer = answer_to(ready[0])
             events.tick("audits", len(self.requests) - len(self.pending), len(self.requests))
             failed += [f"{name}: {check}" for check in answer["failed"]]
             if answer["status"] == "ok":
@@ -45,6 +46,15 @@ class Audits:
                 failed.append(f"{name}: {answer['reason']}")
                 events.say("failed", f"audit of {name}: {answer['reason']}")
         return {name: keys[name] for name in self.requests if name in keys}, failed
+
+
+def answer_to(reference: ray.ObjectRef) -> Outcome:
+    """The manager's answer; raises RunFailed if it can answer nobody any more."""
+    try:
+        answer: Outcome = ray.get(reference)
+    except Closed as error:
+        raise RunFailed(str(getattr(error, "cause", error))) from error
+    return answer
 
 
 def measure_anchors(
@@ -57,7 +67,7 @@ def measure_anchors(
     """
     requests, events = context.anchor_requests(tier_name, tier), engine.events
     references = [engine.actors.manager.submit.remote(r.key, r) for r in requests.values()]
-    answers: dict[str, Outcome] = dict(zip(requests, ray.get(references), strict=True))
+    answers = {name: answer_to(reference) for name, reference in zip(requests, references, strict=True)}
     for name, answer in answers.items():
         if answer["status"] != "ok":
             raise RunFailed(f"{tier_name}: measuring {name} failed: {answer['reason']}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from raysweep.config.schema import Sweep
-from raysweep.engine.arrival import await_nodes, check_expected, expected_nodes, requested
+from raysweep.engine.arrival import await_nodes, expected_nodes, requested
 from raysweep.engine.cluster import connected, has_trial_slots
 from raysweep.engine.events import Events
 from raysweep.engine.pool import Pool, pool
@@ -59,7 +59,6 @@ class Engine:
         run_id = folder.run_id
         with connected(sweep) as cluster:
             expected = expected_nodes(sweep)
-            check_expected(sweep, cluster.nodes)
             plan = make_plan(expected or cluster.nodes, sweep, has_trial_slots())
             events.say("plan", plan.describe())
             if cluster.dashboard:

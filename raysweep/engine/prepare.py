@@ -12,8 +12,8 @@ import ray
 
 from raysweep.auditing.judges import JudgeFile, judge_files
 from raysweep.auditing.request import Chore
-from raysweep.auditing.request import Outcome as AuditOutcome
 from raysweep.context import Context, Prepared
+from raysweep.engine.audits import answer_to
 from raysweep.engine.cached_jobs import (
     autoencoder_folder,
     preparation_defaults,
@@ -157,7 +157,7 @@ def _judge(engine: Engine, name: str, file: JudgeFile) -> tuple[str, str]:
 
 def _do(engine: Engine, name: str, chore: Chore) -> str:
     """Has an auditor do a chore; what that returns."""
-    outcome: AuditOutcome = ray.get(engine.actors.manager.submit.remote(chore.key, chore))
+    outcome = answer_to(engine.actors.manager.submit.remote(chore.key, chore))
     if outcome["status"] != "ok":
         raise RunFailed(f"training {name} failed: {outcome['reason']}")
     return outcome["value"]

@@ -128,7 +128,10 @@ def _wanted(nodes: Sequence[Node], sweep: Sweep, trial_slots: bool, roles: bool)
     asked, workers = sweep.resources, sweep.train.workers
     able = _workers(nodes)
     if not able:
-        raise ConfigError("resources: only control nodes are there, and these neither train nor audit")
+        raise ConfigError(
+            "resources: only control nodes have joined the cluster, and these neither train nor audit; name the nodes to wait for, "
+            "for example resources.expect=cluster.yaml"
+        )
     gpus, cpus = sum(n.gpus for n in able), sum(n.cpus for n in able)
     for key in ("gpus_per_worker", "gpus_per_auditor"):
         number = getattr(asked, key)

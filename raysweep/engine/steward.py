@@ -86,6 +86,7 @@ class Crew:
         for name in census["silent"]:
             if name in self.members:
                 ray.kill(self.members[name].actor, no_restart=False)
+                self.desk.forget.remote([name])  # or the next look would kill the process that starts
 
     def remove(self, name: str) -> None:
         """Kills a worker; its task goes to another one."""

@@ -16,10 +16,12 @@ from raysweep.auditing.objectives import objectives
 from raysweep.auditing.request import AuditRequest, Outcome
 from raysweep.config.schema import Sweep
 from raysweep.context import Context, load_measured
+from raysweep.dispatch.desk import ENDED, Closed
 from raysweep.engine.resources import Plan
 from raysweep.rundir import RunDir
 from raysweep.search.searcher import FINAL
 from raysweep.search.study import OBJECTIVES
+from raysweep.settings import DISK
 from raysweep.train.broker import NAMESPACE, actor_name
 from raysweep.train.executors import Executor, Isolated, Warm
 
@@ -35,8 +37,16 @@ def trial(config: dict[str, Any]) -> None:
         return
     folder = str(context.folder.candidates / config["trial"])
     request = context.request("probe", sweep.audit.probe, config["trial"], config["method"], folder, outcome.digest)
-    answer = ask_audit(context.run_id, request)
-    costs: dict[str, Any] = {"train_s": outcome.seconds, "audit_s": answer["seconds"], "step_s": outcome.step_seconds}
+    costs: dict[str, Any] = {"train_s": outcome.seconds, "step_s": outcome.step_seconds}
+    try:
+        answer = ask_audit(context.run_id, request)
+    except Closed as error:
+        why = str(getattr(error, "cause", error))
+        if why == ENDED:
+            raise
+        _report(reason=f"probe: {why}", limit=DISK, **costs)  # the manager had no room for its log
+        return
+    costs["audit_s"] = answer["seconds"]
     if answer["status"] != "ok":
         _report(reason=f"probe: {answer['reason']}", limit=answer["limit"], **costs)
         return

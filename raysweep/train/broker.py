@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import ray
 from ray.util.metrics import Gauge
@@ -44,19 +44,16 @@ class Broker(Desk[Job, Outcome]):
 
     async def next(self, worker: str, node: str, fresh: bool) -> Assignment[Job] | Literal["wait", "stop"]:
         answer = await super().next(worker, node, fresh)
-        self._count()
+        self._measure()
         return answer
 
     async def record(self, key: str, outcome: Outcome) -> None:
-        self._count()
+        self._measure()
 
-    async def census(self) -> dict[str, Any]:
-        census = await super().census()
-        busy = sum(bool(key) for _, key in census["workers"].values())
-        self.gauges["slots"].set(busy, {"run": self.run, "state": "busy"})
-        self.gauges["slots"].set(len(census["workers"]) - busy, {"run": self.run, "state": "idle"})
-        self.gauges["queued"].set(census["queued"], {"run": self.run})
-        return census
+    def count(self, queued: int, busy: int, idle: int) -> None:
+        self.gauges["queued"].set(queued, {"run": self.run})
+        for state, number in (("busy", busy), ("idle", idle)):
+            self.gauges["slots"].set(number, {"run": self.run, "state": state})
 
     async def watch(self) -> None:
         """Restarts the measurement of `waited`."""
@@ -69,7 +66,7 @@ class Broker(Desk[Job, Outcome]):
         """
         return self.usage.idle
 
-    def _count(self) -> None:
+    def _measure(self) -> None:
         self.usage.change(len(self.nodes), len(self.leases.works), time.monotonic())
 
 

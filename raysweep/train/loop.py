@@ -7,7 +7,7 @@ base, the random state is set from the job's seed, and gradients, hooks and auto
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -146,9 +146,8 @@ def run(job: Job, resident: Resident, supervisor: Supervisor | None = None) -> O
         method_class: type[Method] = resolve("method", job.method)
         settings = method_class.Hyperparameters(**job.hyperparameters)
         model, task = resident.for_method(job, method_class, settings)
-        if job.kind == "prepare":
-            return _prepare(job, method_class, settings, model, task, started, supervisor)
-        return _train(job, method_class, settings, model, task, started, supervisor, resident)
+        work = _Work(job, method_class, settings, model, task, resident, supervisor, started)
+        return work.prepare() if job.kind == "prepare" else work.train()
     except Stopped as stop:
         return Outcome(STOPPED, str(stop))
     except Diverged as error:
@@ -159,66 +158,68 @@ def run(job: Job, resident: Resident, supervisor: Supervisor | None = None) -> O
         return Outcome("failed", reason, seconds=seconds, limit=DISK if full else "")
 
 
-def _train(
-    job: Job,
-    method_class: type[Method],
-    settings: Any,
-    model: Any,
-    task: Task,
-    started: float,
-    supervisor: Supervisor | None,
-    resident: Resident,
-) -> Outcome:
-    rank, world = rank_and_world()
-    prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
-    checkpoint = Checkpoint(checkpoint_path(Path(job.out)), job.digest, job.checkpoint_s)
-    result = apply(
-        method_class,
-        settings,
-        model,
-        task,
-        prepared,
-        job.seed,
-        job.precision,
-        checkpoint,
-        None if supervisor is None else lambda *progress: setattr(supervisor, "progress", progress),
-        None if supervisor is None or world > 1 else lambda: supervisor.word,
-    )
-    if job.lora is not None:
-        result.model.merge()
-    seconds = time.monotonic() - started
-    outcome = Outcome("ok", "", result.model.digest, seconds, result.step_seconds, result.diagnostics)
-    if rank > 0:
+@dataclass(frozen=True)
+class _Work:
+    """A job with all that it needs, loaded. started: when, by the monotonic clock."""
+
+    job: Job
+    method: type[Method]
+    settings: Any
+    model: Any
+    task: Task
+    resident: Resident
+    supervisor: Supervisor | None
+    started: float
+
+    def prepare(self) -> Outcome:
+        job = self.job
+        tensors = prepare(self.method, self.settings, self.model, self.task, job.seed)
+        outcome = Outcome("ok", digest=digest_state(tensors), seconds=time.monotonic() - self.started)
+        if self.publishes():
+            out = Path(job.out)
+            save_tensors(out, tensors)
+            write_json(out.with_suffix(".json"), self.card(outcome) | {"sha256": file_digest(out)})
         return outcome
-    if supervisor is not None and not supervisor.owns():
-        raise Stopped("lost")
-    card = job.card | {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome)}
 
-    def fill(folder: Path) -> None:
-        resident.save(folder, job, result.model, outcome.digest)
-        write_json(folder / CARD, card)
+    def train(self) -> Outcome:
+        job, supervisor = self.job, self.supervisor
+        prepared = {} if job.prepared is None else load_tensors(Path(job.prepared))
+        checkpoint = Checkpoint(checkpoint_path(Path(job.out)), job.digest, job.checkpoint_s)
+        result = apply(
+            self.method,
+            self.settings,
+            self.model,
+            self.task,
+            prepared,
+            job.seed,
+            job.precision,
+            checkpoint,
+            None if supervisor is None else lambda *progress: setattr(supervisor, "progress", progress),
+            None if supervisor is None or rank_and_world()[1] > 1 else lambda: supervisor.word,
+        )
+        if job.lora is not None:
+            result.model.merge()
+        seconds = time.monotonic() - self.started
+        outcome = Outcome("ok", "", result.model.digest, seconds, result.step_seconds, result.diagnostics)
+        if not self.publishes():
+            return outcome
 
-    write_folder(Path(job.out), fill, lambda folder: trained(job, folder) is not None)
-    checkpoint.path.unlink(missing_ok=True)
-    return finished(job) or outcome  # of another worker, if it was given the same job and ended first
+        def fill(folder: Path) -> None:
+            self.resident.save(folder, job, result.model, outcome.digest)
+            write_json(folder / CARD, job.card | self.card(outcome))
 
+        write_folder(Path(job.out), fill, lambda folder: trained(job, folder) is not None)
+        checkpoint.path.unlink(missing_ok=True)
+        return finished(job) or outcome  # of another worker, if it was given the same job and ended first
 
-def _prepare(
-    job: Job,
-    method_class: type[Method],
-    settings: Any,
-    model: Any,
-    task: Task,
-    started: float,
-    supervisor: Supervisor | None,
-) -> Outcome:
-    tensors = prepare(method_class, settings, model, task, job.seed)
-    outcome = Outcome("ok", digest=digest_state(tensors), seconds=time.monotonic() - started)
-    if rank_and_world()[0] == 0:
-        if supervisor is not None and not supervisor.owns():
+    def publishes(self) -> bool:
+        """Whether this rank writes the result; raises Stopped if the job is no longer the worker's."""
+        if rank_and_world()[0] > 0:
+            return False
+        if self.supervisor is not None and not self.supervisor.owns():
             raise Stopped("lost")
-        out = Path(job.out)
-        save_tensors(out, tensors)
-        card = {"job": asdict(job), "job_digest": job.digest, "outcome": asdict(outcome), "sha256": file_digest(out)}
-        write_json(out.with_suffix(".json"), card)
-    return outcome
+        return True
+
+    def card(self, outcome: Outcome) -> dict[str, Any]:
+        """What the result's card says of the job."""
+        return {"job": asdict(self.job), "job_digest": self.job.digest, "outcome": asdict(outcome)}
