@@ -178,6 +178,28 @@ def test_the_loss_of_a_node_frees_its_tasks_at_once_and_is_no_attempt():
     play(story())
 
 
+@pytest.mark.parametrize("how", ["forgotten", "started again"])
+def test_a_worker_that_died_while_it_waited_gets_no_task(how):
+    """Its call still waits at the desk; a task that it took would be lost for the length of a lease."""
+
+    async def story():
+        desk = Errands(3)
+        dead = asyncio.ensure_future(desk.next("w1", "n", True))
+        await soon()
+        if how == "forgotten":
+            await desk.forget(["w1"])
+        alive = asyncio.ensure_future(desk.next("w2" if how == "forgotten" else "w1", "n", True))
+        await soon()
+        caller = asyncio.ensure_future(desk.submit("a", "t"))
+        given = await asyncio.wait_for(alive, 5)
+        assert given.key == "a"
+        assert await asyncio.wait_for(dead, 5) == "stop"
+        await desk.finish("w2" if how == "forgotten" else "w1", "a", given.token, "done")
+        assert await caller == "done"
+
+    play(story())
+
+
 def test_workers_that_leave_give_their_tasks_back():
     async def story():
         desk = Errands(1)

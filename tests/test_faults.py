@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import threading
 import time
 import urllib.request
 
@@ -23,6 +25,7 @@ from raysweep.config.schema import Tier
 from raysweep.dispatch.desk import Closed
 from raysweep.engine import audits
 from raysweep.engine.cluster import RunFailed
+from raysweep.engine.steward import Crew
 from raysweep.models.latent import LatentText
 from raysweep.settings import TIMEOUT
 from raysweep.storage.cache import load_tensors, save_tensors
@@ -87,14 +90,39 @@ def warm(folder):
 
     broker = Broker.remote()
     scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
-    slot = Slot.options(**slot_options(scaling)).remote()
-    service = slot.serve.remote(broker, "slot-0", scaling, str(folder / "train"))
+
+    def hire(name, role):
+        slot = Slot.options(**slot_options(scaling)).remote()
+        return slot, slot.serve.remote(broker, name, scaling, str(folder / "train"))
+
     executor = Warm(broker)
-    outcome = executor.run(job(folder, "first"))
-    assert outcome.status == "ok", outcome.reason
-    yield executor
+    with manned(Crew("slot", broker, hire), 1):
+        outcome = executor.run(job(folder, "first"))
+        assert outcome.status == "ok", outcome.reason
+        yield executor
     ray.get(broker.close.remote())
-    ray.get(service, timeout=60)
+
+
+@contextlib.contextmanager
+def manned(crew: Crew, number: int):
+    """Keeps a crew at a number of workers inside the block, as the steward does."""
+    ended, alive = threading.Event(), [node["NodeID"] for node in ray.nodes()]
+
+    def look():
+        while not ended.wait(0.3):
+            census = ray.get(crew.desk.census.remote())
+            crew.reap(census, alive)
+            crew.adjust({"": number}, census)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for member in crew.members.values():
+            ray.kill(member.actor)
 
 
 def test_a_job_that_is_done_is_not_done_again(folder, warm):
@@ -176,16 +204,22 @@ def request(folder, name: str, run) -> AuditRequest:
 
 @pytest.fixture
 def audit_pool(folder, request):
-    """(a manager of a new run, two auditors, the run's folder); the auditors may end their work afterwards."""
+    """(a manager of a new run, its two auditors, the run's folder); auditors that die are replaced.
+
+    A parameter of the test is the time limit of an audit, in seconds.
+    """
     run = folder / request.node.name
     run.mkdir()
-    manager = AuditManager.remote(str(run), 3)
-    auditors = [Auditor.remote() for _ in range(2)]
-    for k, auditor in enumerate(auditors):
-        auditor.serve.remote(manager, f"auditor-{k}", 120)
-    yield manager, auditors, run
-    for actor in (*auditors, manager):
-        ray.kill(actor)
+    manager, limit = AuditManager.remote(str(run), 3), getattr(request, "param", 120)
+
+    def hire(name, role):
+        auditor = Auditor.remote()
+        return auditor, auditor.serve.remote(manager, name, limit)
+
+    crew = Crew("auditor", manager, hire)
+    with manned(crew, 2):
+        yield manager, crew, run
+    ray.kill(manager)
 
 
 def ask(manager, request):
@@ -193,10 +227,10 @@ def ask(manager, request):
 
 
 def test_every_audit_is_done_once_though_auditor_and_manager_are_killed(folder, audit_pool):
-    manager, auditors, run = audit_pool
+    manager, crew, run = audit_pool
     pending = [ask(manager, request(folder, f"s{k}", run)) for k in range(10)]
     ray.wait(pending, num_returns=2)
-    ray.kill(auditors[0], no_restart=False)
+    ray.kill(next(iter(crew.members.values())).actor)
     ray.wait(pending, num_returns=5)
     os.kill(ray.get(manager.pid.remote()), signal.SIGKILL)
     answers = ray.get(pending, timeout=200)
@@ -224,14 +258,10 @@ def test_a_failed_audit_is_recorded_and_the_others_continue(folder, audit_pool):
     ]
 
 
+@pytest.mark.parametrize("audit_pool", [0.01], indirect=True)
 def test_an_audit_that_hangs_is_ended_by_its_time_limit(folder, audit_pool):
-    manager, auditors, run = audit_pool
-    for auditor in auditors:
-        ray.kill(auditor)
-    hasty = Auditor.remote()
-    hasty.serve.remote(manager, "hasty", 0.01)
+    manager, _, run = audit_pool
     answer = ray.get(ask(manager, request(folder, "slow", run)), timeout=200)
-    ray.kill(hasty)
     assert (answer["status"], answer["limit"]) == ("failed", TIMEOUT)
     assert answer["reason"] == "no answer within 0.01 s (3 attempts)"
 

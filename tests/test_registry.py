@@ -74,7 +74,6 @@ PRIVATE = {
         "vlm._no_split_modules": "test_vlm.py: language models over several devices"
     },
     "raysweep/train/worker.py": {"os._exit": "public in spite of its name"},
-    "raysweep/train/slot.py": {"os._exit": "public in spite of its name"},
     "raysweep/dispatch/holder.py": {"os._exit": "public in spite of its name"},
     "raysweep/engine/cluster.py": {
         "ray._private.state.state.get_draining_nodes": "test_cluster.py: a drained node; nothing public of Ray says which they are"

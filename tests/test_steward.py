@@ -19,9 +19,13 @@ class Desk:
     """Records what it is told."""
 
     def __init__(self):
-        self.left, self.forgotten = [], []
+        self.left, self.forgotten, self.died = [], [], []
         self.leave = SimpleNamespace(remote=self.left.extend)
-        self.forget = SimpleNamespace(remote=self.forgotten.extend)
+        self.forget = SimpleNamespace(remote=self.forgets)
+
+    def forgets(self, names, died):
+        self.forgotten += names
+        self.died += names if died else []
 
 
 @pytest.fixture
@@ -61,13 +65,21 @@ def test_workers_are_hired_by_role_and_dismissed_with_the_least_loss(crew):
     assert [name for name in crew.members if name not in crew.leaving] == ["slot-3", "slot-4"]
 
 
-def test_a_silent_worker_is_started_again_once(crew, monkeypatch):
-    monkeypatch.setattr(steward_module.ray, "wait", lambda services, **_: ([], services))
-    crew.adjust({"train": 2}, census(crew))
-    crew.reap(census(crew, busy=["slot-0", "slot-1"]) | {"silent": ["slot-1"]})
-    assert crew.killed == ["actor of slot-1"]
-    assert crew.desk.forgotten == ["slot-1"]  # no longer silent for the desk
-    assert set(crew.members) == {"slot-0", "slot-1"}
+def test_workers_that_ended_are_replaced_and_only_deaths_by_themselves_are_attempts(crew, monkeypatch):
+    """slot-0 was let go, slot-1 died, slot-2 died with its node, slot-3 is silent; slot-4 works."""
+    ended = {f"service of slot-{k}": f"end {k}" for k in range(3)}
+    monkeypatch.setattr(steward_module.ray, "wait", lambda services, **_: ([s for s in services if s in ended], []))
+    monkeypatch.setattr(steward_module, "_died", lambda service: service != "service of slot-0")
+    crew.adjust({"train": 5}, census(crew))
+    seen = census(crew, busy=[f"slot-{k}" for k in range(5)]) | {"silent": ["slot-3"]}
+    seen["workers"]["slot-2"] = ("lost", "job")
+    crew.reap(seen, ["node"])
+    assert set(crew.members) == {"slot-4"}
+    assert sorted(crew.killed) == [f"actor of slot-{k}" for k in range(4)]
+    assert crew.desk.forgotten == ["slot-0", "slot-1", "slot-2", "slot-3"]
+    assert crew.desk.died == ["slot-1"]
+    crew.adjust({"train": 5}, seen)
+    assert set(crew.members) == {f"slot-{k}" for k in range(4, 9)}
 
 
 def test_idle_workers_of_one_kind_become_the_other_as_demand_has_it():

@@ -53,9 +53,9 @@ class TierCache:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-@ray.remote(num_cpus=0.5, max_restarts=-1, max_task_retries=-1)
+@ray.remote(num_cpus=0.5)
 class Auditor:
-    """Measures models one at a time; a restarted auditor starts empty and loads what it needs.
+    """Measures models one at a time.
 
     It keeps the models of the anchors, shared by all tiers, and the caches of the two most recent tiers, which may alternate.
     """
@@ -72,7 +72,7 @@ class Auditor:
     def serve(self, manager: ActorHandle, name: str, timeout_s: float) -> None:
         """Does what the manager hands out, as the worker `name`, until that lets it end.
 
-        timeout_s: seconds after which an audit counts as hung; this process then ends, and Ray starts another one.
+        timeout_s: seconds after which an audit counts as hung; this process then ends, and the steward hires another one.
         """
         holder: Holder[AuditRequest | Chore, Outcome] = Holder(manager, name)
         hung = failed(f"no answer within {timeout_s:g} s", TIMEOUT)

@@ -22,7 +22,7 @@ Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 Word = Literal["held", "lost", "leave"]  # a desk's answer to a heartbeat
 
-ENDED = "the run has ended"
+ENDED, DIED = "the run has ended", "its worker died"
 WAIT_S = 20.0  # after which a worker is told that there is no task
 LEASE_S = 40.0
 BEAT_S = 2.0
@@ -56,7 +56,10 @@ class Desk(ABC, Generic[Task, Outcome]):
         self.tasks: dict[str, Task] = {}
         self.done: dict[str, Outcome] = {}
         self.waiting: dict[str, asyncio.Future[Outcome]] = {}
-        self.asking: deque[asyncio.Future[None]] = deque()  # workers that wait for a task
+        self.asking: deque[asyncio.Future[None]] = deque()  # calls of workers that wait for a task
+        self.calls: dict[
+            str, object
+        ] = {}  # worker -> its latest call for a task; an earlier one has nobody who listens
         self.nodes: dict[str, str] = {}  # worker -> id of its node
         self.leaving: set[str] = set()
         self.silent: set[str] = set()  # workers whose heartbeat stopped
@@ -93,9 +96,10 @@ class Desk(ABC, Generic[Task, Outcome]):
         fresh: the worker's process has just started, so that the task it had is lost.
         """
         self.nodes[worker] = node
+        self.calls[worker] = call = object()
         self.silent.discard(worker)
         if fresh and worker in self.leases.works:
-            await self._lost(self.leases.works[worker], "its worker died", counts=True)
+            await self._lost(self.leases.works[worker], DIED, counts=True)
         deadline = self.clock() + WAIT_S
         while not (self.closed or worker in self.leaving):
             await self._expire()
@@ -109,6 +113,9 @@ class Desk(ABC, Generic[Task, Outcome]):
             self.asking.append(turn)
             await asyncio.wait([turn], timeout=left)
             turn.cancel()
+            if self.calls.get(worker) is not call:  # its process died meanwhile; another worker may look
+                self._wake()
+                break
         return "stop"
 
     async def beat(self, worker: str, key: str, token: str, progress: Any = None) -> Word:
@@ -138,14 +145,18 @@ class Desk(ABC, Generic[Task, Outcome]):
         self.leaving |= set(workers)
         self._wake_all()
 
-    async def forget(self, workers: Iterable[str], nodes: Iterable[str] = ()) -> None:
-        """Takes their tasks from workers that have been killed, or whose nodes are lost; these do not count as attempts."""
+    async def forget(self, workers: Iterable[str], nodes: Iterable[str] = (), died: bool = False) -> None:
+        """Takes their tasks from workers that have ended, and from those on lost nodes.
+
+        died: the workers died by themselves, perhaps by what they did, so that it counts as an attempt.
+        """
         gone, lost = set(workers), set(nodes)
         gone |= {worker for worker, node in self.nodes.items() if node in lost}
         for worker in gone:
             if worker in self.leases.works:
-                await self._lost(self.leases.works[worker], "", counts=False)
+                await self._lost(self.leases.works[worker], DIED, counts=died)
             self.nodes.pop(worker, None)
+            self.calls.pop(worker, None)
             self.silent.discard(worker)
             self.leaving.discard(worker)
 

@@ -18,7 +18,7 @@ OVERDUE_EXIT = 70
 
 @contextlib.contextmanager
 def ended_after(seconds: float | None, report: Callable[[], object]) -> Iterator[None]:
-    """Ends this process if the block takes longer, after `report`; None sets no limit. The process is started again by its host."""
+    """Ends this process if the block takes longer, after `report`; None sets no limit. Its host starts another process."""
 
     def expire() -> None:
         try:

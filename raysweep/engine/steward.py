@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,23 +76,27 @@ class Crew:
             if name not in present:
                 self.remove(name)
 
-    def reap(self, census: Mapping[str, Any]) -> None:
-        """Removes workers that have ended, and starts the processes of those again whose heartbeat stopped."""
+    def reap(self, census: Mapping[str, Any], alive: Collection[str]) -> None:
+        """Removes workers that have ended, and those whose heartbeat stopped. alive: ids of the nodes that are.
+
+        Ray does not start them again, because it would print each time that it does.
+        """
         services = {member.service: name for name, member in self.members.items()}
         if services:
             ended, _ = ray.wait(list(services), num_returns=len(services), timeout=0)
             for service in ended:
-                self.remove(services[service])
+                name = services[service]
+                node, _ = census["workers"].get(name, ("", ""))
+                self.remove(name, died=node in alive and _died(service))
         for name in census["silent"]:
             if name in self.members:
-                ray.kill(self.members[name].actor, no_restart=False)
-                self.desk.forget.remote([name])  # or the next look would kill the process that starts
+                self.remove(name)
 
-    def remove(self, name: str) -> None:
-        """Kills a worker; its task goes to another one."""
+    def remove(self, name: str, died: bool = False) -> None:
+        """Kills a worker; its task goes to another one. died: by itself, so that it counts as an attempt at the task."""
         ray.kill(self.members.pop(name).actor)
         self.leaving.discard(name)
-        self.desk.forget.remote([name])
+        self.desk.forget.remote([name], died=died)
 
     def on(self, nodes: set[str], census: Mapping[str, Any]) -> list[str]:
         """The workers on nodes, without those that leave."""
@@ -196,7 +200,7 @@ class Steward:
                 slots[plan.train_role] -= self.shift.to_auditors
         for crew, wanted, census in ((self.auditors, auditors, audits), (self.slots, slots, jobs)):
             if crew is not None:
-                crew.reap(census)
+                crew.reap(census, self.nodes)
                 crew.adjust(wanted, census)
 
     def _say_trouble(self, trouble: str) -> None:
@@ -243,6 +247,19 @@ class Shift:
         )
         balance = max(1 - plan.slots, min(plan.auditors - 1, balance))
         self.to_slots, self.to_auditors = max(0, balance), max(0, -balance)
+
+
+def _died(service: ray.ObjectRef) -> bool:
+    """Whether a worker's process died, and not its node, as far as Ray knows."""
+    try:
+        ray.get(service)
+    except ray.exceptions.ActorDiedError:
+        return True
+    except (
+        ray.exceptions.RayError
+    ):  # unavailable, as on a node that has just been lost; or an error of Ray in its own loop
+        return False
+    return False
 
 
 def _listed(nodes: list[Node]) -> str:

@@ -2,12 +2,11 @@
 
 With one worker per trial the actor's process is the worker, by Ray Train's local mode: a Train run of its own would add three
 helper processes to each. With several workers the actor holds a Train run, whose rank 0 asks the broker, and whose controller and
-helpers lie on the actor's node. Ray starts the actor again wherever there is room when its process or its node dies.
+helpers lie on the actor's node. When a slot's process or node dies, the steward hires another slot.
 """
 
 from __future__ import annotations
 
-import os
 import uuid
 
 import ray
@@ -17,10 +16,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from raysweep.train.executors import CONTROLLER_FAILURES
 from raysweep.train.worker import serve
 
-FAILED_EXIT = 71
 
-
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+@ray.remote(num_cpus=0)
 class Slot:
     """Does jobs until the broker lets it end."""
 
@@ -39,10 +36,7 @@ class Slot:
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=CONTROLLER_FAILURES),
             ),
         )
-        try:
-            trainer.fit()
-        except Exception:
-            os._exit(FAILED_EXIT)  # a fresh process may do better; Ray starts it, and this call again
+        trainer.fit()
 
 
 def slot_options(scaling: ScalingConfig) -> dict[str, object]:
