@@ -7,11 +7,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from raysweep.config.schema import ConfigError
+from raysweep.engine import admission as admission_module
 from raysweep.engine import shared
+from raysweep.engine.admission import Admission
+from raysweep.engine.cluster import alive_nodes
+from raysweep.engine.resources import Node
 from raysweep.engine.shared import Look, appears, check_shared, complaint, look, name_of
 from raysweep.storage.code_digests import ROOT
 from raysweep.storage.files import temporary_path
@@ -88,6 +93,65 @@ def cluster(monkeypatch):
             ray.shutdown()
 
 
+def check_that_it_gets_no_work(folder: Path, blind: str, name: str) -> None:
+    """A node that joins a run and does not share its folder is named, and all that it offers is held."""
+    import ray
+
+    said: list[str] = []
+    nodes = {n.id: n for n in alive_nodes()}
+    admission = Admission(
+        [folder], [k for k in nodes if k != blind], SimpleNamespace(say=lambda kind, text: said.append(text))
+    )
+    end = time.monotonic() + NODE_S
+    while not said and time.monotonic() < end:
+        assert set(admission.of(nodes)) == set(nodes) - {blind}
+        time.sleep(0.2)
+    assert said == [complaint([folder], {name: ["is another folder on"]})]
+    free = {"CPU": 1}
+    while "CPU" in free and time.monotonic() < end:
+        free = ray._private.state.available_resources_per_node()[blind]
+    assert "CPU" not in free
+    admission.close()
+
+
+def test_nodes_that_join_are_checked_once_and_admitted_if_they_share_the_folders(monkeypatch):
+    """b shares, c does not, and of d it is not yet known because the driver could not write."""
+    said, asked, occupied = [], [], []
+    answers = iter([{"b": [""], "c": ["is another folder on"]}, ConfigError("/mnt: no space"), {"d": [""]}])
+
+    def unshared(nodes, folders):
+        asked.append(nodes)
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(admission_module, "unshared", unshared)
+    monkeypatch.setattr(
+        admission_module, "_occupy", lambda node, resources: occupied.append((node.id, resources["CPU"]))
+    )
+    listed = [node(k, f"10.0.0.{i}") | {"Resources": {"CPU": 4.0}} for i, k in enumerate("abcd")]
+    monkeypatch.setattr(admission_module.ray, "nodes", lambda: listed)
+    admission = Admission([A], ["a"], SimpleNamespace(say=lambda kind, text: said.append(text)))
+
+    def after_the_check(names: str) -> str:
+        nodes = {k: Node(4, id=k) for k in names}
+        admission.of(nodes)
+        if admission._answer is not None:
+            admission._answer.exception(10)
+        return "".join(admission.of(nodes))
+
+    assert set(admission.of({"a": Node(4, id="a")})) == {"a"}
+    assert not asked
+    assert after_the_check("abc") == "ab"
+    assert occupied == [("c", 4.0)]
+    assert said == [complaint([A], {"10.0.0.2": ["is another folder on"]})]
+    assert after_the_check("abcd") == "ab"
+    assert after_the_check("abcd") == "abd"
+    assert asked == [["b", "c"], ["d"], ["d"]]
+    assert said[1:] == ["nodes that joined could not be checked: /mnt: no space"]
+
+
 @pytest.mark.cluster
 def test_a_node_with_another_file_system_at_the_same_path_is_named(cluster, tmp_path):
     """The node's processes live in a namespace of their own, where another file system is mounted over the folder."""
@@ -127,6 +191,7 @@ def test_a_node_with_another_file_system_at_the_same_path_is_named(cluster, tmp_
             f"{name_of(blind)}. To run on them, mount"
         )
         assert "(train)" not in text
+        check_that_it_gets_no_work(folder, blind["NodeID"], name_of(blind))
         assert not list(folder.iterdir())
         assert not both.exists()
     finally:

@@ -17,11 +17,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raysweep.auditing.auditor import Auditor
 from raysweep.auditing.manager import AuditManager
 from raysweep.config.schema import Sweep
+from raysweep.engine.admission import Admission
 from raysweep.engine.cluster import uninterrupted
 from raysweep.engine.events import Events
 from raysweep.engine.resources import Node, Plan
 from raysweep.engine.steward import Crew, Steward
 from raysweep.engine.trial import scaling
+from raysweep.storage.cache import cache_folder
 from raysweep.train.broker import Broker, actor_name
 from raysweep.train.executors import Executor
 from raysweep.train.slot import Slot, slot_options
@@ -93,7 +95,9 @@ def pool(run: Path, run_id: str, sweep: Sweep, plan: Plan, nodes: list[Node], ev
         return actor, actor.serve.remote(manager, name, sweep.audit.timeout_s)
 
     slots = Crew("slot", broker, slot) if sweep.train.executor == "warm" else None
-    actors = Pool(manager, broker, Steward(sweep, plan, nodes, slots, Crew("auditor", manager, auditor), events))
+    auditors = Crew("auditor", manager, auditor)
+    admission = Admission([run, cache_folder(sweep.cache)], [node.id for node in nodes], events)
+    actors = Pool(manager, broker, Steward(sweep, plan, nodes, slots, auditors, admission, events))
     try:
         actors.steward.start()
         yield actors

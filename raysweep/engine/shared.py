@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,15 @@ def check_shared(nodes: Sequence[Mapping[str, Any]], folders: Sequence[Path]) ->
     names = {n["NodeID"]: name_of(n) for n in nodes if n["Alive"]}
     if len(names) < 2:
         return
-    reasons = {}
-    with _tokens(folders) as tokens:
-        for node, looks in _ask(names, tokens).items():
-            reasons[names[node]] = [_reason(look, node) for look in looks]
-    message = complaint(folders, reasons)
+    message = complaint(folders, {names[node]: reasons for node, reasons in unshared(names, folders).items()})
     if message:
         raise ConfigError(message)
+
+
+def unshared(nodes: Iterable[str], folders: Sequence[Path]) -> dict[str, list[str]]:
+    """Node -> for each folder why it does not share it, or "". nodes: their ids. Raises ConfigError if the driver cannot write."""
+    with _tokens(folders) as tokens:
+        return {node: [_reason(look, node) for look in looks] for node, looks in _ask(nodes, tokens).items()}
 
 
 def name_of(node: Mapping[str, Any]) -> str:
@@ -109,7 +111,7 @@ def _reason(look: Look, node: str) -> str:
     if appears(file):
         file.unlink(missing_ok=True)
         return ""
-    ray.wait([_remove_in_task.options(scheduling_strategy=_on(node)).remote(file)], timeout=LAG_S)
+    ray.wait([_remove_in_task.options(scheduling_strategy=on_node(node)).remote(file)], timeout=LAG_S)
     return "does not show the driver the files of"
 
 
@@ -134,9 +136,9 @@ def _tokens(folders: Sequence[Path]) -> Iterator[list[Path]]:
                 folder.rmdir()
 
 
-def _ask(names: Mapping[str, str], tokens: Sequence[Path]) -> dict[str, list[Look]]:
+def _ask(nodes: Iterable[str], tokens: Sequence[Path]) -> dict[str, list[Look]]:
     """Node -> its look at each folder."""
-    tasks = {_look_in_task.options(scheduling_strategy=_on(node)).remote(tokens): node for node in names}
+    tasks = {_look_in_task.options(scheduling_strategy=on_node(node)).remote(tokens): node for node in nodes}
     ray.wait(list(tasks), num_returns=len(tasks), timeout=ANSWER_S)
     looks = {}
     for task, node in tasks.items():
@@ -151,7 +153,8 @@ def _ask(names: Mapping[str, str], tokens: Sequence[Path]) -> dict[str, list[Loo
     return looks
 
 
-def _on(node: str) -> NodeAffinitySchedulingStrategy:
+def on_node(node: str) -> NodeAffinitySchedulingStrategy:
+    """Schedules on the node with this id and nowhere else."""
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 

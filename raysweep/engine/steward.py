@@ -19,6 +19,7 @@ import ray
 from ray.actor import ActorHandle
 
 from raysweep.config.schema import Sweep
+from raysweep.engine.admission import Admission
 from raysweep.engine.cluster import alive_nodes
 from raysweep.engine.events import Events
 from raysweep.engine.resources import Node, Plan, refit
@@ -109,12 +110,21 @@ class Steward:
     """Manages the slots and the auditors of a run in a thread of the driver.
 
     plan: for all nodes that are expected; it is cut down to what the present ones hold. slots: None where trials have groups of their
-    own.
+    own. admission: says which nodes may work; all of `nodes` may.
     """
 
-    def __init__(self, sweep: Sweep, plan: Plan, nodes: list[Node], slots: Crew | None, auditors: Crew, events: Events):
+    def __init__(
+        self,
+        sweep: Sweep,
+        plan: Plan,
+        nodes: list[Node],
+        slots: Crew | None,
+        auditors: Crew,
+        admission: Admission,
+        events: Events,
+    ):
         self.sweep, self.full, self.plan, self.events = sweep, plan, refit(plan, nodes, sweep) or plan, events
-        self.slots, self.auditors = slots, auditors
+        self.slots, self.auditors, self.admission = slots, auditors, admission
         self.nodes = {node.id: node for node in nodes}
         self.searching = True
         self.shift = Shift()
@@ -137,6 +147,7 @@ class Steward:
         self._ending.set()
         if self._thread.is_alive():
             self._thread.join(ANSWER_S)
+        self.admission.close()
 
     def dismiss_all(self) -> None:
         """Kills every worker."""
@@ -151,7 +162,7 @@ class Steward:
                 return
             desks = [crew.desk for crew in (self.slots, self.auditors) if crew is not None]
             nodes = {node.id: node for node in alive_nodes()}
-            self._follow(nodes)
+            self._follow(self.admission.of(nodes))
             answers = ray.get([desk.census.remote() for desk in desks], timeout=ANSWER_S)
             jobs = answers[0] if self.slots is not None else {"workers": {}, "silent": [], "queued": 0}
             audits = answers[-1]
@@ -180,7 +191,7 @@ class Steward:
         self.events.say("cluster", f"{', '.join(changes)}: {plan.slots} trials at once, {plan.auditors} auditors")
 
     def _leave_drained(self, jobs: Mapping[str, Any], audits: Mapping[str, Any]) -> None:
-        drained = {n["NodeID"] for n in ray.nodes() if n["Alive"]} - self.nodes.keys()
+        drained = {n["NodeID"] for n in ray.nodes() if n["Alive"]} - self.nodes.keys() - self.admission.checking
         for crew, census in ((self.slots, jobs), (self.auditors, audits)):
             if crew is not None and drained:
                 crew.dismiss(crew.on(drained, census), census["workers"])
