@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     network = footprint.of(presets.about(arguments.preset).network)
     print(
-        "| GPUs | nodes: train + audit | trials at once | slots busy | auditors, after the search | head's memory | disk | hours |"
+        "| GPUs | nodes: train + audit | slots + auditors | slots busy | auditors after the search | head's memory | disk | hours |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for gpus, (train, audit) in NODES.items():
@@ -52,8 +52,8 @@ def main() -> None:
         search = timeline(sweep, network, spaces, plan)
         head = HEAD_GB + SLOT_GB * (plan.slots + plan.auditors)
         print(
-            f"| {gpus:,} | {f'{train} + {audit}' if audit else '1 that does both'} | {plan.slots} | {search.busy:.0%} | {plan.auditors}, "
-            f"{plan.auditors + plan.late_auditors} | {head:.0f} GB | {disk_of(sweep, network, plan).search / 1e12:.1f} TB | "
+            f"| {gpus:,} | {f'{train} + {audit}' if audit else '1 that does both'} | {search.slots} + "
+            f"{plan.slots + plan.auditors - search.slots} | {search.busy:.0%} | {plan.auditors + plan.late_auditors} | {head:.0f} GB | {disk_of(sweep, network, plan).search / 1e12:.1f} TB | "
             f"{wall_hours(cost, plan, search):.1f} |"
         )
     print(f"\n{arguments.preset}, {arguments.trials} trials: {cost.gpu_hours:,.0f} hours of an H100")

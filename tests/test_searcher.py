@@ -291,6 +291,13 @@ def test_the_dry_run_simulates_the_steps_that_spaces_give():
     busy = [simulated(sweep, [space], plan, {"finetune": 1.0}, 0.1) for space in (alike, apart)]
     assert plan.slots == 24
     assert busy[0].busy > 0.9 > busy[1].busy > 0.5
-    assert "24, busy 9" in in_words(sweep, plan, busy[0])
+    assert busy[0].slots == 31  # an auditor is enough, as a run finds out
+    assert "31 where 1 audit, as both then have as much to do, busy 9" in in_words(sweep, plan, busy[0])
+    slow = simulated(sweep, [alike], plan, {"finetune": 1.0}, 20.0)
+    assert slow.slots == 11
+    assert slow.busy > 0.85
+    groups = load(None, ("methods=[finetune]", "search.trials=400", "train.workers=8"))
+    fixed = make_plan([Node(96, 8)] * 4, groups)
+    assert simulated(groups, [alike], fixed, {"finetune": 1.0}, 0.1).slots == fixed.slots
     free = load(None, ("methods=[finetune]", "search.trials=400", "search.asynchronous=true"))
     assert simulated(free, [apart], plan, {"finetune": 1.0}, 0.1).busy > busy[1].busy

@@ -63,6 +63,11 @@ class Plan:
         return self.slots + self.auditors + 1
 
     @property
+    def interchangeable(self) -> bool:
+        """Whether a slot and an auditor hold the same share of a GPU, so that the steward may replace one by the other."""
+        return self.workers == 1 and 0 < self.worker_gpus == self.auditor_gpus
+
+    @property
     def driver_cpus(self) -> float:
         """CPUs that a trial function holds if the cluster has no trial slots."""
         return 0.0 if self.trial_slots else 0.05

@@ -203,7 +203,7 @@ class Steward:
             auditors[plan.train_role] += plan.late_auditors
         else:
             slots[plan.train_role] = plan.slots
-            if self.slots is not None and plan.workers == 1 and 0 < plan.worker_gpus == plan.auditor_gpus:
+            if self.slots is not None and plan.interchangeable:
                 self.shift.look(jobs, audits, plan, time.monotonic())
                 slots[plan.audit_role] += self.shift.to_slots
                 auditors[plan.audit_role] -= self.shift.to_slots

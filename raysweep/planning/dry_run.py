@@ -68,10 +68,11 @@ def estimate(sweep: Sweep, task: Task, spaces: list[Space], plan: Plan) -> Estim
     audit = audited * audit_s + (sweep.oracles + 2) * probe_s
     cpus = os.cpu_count() or 1
     lanes = plan.slots if plan.worker_gpus else max(1, min(plan.slots * plan.workers, cpus))
+    searching = slots.seconds if plan.worker_gpus else search / lanes / (slots.busy or 1.0)
     wall = (
         STARTUP_S
         + prepare / min(lanes, max(1, len(untrained)))
-        + search / lanes / (slots.busy or 1.0)
+        + searching
         + audit / min(plan.auditors + plan.late_auditors, cpus)
     )
     return Estimate(prepare, search, audit, wall, steps, probe_s, audit_s, slots, in_cache)

@@ -26,7 +26,10 @@ class _Draws(random.Random):
 
 
 def simulated(sweep: Sweep, spaces: list[Space], plan: Plan, step_s: dict[str, float], probe_s: float) -> Timeline:
-    """A search of a sweep in simulated time. step_s: method -> seconds of a step; probe_s: of a probe."""
+    """A search of a sweep in simulated time. step_s: method -> seconds of a step; probe_s: of a probe.
+
+    Where the steward replaces idle auditors by slots or slots by auditors, their numbers are those at which both have as much to do.
+    """
     draws = _Draws(sweep.search.seed)
     lengths = []
     for place in range(sweep.search.trials):
@@ -34,11 +37,15 @@ def simulated(sweep: Sweep, spaces: list[Space], plan: Plan, step_s: dict[str, f
         space = spaces[index]
         settings = space.ask(draws, space.points[turn].values if turn < len(space.points) else {})
         lengths.append(step_s[space.method] * settings.get("steps", 1))
+    slots, both = plan.slots, plan.slots + plan.auditors
+    if plan.interchangeable and sweep.train.executor == "warm":
+        training, probing = sum(lengths), probe_s * len(lengths)
+        slots = min(both - 1, max(1, round(both * training / ((training + probing) or 1.0))))
     window = resolve_window(sweep.search, plan.concurrent_trials)
     return simulate(
         Ahead(window, sweep.search.trials),
-        plan.slots,
-        plan.auditors,
+        slots,
+        both - slots,
         plan.concurrent_trials,
         lambda place: lengths[place],
         lambda place: probe_s,
@@ -51,4 +58,7 @@ def in_words(sweep: Sweep, plan: Plan, line: Timeline) -> str:
     told = "no suggestion waits for results"
     if window is not None:
         told = f"at most {min(window, sweep.search.trials)} of {sweep.search.trials} trials are ahead of results"
-    return f"{plan.slots}, busy {line.busy:.0%} of the search by a simulation; {told} (search.window)"
+    slots = f"{line.slots}"
+    if line.slots != plan.slots:
+        slots += f" where {plan.slots + plan.auditors - line.slots} audit, as both then have as much to do"
+    return f"{slots}, busy {line.busy:.0%} of the search by a simulation; {told} (search.window)"

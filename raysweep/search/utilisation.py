@@ -21,8 +21,12 @@ class Searches(Protocol):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a simulated search took. seconds: until the last trial ended; busy: share of the slots' time in training, 0 to 1."""
+    """What a simulated search took.
 
+    slots: trials that train at once; seconds: until the last trial ended; busy: share of the slots' time in training, 0 to 1.
+    """
+
+    slots: int
     seconds: float
     busy: float
 
@@ -77,7 +81,7 @@ def simulate(
                 busy += seconds if part is train else 0.0
                 heapq.heappush(events, (now + seconds, next(order), part, trial))
         if not events:
-            return Timeline(now, busy / (slots * now) if now else 0.0)
+            return Timeline(slots, now, busy / (slots * now) if now else 0.0)
         now, _, part, trial = heapq.heappop(events)
         free[part] += 1
         if part is train:
