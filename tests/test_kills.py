@@ -1,8 +1,9 @@
-"""The kill matrix: while a sweep runs on real raylets, random processes and nodes are killed in each of its phases.
+"""The kill matrix: while a sweep runs on real raylets, processes and nodes are killed at random times in each of its phases.
 
     KILLS=100 pytest -m cluster tests/test_kills.py -s        # about half a minute per kill on two cores
 
-Each sweep must end with every trial complete, none done twice and no audit missing.
+Killed is what was killed least in the phase so far, of what there is. Each sweep must end with every trial complete, none done
+twice and no audit missing.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ SEED = int(os.environ.get("KILL_SEED", "0"))
 PHASES = {"prepare": " plan ", "search": "probe view", "audit": "on fresh seeds", "attack": "attacks"}
 PROCESSES = {"slot": "ray::Slot", "auditor": "ray::Auditor", "broker": "ray::Broker", "manager": "ray::AuditManager"}
 VICTIMS = (*PROCESSES, "trial function", "driver", "node")
-BETWEEN_S = (4.0, 14.0)
-ENDED_S = 900  # for a sweep after its last kill
+BETWEEN_S = {"audit": (1.0, 6.0), "attack": (0.5, 4.0)}  # seconds between kills; the other phases take longer
+OTHERWISE_S = (4.0, 12.0)
+PATIENT = "audit.attempts=20"  # a process that dies by itself counts as an attempt
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Killer:
         if victim == "driver":
             os.killpg(self.process.pid, 9)
             self.process.wait()
-            self.process = sweep(self.folder, self.made)
+            self.process = sweep(self.folder, self.made, PATIENT)
         elif victim == "node":
             node = self.rng.choice(self.made.nodes)
             role = node._ray_params.labels["role"]
@@ -64,6 +66,12 @@ class Killer:
             self.rng.choice(processes).kill()
         self.done[victim, phase] += 1
         return True
+
+    def kill_one(self) -> str:
+        """Kills one of the kind that was killed least in this phase; returns the kind."""
+        phase = self.phase()
+        victims = sorted(VICTIMS, key=lambda victim: (self.done[victim, phase], self.rng.random()))
+        return next(victim for victim in victims if self.kill(victim))
 
     def of_kind(self, victim: str) -> list[psutil.Process]:
         """The workers of the cluster's raylets with such a name."""
@@ -88,19 +96,17 @@ def table(done: Counter) -> str:
 
 def test_whatever_is_killed_nothing_is_lost(tmp_path):
     rng, done, k = random.Random(SEED), Counter(), 0
-    victims = [VICTIMS[i % len(VICTIMS)] for i in range(KILLS)]
-    rng.shuffle(victims)
-    while victims:
+    while done.total() < KILLS:
         folder = tmp_path / f"sweep-{k}"
         folder.mkdir()
         (folder / "sweep.yaml").write_text(SMALL.replace("base_steps: 70", "base_steps: 120"))
         with raylets("train", "train", "audit") as made:
-            killer = Killer(made, folder, rng, sweep(folder, made), done)
-            while victims and killer.process.poll() is None:
-                time.sleep(rng.uniform(*BETWEEN_S))
-                if killer.process.poll() is None and killer.kill(victims[-1]):
-                    print(f"sweep {k}, {killer.phase()}: {victims[-1]} killed", flush=True)  # noqa: T201
-                    victims.pop()
+            killer = Killer(made, folder, rng, sweep(folder, made, PATIENT), done)
+            while done.total() < KILLS and killer.process.poll() is None:
+                time.sleep(rng.uniform(*BETWEEN_S.get(killer.phase(), OTHERWISE_S)))
+                if killer.process.poll() is None:
+                    said = f"{done.total() + 1}: sweep {k}, {killer.phase()}: {killer.kill_one()} killed"
+                    print(said, flush=True)  # noqa: T201
             check_whole(folder, killer.process)
         k += 1
-    print(f"{k} sweeps, {sum(done.values())} kills\n{table(done)}")  # noqa: T201
+    print(f"{k} sweeps, {done.total()} kills\n{table(done)}")  # noqa: T201
