@@ -78,6 +78,14 @@ def test_one_node_needs_no_check(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_node_that_dies_while_it_is_asked_is_left_out(monkeypatch):
+    alive = iter(["ab", "ab"])  # then a alone
+    monkeypatch.setattr(shared, "DECLARED_S", 1.2)
+    monkeypatch.setattr(shared.ray, "nodes", lambda: [node(k, "10.0.0.1") for k in next(alive, "a")])
+    assert shared._still_alive(["a", "b"]) == {"a"}
+    assert shared._still_alive([]) == set()
+
+
 @pytest.fixture
 def cluster(monkeypatch):
     """A control node and a train node; the driver is connected."""
@@ -192,6 +200,9 @@ def test_a_node_with_another_file_system_at_the_same_path_is_named(cluster, tmp_
         )
         assert "(train)" not in text
         check_that_it_gets_no_work(folder, blind["NodeID"], name_of(blind))
+        listed = ray.nodes()
+        cluster.kill(cluster.nodes[0])
+        check_shared(listed, [both])  # Ray does not know yet that the node is dead
         assert not list(folder.iterdir())
         assert not both.exists()
     finally:

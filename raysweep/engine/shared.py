@@ -21,6 +21,7 @@ from raysweep.storage.files import temporary_path
 
 LAG_S = 5.0  # after which a file of another node must be visible
 ANSWER_S = 90.0  # after which a node's answer is no longer waited for: a hung mount gives none
+DECLARED_S = 45.0  # for Ray to declare dead a node that gave no answer
 NAMED = 5  # nodes that the message names per reason
 REMEDY = (
     "mount one file system (NFS, Lustre, EFS, FSx, ...) at the same path on all nodes, writable for the user that runs Ray, and name "
@@ -54,7 +55,10 @@ def check_shared(nodes: Sequence[Mapping[str, Any]], folders: Sequence[Path]) ->
 
 
 def unshared(nodes: Iterable[str], folders: Sequence[Path]) -> dict[str, list[str]]:
-    """Node -> for each folder why it does not share it, or "". nodes: their ids. Raises ConfigError if the driver cannot write."""
+    """Node -> for each folder why it does not share it, or "". nodes: their ids; those that die meanwhile are left out.
+
+    Raises ConfigError if the driver cannot write.
+    """
     with _tokens(folders) as tokens:
         return {node: [_reason(look, node) for look in looks] for node, looks in _ask(nodes, tokens).items()}
 
@@ -140,17 +144,25 @@ def _ask(nodes: Iterable[str], tokens: Sequence[Path]) -> dict[str, list[Look]]:
     """Node -> its look at each folder."""
     tasks = {_look_in_task.options(scheduling_strategy=on_node(node)).remote(tokens): node for node in nodes}
     ray.wait(list(tasks), num_returns=len(tasks), timeout=ANSWER_S)
-    looks = {}
+    looks, silent = {}, {}
     for task, node in tasks.items():
         try:
             looks[node] = ray.get(task, timeout=0)
         except ray.exceptions.GetTimeoutError:
             ray.cancel(task, force=True)
-            looks[node] = [Look(f"could not be read within {ANSWER_S:g} s on")] * len(tokens)
+            silent[node] = f"could not be read within {ANSWER_S:g} s on"
         except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[0]
-            looks[node] = [Look(f"could not be looked at ({reason}) on")] * len(tokens)
-    return looks
+            silent[node] = f"could not be looked at ({str(error).strip().splitlines()[0]}) on"
+    return looks | {node: [Look(silent[node])] * len(tokens) for node in _still_alive(silent)}
+
+
+def _still_alive(nodes: Iterable[str]) -> set[str]:
+    """Those of the nodes that Ray does not declare dead within a while."""
+    left, end = set(nodes), time.monotonic() + DECLARED_S
+    while left and time.monotonic() < end:
+        left &= {n["NodeID"] for n in ray.nodes() if n["Alive"]}
+        time.sleep(min(0.5, DECLARED_S) if left else 0)
+    return left
 
 
 def on_node(node: str) -> NodeAffinitySchedulingStrategy:
