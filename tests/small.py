@@ -28,7 +28,8 @@ audit:
   rounds: 2
   probe: {samples: 40, class_samples: 20, noises: 12, loss_noises: 10, loss_images: 2, timesteps: 4, groups: 10}
   audit: {samples: 60, class_samples: 20, noises: 20, loss_noises: 20, loss_images: 2, timesteps: 4, membership_images: 30,
-          membership_noises: 2, membership_t: [50, 200],
+          membership_noises: 2, membership_t: [50, 200], recall_t: [100, 400], recall_noises: 3, recall_images: 6,
+          relearn_steps: [2],
           checks: [altered, classifier, denoising, fidelity, generation, loss, recall, reconstruction, relearning, rmia]}
   finalists: 1
   durability: {checks: [relearning, quantisation], noises: 12, relearn_steps: [2]}

@@ -29,18 +29,21 @@ PROCESSES = {"slot": "ray::Slot", "auditor": "ray::Auditor", "broker": "ray::Bro
 VICTIMS = (*PROCESSES, "trial function", "driver", "node")
 BETWEEN_S = {"audit": (1.0, 6.0), "attack": (0.5, 4.0)}  # seconds between kills; the other phases take longer
 OTHERWISE_S = (4.0, 12.0)
+MOST = {"start": 1, "prepare": 2}  # kills in a phase of one sweep, so that it gets to the next phase
+OTHERWISE = 4
 PATIENT = "audit.attempts=20"  # a process that dies by itself counts as an attempt
 
 
 @dataclass
 class Killer:
-    """Kills at random. done: (victim, phase) -> kills."""
+    """Kills at random. done: (victim, phase) -> kills in all sweeps."""
 
     made: Raylets
     folder: Path
     rng: random.Random
     process: psutil.Popen
-    done: Counter = field(default_factory=Counter)
+    done: Counter
+    here: Counter = field(default_factory=Counter)  # phase -> kills in this sweep
 
     def phase(self) -> str:
         said = log(self.folder).split("\x00")[-1]
@@ -65,11 +68,14 @@ class Killer:
                 return False
             self.rng.choice(processes).kill()
         self.done[victim, phase] += 1
+        self.here[phase] += 1
         return True
 
     def kill_one(self) -> str:
-        """Kills one of the kind that was killed least in this phase; returns the kind."""
+        """Kills one of the kind that was killed least in this phase; returns the kind, "" if this phase has had enough."""
         phase = self.phase()
+        if self.here[phase] >= MOST.get(phase, OTHERWISE):
+            return ""
         victims = sorted(VICTIMS, key=lambda victim: (self.done[victim, phase], self.rng.random()))
         return next(victim for victim in victims if self.kill(victim))
 
@@ -104,9 +110,9 @@ def test_whatever_is_killed_nothing_is_lost(tmp_path):
             killer = Killer(made, folder, rng, sweep(folder, made, PATIENT), done)
             while done.total() < KILLS and killer.process.poll() is None:
                 time.sleep(rng.uniform(*BETWEEN_S.get(killer.phase(), OTHERWISE_S)))
-                if killer.process.poll() is None:
-                    said = f"{done.total() + 1}: sweep {k}, {killer.phase()}: {killer.kill_one()} killed"
-                    print(said, flush=True)  # noqa: T201
+                phase = killer.phase()
+                if killer.process.poll() is None and (victim := killer.kill_one()):
+                    print(f"{done.total()}: sweep {k}, {phase}: {victim} killed", flush=True)  # noqa: T201
             check_whole(folder, killer.process)
         k += 1
     print(f"{k} sweeps, {done.total()} kills\n{table(done)}")  # noqa: T201
