@@ -136,11 +136,31 @@ def test_the_low_end_of_a_residue_holds_for_all_views_at_once():
     t = lambda tail: stats.t.isf(tail, 4)  # noqa: E731
     alone, error = apart(5.0)
     assert alone.residue_lo == pytest.approx(error * (5 - t(0.025)), abs=1e-5)
-    largest, error = apart(5.0, 0.0, 0.0)  # as by Bonferroni
-    assert largest.residue_lo == pytest.approx(error * (5 - t(0.025 / 3)), abs=1e-5)
+    largest, error = apart(5.5, 0.0, 0.0)  # as by Bonferroni, with half of the error
+    assert largest.residue_lo == pytest.approx(error * (5.5 - t(0.025 / 2 / 3)), abs=1e-5)
     assert apart(3.5, 0.0, 0.0)[0].residue_lo == 0
     assert apart(3.5, 3.5, 3.5)[0].residue_lo == pytest.approx(error * (3.5 - t(0.025)), abs=1e-5)  # together
     assert apart(-3.0, -5.0)[0].residue_lo == 0
+
+
+@pytest.mark.parametrize(("known", "least", "most"), [(0.0, 0.0, 0.05), (0.2, 0.8, 1.0)])
+def test_views_that_agree_a_little_are_told_by_their_mean(known, least, most):
+    """Four views whose oracles differ by a third of what the model knows, by 5 oracles."""
+    rng, names, flagged, alone = np.random.default_rng(3), [f"r.view{i}" for i in range(4)], 0, 0
+
+    def model(level, spread=0.0, distance=2.0):
+        values = {n: level + spread * rng.normal() for n in names} | {"f.frechet": distance, VALIDITY: 0.9}
+        return Measured(values, {k: np.full(10, v) for k, v in values.items()})
+
+    for _ in range(100):
+        oracles = tuple(model(0.0, 0.07) for _ in range(5))
+        anchors = Anchors(model(1.0), oracles, model(0.0, distance=32.0))
+        placed = objectives(model(known, 0.07), anchors, assess_views(anchors, names), "f.frechet", VALIDITY)
+        flagged += placed.residue_lo > 0
+        alone += min(t.comparison.p_at_most(0.0) for t in placed.residue_terms.values()) <= 0.025 / 4
+        assert placed.residue_lo <= placed.residue
+    assert least <= flagged / 100 <= most
+    assert not known or alone < flagged
 
 
 def test_the_noise_floor_places_each_oracle_by_the_others():

@@ -9,7 +9,9 @@ damage   the larger of log(F/F_oracles)/log(F_destroyed/F_oracles), with F the F
 
 Both are cut at 0. "The oracles" is the mean over retrained models, of F the geometric one. Retrained models differ, so an interval
 is that of the difference to one further oracle (`evaluators.oracles`), and ends where the cut does; its low end holds for all views
-at once. The unit of a view, the distance of base and oracles, is measured and taken as exact.
+at once. A model that knows a little shows a little in every view, which their mean tells sooner than any of them; the largest view
+is at least their mean, so what the mean is shown to exceed, the residue exceeds, too. The unit of a view, the distance of base and
+oracles, is measured and taken as exact.
 
 A view that an anchor lacks is left out, with the reason; without the anchors' quality and validity no model can be placed, and
 `Unmeasured` says what is missing and why.
@@ -60,12 +62,13 @@ class Placement:
 class Objectives(Placement):
     """A placement with what it is made of.
 
-    residue_terms, damage_terms: by metric, in units of the scales. uncut: (2,), residue and damage before the cut at 0; replicates
-    (groups, 2): the same without each group of units in turn.
+    residue_terms, damage_terms: by metric, in units of the scales; residue_mean: the mean of the residue's. uncut: (2,), residue and
+    damage before the cut at 0; replicates (groups, 2): the same without each group of units in turn.
     """
 
     uncut: np.ndarray
     replicates: np.ndarray
+    residue_mean: Term
     residue_terms: dict[str, Term] = field(default_factory=dict)
     damage_terms: dict[str, Term] = field(default_factory=dict)
 
@@ -113,6 +116,7 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
     for metric in metrics:
         residue[metric] = term(candidate, oracles, metric).scaled(1 / units.gaps[metric])
         damage[metric] = residue[metric].scaled(-units.reaches[metric])
+    mean = _mean_of_views(candidate, oracles, units.gaps)
     damage[quality] = term(candidate, oracles, quality, _log).scaled(1 / units.damage)
     replicates = np.array(
         [
@@ -123,7 +127,7 @@ def objectives(candidate: Measured, anchors: Anchors, views: Sequence[View], qua
         ]
     )
     whole = units.place(candidate.values, [o.values for o in oracles])
-    return _placed(residue, damage, quality, candidate.values[validity], replicates - whole)
+    return _placed(residue, mean, damage, quality, candidate.values[validity], replicates - whole)
 
 
 def mean_objectives(parts: Mapping[int, Objectives], rounds: int, quality: str) -> Objectives:
@@ -133,6 +137,7 @@ def mean_objectives(parts: Mapping[int, Objectives], rounds: int, quality: str) 
     """
     first, *_ = parts.values()
     residue = {m: mean_over_rounds([p.residue_terms[m] for p in parts.values()]) for m in first.residue_terms}
+    mean = mean_over_rounds([p.residue_mean for p in parts.values()])
     damage = {m: mean_over_rounds([p.damage_terms[m] for p in parts.values()]) for m in first.damage_terms}
     validity = float(np.mean([part.validity for part in parts.values()]))
     still = np.zeros_like(first.replicates)
@@ -140,7 +145,7 @@ def mean_objectives(parts: Mapping[int, Objectives], rounds: int, quality: str) 
         (parts[number].replicates - parts[number].uncut) / len(parts) if number in parts else still
         for number in range(1, rounds + 1)
     ]
-    return _placed(residue, damage, quality, validity, np.concatenate(deviations))
+    return _placed(residue, mean, damage, quality, validity, np.concatenate(deviations))
 
 
 def noise_floor(anchors: Anchors, views: Sequence[View], quality: str, validity: str) -> list[Objectives]:
@@ -167,15 +172,31 @@ def floor_in_words(oracles: Sequence[tuple[float, float]]) -> str:
     )
 
 
+def _mean_of_views(candidate: Measured, oracles: Sequence[Measured], gaps: Mapping[str, float]) -> Term:
+    """The mean over views of the model's and the oracles' values, each in its own unit. gaps: metric -> that unit."""
+    name, groups = "mean", min(m.groups for m in (candidate, *oracles))
+
+    def mean(of: Measured) -> Measured:
+        values = [of.values[metric] / gap for metric, gap in gaps.items()]
+        replicates = [of.replicates[metric][:groups] / gap for metric, gap in gaps.items()]
+        floor = np.linalg.norm([of.floors.get(metric, 0.0) / gap for metric, gap in gaps.items()]) / len(gaps)
+        return Measured(
+            {name: float(np.mean(values))}, {name: np.mean(replicates, axis=0)}, floors={name: float(floor)}
+        )
+
+    return term(mean(candidate), [mean(oracle) for oracle in oracles], name)
+
+
 def _placed(
     residue: dict[str, Term],
+    mean: Term,
     damage: dict[str, Term],
     quality: str,
     validity: float,
     deviations: np.ndarray,
 ) -> Objectives:
     """deviations: (groups, 2), of residue and damage without each group of units from those with all."""
-    left, lost = _largest(residue), _largest(damage, most={m: 1.0 for m in damage if m != quality})
+    left, lost = _largest(residue, mean), _largest(damage, most={m: 1.0 for m in damage if m != quality})
     beyond = max((t.comparison.difference for m, t in damage.items() if m != quality), default=0.0)
     uncut = np.array([left.uncut, lost.uncut])
     return Objectives(
@@ -193,6 +214,7 @@ def _placed(
         views={m: t.comparison.difference for m, t in residue.items()},
         uncut=uncut,
         replicates=uncut + deviations,
+        residue_mean=mean,
         residue_terms=residue,
         damage_terms=damage,
     )
@@ -209,11 +231,12 @@ class _Largest:
     upper: float
 
 
-def _largest(terms: Mapping[str, Term], most: Mapping[str, float] | None = None) -> _Largest:
-    """The largest term. most: value at which a term ends, by metric.
+def _largest(terms: Mapping[str, Term], mean: Term | None = None, most: Mapping[str, float] | None = None) -> _Largest:
+    """The largest term. mean: of the terms; most: value at which a term ends, by metric.
 
     Low end: the largest value that Simes' test, which several terms that lie a little apart can pass together, shows not all terms
-    to be under. High end and upper limit: the largest of the terms' own, since the truly largest term is one of them.
+    to be under; with the terms' mean, by Simes' test of that test and of the mean's own. High end and upper limit: the largest of the
+    terms' own, since the truly largest term is one of them.
     """
     ends, compared = [], []
     for metric, one in terms.items():
@@ -223,10 +246,10 @@ def _largest(terms: Mapping[str, Term], most: Mapping[str, float] | None = None)
         compared.append((comparison, cut))
     high, upper = (max(0.0, *(end[i] for end in ends)) for i in (1, 2))
     uncut, *_, se = max(ends)
-    return _Largest(uncut, se, _low_end(compared, uncut), high, upper)
+    return _Largest(uncut, se, _low_end(compared, uncut, None if mean is None else mean.comparison), high, upper)
 
 
-def _low_end(compared: Sequence[tuple[Comparison, float]], largest: float) -> float:
+def _low_end(compared: Sequence[tuple[Comparison, float]], largest: float, mean: Comparison | None) -> float:
     """The low end, cut at 0, of the largest of several comparisons, each with the value at which it ends, between 0 and `largest`."""
     from scipy import optimize, stats
 
@@ -234,7 +257,10 @@ def _low_end(compared: Sequence[tuple[Comparison, float]], largest: float) -> fl
 
     def excess(limit: float) -> float:
         p = [comparison.p_at_most(limit) if limit < cut else 1.0 for comparison, cut in compared]
-        return float(min(stats.false_discovery_control(p))) - tail
+        tests = [min(stats.false_discovery_control(p))]
+        if mean is not None:
+            tests.append(mean.p_at_most(limit))
+        return float(min(stats.false_discovery_control(tests))) - tail
 
     if largest <= 0 or excess(0.0) >= 0:
         return 0.0
