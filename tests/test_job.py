@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from small import SMALL
 from tiny import ROOT
 
@@ -33,7 +34,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """(environment, address of the jobs API) of a Ray head on loopback that asks for a token."""
+    """(environment, address of the jobs API, address of the cluster) of a Ray head on loopback that asks for a token."""
     folder = tmp_path_factory.mktemp("head")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "COV_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -63,7 +64,7 @@ def head(tmp_path_factory):
         code = 0
         pytest.fail((folder / "head.log").read_text())
     assert code == 401  # the API is up, and closed to requests without the token
-    yield env, address
+    yield env, address, f"127.0.0.1:{gcs}"
     family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     _, alive = psutil.wait_procs(family, timeout=10)
@@ -86,7 +87,7 @@ def shipped(tmp_path_factory) -> Path:
 
 
 def ray_job(head, *arguments: str, check: bool = True) -> str:
-    env, address = head
+    env, address, _ = head
     for _ in range(30):
         process = subprocess.run(
             ["ray", "job", arguments[0], "--address", address, *arguments[1:]],
@@ -139,6 +140,25 @@ def test_a_job_is_stopped_resumed_and_finished(head, shipped, cache, tmp_path_fa
     assert [t["state"] for t in trials] == ["COMPLETE"] * 5
     assert {p: p.stat().st_mtime_ns for p in cards} == cards
     assert (storage / "small" / "report.html").is_file()
+
+
+def test_a_cluster_of_another_version_is_refused_in_one_sentence(head, tmp_path):
+    env, _, cluster = head
+    code = "import ray; ray.__version__ = '2.0.0'; from raysweep.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", f"storage={tmp_path}"],
+        env=env | {"RAY_ADDRESS": cluster, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert f"RAY_ADDRESS={cluster}: this cluster has another Ray or Python than this process" in line
+    assert f"Ray: {ray.__version__}" in line
+    assert "Ray: 2.0.0" in line
+    assert "Traceback" not in done.stderr
 
 
 def test_a_wrong_config_fails_the_job_with_its_message(head, shipped, tmp_path):

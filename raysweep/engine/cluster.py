@@ -53,8 +53,8 @@ class Cluster:
 def connected(sweep: Sweep) -> Iterator[Cluster]:
     """Connects to the cluster of RAY_ADDRESS or of the submitting job, else starts a local Ray on loopback.
 
-    Raises ConfigError if no cluster answers at that address or this process is connected to one already, RunFailed if no local
-    Ray starts.
+    Raises ConfigError if no cluster answers at that address, it has another version of Ray or Python, or this process is connected
+    to one already, RunFailed if no local Ray starts.
     """
     if ray.is_initialized():
         raise ConfigError("this process is connected to Ray already: call ray.shutdown() before a run")
@@ -90,7 +90,10 @@ def _init(sweep: Sweep, missing: dict[str, str]) -> Any:
         # a submitted job ships its working directory; otherwise workers import from where this process does
         variables = missing if _in_job() else missing | {"PYTHONPATH": path}
         _reach(os.environ["RAY_ADDRESS"])
-        context = ray.init(address="auto", runtime_env={"env_vars": variables}, **options)
+        try:
+            context = ray.init(address="auto", runtime_env={"env_vars": variables}, **options)
+        except (RuntimeError, ValueError, ConnectionError) as error:
+            raise ConfigError(_refusal(os.environ["RAY_ADDRESS"], error)) from error
     else:
         try:
             folder = ray_folder()
@@ -115,6 +118,14 @@ def _init(sweep: Sweep, missing: dict[str, str]) -> Any:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)  # ray.init has put a handler in place that aborts the process
     return context
+
+
+def _refusal(address: str, error: Exception) -> str:
+    """Why a cluster takes no driver, in one sentence."""
+    reason = " ".join(str(error).split())
+    if not reason.startswith("Version mismatch"):
+        return f"RAY_ADDRESS={address}: no connection to this cluster: {reason}"
+    return f"RAY_ADDRESS={address}: this cluster has another Ray or Python than this process; install the same on both: {reason}"
 
 
 @contextlib.contextmanager
