@@ -53,13 +53,15 @@ class Pool:
     Args:
         kind: "points" or "class".
         oracles: number of oracles.
+        tiers: those to measure; without "durability" there is no verdict, and `judge` cannot be called.
     """
 
-    def __init__(self, kind: str, oracles: int):
-        self.kind = kind
+    def __init__(self, kind: str, oracles: int, tiers: Sequence[str] = TIERS):
+        self.kind, self.tiers = kind, tiers
         self.ground = Ground(*TASKS[kind], f"oracles={oracles}")
         self.oracles = [f"oracle-{k}" for k in range(oracles)]
         self._scores: dict[str, Measurements] = {}
+        self._measured_alone: dict[str, Measured] = {}
 
     def tier(self, name: str) -> Tier:
         """The default audit's tier with the checks of objectives, verdicts and the loss attack, on fixed seeds."""
@@ -74,14 +76,12 @@ class Pool:
         """The scores of an anchor, or of the model that `make` makes, by tier; measured at the first call, then read."""
         if name not in self._scores:
             file = RESULTS / f"pool-{self.kind}" / f"{name}.npz"
-            if not file.is_file():
+            parts = self._read(file) if file.is_file() else {}
+            missing = [tier for tier in self.tiers if tier not in parts]
+            if missing:
                 model = self.ground.model(name) if make is None else make()
-                self._save(file, {tier: self._measured(model, tier) for tier in TIERS})
-            with np.load(file, allow_pickle=False) as stored:
-                parts: Measurements = {tier: {} for tier in TIERS}
-                for key in stored.files:
-                    tier, _, score = key.partition("/")
-                    parts[tier][score] = stored[key]
+                parts |= {tier: self._measured(model, tier) for tier in missing}
+                self._save(file, parts)
             self._scores[name] = parts
         return self._scores[name]
 
@@ -96,9 +96,7 @@ class Pool:
         task, own = self.ground.task, self.measured(name, "audit", oracles)
         others = [self.measured(o, "audit", [p for p in oracles if p != o]) for o in oracles]
         base, destroyed = (self.measured(anchor, "audit", oracles) for anchor in ("base", "destroyed"))
-        anchors = Anchors(base, tuple(others), destroyed)
-        views = assess_views(anchors, task.views)
-        place = objectives(own, anchors, views, task.quality, task.validity)
+        place, views = self._placed(own, Anchors(base, tuple(others), destroyed))
         differences = {}
         for metric in own.values:
             if all(metric in other.values for other in others) and not metric.startswith("loss."):
@@ -108,6 +106,22 @@ class Pool:
                 differences[f"{row.check}.gap"] = (row.lo, row.hi)
         validity = float(np.mean([other.values[task.validity] for other in others]))
         return Judgement(place, views, self._verdict(name, oracles, own.values[task.validity], validity), differences)
+
+    def place(self, name: str, oracles: Sequence[str]) -> Objectives:
+        """Residue and damage of a model, whose scores are known, by some oracles; raises Unmeasured if these cannot fix the scales."""
+        own, base, destroyed, *others = (self._alone(n) for n in (name, "base", "destroyed", *oracles))
+        return self._placed(own, Anchors(base, tuple(others), destroyed))[0]
+
+    def _placed(self, own: Measured, anchors: Anchors) -> tuple[Objectives, list[View]]:
+        task = self.ground.task
+        views = assess_views(anchors, task.views)
+        return objectives(own, anchors, views, task.quality, task.validity), views
+
+    def _alone(self, name: str) -> Measured:
+        """What the objectives take of a model: nothing of it depends on the oracles beside it."""
+        if name not in self._measured_alone:
+            self._measured_alone[name] = self.measured(name, "audit", [])
+        return self._measured_alone[name]
 
     def measured(self, name: str, tier: str, oracles: Sequence[str]) -> Measured:
         """The values of a model as objectives take them."""
@@ -156,6 +170,15 @@ class Pool:
         if failed:
             raise Unmeasured("; ".join(failed))
         return result.scores
+
+    @staticmethod
+    def _read(file: Path) -> Measurements:
+        parts: Measurements = {}
+        with np.load(file, allow_pickle=False) as stored:
+            for key in stored.files:
+                tier, _, score = key.partition("/")
+                parts.setdefault(tier, {})[score] = stored[key]
+        return parts
 
     @staticmethod
     def _save(file: Path, parts: Mapping[str, Mapping[str, np.ndarray]]) -> None:

@@ -2,12 +2,14 @@
 
     python benchmarks/power.py points               # forget a memorised picture
     python benchmarks/power.py class
+    python benchmarks/power.py class --oracles 12 --copies 5 --residue 40 --kinds "alpha = 0.2"
 
 Candidates: networks that answer with a mixture of the base (share alpha) and of an oracle; that are the base below step 100, below 300 or
 above 600 of 1,000 and an oracle elsewhere; and, for the picture, models trained on its mirror image, its negative, a shift, a crop, and
 on a blend of it with a digit. Each is judged by disjoint sets of 3 and of 5 oracles, without the one that it is made of. "Residue": its
 95 % interval excludes 0; "verdict": the verdict accuses. Goal: alpha = 0.2 is flagged by either in at least 80 % with 5 oracles.
-Candidates of alpha 0 are true oracles. Models and scores are kept in `benchmarks/results/`, and shared with `null.py`.
+Candidates of alpha 0 are true oracles. With `--residue`, the residue alone, which needs no attacks, by that many random sets of oracles for
+each candidate, and as many for each oracle by the others. Models and scores are kept in `benchmarks/results/`, and shared with `null.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 from ground import machine, save_lines
 from null import FLAGGED
-from pool import Judgement, Mixture, Pool
+from pool import TIERS, Judgement, Mixture, Pool
 from unlearning import RESULTS
 
 from evaluators.altered import ALTERATIONS
@@ -128,6 +131,40 @@ def line(pool: Pool, kind: str, models: Sequence[Candidate], sizes: Sequence[int
     return f"| {kind} | " + " | ".join(cells) + " |"
 
 
+def by_residue(pool: Pool, kind: str, models: Sequence[tuple[str, str]], sizes: Sequence[int], sets: int) -> str:
+    """Markdown: the share that the residue flags, and its mean, by random sets of oracles. models: (name, what it is made of)."""
+    draws, cells = random.Random(0), []
+    for size in sizes:
+        flags, residues = [], []
+        for name, of in models:
+            others = [o for o in pool.oracles if o not in (name, of)]
+            for _ in range(sets):
+                try:
+                    place = pool.place(name, draws.sample(others, size))
+                except Unmeasured as error:
+                    print(f"{name}: {error}")
+                    continue
+                flags.append(place.residue_lo > 0)
+                residues.append(place.residue)
+        by_model = np.mean(np.reshape(flags, (len(models), -1)), axis=1) if len(flags) == len(models) * sets else []
+        spread = f" ({min(by_model):.2f} to {max(by_model):.2f})" if len(by_model) else ""
+        cells += [f"{np.mean(flags):.3f}{spread}", f"{np.mean(residues):.2f}"]
+    return f"| {kind} | {len(models)} | " + " | ".join(cells) + " |"
+
+
+def residue_table(pool: Pool, args: argparse.Namespace) -> list[str]:
+    """The lines of the table of the residue alone."""
+    titles = [f"{title}, {size} oracles" for size in args.anchors for title in ("flagged (by model)", "mean residue")]
+    lines = ["| candidate | models | " + " | ".join(titles) + " |", "|---" * (len(titles) + 2) + "|"]
+    lines.append(by_residue(pool, "a further oracle", [(o, o) for o in pool.oracles], args.anchors, args.residue))
+    for kind, models in candidates(pool, args.copies):
+        if kind in args.kinds or not args.kinds:
+            for model in models:
+                pool.scores(model.name, model.make)
+            lines.append(by_residue(pool, kind, [(m.name, m.of) for m in models], args.anchors, args.residue))
+    return lines
+
+
 def main() -> None:
     """Makes and measures the models that are missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,9 +172,14 @@ def main() -> None:
     parser.add_argument("--oracles", type=int, default=13)
     parser.add_argument("--copies", type=int, default=3, help="candidates of each kind")
     parser.add_argument("--anchors", type=int, nargs="+", default=[3, 5], help="oracles in a judgement")
+    parser.add_argument("--residue", type=int, help="random sets of oracles for each model; no verdicts")
+    parser.add_argument("--kinds", nargs="+", default=[], help="with --residue: kinds of candidates, all by default")
     args = parser.parse_args()
-    pool = Pool(args.kind, args.oracles)
+    pool = Pool(args.kind, args.oracles, ("audit",) if args.residue else TIERS)
     pool.measure_anchors()
+    if args.residue:
+        print("\n".join(residue_table(pool, args)))
+        return
     head = ["residue", "verdict", "either", "mean residue"]
     titles = [f"{title}, {size} oracles" for size in args.anchors for title in head]
     lines = ["| candidate | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]

@@ -11,6 +11,11 @@ measure them on two slow cores, of a desk as 200 tasks per second allow.
 A quarter of the nodes audits. Nodes are lost at a constant rate (exponential lifetimes). Until Ray declares the loss nobody knows of it; then
 the node's tasks go to other workers, jobs continue from their last checkpoint, and audits start again. A replacement joins later, and
 its workers need time to start.
+
+    python benchmarks/simulation.py --check      # the same sweeps simulated and run
+
+Checked is what two cores can run: 4 slots and 4 auditors that sleep, with the real searcher, Tune, desks and trial functions. Twice the
+lengths of trials decide, and once Tune's loop does, since its trials are shorter than it needs to start them.
 """
 
 from __future__ import annotations
@@ -36,10 +41,10 @@ from raysweep.search.searcher import FINAL, ParetoSearch
 from raysweep.search.window import resolve_window
 
 METHODS = ("rgd", "siss")
-GPUS = 8
 OPTIONS = {  # name -> (default, what it is)
     "trials": (10_000, "number of trials"),
-    "nodes": (125, "nodes with 8 GPUs each"),
+    "nodes": (125, "nodes"),
+    "gpus": (8, "GPUs of a node"),
     "train-s": (600.0, "mean seconds of training of a trial"),
     "probe-s": (90.0, "mean seconds of a probe"),
     "cv": (0.8, "coefficient of variation of both, which are lognormal"),
@@ -88,19 +93,21 @@ class Simulation:
     """One simulated sweep."""
 
     def __init__(self, options: dict[str, float], folder: Path, seed: int):
-        self.o, self.draws = options, np.random.default_rng(seed)
+        self.o, self.draws, self.values = options, np.random.default_rng(seed), np.random.default_rng(seed + 1)
         self.now, self.events, self.order = 0.0, [], count()
         self.tune = Server()
         nodes, trials = int(options["nodes"]), int(options["trials"])
         auditing = max(1, nodes // 4)
         self.pools = {"train": Pool(Server()), "audit": Pool(Server())}
-        self.slots, self.auditors = (nodes - auditing) * GPUS, auditing * GPUS
+        self.gpus = int(options["gpus"])
+        self.slots, self.auditors = (nodes - auditing) * self.gpus, auditing * self.gpus
         self.concurrent = self.slots + self.auditors + 1
         self.window = resolve_window(SearchConfig(trials=trials), self.concurrent)
         self.search = ParetoSearch(
             folder / "study.journal", "simulation", [spaces.load(m) for m in METHODS], trials, self.window, 0, "random"
         )
         self.in_flight, self.starting, self.ended, self.losses = 0, False, 0, 0
+        self.endings: list[float] = []
         for node in range(nodes):
             self.join(f"node-{node}", "train" if node >= auditing else "audit")
 
@@ -111,25 +118,29 @@ class Simulation:
         sigma = np.log(1 + self.o["cv"] ** 2) ** 0.5
         return float(self.draws.lognormal(np.log(mean) - sigma**2 / 2, sigma))
 
+    def lengths(self) -> tuple[float, float]:
+        """Seconds of training and of the probe of the next trial."""
+        return self.length(self.o["train-s"]), self.length(self.o["probe-s"])
+
     # nodes
     def join(self, node: str, kind: str) -> None:
         self.at(self.now + self.o["start-s"], self.ready, node, kind)
 
     def ready(self, node: str, kind: str) -> None:
-        pool, workers = self.pools[kind], [f"{node}/{k}" for k in range(GPUS)]
+        pool, workers = self.pools[kind], [f"{node}/{k}" for k in range(self.gpus)]
         pool.alive |= set(workers)
         pool.idle += workers
-        pool.available -= self.now * GPUS
+        pool.available -= self.now * self.gpus
         if self.o["losses"]:
             self.at(self.now + self.draws.exponential(3600 / self.o["losses"]), self.vanish, node, kind)
         self.work(kind)
 
     def vanish(self, node: str, kind: str) -> None:
         """Takes a node away; nobody knows of it yet."""
-        pool, workers = self.pools[kind], {f"{node}/{k}" for k in range(GPUS)}
+        pool, workers = self.pools[kind], {f"{node}/{k}" for k in range(self.gpus)}
         self.losses += 1
         pool.alive -= workers
-        pool.available += self.now * GPUS
+        pool.available += self.now * self.gpus
         pool.idle = [w for w in pool.idle if w not in workers]
         self.at(self.now + self.o["declared-s"], self.declare, workers, self.now, kind)
         self.at(self.now + self.o["replaced-s"], self.join, f"{node}'", kind)
@@ -157,8 +168,7 @@ class Simulation:
             return
         self.in_flight += 1
         self.starting = True
-        self.pools["train"].left[name] = self.length(self.o["train-s"])
-        self.pools["audit"].left[name] = self.length(self.o["probe-s"])
+        self.pools["train"].left[name], self.pools["audit"].left[name] = self.lengths()
         self.at(self.tune.serve(self.now, self.per_trial() / 2), self.started, name)
 
     def per_trial(self) -> float:
@@ -202,10 +212,11 @@ class Simulation:
             self.at(self.tune.serve(self.now, self.per_trial() / 2), self.completed, name)
 
     def completed(self, name: str) -> None:
-        residue, damage = self.draws.random(2)
+        residue, damage = self.values.random(2)
         self.search.on_trial_complete(name, {"residue": residue, "damage": damage, FINAL: True})
         self.in_flight -= 1
         self.ended += 1
+        self.endings.append(self.now)
         self.fill()
 
     def run(self) -> dict[str, Any]:
@@ -252,8 +263,14 @@ def main() -> None:
     for name, (default, what) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=what)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--check", action="store_true", help="compare with real runs")
     options = {name.replace("_", "-"): value for name, value in vars(parser.parse_args()).items()}
     seeds, results, started = options.pop("seeds"), [], time.perf_counter()
+    if options.pop("check"):
+        from simulation_check import checked
+
+        print(json.dumps(checked(options, seeds) | {"machine": machine()}, indent=1))
+        return
     for seed in range(seeds):
         with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
             results.append(Simulation(options, Path(folder), seed).run())

@@ -136,10 +136,10 @@ def test_the_low_end_of_a_residue_holds_for_all_views_at_once():
     t = lambda tail: stats.t.isf(tail, 4)  # noqa: E731
     alone, error = apart(5.0)
     assert alone.residue_lo == pytest.approx(error * (5 - t(0.025)), abs=1e-5)
-    largest, error = apart(5.5, 0.0, 0.0)  # as by Bonferroni, with half of the error
-    assert largest.residue_lo == pytest.approx(error * (5.5 - t(0.025 / 2 / 3)), abs=1e-5)
+    largest, error = apart(6.5, 0.0, 0.0)  # as by Bonferroni, with a quarter of the error
+    assert largest.residue_lo == pytest.approx(error * (6.5 - t(0.025 / 4 / 3)), abs=1e-5)
     assert apart(3.5, 0.0, 0.0)[0].residue_lo == 0
-    assert apart(3.5, 3.5, 3.5)[0].residue_lo == pytest.approx(error * (3.5 - t(0.025)), abs=1e-5)  # together
+    assert apart(3.5, 3.5, 3.5)[0].residue_lo == pytest.approx(error * (3.5 - t(0.75 * 0.025)), abs=1e-5)  # together
     assert apart(-3.0, -5.0)[0].residue_lo == 0
 
 

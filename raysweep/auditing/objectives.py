@@ -33,6 +33,7 @@ from raysweep.auditing.terms import Measured, Term, mean_over_rounds, term
 from raysweep.settings import ORACLES
 
 TINY = 1e-12  # of a Frechet distance, whose logarithm is taken
+MEAN_SHARE = 0.75  # of the error of a low end for the mean of the views; benchmarks/power.py shows what it gives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +236,8 @@ def _largest(terms: Mapping[str, Term], mean: Term | None = None, most: Mapping[
     """The largest term. mean: of the terms; most: value at which a term ends, by metric.
 
     Low end: the largest value that Simes' test, which several terms that lie a little apart can pass together, shows not all terms
-    to be under; with the terms' mean, by Simes' test of that test and of the mean's own. High end and upper limit: the largest of the
-    terms' own, since the truly largest term is one of them.
+    to be under; with the mean of several terms, by the weighted test of Simes' test and of the mean's own (Genovese, Roeder and
+    Wasserman, 2006). High end and upper limit: the largest of the terms' own, since the truly largest term is one of them.
     """
     ends, compared = [], []
     for metric, one in terms.items():
@@ -246,7 +247,9 @@ def _largest(terms: Mapping[str, Term], mean: Term | None = None, most: Mapping[
         compared.append((comparison, cut))
     high, upper = (max(0.0, *(end[i] for end in ends)) for i in (1, 2))
     uncut, *_, se = max(ends)
-    return _Largest(uncut, se, _low_end(compared, uncut, None if mean is None else mean.comparison), high, upper)
+    return _Largest(
+        uncut, se, _low_end(compared, uncut, mean.comparison if mean and len(terms) > 1 else None), high, upper
+    )
 
 
 def _low_end(compared: Sequence[tuple[Comparison, float]], largest: float, mean: Comparison | None) -> float:
@@ -257,10 +260,11 @@ def _low_end(compared: Sequence[tuple[Comparison, float]], largest: float, mean:
 
     def excess(limit: float) -> float:
         p = [comparison.p_at_most(limit) if limit < cut else 1.0 for comparison, cut in compared]
-        tests = [min(stats.false_discovery_control(p))]
-        if mean is not None:
-            tests.append(mean.p_at_most(limit))
-        return float(min(stats.false_discovery_control(tests))) - tail
+        single = float(min(stats.false_discovery_control(p)))
+        if mean is None:
+            return single - tail
+        weighted = [single / (1 - MEAN_SHARE) / 2, mean.p_at_most(limit) / MEAN_SHARE / 2]
+        return float(min(stats.false_discovery_control(np.minimum(1, weighted)))) - tail
 
     if largest <= 0 or excess(0.0) >= 0:
         return 0.0

@@ -1,0 +1,168 @@
+"""Real sweeps of trials that sleep, to compare `simulation.py` with: the searcher, Tune, both desks and their workers are the run's own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+from ray import tune
+from ray.actor import ActorHandle
+from simulation import METHODS, Simulation
+
+from raysweep.auditing.manager import AuditManager
+from raysweep.config.sections import SearchConfig
+from raysweep.dispatch.holder import Holder
+from raysweep.engine.cluster import ENVIRONMENT
+from raysweep.search import spaces
+from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.window import resolve_window
+from raysweep.train.broker import NAMESPACE, Broker
+from raysweep.train.jobs import Job, Outcome
+
+WARM = 40  # trials without a length, in which processes start
+CASES = {"lengths decide": (6.0, 0.9, 80), "Tune's loop decides": (0.2, 0.03, 300)}  # (train, probe, trials)
+AUDIT: dict[str, Any] = {"status": "ok", "reason": "", "seconds": 0.0, "images": 1, "failed": [], "limit": ""}
+
+
+class Short(Simulation):
+    """A simulation whose first trials have no length."""
+
+    def __init__(self, *arguments: Any):
+        self.made: list[tuple[float, float]] = []  # by place
+        super().__init__(*arguments)
+
+    def lengths(self) -> tuple[float, float]:
+        self.made.append((0.0, 0.0) if len(self.made) < WARM else super().lengths())
+        return self.made[-1]
+
+
+@ray.remote(num_cpus=0)
+class Sleepers:
+    """Workers that sleep for as long as their task says."""
+
+    def serve(self, desk: ActorHandle, name: str, workers: int, outcome: Any) -> float:
+        """Works until the desk closes; returns the seconds slept."""
+        slept: list[float] = []
+
+        def work(worker: str) -> None:
+            holder: Holder[Any, Any] = Holder(desk, worker)
+            while (task := holder.next()) is not None:
+                seconds = task.hyperparameters["seconds"]
+                time.sleep(seconds)
+                slept.append(seconds)
+                holder.finish(outcome)
+
+        threads = [threading.Thread(target=work, args=(f"{name}-{k}",)) for k in range(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(slept)
+
+
+def real(lengths: list[tuple[float, float]], slots: int, auditors: int) -> tuple[float, float]:
+    """(seconds after the first trials had ended, share of the slots' time in which they slept) of a real sweep."""
+
+    def trial(
+        config: dict[str, Any],
+    ) -> None:  # in here, so that its process does not import this module, and torch with it
+        train, probe = config["lengths"][config["place"]]
+        name = config["trial"]
+        ray.get(config["broker"].submit.remote(name, Job(name, "train", "m", {"seconds": train}, 0, "t", "b", name)))
+        audit = SimpleNamespace(tier_name="probe", hyperparameters={"seconds": probe})
+        ray.get(config["manager"].submit.remote(name, audit))
+        tune.report({"residue": train % 1, "damage": probe % 1, FINAL: True})
+
+    with tempfile.TemporaryDirectory() as folder:
+        broker, manager = Broker.remote(), AuditManager.remote(folder, 3)
+        services = [
+            Sleepers.remote().serve.remote(desk, f"{desk_name}{k}", count // 2, outcome)
+            for desk_name, desk, count, outcome in (
+                ("slot", broker, slots, Outcome("ok")),
+                ("auditor", manager, auditors, AUDIT),
+            )
+            for k in range(2)
+        ]
+        concurrent, trials = slots + auditors + 1, len(lengths)
+        window = resolve_window(SearchConfig(trials=trials), concurrent)
+        search = ParetoSearch(
+            Path(folder) / "study.journal",
+            "check",
+            [spaces.load(m) for m in METHODS],
+            trials,
+            window,
+            0,
+            "random",
+            most=lambda: concurrent,
+        )
+        ended: list[float] = []
+
+        class Ends(tune.Callback):
+            def on_trial_complete(self, *_: Any, **__: Any) -> None:
+                ended.append(time.perf_counter())
+
+        tune.Tuner(
+            tune.with_resources(trial, {"cpu": 0, "trial_slot": 1}),
+            param_space={"broker": broker, "manager": manager, "lengths": lengths},
+            tune_config=tune.TuneConfig(search_alg=search, num_samples=trials, reuse_actors=True),
+            run_config=tune.RunConfig(name="search", storage_path=f"{folder}/tune", verbose=0, callbacks=[Ends()]),
+        ).fit()
+        ray.get([broker.close.remote(), manager.close.remote()])
+        slept = sum(ray.get(services)[:2])
+        for actor in (broker, manager):
+            ray.kill(actor)
+    seconds = ended[-1] - ended[WARM - 1]
+    return seconds, slept / (slots * seconds)
+
+
+def checked(options: dict[str, Any], seeds: int) -> dict[str, Any]:
+    """Each case simulated and run, for each seed."""
+    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+    root = str(Path(__file__).resolve().parents[1])
+    paths = os.pathsep.join([root, f"{root}/benchmarks"])
+    ray.init(
+        address="local",
+        resources={"trial_slot": 1000},
+        log_to_driver=False,
+        logging_level="ERROR",
+        namespace=NAMESPACE,
+        include_dashboard=False,
+        runtime_env={"env_vars": ENVIRONMENT | {"PYTHONPATH": paths}},
+    )
+    rows = []
+    for case, (train_s, probe_s, trials) in CASES.items():
+        for seed in range(seeds):
+            of_case = options | {
+                "nodes": 2,
+                "gpus": 4,
+                "losses": 0.0,
+                "start-s": 0.0,
+                "train-s": train_s,
+                "probe-s": probe_s,
+            }
+            with tempfile.TemporaryDirectory() as folder:
+                simulation = Short(of_case | {"trials": trials + WARM}, Path(folder), seed)
+                simulation.run()
+            simulated = simulation.endings[-1] - simulation.endings[WARM - 1]
+            busy = simulation.pools["train"].busy / (simulation.slots * simulated)
+            seconds, slept = real(simulation.made, simulation.slots, simulation.auditors)
+            rows.append(
+                {
+                    "case": case,
+                    "seed": seed,
+                    "trials": trials,
+                    "simulated_s": round(simulated, 1),
+                    "real_s": round(seconds, 1),
+                    "simulated_busy": round(busy, 3),
+                    "real_busy": round(slept, 3),
+                }
+            )
+            print(rows[-1], flush=True)
+    ray.shutdown()
+    return {"options": {k: options[k] for k in ("cv", "tune-ms", "search-ms", "desk-ms")}, "rows": rows}
