@@ -7,7 +7,7 @@ Oracles are retrained from different seeds, and each is judged by disjoint sets 
 statement of raysweep. A statement at 95 % may be wrong in 5 %; the goal is at most 8 %. Rates come with the exact 95 % interval of a
 share; judgements share models, so true intervals are wider. A rate above the goal therefore comes with its probability by chance: how
 often a metric whose oracles are normally distributed, for which 5 % is exact, gives at least this rate in the same judgements. Scores
-per sample are kept in `benchmarks/results/`.
+per sample are kept in `benchmarks/results/`. `--without-attacks` leaves out the verdicts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from ground import machine, save_lines
-from pool import Judgement, Pool
+from pool import TIERS, Judgement, Pool
 from scipy import stats
 from unlearning import RESULTS
 
@@ -64,7 +64,7 @@ def statements(judged: Sequence[Judgement]) -> dict[str, list[bool]]:
     kinds = {
         "the 95 % interval of the residue excludes 0": [j.place.residue_lo > 0 for j in judged],
         "the 95 % interval of the damage excludes 0": [j.place.damage_lo > 0 for j in judged],
-        "the verdict accuses": [j.verdict.label in FLAGGED for j in judged],
+        "the verdict accuses": [j.verdict.label in FLAGGED for j in judged if j.verdict is not None],
         "an error of the residue is 0": [j.place.residue_se == 0 for j in judged],
     }
     for metric in sorted({m for j in judged for m in j.differences}):
@@ -87,11 +87,12 @@ def table(pool: Pool, sizes: Sequence[int]) -> str:
     for size, judged in columns.items():
         floor = [[j.place.residue, j.place.damage] for j in judged]
         residue, damage = np.quantile(floor, 0.95, axis=0)
-        labels = Counter(j.verdict.label for j in judged)
+        labels = Counter(j.verdict.label for j in judged if j.verdict is not None)
+        said = "; verdicts: " + ", ".join(f"{label} {n}" for label, n in labels.most_common()) if labels else ""
         lines.append("")
         lines.append(
             f"{size} anchors, {len(judged)} judgements of {len(pool.oracles)} oracles: 95 % of them have residue up to {residue:.3f} and "
-            f"damage up to {damage:.3f}; verdicts: {', '.join(f'{label} {n}' for label, n in labels.most_common())}."
+            f"damage up to {damage:.3f}{said}."
         )
     return "\n".join(lines)
 
@@ -110,8 +111,9 @@ def main() -> None:
     parser.add_argument("kind", choices=("class", "points"))
     parser.add_argument("--oracles", type=int, default=13, help="oracles that are trained, each judged by the others")
     parser.add_argument("--anchors", type=int, nargs="+", default=[3, 5], help="oracles in a judgement")
+    parser.add_argument("--without-attacks", action="store_true", help="no verdicts")
     args = parser.parse_args()
-    pool = Pool(args.kind, args.oracles)
+    pool = Pool(args.kind, args.oracles, ("audit",) if args.without_attacks else TIERS)
     pool.measure_anchors()
     text = table(pool, args.anchors)
     print(text)

@@ -39,11 +39,14 @@ Measurements = dict[str, dict[str, np.ndarray]]  # tier -> "check.score" -> arra
 
 @dataclass(frozen=True)
 class Judgement:
-    """What raysweep says of a model by some oracles. differences: metric -> 95 % interval of the difference to the oracles."""
+    """What raysweep says of a model by some oracles.
+
+    verdict: None if the attacks were not measured; differences: metric -> 95 % interval of the difference to the oracles.
+    """
 
     place: Objectives
     views: list[View]
-    verdict: Verdict
+    verdict: Verdict | None
     differences: dict[str, tuple[float, float]]
 
 
@@ -53,7 +56,7 @@ class Pool:
     Args:
         kind: "points" or "class".
         oracles: number of oracles.
-        tiers: those to measure; without "durability" there is no verdict, and `judge` cannot be called.
+        tiers: those to measure; without "durability", of the attacks, there are no verdicts.
     """
 
     def __init__(self, kind: str, oracles: int, tiers: Sequence[str] = TIERS):
@@ -105,7 +108,9 @@ class Pool:
             if row.name == "gap" and row.lo is not None and row.hi is not None:
                 differences[f"{row.check}.gap"] = (row.lo, row.hi)
         validity = float(np.mean([other.values[task.validity] for other in others]))
-        return Judgement(place, views, self._verdict(name, oracles, own.values[task.validity], validity), differences)
+        attacked = "durability" in self.tiers
+        said = self._verdict(name, oracles, own.values[task.validity], validity) if attacked else None
+        return Judgement(place, views, said, differences)
 
     def place(self, name: str, oracles: Sequence[str]) -> Objectives:
         """Residue and damage of a model, whose scores are known, by some oracles; raises Unmeasured if these cannot fix the scales."""

@@ -121,7 +121,7 @@ def line(pool: Pool, kind: str, models: Sequence[Candidate], sizes: Sequence[int
     for size in sizes:
         judgements = [judgement for model in models for judgement in judged(pool, model, size)]
         residue = np.array([j.place.residue_lo > 0 for j in judgements])
-        accused = np.array([j.verdict.label in FLAGGED for j in judgements])
+        accused = np.array([j.verdict is not None and j.verdict.label in FLAGGED for j in judgements])
         either = residue | accused
         low, high = clopper_pearson(int(either.sum()), len(either))
         missed = kind == f"alpha = {GOAL_ALPHA:g}" and size == 5 and either.mean() < GOAL
