@@ -123,8 +123,8 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
     """The lines of a preset's dry run: (topic, text)."""
     network = footprint.of(about.network)
     spaces = [load_space(name, sweep.spaces.get(name), images_task(sweep).kind) for name in sweep.methods]
-    cluster = cluster_file()
-    plan = make_plan(expected_nodes(sweep) or nodes_of_file(cluster), sweep)
+    expected, file = expected_nodes(sweep), cluster_file()
+    plan = make_plan(expected or nodes_of_file(file), sweep)
     cost, search = forecast(sweep, network, spaces), timeline(sweep, network, spaces, plan)
     share = sweep.search.trials // len(sweep.methods)
     training = _hours(cost.training) if cost.training else "are given"
@@ -134,7 +134,7 @@ def describe(sweep: Sweep, about: presets.About) -> list[tuple[str, str]]:
         *(("protocol", line) for line in about.protocol),
         *(("differs", line) for line in about.differs),
         ("search", f"{sweep.search.trials} trials: {share} each of {', '.join(sweep.methods)}; {sweep.search.sampler}"),
-        ("cluster", f"{cluster}: {plan.describe()}"),
+        ("cluster", f"{'resources.expect' if expected else file}: {plan.describe()}"),
         ("slots", in_words(sweep, plan, search)),
         ("network", f"{network.parameters / 1e6:.1f} M weights, {network.flops / 1e9:.3g} GFLOP per image and pass"),
         (
