@@ -117,6 +117,8 @@ def main() -> None:
     pool.measure_anchors()
     text = table(pool, args.anchors)
     print(text)
+    if args.without_attacks:
+        return
     RESULTS.mkdir(exist_ok=True)
     save_lines(RESULTS / f"null-{args.kind}.md", [json.dumps(machine()), "", text])
 

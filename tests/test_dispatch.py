@@ -8,7 +8,7 @@ import random
 import pytest
 
 from raysweep.dispatch import desk as desk_module
-from raysweep.dispatch.desk import Assignment, Desk
+from raysweep.dispatch.desk import Assignment, Closed, Desk
 from raysweep.dispatch.leases import Leases
 
 
@@ -196,6 +196,59 @@ def test_a_worker_that_died_while_it_waited_gets_no_task(how):
         assert await asyncio.wait_for(dead, 5) == "stop"
         await desk.finish("w2" if how == "forgotten" else "w1", "a", given.token, "done")
         assert await caller == "done"
+
+    play(story())
+
+
+def test_a_call_that_arrives_after_its_worker_was_forgotten_gets_no_task():
+    async def story():
+        desk = Errands(3)
+        await desk.forget(["w1"])
+        caller = asyncio.ensure_future(desk.submit("a", "t"))
+        assert await desk.next("w1", "n", True) == "stop"
+        assert desk.nodes == {}
+        given = await desk.next("w2", "n", True)
+        await desk.finish("w2", "a", given.token, "done")
+        assert await caller == "done"
+
+    play(story())
+
+
+def test_a_task_counts_as_an_attempt_only_if_its_worker_had_begun_it():
+    async def story():
+        desk = Errands(1)
+        caller = asyncio.ensure_future(desk.submit("a", "t"))
+        await desk.next("w1", "n", True)  # the answer reaches nobody
+        await desk.forget(["w1"], died=True)
+        given = await desk.next("w2", "n", True)
+        await desk.beat("w2", "a", given.token)
+        await desk.forget(["w2"], died=True)
+        assert "died" in await asyncio.wait_for(caller, 5)
+
+    play(story())
+
+
+def test_workers_on_barred_nodes_get_no_task_and_keep_it_from_nobody():
+    async def story():
+        desk = Errands(3)
+        await desk.bar(["bad"])
+        barred = [asyncio.ensure_future(desk.next(f"b{k}", "bad", True)) for k in range(2)]
+        before = asyncio.ensure_future(desk.next("w1", "late", True))
+        await soon()
+        await desk.bar(["bad", "late"])  # w1 asked before its node was barred
+        other = asyncio.ensure_future(desk.next("w2", "good", True))
+        await soon()
+        callers = [asyncio.ensure_future(desk.submit("a", "t"))]
+        assert (await asyncio.wait_for(other, 5)).key == "a"
+        callers.append(asyncio.ensure_future(desk.submit("b", "t")))
+        await soon()
+        assert not any(call.done() for call in (*barred, before))
+        await desk.bar([])
+        await asyncio.wait([*barred, before], timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        assert [call.result().key for call in (*barred, before) if call.done()] == ["b"]
+        await desk.close()
+        await asyncio.wait(callers)
+        assert all(isinstance(caller.exception(), Closed) for caller in callers)
 
     play(story())
 

@@ -92,7 +92,7 @@ def warm(folder):
     scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
 
     def hire(name, role):
-        slot = Slot.options(**slot_options(scaling)).remote()
+        slot = Slot.options(**slot_options(scaling, {})).remote()
         return slot, slot.serve.remote(broker, name, scaling, str(folder / "train"))
 
     executor = Warm(broker)

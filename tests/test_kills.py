@@ -1,6 +1,7 @@
 """The kill matrix: while a sweep runs on real raylets, processes and nodes are killed at random times in each of its phases.
 
     KILLS=100 pytest -m cluster tests/test_kills.py -s        # about half a minute per kill on two cores
+    KILLS=20 KILL_PHASES=attack pytest -m cluster tests/test_kills.py -s     # only in the attacks
 
 Killed is what was killed least in the phase so far, of what there is. Each sweep must end with every trial complete, none done
 twice and no audit missing.
@@ -24,11 +25,12 @@ from test_cluster import check_whole
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(0)]
 KILLS = int(os.environ.get("KILLS", "7"))
 SEED = int(os.environ.get("KILL_SEED", "0"))
-PHASES = {"prepare": " plan ", "search": "probe view", "audit": "on fresh seeds", "attack": "attacks"}
+PHASES = {"prepare": " plan ", "search": "probe view", "audit": "on fresh seeds", "attack": " attack   "}
 PROCESSES = {"slot": "ray::Slot", "auditor": "ray::Auditor", "broker": "ray::Broker", "manager": "ray::AuditManager"}
 VICTIMS = (*PROCESSES, "trial function", "driver", "node")
 BETWEEN_S = {"audit": (1.0, 6.0), "attack": (0.5, 4.0)}  # seconds between kills; the other phases take longer
 OTHERWISE_S = (4.0, 12.0)
+ONLY = os.environ.get("KILL_PHASES", "").split() or ["start", *PHASES]
 MOST = {"start": 1, "prepare": 2}  # kills in a phase of one sweep, so that it gets to the next phase
 OTHERWISE = 4
 PATIENT = "audit.attempts=20"  # a process that dies by itself counts as an attempt
@@ -74,7 +76,7 @@ class Killer:
     def kill_one(self) -> str:
         """Kills one of the kind that was killed least in this phase; returns the kind, "" if this phase has had enough."""
         phase = self.phase()
-        if self.here[phase] >= MOST.get(phase, OTHERWISE):
+        if phase not in ONLY or self.here[phase] >= MOST.get(phase, OTHERWISE):
             return ""
         victims = sorted(VICTIMS, key=lambda victim: (self.done[victim, phase], self.rng.random()))
         return next(victim for victim in victims if self.kill(victim))
@@ -109,7 +111,8 @@ def test_whatever_is_killed_nothing_is_lost(tmp_path):
         with raylets("train", "train", "audit") as made:
             killer = Killer(made, folder, rng, sweep(folder, made, PATIENT), done)
             while done.total() < KILLS and killer.process.poll() is None:
-                time.sleep(rng.uniform(*BETWEEN_S.get(killer.phase(), OTHERWISE_S)))
+                waits = BETWEEN_S.get(killer.phase(), OTHERWISE_S) if killer.phase() in ONLY else (0.2, 0.2)
+                time.sleep(rng.uniform(*waits))
                 phase = killer.phase()
                 if killer.process.poll() is None and (victim := killer.kill_one()):
                     print(f"{done.total()}: sweep {k}, {phase}: {victim} killed", flush=True)  # noqa: T201

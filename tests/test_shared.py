@@ -17,7 +17,7 @@ from raysweep.engine import shared
 from raysweep.engine.admission import Admission
 from raysweep.engine.cluster import alive_nodes
 from raysweep.engine.resources import Node
-from raysweep.engine.shared import Look, appears, check_shared, complaint, look, name_of
+from raysweep.engine.shared import Answer, Look, Stopped, appears, check_shared, complaint, look, name_of
 from raysweep.storage.code_digests import ROOT
 from raysweep.storage.files import temporary_path
 
@@ -82,8 +82,10 @@ def test_a_node_that_dies_while_it_is_asked_is_left_out(monkeypatch):
     alive = iter(["ab", "ab"])  # then a alone
     monkeypatch.setattr(shared, "DECLARED_S", 1.2)
     monkeypatch.setattr(shared.ray, "nodes", lambda: [node(k, "10.0.0.1") for k in next(alive, "a")])
-    assert shared._still_alive(["a", "b"]) == {"a"}
-    assert shared._still_alive([]) == set()
+    assert shared._still_alive(["a", "b"], lambda: False) == {"a"}
+    assert shared._still_alive([], lambda: False) == set()
+    with pytest.raises(Stopped):
+        shared._still_alive(["a"], lambda: True)
 
 
 @pytest.fixture
@@ -125,39 +127,50 @@ def check_that_it_gets_no_work(folder: Path, blind: str, name: str) -> None:
 def test_nodes_that_join_are_checked_once_and_admitted_if_they_share_the_folders(monkeypatch):
     """b shares, c does not, and of d it is not yet known because the driver could not write."""
     said, asked, occupied = [], [], []
-    answers = iter([{"b": [""], "c": ["is another folder on"]}, ConfigError("/mnt: no space"), {"d": [""]}])
+    bad, good, silent = (
+        Answer(["is another folder on"], True),
+        Answer([""], True),
+        Answer(["could not be read on"], False),
+    )
+    answers = iter([{"b": good, "c": bad}, ConfigError("/mnt: no space"), OSError("stale"), {"d": good, "e": silent}])
 
-    def unshared(nodes, folders):
+    def ask(nodes, folders, stopped):
         asked.append(nodes)
-        answer = next(answers)
+        answer = next(answers, {"e": silent})
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(admission_module, "unshared", unshared)
+    monkeypatch.setattr(admission_module, "ask", ask)
     monkeypatch.setattr(
         admission_module, "_occupy", lambda node, resources: occupied.append((node.id, resources["CPU"]))
     )
-    listed = [node(k, f"10.0.0.{i}") | {"Resources": {"CPU": 4.0}} for i, k in enumerate("abcd")]
+    listed = [node(k, f"10.0.0.{i}") | {"Resources": {"CPU": 4.0}} for i, k in enumerate("abcde")]
     monkeypatch.setattr(admission_module.ray, "nodes", lambda: listed)
     admission = Admission([A], ["a"], SimpleNamespace(say=lambda kind, text: said.append(text)))
 
-    def after_the_check(names: str) -> str:
+    def settled(names: str) -> str:
+        """The admitted nodes once no check is under way."""
         nodes = {k: Node(4, id=k) for k in names}
-        admission.of(nodes)
-        if admission._answer is not None:
+        while admission.of(nodes) is not None and admission._answer is not None:
             admission._answer.exception(10)
         return "".join(admission.of(nodes))
 
-    assert set(admission.of({"a": Node(4, id="a")})) == {"a"}
+    assert settled("a") == "a"
     assert not asked
-    assert after_the_check("abc") == "ab"
+    assert settled("abc") == "ab"
     assert occupied == [("c", 4.0)]
     assert said == [complaint([A], {"10.0.0.2": ["is another folder on"]})]
-    assert after_the_check("abcd") == "ab"
-    assert after_the_check("abcd") == "abd"
-    assert asked == [["b", "c"], ["d"], ["d"]]
-    assert said[1:] == ["nodes that joined could not be checked: /mnt: no space"]
+    assert settled("abcde") == "abd"
+    assert admission.barred == {"c", "e"}
+    assert [name for name, _ in occupied] == ["c", "e"]
+    assert said[1:3] == [f"nodes that joined could not be checked: {why}" for why in ("/mnt: no space", "stale")]
+    assert said[3:] == [complaint([A], {"10.0.0.4": ["could not be read on"]})]
+    assert asked[0] == ["b", "c"]
+    assert not any({"b", "c"} & set(nodes) for nodes in asked[1:])
+    assert ["d", "e"] in asked  # and e alone afterwards, since d had answered
+    assert asked[-1] == ["e"]
+    admission.close()
 
 
 @pytest.mark.cluster

@@ -5,11 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import ray
 
 from raysweep.config.reader import load
 from raysweep.engine import steward as steward_module
 from raysweep.engine.resources import Node, make_plan, refit
-from raysweep.engine.steward import SHIFT_S, Crew, Shift
+from raysweep.engine.steward import FUTILE, SHIFT_S, Crew, Shift
 
 TRAIN, AUDIT, CONTROL = Node(192, 8, "train"), Node(192, 8, "audit"), Node(16, 0, "control")
 CLUSTER = [CONTROL, TRAIN, TRAIN, TRAIN, AUDIT]
@@ -69,7 +70,8 @@ def test_workers_that_ended_are_replaced_and_only_deaths_by_themselves_are_attem
     """slot-0 was let go, slot-1 died, slot-2 died with its node, slot-3 is silent; slot-4 works."""
     ended = {f"service of slot-{k}": f"end {k}" for k in range(3)}
     monkeypatch.setattr(steward_module.ray, "wait", lambda services, **_: ([s for s in services if s in ended], []))
-    monkeypatch.setattr(steward_module, "_died", lambda service: service != "service of slot-0")
+    ends = {"service of slot-0": ""}
+    monkeypatch.setattr(steward_module, "_reason", lambda service: ends.get(service, "OutOfMemoryError: too much"))
     crew.adjust({"train": 5}, census(crew))
     seen = census(crew, busy=[f"slot-{k}" for k in range(5)]) | {"silent": ["slot-3"]}
     seen["workers"]["slot-2"] = ("lost", "job")
@@ -80,6 +82,48 @@ def test_workers_that_ended_are_replaced_and_only_deaths_by_themselves_are_attem
     assert crew.desk.died == ["slot-1"]
     crew.adjust({"train": 5}, seen)
     assert set(crew.members) == {f"slot-{k}" for k in range(4, 9)}
+
+
+def test_workers_that_end_at_once_are_hired_later_and_later(crew, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(steward_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(steward_module.ray, "wait", lambda services, **_: (services, []))
+    monkeypatch.setattr(steward_module, "_reason", lambda service: "ImportError: no driver")
+    tried = []
+    for now[0] in range(0, 400, 2):
+        crew.reap(census(crew), ["node"])
+        crew.adjust({"train": 1}, census(crew))
+        if crew.members:
+            tried.append(now[0])
+    assert tried[:4] == [0, 6, 16, 34]
+    assert tried[-1] - tried[-2] in (62, 64)
+    assert crew.futile >= FUTILE
+    assert crew.trouble == "ImportError: no driver"
+    monkeypatch.setattr(steward_module.ray, "wait", lambda services, **_: ([], services))
+    now[0] = 1000.0
+    crew.adjust({"train": 1}, census(crew))
+    crew.reap(census(crew, idle=crew.members), ["node"])
+    assert crew.futile == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "counts"),
+    [
+        (ray.exceptions.ActorDiedError(), True),
+        (ray.exceptions.OutOfMemoryError("too much"), True),
+        (ray.exceptions.ActorUnavailableError("gone", b"0" * 16), False),
+        (ray.exceptions.RayTaskError("serve", "trace", OSError("disk")).as_instanceof_cause(), True),
+        (ray.exceptions.RayTaskError("serve", "trace", ray.exceptions.ActorDiedError()), False),  # of its desk
+        (None, False),
+    ],
+)
+def test_deaths_that_a_worker_may_have_caused_have_a_reason(error, counts, monkeypatch):
+    def get(service):
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(steward_module.ray, "get", get)
+    assert bool(steward_module._reason("service")) == counts
 
 
 def test_idle_workers_of_one_kind_become_the_other_as_demand_has_it():

@@ -180,10 +180,8 @@ def _mean_of_views(candidate: Measured, oracles: Sequence[Measured], gaps: Mappi
     def mean(of: Measured) -> Measured:
         values = [of.values[metric] / gap for metric, gap in gaps.items()]
         replicates = [of.replicates[metric][:groups] / gap for metric, gap in gaps.items()]
-        floor = np.linalg.norm([of.floors.get(metric, 0.0) / gap for metric, gap in gaps.items()]) / len(gaps)
-        return Measured(
-            {name: float(np.mean(values))}, {name: np.mean(replicates, axis=0)}, floors={name: float(floor)}
-        )
+        floor = float(np.mean([of.floors.get(metric, 0.0) / gap for metric, gap in gaps.items()]))
+        return Measured({name: float(np.mean(values))}, {name: np.mean(replicates, axis=0)}, floors={name: floor})
 
     return term(mean(candidate), [mean(oracle) for oracle in oracles], name)
 

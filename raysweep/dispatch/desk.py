@@ -57,9 +57,10 @@ class Desk(ABC, Generic[Task, Outcome]):
         self.done: dict[str, Outcome] = {}
         self.waiting: dict[str, asyncio.Future[Outcome]] = {}
         self.asking: deque[asyncio.Future[None]] = deque()  # calls of workers that wait for a task
-        self.calls: dict[
-            str, object
-        ] = {}  # worker -> its latest call for a task; an earlier one has nobody who listens
+        self.calls: dict[str, object] = {}  # worker -> its latest call for a task; nobody listens to an earlier one
+        self.gone: set[str] = set()  # workers that have ended; a call of theirs may still arrive
+        self.barred: set[str] = set()  # nodes whose workers get no task
+        self.benched: deque[asyncio.Future[None]] = deque()  # calls of these, which a task must not wake in vain
         self.nodes: dict[str, str] = {}  # worker -> id of its node
         self.leaving: set[str] = set()
         self.silent: set[str] = set()  # workers whose heartbeat stopped
@@ -95,6 +96,8 @@ class Desk(ABC, Generic[Task, Outcome]):
 
         fresh: the worker's process has just started, so that the task it had is lost.
         """
+        if worker in self.gone:
+            return "stop"
         self.nodes[worker] = node
         self.calls[worker] = call = object()
         self.silent.discard(worker)
@@ -103,14 +106,14 @@ class Desk(ABC, Generic[Task, Outcome]):
         deadline = self.clock() + WAIT_S
         while not (self.closed or worker in self.leaving):
             await self._expire()
-            lease = self.leases.take(worker, self.clock())
+            lease = None if node in self.barred else self.leases.take(worker, self.clock())
             if lease is not None:
                 return Assignment(lease.key, self.tasks[lease.key], lease.token, self._beat_s())
             left = deadline - self.clock()
             if left <= 0:
                 return "wait"
             turn = asyncio.get_running_loop().create_future()
-            self.asking.append(turn)
+            (self.benched if node in self.barred else self.asking).append(turn)
             await asyncio.wait([turn], timeout=left)
             turn.cancel()
             if self.calls.get(worker) is not call:  # its process died meanwhile; another worker may look
@@ -145,16 +148,22 @@ class Desk(ABC, Generic[Task, Outcome]):
         self.leaving |= set(workers)
         self._wake_all()
 
+    async def bar(self, nodes: Iterable[str]) -> None:
+        """Gives workers on these nodes no task until they are not among those of a later call."""
+        self.barred = set(nodes)
+        self._wake_all()
+
     async def forget(self, workers: Iterable[str], nodes: Iterable[str] = (), died: bool = False) -> None:
         """Takes their tasks from workers that have ended, and from those on lost nodes.
 
-        died: the workers died by themselves, perhaps by what they did, so that it counts as an attempt.
+        died: the workers died by themselves, perhaps by what they did, so that it counts as an attempt at a task that they had begun.
         """
-        gone, lost = set(workers), set(nodes)
-        gone |= {worker for worker, node in self.nodes.items() if node in lost}
-        for worker in gone:
-            if worker in self.leases.works:
-                await self._lost(self.leases.works[worker], DIED, counts=died)
+        ended, lost = set(workers), set(nodes)
+        self.gone |= ended
+        for worker in ended | {worker for worker, node in self.nodes.items() if node in lost}:
+            key = self.leases.works.get(worker)
+            if key is not None:
+                await self._lost(key, DIED, counts=died and self.leases.held[key].begun)
             self.nodes.pop(worker, None)
             self.calls.pop(worker, None)
             self.silent.discard(worker)
@@ -227,5 +236,7 @@ class Desk(ABC, Generic[Task, Outcome]):
                 return
 
     def _wake_all(self) -> None:
+        self.asking.extend(self.benched)
+        self.benched.clear()
         while self.asking:
             self._wake()

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 @dataclass
 class Lease:
-    """A task that a worker has until a time, unless it renews it. token: unique, so that a later lease of the task differs."""
+    """A task that a worker has until a time, unless it renews it.
+
+    token: unique, so that a later lease of the task differs; begun: the worker has renewed it, so it did receive the task.
+    """
 
     key: str
     worker: str
     token: str
     until: float
+    begun: bool = False
 
 
 class Leases:
@@ -62,11 +66,11 @@ class Leases:
             if key in self.queue:
                 self.queue.remove(key)
             self.known.add(key)
-            self._hold(Lease(key, worker, token, now + self.lease_s))
+            self._hold(Lease(key, worker, token, now + self.lease_s, begun=True))
             return True
         if lease.token != token:
             return False
-        lease.until = now + self.lease_s
+        lease.until, lease.begun = now + self.lease_s, True
         return True
 
     def end(self, key: str) -> None:

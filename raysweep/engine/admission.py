@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,10 +14,12 @@ from ray.actor import ActorHandle
 from raysweep.config.schema import ConfigError
 from raysweep.engine.events import Events
 from raysweep.engine.resources import TRIAL_SLOT, Node
-from raysweep.engine.shared import complaint, name_of, on_node, unshared
+from raysweep.engine.shared import Answer, ask, complaint, name_of, on_node
+
+TRIES = 3  # to get an answer of a node that joined
 
 
-@ray.remote
+@ray.remote(max_restarts=-1)
 class Occupant:
     """Holds all resources of a node, so that Ray starts nothing of this run there."""
 
@@ -30,35 +34,52 @@ class Admission:
         self.folders, self.admitted, self.events = folders, set(admitted), events
         self.refused: dict[str, ActorHandle] = {}
         self.checking: frozenset[str] = frozenset()
+        self._unanswered: Counter[str] = Counter()
+        self._ending = threading.Event()
         self._said = ""
         # a hung mount answers late, and those who look after the run must not wait for it
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
-        self._answer: Future[dict[str, list[str]]] | None = None
+        self._answer: Future[dict[str, Answer]] | None = None
 
     def of(self, nodes: Mapping[str, Node]) -> dict[str, Node]:
         """Those of the nodes that are admitted, by id. Begins to check new ones, which are admitted by a later call."""
         if self._answer is not None and self._answer.done():
-            self._judge(self._answer, nodes)
-            self._answer, self.checking = None, frozenset()
+            answer, self._answer, self.checking = self._answer, None, frozenset()
+            self._judge(answer, nodes)
         self.refused = {node: occupant for node, occupant in self.refused.items() if node in nodes}
         fresh = nodes.keys() - self.admitted - self.refused.keys()
         if fresh and self._answer is None:
             self.checking = frozenset(fresh)
-            self._answer = self._thread.submit(unshared, sorted(fresh), self.folders)
+            self._answer = self._thread.submit(ask, sorted(fresh), self.folders, self._ending.is_set)
         return {key: node for key, node in nodes.items() if key in self.admitted}
 
-    def close(self) -> None:
-        """Ends the thread, without waiting for an answer."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+    @property
+    def barred(self) -> frozenset[str]:
+        """Ids of the nodes on which nothing may be done."""
+        return self.checking | self.refused.keys()
 
-    def _judge(self, answer: Future[dict[str, list[str]]], nodes: Mapping[str, Node]) -> None:
+    def close(self) -> None:
+        """Ends the thread: one that is inside Ray while Ray shuts down would abort the process."""
+        self._ending.set()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _judge(self, answer: Future[dict[str, Answer]], nodes: Mapping[str, Node]) -> None:
         try:
-            reasons = answer.result()
-        except (ConfigError, ray.exceptions.RayError) as error:  # of the driver's own folder, or of Ray: asked again
+            answers = answer.result()
+        except (
+            ConfigError,
+            OSError,
+            ray.exceptions.RayError,
+        ) as error:  # of the driver's own folder, or of Ray: asked again
             self._say(f"nodes that joined could not be checked: {error}")
             return
-        bad = {node: why for node, why in reasons.items() if any(why) and node in nodes}
-        self.admitted |= reasons.keys() - bad.keys()
+        self._unanswered.update(node for node, given in answers.items() if not given.certain)
+        self.admitted |= {node for node, given in answers.items() if not any(given.reasons)}
+        bad = {
+            node: given.reasons
+            for node, given in answers.items()
+            if any(given.reasons) and node in nodes and (given.certain or self._unanswered[node] >= TRIES)
+        }
         details = {n["NodeID"]: n for n in ray.nodes() if n["NodeID"] in bad}
         for node in bad:
             self.refused[node] = _occupy(nodes[node], details[node]["Resources"])

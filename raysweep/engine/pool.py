@@ -84,7 +84,7 @@ def pool(run: Path, run_id: str, sweep: Sweep, plan: Plan, nodes: list[Node], ev
 
     def slot(name: str, role: str) -> tuple[ActorHandle, ray.ObjectRef]:
         group = scaling(replace(plan, train_role=role))
-        actor = Slot.options(**slot_options(group)).remote()  # type: ignore[attr-defined]
+        actor = Slot.options(**slot_options(group, plan.light)).remote()  # type: ignore[attr-defined]
         return actor, actor.serve.remote(broker, name, group, str(run / "tune" / "train"))
 
     def auditor(name: str, role: str) -> tuple[ActorHandle, ray.ObjectRef]:

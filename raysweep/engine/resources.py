@@ -68,6 +68,11 @@ class Plan:
         return self.workers == 1 and 0 < self.worker_gpus == self.auditor_gpus
 
     @property
+    def light(self) -> dict[str, float]:
+        """Resources of a process that only waits for others: hardly any, but none on a node that offers no trial slots."""
+        return {TRIAL_SLOT: 0.001} if self.trial_slots else {}
+
+    @property
     def driver_cpus(self) -> float:
         """CPUs that a trial function holds if the cluster has no trial slots."""
         return 0.0 if self.trial_slots else 0.05

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from raysweep.storage.files import temporary_path
 LAG_S = 5.0  # after which a file of another node must be visible
 ANSWER_S = 90.0  # after which a node's answer is no longer waited for: a hung mount gives none
 DECLARED_S = 45.0  # for Ray to declare dead a node that gave no answer
+SLICE_S = 0.5
 NAMED = 5  # nodes that the message names per reason
 REMEDY = (
     "mount one file system (NFS, Lustre, EFS, FSx, ...) at the same path on all nodes, writable for the user that runs Ray, and name "
@@ -49,18 +50,36 @@ def check_shared(nodes: Sequence[Mapping[str, Any]], folders: Sequence[Path]) ->
     names = {n["NodeID"]: name_of(n) for n in nodes if n["Alive"]}
     if len(names) < 2:
         return
-    message = complaint(folders, {names[node]: reasons for node, reasons in unshared(names, folders).items()})
+    message = complaint(folders, {names[node]: answer.reasons for node, answer in ask(names, folders).items()})
     if message:
         raise ConfigError(message)
 
 
-def unshared(nodes: Iterable[str], folders: Sequence[Path]) -> dict[str, list[str]]:
-    """Node -> for each folder why it does not share it, or "". nodes: their ids; those that die meanwhile are left out.
+@dataclass(frozen=True)
+class Answer:
+    """A node's answer. reasons: for each folder why it does not share it, or ""; certain: False if the node could not be asked."""
 
-    Raises ConfigError if the driver cannot write.
+    reasons: list[str]
+    certain: bool
+
+
+class Stopped(RuntimeError):
+    """Nobody waits for the answers any more."""
+
+
+def ask(
+    nodes: Iterable[str], folders: Sequence[Path], stopped: Callable[[], bool] = lambda: False
+) -> dict[str, Answer]:
+    """Node -> whether it shares the folders. nodes: their ids; those that die meanwhile are left out. stopped: asked at least each second.
+
+    Raises ConfigError or OSError if the driver cannot write or read, and Stopped.
     """
     with _tokens(folders) as tokens:
-        return {node: [_reason(look, node) for look in looks] for node, looks in _ask(nodes, tokens).items()}
+        looks, silent = _looks(nodes, tokens, stopped)
+        answers = {node: Answer([_reason(look, node) for look in of_node], True) for node, of_node in looks.items()}
+        for node in _still_alive(silent, stopped):
+            answers[node] = Answer([silent[node]] * len(folders), False)
+        return answers
 
 
 def name_of(node: Mapping[str, Any]) -> str:
@@ -140,10 +159,15 @@ def _tokens(folders: Sequence[Path]) -> Iterator[list[Path]]:
                 folder.rmdir()
 
 
-def _ask(nodes: Iterable[str], tokens: Sequence[Path]) -> dict[str, list[Look]]:
-    """Node -> its look at each folder."""
+def _looks(
+    nodes: Iterable[str], tokens: Sequence[Path], stopped: Callable[[], bool]
+) -> tuple[dict[str, list[Look]], dict[str, str]]:
+    """Node -> its look at each folder; node -> why it did not look."""
     tasks = {_look_in_task.options(scheduling_strategy=on_node(node)).remote(tokens): node for node in nodes}
-    ray.wait(list(tasks), num_returns=len(tasks), timeout=ANSWER_S)
+    waiting, end = list(tasks), time.monotonic() + ANSWER_S
+    while waiting and time.monotonic() < end:
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=SLICE_S)
+        _check(stopped)
     looks, silent = {}, {}
     for task, node in tasks.items():
         try:
@@ -153,16 +177,22 @@ def _ask(nodes: Iterable[str], tokens: Sequence[Path]) -> dict[str, list[Look]]:
             silent[node] = f"could not be read within {ANSWER_S:g} s on"
         except ray.exceptions.RayError as error:
             silent[node] = f"could not be looked at ({str(error).strip().splitlines()[0]}) on"
-    return looks | {node: [Look(silent[node])] * len(tokens) for node in _still_alive(silent)}
+    return looks, silent
 
 
-def _still_alive(nodes: Iterable[str]) -> set[str]:
+def _still_alive(nodes: Iterable[str], stopped: Callable[[], bool]) -> set[str]:
     """Those of the nodes that Ray does not declare dead within a while."""
     left, end = set(nodes), time.monotonic() + DECLARED_S
     while left and time.monotonic() < end:
         left &= {n["NodeID"] for n in ray.nodes() if n["Alive"]}
-        time.sleep(min(0.5, DECLARED_S) if left else 0)
+        _check(stopped)
+        time.sleep(min(SLICE_S, DECLARED_S) if left else 0)
     return left
+
+
+def _check(stopped: Callable[[], bool]) -> None:
+    if stopped():
+        raise Stopped
 
 
 def on_node(node: str) -> NodeAffinitySchedulingStrategy:

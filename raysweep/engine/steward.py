@@ -8,6 +8,7 @@ to do for a while are replaced by the other kind if that has too much to do; aft
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import Counter
@@ -26,6 +27,8 @@ from raysweep.engine.resources import Node, Plan, refit
 
 LOOK_S = 2.0
 ANSWER_S = 30.0  # for a desk to answer
+FUTILE = 3  # workers in a row that end before they ask for work, before it is said
+REST_S = 60.0  # at most, before the next one is tried
 SHIFT_S = 30.0  # without work, before a worker is replaced by one of the other kind
 Hire = Callable[[str, str], tuple[ActorHandle, ray.ObjectRef]]  # (name, role of its node) -> (actor, its service's end)
 
@@ -49,6 +52,9 @@ class Crew:
     members: dict[str, Member] = field(default_factory=dict)
     leaving: set[str] = field(default_factory=set)
     hired: int = 0
+    futile: int = 0  # workers in a row that ended before they asked for work
+    trouble: str = ""  # why they did
+    rests_until: float = -math.inf
 
     def adjust(self, wanted: Mapping[str, int], census: Mapping[str, Any]) -> None:
         """Hires and dismisses until there are as many as wanted for each role. Dismissed first: who has no place, then no work."""
@@ -61,7 +67,7 @@ class Crew:
             of_role = [name for name in staying if roles[name] == role]
             of_role.sort(key=lambda name: (name in at_work, at_work.get(name, False)))
             self.dismiss(of_role[: max(0, surplus)], at_work)
-            for _ in range(-surplus):
+            for _ in range(-surplus if time.monotonic() >= self.rests_until else 0):
                 name = f"{self.name}-{self.hired}"
                 self.hired += 1
                 actor, service = self.hire(name, role)
@@ -80,15 +86,22 @@ class Crew:
     def reap(self, census: Mapping[str, Any], alive: Collection[str]) -> None:
         """Removes workers that have ended, and those whose heartbeat stopped. alive: ids of the nodes that are.
 
-        Ray does not start them again, because it would print each time that it does.
+        Ray does not start them again, because it would print each time that it does. After workers that ended before they asked for
+        work, the next are hired later and later.
         """
+        if any(name in census["workers"] for name in self.members):
+            self.futile, self.trouble = 0, ""
         services = {member.service: name for name, member in self.members.items()}
         if services:
             ended, _ = ray.wait(list(services), num_returns=len(services), timeout=0)
             for service in ended:
-                name = services[service]
+                name, reason = services[service], _reason(service)
                 node, _ = census["workers"].get(name, ("", ""))
-                self.remove(name, died=node in alive and _died(service))
+                self.remove(name, died=node in alive and bool(reason))
+                if reason and not node:
+                    self.futile += 1
+                    self.trouble = reason
+                    self.rests_until = time.monotonic() + min(REST_S, LOOK_S * 2.0**self.futile)
         for name in census["silent"]:
             if name in self.members:
                 self.remove(name)
@@ -129,7 +142,8 @@ class Steward:
         self.searching = True
         self.shift = Shift()
         self._lock, self._ending = threading.Lock(), threading.Event()
-        self._trouble = ""
+        self._troubles: set[str] = set()
+        self._barred: frozenset[str] = frozenset()
         self._thread = threading.Thread(target=self._watch, name="steward", daemon=True)
 
     def start(self) -> None:
@@ -161,12 +175,12 @@ class Steward:
             if self._ending.is_set():
                 return
             desks = [crew.desk for crew in (self.slots, self.auditors) if crew is not None]
-            nodes = {node.id: node for node in alive_nodes()}
-            self._follow(self.admission.of(nodes))
+            self._follow(self.admission.of({node.id: node for node in alive_nodes()}))
+            self._bar()
             answers = ray.get([desk.census.remote() for desk in desks], timeout=ANSWER_S)
             jobs = answers[0] if self.slots is not None else {"workers": {}, "silent": [], "queued": 0}
             audits = answers[-1]
-            self._say_trouble(audits["trouble"])
+            self._say_troubles(audits["trouble"])
             self._leave_drained(jobs, audits)
             self._adjust(jobs, audits)
 
@@ -209,15 +223,30 @@ class Steward:
                 auditors[plan.audit_role] -= self.shift.to_slots
                 auditors[plan.train_role] += self.shift.to_auditors
                 slots[plan.train_role] -= self.shift.to_auditors
+        alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}  # by now, as a census may take a while
         for crew, wanted, census in ((self.auditors, auditors, audits), (self.slots, slots, jobs)):
             if crew is not None:
-                crew.reap(census, self.nodes)
+                crew.reap(census, alive)
                 crew.adjust(wanted, census)
 
-    def _say_trouble(self, trouble: str) -> None:
-        if trouble and trouble != self._trouble:
-            self.events.say("warning", f"{trouble}; audits wait until there is room")
-        self._trouble = trouble
+    def _bar(self) -> None:
+        """Tells the desks on which nodes nothing may be done: Ray may have put there workers that waited for a place."""
+        barred = self.admission.barred
+        if barred or barred != self._barred:
+            for crew in (self.slots, self.auditors):
+                if crew is not None:
+                    crew.desk.bar.remote(sorted(barred))
+        self._barred = barred
+
+    def _say_troubles(self, full: str) -> None:
+        """full: why the audit manager cannot write, or ""."""
+        troubles = {f"{full}; audits wait until there is room"} if full else set()
+        for crew in (self.slots, self.auditors):
+            if crew is not None and crew.futile >= FUTILE:
+                troubles.add(f"each {crew.name} ends before it asks for work, and is started again: {crew.trouble}")
+        for trouble in troubles - self._troubles:
+            self.events.say("warning", trouble)
+        self._troubles = troubles
 
     def _watch(self) -> None:
         # Ray raises SystemExit in waiting threads when it shuts down
@@ -260,17 +289,23 @@ class Shift:
         self.to_slots, self.to_auditors = max(0, balance), max(0, -balance)
 
 
-def _died(service: ray.ObjectRef) -> bool:
-    """Whether a worker's process died, and not its node, as far as Ray knows."""
+def _reason(service: ray.ObjectRef) -> str:
+    """Why a worker died by itself, perhaps by what it did; "" if it was let go, or ended with its node or with Ray."""
     try:
         ray.get(service)
-    except ray.exceptions.ActorDiedError:
-        return True
     except (
-        ray.exceptions.RayError
-    ):  # unavailable, as on a node that has just been lost; or an error of Ray in its own loop
-        return False
-    return False
+        ray.exceptions.RayTaskError
+    ) as error:  # an error of its own loop; before the others, of which it may also be one
+        return "" if isinstance(error.cause, ray.exceptions.RayError) else _first_line(error.cause)
+    except (ray.exceptions.ActorDiedError, ray.exceptions.OutOfMemoryError) as error:
+        return _first_line(error)
+    except ray.exceptions.RayError:  # unavailable, as on a node that has just been lost
+        return ""
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _listed(nodes: list[Node]) -> str:

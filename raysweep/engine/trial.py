@@ -67,7 +67,7 @@ def make_executor(run: str, run_id: str, sweep: Sweep, plan: Plan) -> Executor:
     """The sweep's executor of train jobs."""
     if sweep.train.executor == "warm":
         return Warm(ray.get_actor(actor_name("broker", run, run_id), namespace=NAMESPACE))
-    return Isolated(scaling(plan), str(Path(run) / "tune" / "train"))
+    return Isolated(scaling(plan), str(Path(run) / "tune" / "train"), plan.light)
 
 
 def scaling(plan: Plan) -> ScalingConfig:

@@ -47,17 +47,17 @@ class Warm:
 
 
 class Isolated:
-    """Starts one TorchTrainer per job, in a Ray task, which can be cancelled."""
+    """Starts one TorchTrainer per job, in a Ray task, which can be cancelled. light: the task's own resources."""
 
-    def __init__(self, scaling: ScalingConfig, storage: str):
-        self.scaling, self.storage = scaling, storage
+    def __init__(self, scaling: ScalingConfig, storage: str, light: dict[str, float] | None = None):
+        self.scaling, self.storage, self.light = scaling, storage, light or {}
         self.waiting: set[ray.ObjectRef] = set()
 
     def run(self, job: Job) -> Outcome:
         before = finished(job)
         if before is not None:
             return before
-        reference = fit_in_task.remote(job, self.scaling, self.storage)
+        reference = fit_in_task.options(resources=self.light).remote(job, self.scaling, self.storage)
         self.waiting.add(reference)
         try:
             outcome: Outcome = ray.get(reference)

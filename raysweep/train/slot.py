@@ -39,10 +39,10 @@ class Slot:
         trainer.fit()
 
 
-def slot_options(scaling: ScalingConfig) -> dict[str, object]:
-    """Options of a slot's actor: the resources of its only worker, or none where a Train run reserves them."""
+def slot_options(scaling: ScalingConfig, light: dict[str, float]) -> dict[str, object]:
+    """Options of a slot's actor: the resources of its only worker, or `light` ones where a Train run reserves the workers'."""
     if scaling.num_workers > 1:
-        return {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+        return {"num_cpus": 0, "resources": light, "scheduling_strategy": "SPREAD"}
     resources = scaling.resources_per_worker or {}
     options: dict[str, object] = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0)}
     return options | ({"label_selector": scaling.label_selector} if scaling.label_selector else {})
