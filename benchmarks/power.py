@@ -31,6 +31,7 @@ from unlearning import RESULTS
 from evaluators.altered import ALTERATIONS
 from evaluators.statistics import clopper_pearson
 from methods.retrain import Retrain, RetrainSettings
+from raysweep.auditing import objectives
 from raysweep.auditing.anchors import Unmeasured
 from raysweep.models.pixel import PixelDDPM
 from raysweep.storage.seeds import derive_seed
@@ -174,7 +175,11 @@ def main() -> None:
     parser.add_argument("--anchors", type=int, nargs="+", default=[3, 5], help="oracles in a judgement")
     parser.add_argument("--residue", type=int, help="random sets of oracles for each model; no verdicts")
     parser.add_argument("--kinds", nargs="+", default=[], help="with --residue: kinds of candidates, all by default")
+    parser.add_argument(
+        "--share", type=float, help="share of the error for the mean of the views, in (0, 1); default: the audit's"
+    )
     args = parser.parse_args()
+    objectives.MEAN_SHARE = args.share or objectives.MEAN_SHARE
     pool = Pool(args.kind, args.oracles, ("audit",) if args.residue else TIERS)
     pool.measure_anchors()
     if args.residue:
