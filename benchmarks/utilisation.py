@@ -78,7 +78,7 @@ def row(slots: int, auditors: int, trials: int, kind: str, cv: float, rule: bool
     concurrent = slots + auditors + 1
     window = resolve_window(SearchConfig(trials=trials), concurrent)
     busy, free = [], []
-    for seed in range(SEEDS if trials < REAL else 3):
+    for seed in range(SEEDS):
         train = drawn(kind, cv, 1.0, trials, seed)
         probe = drawn(kind, cv, PROBE, trials, seed + 1000)
         for size, shares in ((window, busy), (None, free)):
