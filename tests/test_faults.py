@@ -109,10 +109,11 @@ def manned(crew: Crew, number: int):
     ended, alive = threading.Event(), [node["NodeID"] for node in ray.nodes()]
 
     def look():
-        while not ended.wait(0.3):
-            census = ray.get(crew.desk.census.remote())
-            crew.reap(census, alive)
-            crew.adjust({"": number}, census)
+        with contextlib.suppress(Closed):
+            while not ended.wait(0.3):
+                census = ray.get(crew.desk.census.remote())
+                crew.reap(census, alive)
+                crew.adjust({"": number}, census)
 
     thread = threading.Thread(target=look)
     thread.start()
