@@ -11,6 +11,7 @@ import numpy as np
 from tiny import tiny_task
 
 from raysweep.auditing.objectives import Objectives
+from raysweep.auditing.terms import Term
 from raysweep.auditing.verdict import Verdict
 from raysweep.config.reader import load
 from raysweep.registry import FAMILIES
@@ -63,6 +64,7 @@ def placed(residue: float, damage: float, half: float = 0.02) -> Objectives:
         views={"reconstruction.correlation": residue},
         uncut=np.array([residue, damage]),
         replicates=np.tile([residue, damage], (3, 1)),
+        residue_mean=Term(residue, np.zeros(3), half / 2, np.zeros(3), 9),
     )
 
 
