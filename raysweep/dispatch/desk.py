@@ -150,8 +150,10 @@ class Desk(ABC, Generic[Task, Outcome]):
 
     async def bar(self, nodes: Iterable[str]) -> None:
         """Gives workers on these nodes no task until they are not among those of a later call."""
-        self.barred = set(nodes)
-        self._wake_all()
+        barred = set(nodes)
+        if barred != self.barred:
+            self.barred = barred
+            self._wake_all()
 
     async def forget(self, workers: Iterable[str], nodes: Iterable[str] = (), died: bool = False) -> None:
         """Takes their tasks from workers that have ended, and from those on lost nodes.
