@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,19 +38,32 @@ AUDIT: dict[str, Any] = {"status": "ok", "reason": "", "seconds": 0.0, "images":
 
 @ray.remote(num_cpus=0)
 class Workers:
-    """Workers that do nothing, each in a thread of its own."""
+    """Workers that do nothing, or sleep, each in a thread of its own."""
 
-    def serve(self, desk: ActorHandle, name: str, outcome: Any) -> None:
+    def serve(
+        self,
+        desk: ActorHandle,
+        name: str,
+        outcome: Any,
+        workers: int = THREADS,
+        length: Callable[[Any], float] = lambda task: 0.0,
+    ) -> float:
+        """Works until the desk closes; returns the seconds slept. length: of a task, in seconds."""
+        slept: list[float] = []
+
         def work(worker: str) -> None:
             holder: Holder[Any, Any] = Holder(desk, worker)
-            while holder.next() is not None:
+            while (task := holder.next()) is not None:
+                slept.append(length(task))
+                time.sleep(slept[-1])
                 holder.finish(outcome)
 
-        threads = [threading.Thread(target=work, args=(f"{name}-{k}",)) for k in range(THREADS)]
+        threads = [threading.Thread(target=work, args=(f"{name}-{k}",)) for k in range(workers)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        return sum(slept)
 
 
 @ray.remote(num_cpus=0, max_concurrency=10)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import ray
+from desks import AUDIT, Workers
 from ray import tune
-from ray.actor import ActorHandle
 from simulation import METHODS, Simulation
 
 from raysweep.auditing.manager import AuditManager
 from raysweep.config.sections import SearchConfig
-from raysweep.dispatch.holder import Holder
 from raysweep.engine.cluster import ENVIRONMENT
 from raysweep.search import spaces
 from raysweep.search.searcher import FINAL, ParetoSearch
@@ -27,7 +25,6 @@ from raysweep.train.jobs import Job, Outcome
 
 WARM = 40  # trials without a length, in which processes start
 CASES = {"lengths decide": (6.0, 0.9, 80), "Tune's loop decides": (0.2, 0.03, 300)}  # (train, probe, trials)
-AUDIT: dict[str, Any] = {"status": "ok", "reason": "", "seconds": 0.0, "images": 1, "failed": [], "limit": ""}
 
 
 class Short(Simulation):
@@ -40,30 +37,6 @@ class Short(Simulation):
     def lengths(self) -> tuple[float, float]:
         self.made.append((0.0, 0.0) if len(self.made) < WARM else super().lengths())
         return self.made[-1]
-
-
-@ray.remote(num_cpus=0)
-class Sleepers:
-    """Workers that sleep for as long as their task says."""
-
-    def serve(self, desk: ActorHandle, name: str, workers: int, outcome: Any) -> float:
-        """Works until the desk closes; returns the seconds slept."""
-        slept: list[float] = []
-
-        def work(worker: str) -> None:
-            holder: Holder[Any, Any] = Holder(desk, worker)
-            while (task := holder.next()) is not None:
-                seconds = task.hyperparameters["seconds"]
-                time.sleep(seconds)
-                slept.append(seconds)
-                holder.finish(outcome)
-
-        threads = [threading.Thread(target=work, args=(f"{name}-{k}",)) for k in range(workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(slept)
 
 
 def real(lengths: list[tuple[float, float]], slots: int, auditors: int) -> tuple[float, float]:
@@ -82,7 +55,9 @@ def real(lengths: list[tuple[float, float]], slots: int, auditors: int) -> tuple
     with tempfile.TemporaryDirectory() as folder:
         broker, manager = Broker.remote(), AuditManager.remote(folder, 3)
         services = [
-            Sleepers.remote().serve.remote(desk, f"{desk_name}{k}", count // 2, outcome)
+            Workers.remote().serve.remote(
+                desk, f"{desk_name}{k}", outcome, count // 2, lambda t: t.hyperparameters["seconds"]
+            )
             for desk_name, desk, count, outcome in (
                 ("slot", broker, slots, Outcome("ok")),
                 ("auditor", manager, auditors, AUDIT),

@@ -92,7 +92,7 @@ def _init(sweep: Sweep, missing: dict[str, str]) -> Any:
         _reach(os.environ["RAY_ADDRESS"])
         try:
             context = ray.init(address="auto", runtime_env={"env_vars": variables}, **options)
-        except (RuntimeError, ValueError, ConnectionError) as error:
+        except (RuntimeError, ValueError, ConnectionError, ray.exceptions.RayError) as error:
             raise ConfigError(_refusal(os.environ["RAY_ADDRESS"], error)) from error
     else:
         try:
