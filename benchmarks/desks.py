@@ -47,15 +47,13 @@ class Workers:
         outcome: Any,
         workers: int = THREADS,
         length: Callable[[Any], float] = lambda task: 0.0,
-    ) -> float:
-        """Works until the desk closes; returns the seconds slept. length: of a task, in seconds."""
-        slept: list[float] = []
+    ) -> None:
+        """Works until the desk closes. length: of a task, in seconds."""
 
         def work(worker: str) -> None:
             holder: Holder[Any, Any] = Holder(desk, worker)
             while (task := holder.next()) is not None:
-                slept.append(length(task))
-                time.sleep(slept[-1])
+                time.sleep(length(task))
                 holder.finish(outcome)
 
         threads = [threading.Thread(target=work, args=(f"{name}-{k}",)) for k in range(workers)]
@@ -63,7 +61,6 @@ class Workers:
             thread.start()
         for thread in threads:
             thread.join()
-        return sum(slept)
 
 
 @ray.remote(num_cpus=0, max_concurrency=10)

@@ -25,7 +25,7 @@ import numpy as np
 from evaluators.metrics import Metric
 from evaluators.statistics import LEVEL
 from raysweep.auditing.anchors import Anchors, assess_views
-from raysweep.auditing.manager import LOG
+from raysweep.auditing.log import LOG
 from raysweep.auditing.request import AuditRequest
 from raysweep.auditing.terms import columns_of
 from raysweep.config.reader import load
@@ -67,7 +67,7 @@ print(json.dumps({{"imports": seconds[0], "work": seconds[1], "peak_mb": peak}})
 """
 IMPORTS = {
     "report": "raysweep.report.page",
-    "status": "raysweep.results.trials, raysweep.auditing.manager",
+    "status": "raysweep.results.trials, raysweep.auditing.log",
 }
 
 

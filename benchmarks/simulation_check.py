@@ -23,28 +23,33 @@ from raysweep.search.window import resolve_window
 from raysweep.train.broker import NAMESPACE, Broker
 from raysweep.train.jobs import Job, Outcome
 
-WARM = 40  # trials without a length, in which processes start
-CASES = {"lengths decide": (6.0, 0.9, 80), "Tune's loop decides": (0.2, 0.03, 300)}  # (train, probe, trials)
+NODES, GPUS = 2, 4  # 4 slots and 4 auditors
+CONCURRENT = NODES * GPUS + 1
+RANDOM_MS = 3.0  # suggestion and completion of a trial drawn at random
+WARM, WARM_S = (
+    24,
+    (8.0, 1.0),
+)  # the first trials, in which processes start, and how long each of them trains and is probed
+CASES = {"lengths decide": (6.0, 0.9, 80), "Tune's loop decides": (0.04, 0.01, 500)}  # (train, probe, trials)
 
 
 class Short(Simulation):
-    """A simulation whose first trials have no length."""
+    """A simulation whose first trials all have the same length."""
 
     def __init__(self, *arguments: Any):
         self.made: list[tuple[float, float]] = []  # by place
         super().__init__(*arguments)
 
     def lengths(self) -> tuple[float, float]:
-        self.made.append((0.0, 0.0) if len(self.made) < WARM else super().lengths())
+        self.made.append(WARM_S if len(self.made) < WARM else super().lengths())
         return self.made[-1]
 
 
-def real(lengths: list[tuple[float, float]], slots: int, auditors: int) -> tuple[float, float]:
-    """(seconds after the first trials had ended, share of the slots' time in which they slept) of a real sweep."""
+def real(lengths: list[tuple[float, float]], slots: int, auditors: int) -> float:
+    """The seconds that a real sweep takes after its first trials have ended."""
 
-    def trial(
-        config: dict[str, Any],
-    ) -> None:  # in here, so that its process does not import this module, and torch with it
+    # in here, so that its process does not import this module, and torch with it
+    def trial(config: dict[str, Any]) -> None:
         train, probe = config["lengths"][config["place"]]
         name = config["trial"]
         ray.get(config["broker"].submit.remote(name, Job(name, "train", "m", {"seconds": train}, 0, "t", "b", name)))
@@ -64,8 +69,8 @@ def real(lengths: list[tuple[float, float]], slots: int, auditors: int) -> tuple
             )
             for k in range(2)
         ]
-        concurrent, trials = slots + auditors + 1, len(lengths)
-        window = resolve_window(SearchConfig(trials=trials), concurrent)
+        trials = len(lengths)
+        window = resolve_window(SearchConfig(trials=trials), CONCURRENT)
         search = ParetoSearch(
             Path(folder) / "study.journal",
             "check",
@@ -74,7 +79,7 @@ def real(lengths: list[tuple[float, float]], slots: int, auditors: int) -> tuple
             window,
             0,
             "random",
-            most=lambda: concurrent,
+            most=lambda: CONCURRENT,
         )
         ended: list[float] = []
 
@@ -89,11 +94,10 @@ def real(lengths: list[tuple[float, float]], slots: int, auditors: int) -> tuple
             run_config=tune.RunConfig(name="search", storage_path=f"{folder}/tune", verbose=0, callbacks=[Ends()]),
         ).fit()
         ray.get([broker.close.remote(), manager.close.remote()])
-        slept = sum(ray.get(services)[:2])
+        ray.get(services)
         for actor in (broker, manager):
             ray.kill(actor)
-    seconds = ended[-1] - ended[WARM - 1]
-    return seconds, slept / (slots * seconds)
+    return ended[-1] - ended[WARM - 1]
 
 
 def checked(options: dict[str, Any], seeds: int) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def checked(options: dict[str, Any], seeds: int) -> dict[str, Any]:
     paths = os.pathsep.join([root, f"{root}/benchmarks"])
     ray.init(
         address="local",
-        resources={"trial_slot": 1000},
+        resources={"trial_slot": CONCURRENT},
         log_to_driver=False,
         logging_level="ERROR",
         namespace=NAMESPACE,
@@ -114,10 +118,11 @@ def checked(options: dict[str, Any], seeds: int) -> dict[str, Any]:
     for case, (train_s, probe_s, trials) in CASES.items():
         for seed in range(seeds):
             of_case = options | {
-                "nodes": 2,
-                "gpus": 4,
+                "nodes": NODES,
+                "gpus": GPUS,
                 "losses": 0.0,
                 "start-s": 0.0,
+                "search-ms": RANDOM_MS,
                 "train-s": train_s,
                 "probe-s": probe_s,
             }
@@ -125,8 +130,7 @@ def checked(options: dict[str, Any], seeds: int) -> dict[str, Any]:
                 simulation = Short(of_case | {"trials": trials + WARM}, Path(folder), seed)
                 simulation.run()
             simulated = simulation.endings[-1] - simulation.endings[WARM - 1]
-            busy = simulation.pools["train"].busy / (simulation.slots * simulated)
-            seconds, slept = real(simulation.made, simulation.slots, simulation.auditors)
+            seconds = real(simulation.made, simulation.slots, simulation.auditors)
             rows.append(
                 {
                     "case": case,
@@ -134,10 +138,8 @@ def checked(options: dict[str, Any], seeds: int) -> dict[str, Any]:
                     "trials": trials,
                     "simulated_s": round(simulated, 1),
                     "real_s": round(seconds, 1),
-                    "simulated_busy": round(busy, 3),
-                    "real_busy": round(slept, 3),
                 }
             )
             print(rows[-1], flush=True)
     ray.shutdown()
-    return {"options": {k: options[k] for k in ("cv", "tune-ms", "search-ms", "desk-ms")}, "rows": rows}
+    return {"options": {k: options[k] for k in ("cv", "tune-ms", "desk-ms")}, "rows": rows}

@@ -19,7 +19,8 @@ from tiny import LATENT, latent_task, tiny_model, tiny_task
 
 from evaluators.judge import train_judge
 from raysweep.auditing.auditor import Auditor
-from raysweep.auditing.manager import LOG, AuditManager, Replaced
+from raysweep.auditing.log import LOG
+from raysweep.auditing.manager import AuditManager, Replaced
 from raysweep.auditing.request import AuditRequest, Chore, failed
 from raysweep.config.schema import Tier
 from raysweep.dispatch.desk import Closed

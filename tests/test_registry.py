@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -233,6 +234,22 @@ def test_the_config_of_a_run_is_read_without_the_libraries_of_training(tmp_path)
         "import sys; from pathlib import Path; from raysweep.rundir import RunDir\n"
         f"sweep = RunDir(Path({str(tmp_path)!r})).sweep(); assert sweep.task.name == 'images'\n"
         "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
+
+
+def test_status_needs_neither_ray_nor_torch(tmp_path):
+    sweep = load(None, ())
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"name": "a", "config_digest": sweep.digest, "state": "running"})
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(sweep.resolved()))
+    (tmp_path / "audits.jsonl").write_text('{"key": "probe-1", "status": "ok", "failed": {}}\n')
+    code = (
+        "import sys; from click.testing import CliRunner; from raysweep.cli import main\n"
+        f"result = CliRunner().invoke(main, ['status', {str(tmp_path)!r}])\n"
+        "assert 'audits 1' in result.output, result.output\n"
+        "bad = {'ray', 'torch'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
 

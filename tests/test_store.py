@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from raysweep.auditing.manager import read_log
+from raysweep.auditing.log import read_log
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
 from raysweep.models.pixel import PixelDDPM

@@ -19,11 +19,11 @@ from typing import Any
 import ray
 from ray.util.metrics import Gauge
 
+from raysweep.auditing.log import LOG, read_log
 from raysweep.auditing.request import AuditRequest, Chore, Outcome, failed
 from raysweep.dispatch.desk import CALLS, Desk
 from raysweep.storage.files import write_bytes
 
-LOG = "audits.jsonl"
 OWNER = "audits.owner"
 WRITE_S, RETRY_S = 600.0, 5.0  # how long a log that cannot be written is tried, and how often
 
@@ -119,20 +119,3 @@ class AuditManager(Desk[AuditRequest | Chore, Outcome]):
             log.write(text)
             log.flush()
             os.fsync(log.fileno())
-
-
-def read_log(path: Path) -> dict[str, Outcome]:
-    """The finished audits of a log, by key; a last line that a crash truncated is ignored.
-
-    Audits that failed, or in which a check failed, are left out: the cause may have been fixed before the run is resumed.
-    """
-    done = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if entry["status"] == "ok" and not entry["failed"]:
-                done[entry.pop("key")] = entry
-    return done

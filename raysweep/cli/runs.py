@@ -204,7 +204,7 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
 @reports_errors
 def status(run: str, as_json: bool) -> int:
     """Show how far a run is, and what failed."""
-    from raysweep.auditing.manager import LOG, read_log
+    from raysweep.auditing.log import LOG, read_log
     from raysweep.results.trials import trials_of
 
     folder = open_run(run)

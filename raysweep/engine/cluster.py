@@ -29,6 +29,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+    # With "auto" Tune starts the processes of its trials one after the other, and ends those that it has no trial for at that moment.
+    "TUNE_MAX_PENDING_TRIALS_PG": "100",
     "RAY_DEDUP_LOGS": "1",
     # a run has more processes than a laptop has cores, most of which wait; Ray would print a warning about them
     "RAY_worker_maximum_startup_concurrency": str(max(4, os.cpu_count() or 1)),
