@@ -6,7 +6,8 @@
 Oracles are retrained from different seeds, and each is judged by disjoint sets of 3 and of 5 of the others, by every kind of
 statement of raysweep. A statement at 95 % may be wrong in 5 %; the goal is at most 8 %. Rates come with the exact 95 % interval of a
 share; judgements share models, so true intervals are wider. A rate above the goal therefore comes with its probability by chance: how
-often a metric whose oracles are normally distributed, for which 5 % is exact, gives at least this rate in the same judgements. Scores
+often a metric whose oracles are normally distributed, for which 5 % is exact, gives at least this rate in the same judgements. The mean
+rate of all metrics, with a Student interval over the oracles, is known best. Scores
 per sample are kept in `benchmarks/results/`. `--without-attacks` leaves out the verdicts.
 """
 
@@ -24,7 +25,7 @@ from pool import TIERS, Judgement, Pool
 from scipy import stats
 from unlearning import RESULTS
 
-from evaluators.statistics import LEVEL, clopper_pearson
+from evaluators.statistics import LEVEL, clopper_pearson, t_interval
 from raysweep.auditing.anchors import Unmeasured
 
 FLAGGED = ("remembers", "merely avoided", "concealed", "destroyed")
@@ -76,7 +77,8 @@ def statements(judged: Sequence[Judgement]) -> dict[str, list[bool]]:
 
 def table(pool: Pool, sizes: Sequence[int]) -> str:
     """Markdown: a line per kind of statement, a column per number of anchors; the noise floor; the verdicts."""
-    columns = {size: [judgement for _, judgement in judgements(pool, size)] for size in sizes}
+    named = {size: list(judgements(pool, size)) for size in sizes}
+    columns = {size: [judgement for _, judgement in pairs] for size, pairs in named.items()}
     rates = {size: statements(judged) for size, judged in columns.items()}
     by_chance = {size: rates_by_chance(len(pool.oracles), size) for size in sizes}
     lines = ["| a true oracle is flagged because | " + " | ".join(f"{s} anchors" for s in sizes) + " |"]
@@ -84,6 +86,7 @@ def table(pool: Pool, sizes: Sequence[int]) -> str:
     for kind in dict.fromkeys(kind for by_kind in rates.values() for kind in by_kind):
         cells = [_rate(rates[size].get(kind, []), by_chance[size]) for size in sizes]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    lines.append("| a metric differs, mean of all | " + " | ".join(_mean_rate(named[size]) for size in sizes) + " |")
     for size, judged in columns.items():
         floor = [[j.place.residue, j.place.damage] for j in judged]
         residue, damage = np.quantile(floor, 0.95, axis=0)
@@ -103,6 +106,17 @@ def _rate(flags: Sequence[bool], by_chance: np.ndarray) -> str:
     rate, (low, high) = float(np.mean(flags)), clopper_pearson(sum(flags), len(flags))
     mark = "" if rate <= GOAL else f" **above the goal** (by chance {np.mean(by_chance >= rate):.2f})"
     return f"{rate:.3f} [{low:.3f}, {high:.3f}]{mark}"
+
+
+def _mean_rate(named: Sequence[tuple[str, Judgement]]) -> str:
+    """The rate at which a metric differs, over all metrics and judgements, with a 95 % interval over the oracles."""
+    by_oracle: dict[str, list[bool]] = {}
+    for name, judgement in named:
+        ends = [ends for metric, ends in judgement.differences.items() if "@" not in metric]
+        by_oracle.setdefault(name, []).extend(not low <= 0 <= high for low, high in ends)
+    shares = [float(np.mean(flags)) for flags in by_oracle.values()]
+    _, low, high = t_interval(np.array(shares))
+    return f"{np.mean(shares):.3f} [{max(low, 0):.3f}, {high:.3f}]"
 
 
 def main() -> None:

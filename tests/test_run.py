@@ -18,6 +18,7 @@ from tiny import ROOT
 from raysweep.auditing import card as cards
 from raysweep.cli import main
 from raysweep.models import families, stored
+from raysweep.results import trials as results_trials
 from raysweep.results.run import Run
 from raysweep.rundir import RunDir
 from raysweep.storage.files import digest_of
@@ -178,6 +179,13 @@ def test_the_report_can_be_rebuilt_and_escapes_html(run):
 
     template = Environment(loader=PackageLoader("raysweep.report"), autoescape=True).get_template("report.html.j2")
     assert "<script>alert" not in template.render(context)
+
+
+def test_how_far_trials_are_is_read_from_their_table_and_from_the_study(run, monkeypatch):
+    expected = [(t.trial, t.state, t.reason) for t in results_trials.trials_of(run)]
+    assert results_trials.standings_of(run) == expected
+    monkeypatch.setattr(results_trials, "_up_to_date", lambda *_: False)
+    assert results_trials.standings_of(run) == expected
 
 
 def test_show_status_export_and_ls_agree_with_the_run(run, tmp_path):

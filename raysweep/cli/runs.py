@@ -205,17 +205,17 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
 def status(run: str, as_json: bool) -> int:
     """Show how far a run is, and what failed."""
     from raysweep.auditing.log import LOG, read_log
-    from raysweep.results.trials import trials_of
+    from raysweep.results.trials import standings_of
 
     folder = open_run(run)
-    manifest, trials = folder.read_manifest(), trials_of(folder)
+    manifest, trials = folder.read_manifest(), standings_of(folder)
     data = {
         "run": str(folder.path),
         "state": manifest["state"],
         "trials": dict(Counter(t.state for t in trials)),
         "of": folder.sweep().search.trials,
         "audits": len(read_log(folder.path / LOG)),
-        "failures": [{"trial": t.trial, "reason": t.reason} for t in trials if t.has_failed],
+        "failures": [{"trial": t.trial, "reason": t.reason} for t in trials if t.state == "FAIL"],
         "incomplete": manifest.get("incomplete", []),
         "reason": manifest.get("reason", ""),
         "exit_code": CODES.get(manifest["state"]),
