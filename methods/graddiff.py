@@ -19,8 +19,9 @@ A contrastive model ascends 1 - cos(image, caption) of forgotten pairs and desce
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -31,14 +32,11 @@ from methods.losses import forget_loss, is_contrastive, retain_loss, squared_err
 from methods.rows import Batch, Draw, Rows
 
 
-class GradDiffSettings(Training):
-    """Settings of GradDiff."""
+class AscentSettings(Training):
+    """Settings of a method with the gradients of an ascent on the forget set and a descent on the retain set."""
 
     lr: float = Field(1e-5, gt=0, description="learning rate (paper, CIFAR-10 on EDM and Stable Diffusion)")
     steps: int = Field(782, ge=0, description="optimiser steps (released script, CIFAR-10: 50k forget images / 64)")
-    lam: float = Field(
-        5.0, ge=0, description="weight of the retain gradient relative to the ascent (paper: 5 on CIFAR-10)"
-    )
     trunc_elem_sq: float | None = Field(None, ge=0, description="truncation alpha in squared pixels; null: off")
     trunc_batch_loss: float | None = Field(None, gt=0, description="truncation m on the batch-mean loss; null: off")
     retain_pass: Literal["minibatch", "balanced", "full"] = Field("minibatch", description="retain rows per step")
@@ -46,19 +44,24 @@ class GradDiffSettings(Training):
     retain_groups: tuple[int, ...] | None = Field(None, min_length=1, description="groups (classes) kept; null: all")
 
 
-class GradDiff(Descent):
-    """Descends g_f + lam g_r; arXiv:2412.07808, GradDiff."""
+class GradDiffSettings(AscentSettings):
+    """Settings of GradDiff."""
 
-    name = "graddiff"
-    source = "Ko et al., NeurIPS 2024, arXiv:2412.07808, baseline GradDiff"
+    lam: float = Field(
+        5.0, ge=0, description="weight of the retain gradient relative to the ascent (paper: 5 on CIFAR-10)"
+    )
+
+
+class TwoGradients(Descent):
+    """A method that combines the gradient of an ascent on the forget set with that of a descent on the retain set."""
+
     needs = frozenset({"forget", "retain"})
     model_kinds = frozenset({"diffusion", "contrastive"})
     forwards_per_step = 6
-    Hyperparameters: ClassVar[type[BaseModel]] = GradDiffSettings
-    hp: GradDiffSettings
+    hp: AscentSettings
 
     @classmethod
-    def unsuited(cls, hyperparameters: GradDiffSettings, model: Model, goal: Goal) -> list[str]:
+    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
         if is_contrastive(model) and (hyperparameters.trunc_elem_sq, hyperparameters.trunc_batch_loss) != (None, None):
             return [
                 "trunc_elem_sq, trunc_batch_loss: a contrastive loss is bounded and not truncated; set both to null"
@@ -85,9 +88,9 @@ class GradDiff(Descent):
         products = gradients.products(g_forget, g_retain)
         return self.combine(g_forget, g_retain, products), scalars | {"cosine": gradients.cosine(*products)}
 
+    @abstractmethod
     def combine(self, g_forget: torch.Tensor, g_retain: torch.Tensor, products: gradients.Products) -> torch.Tensor:
         """The update direction for the flat gradients of two losses that are minimised, in the storage of `g_forget`."""
-        return g_forget.add_(g_retain, alpha=self.hp.lam)
 
     def retain_gradient(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """(flat gradient of the retain loss, this rank's part of the loss).
@@ -123,6 +126,18 @@ class GradDiff(Descent):
             gradient.masked_fill_(stop, 0.0)
             truncated = torch.where(stop, len(rows.x) / rows.total, truncated)
         return gradient, loss, truncated
+
+
+class GradDiff(TwoGradients):
+    """Descends g_f + lam g_r; arXiv:2412.07808, GradDiff."""
+
+    name = "graddiff"
+    source = "Ko et al., NeurIPS 2024, arXiv:2412.07808, baseline GradDiff"
+    Hyperparameters: ClassVar[type[BaseModel]] = GradDiffSettings
+    hp: GradDiffSettings
+
+    def combine(self, g_forget: torch.Tensor, g_retain: torch.Tensor, products: gradients.Products) -> torch.Tensor:
+        return g_forget.add_(g_retain, alpha=self.hp.lam)
 
 
 def truncate_elements(

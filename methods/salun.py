@@ -18,15 +18,14 @@ sum; this one differentiates the conditional diffusion loss, unclipped.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Literal
 
 import torch
 from pydantic import Field
 
 from methods import gradients
 from methods.base import Data, Descent, Goal, Model, Scalars, Training
-from methods.losses import diffusion_loss, pick, squared_errors, timesteps, without_labels
+from methods.losses import diffusion_loss, squared_errors, timesteps, without_labels
+from methods.relabelling import Relabel, relabel_loss, stand_in, without_override
 from methods.rows import Batch, Rows
 
 
@@ -39,7 +38,7 @@ class SalUnSettings(Training):
     alpha: float = Field(
         3.07, ge=0, description="weight of the retain loss, both terms means (released: 1e-3 on a sum, at 3x32x32)"
     )
-    relabel: Literal["override", "next", "random"] = Field("next", description="the class whose output is imitated")
+    relabel: Relabel = Field("next", description="the class whose output is imitated")
     label_drop: float = Field(
         0.0,
         ge=0,
@@ -90,7 +89,8 @@ class SalUn(Descent):
         losses: Scalars = {}
 
         def each() -> Iterator[torch.Tensor]:  # one graph at a time
-            relabel = self.relabel_loss(batch["forget"])
+            forget = batch["forget"]
+            relabel = relabel_loss(self.model, forget, self.stand_in(forget), self.hp.label_drop)
             losses["relabel_loss"] = relabel.detach()
             yield relabel
             retain = diffusion_loss(self.model, without_labels(self.model, batch["retain"], self.hp.label_drop))
@@ -99,35 +99,16 @@ class SalUn(Descent):
 
         return self.gradient(each()), gradients.scalars(**losses)
 
-    def relabel_loss(self, forget: Rows) -> torch.Tensor:
-        """This rank's part of the loss of forgotten rows against the network's output for another class."""
-        model, t = self.model, timesteps(self.model, forget)
-        x_t = model.add_noise(forget.x, model.noise(forget.seeds), t)
-        drop, stand_in = self.hp.label_drop, replace(forget, cond=self.stand_in(forget))
-        with torch.no_grad():
-            teacher = model.predict(x_t, t, without_labels(model, stand_in, drop, 3).cond)
-        errors = (model.predict(x_t, t, without_labels(model, forget, drop, 2).cond) - teacher).square()
-        return errors.flatten(1).mean(1).sum() / forget.total
-
     def constrain(self, flat: torch.Tensor) -> None:
         flat.mul_(self.mask)
 
     def stand_in(self, rows: Rows) -> torch.Tensor:
         """The condition that each row imitates: a label (n,), or one of the prompts of a class (n, length)."""
-        classes = self.goal.classes
-        if self.hp.relabel == "random":
-            imitated = self.goal.kept
-        elif self.hp.relabel == "next":
-            imitated = (classes[(classes.index(self.goal.forgotten_class) + 1) % len(classes)],)
-        else:
-            imitated = (self.goal.override,)
-        return pick(self.model, rows, self.goal.conditions(imitated, self.params[0].device))
+        return stand_in(self.model, rows, self.goal, self.hp.relabel)
 
     @classmethod
     def unsuited(cls, hyperparameters: SalUnSettings, model: Model, goal: Goal) -> list[str]:
-        if hyperparameters.relabel == "override" and goal.override_class is None:
-            return ["relabel: the task names no class or concept that is to stand in for the forgotten one"]
-        return []
+        return without_override(goal, hyperparameters.relabel)
 
 
 def saliency_mask(grads: dict[str, torch.Tensor], fraction: float) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ METHODS = {
     "esd": "methods.esd:ESD",
     "finetune": "methods.finetune:Finetune",
     "graddiff": "methods.graddiff:GradDiff",
+    "munba": "methods.munba:MUNBa",
     "neggrad": "methods.neggrad:NegGrad",
     "retrain": "methods.retrain:Retrain",
     "rg": "methods.rg:RG",

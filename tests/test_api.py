@@ -213,21 +213,18 @@ def test_every_name_is_documented_and_every_column_described():
         assert all(raysweep.columns(table).values())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_examples_of_the_page_run_as_they_stand(tmp_path, cache, whole):
+def test_the_examples_of_the_page_run_as_they_stand(tmp_path, cache):
     """In a separate process, on a small sweep; the last one, an audit, starts Ray a second time."""
     (tmp_path / "sweep.yaml").write_text(SMALL.replace("rounds: 2", "rounds: 1"))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), flags=re.DOTALL)
     assert "raysweep.audit(" in blocks[-1]
-    blocks = blocks if whole else blocks[:-1]
     (tmp_path / "page.py").write_text("\n".join([*blocks, CHECKS]))
     done = subprocess.run(
         [sys.executable, "page.py"], cwd=tmp_path, env=environment(cache), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    if not whole:
-        return
     card = json.loads(next((tmp_path / "runs").glob("*/cards/*/card.json")).read_text())
     assert card["subject"].startswith("unlearned@")
 

@@ -143,7 +143,9 @@ def trials_of(folder: RunDir) -> list[Trial]:
 def standings_of(folder: RunDir) -> list[Standing]:
     """How far the trials of a run are, in the order of the sweep. Takes half a second less than `trials_of` for 10,000."""
     if _up_to_date(folder):
-        columns = [column.to_pylist() for column in read_table(folder.trials, TRIALS, Standing._fields).columns]
+        columns = [
+            column.to_pylist() for column in read_table(folder.trials, TRIALS, list(Standing.__annotations__)).columns
+        ]
         return [Standing(*values) for values in zip(*columns, strict=True)]
     planned = _planned(folder, folder.run_id)
     return [Standing(t.user_attrs["trial"], t.state.name, t.user_attrs.get("reason", "")) for t in planned]
