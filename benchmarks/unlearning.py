@@ -53,9 +53,11 @@ def figures(g: Ground, model: PixelDDPM, tier: str) -> dict[str, float]:
     values = {"residue": result.residue, "damage": result.damage, "frechet": v["fidelity.frechet"]}
     if "classifier.recognised" in v:
         values |= {"ua": 1 - v["classifier.recognised"], "ra": v["classifier.retain_accuracy"]}
-    if "loss.gap" in v:
-        values["membership_gap"] = v["loss.gap"]
-    return values
+    membership = {
+        "membership_gap": "loss.gap",
+        "membership_rank": "loss.rank",
+    }  # the rank where one picture is forgotten
+    return values | {name: v[metric] for name, metric in membership.items() if metric in v}
 
 
 def score(kind: str, f: dict[str, float]) -> float:
@@ -130,7 +132,8 @@ def interval(values: list[float]) -> str:
 
 def table(kind: str, results: list[dict[str, Any]], anchors: dict[str, list[dict[str, float]]]) -> str:
     """Markdown."""
-    names = [*(("ua", "ra") if kind == "class" else ()), "frechet", "membership_gap", "residue", "damage"]
+    own = ("ua", "ra", "membership_gap") if kind == "class" else ("membership_rank",)
+    names = [*own, "frechet", "residue", "damage"]
     head = ["model", *names, "seconds", "goal", "beats random", "beats opposite"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, measured in anchors.items():
@@ -143,7 +146,7 @@ def table(kind: str, results: list[dict[str, Any]], anchors: dict[str, list[dict
         mine = [r for r in results if r["method"] == method and "audit" in r]
         row = [
             method,
-            *(interval([r["audit"][n] for r in mine]) for n in names),
+            *(interval([r["audit"][n] for r in mine if n in r["audit"]]) for n in names),
             interval([r["seconds"] for r in mine]),
         ]
         row.append(f"{sum(reached(kind, r['audit']) for r in mine)}/{len(mine)}")
