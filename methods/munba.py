@@ -51,7 +51,7 @@ class MUNBaSettings(AscentSettings):
     beta: float = Field(
         1.0,
         gt=0,
-        description="weight of the forget loss (released: 1 class, 100 nudity); only `released` weights see it",
+        description="weight of the forget loss (released: 1 class, 100 nudity); cancels in `exact` weights",
     )
     weights: Literal["exact", "released"] = Field(
         "exact", description="of the two gradients: Nash's solution, or the release's formula with its constants"
