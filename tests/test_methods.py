@@ -257,12 +257,13 @@ FRESH = """
 import sys, json
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_methods as t
-print(json.dumps([t.job_digest(*job, {folder!r}, "fresh") for job in t.JOBS[{which!r}]]))
+print(json.dumps([t.job_digest(*job, {folder!r}, "fresh") for job in t.GROUPS[{which!r}]]))
 """
-JOBS = {
+GROUPS = {
     "every method": [(name, "pixel-ddpm") for name in ALL],
     "every other family": [job for job in FAMILIES if job[1] != "vlm"],  # which is trained as "clip" is
 }
+JOBS = [job for group in GROUPS.values() for job in group]
 
 
 def instance(name: str, family: str) -> tuple[Task, Any]:
@@ -310,9 +311,9 @@ def test_a_second_trial_in_a_warm_worker_equals_a_fresh_process(tmp_path, which)
     resident, warm = Resident(), {}
     torch.manual_seed(12345)
     for job in reversed(
-        JOBS[which]
+        GROUPS[which]
     ):  # so that every method finds a worker that others have used than in the fresh process
         warm[job] = job_digest(*job, str(tmp_path), "warm", resident)
     code = FRESH.format(root=str(ROOT), tests=str(Path(__file__).parent), folder=str(tmp_path), which=which)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
-    assert warm == dict(zip(JOBS[which], json.loads(done.stdout.splitlines()[-1]), strict=True))
+    assert warm == dict(zip(GROUPS[which], json.loads(done.stdout.splitlines()[-1]), strict=True))
