@@ -18,7 +18,7 @@ from raysweep.results.trials import trial_table
 from raysweep.search import spaces
 from raysweep.search.searcher import FINAL, ParetoSearch
 from raysweep.search.spaces import Parameter, Point, Space, SpaceError
-from raysweep.search.study import open_study
+from raysweep.search.study import open_study, standings
 
 CONDITIONAL = Space(
     "siss",
@@ -188,6 +188,18 @@ def test_only_trials_ended_by_a_limit_are_retried_under_a_wider_one(tmp_path):
     assert states == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE, TrialState.COMPLETE]
     rows = trial_table(SimpleNamespace(journal=tmp_path / "study.journal"), "s")
     assert [r.state for r in rows] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert standings(tmp_path / "study.journal") == [(r.trial, r.state, r.reason) for r in rows]
+
+
+def test_how_far_trials_are_is_read_from_the_journal_as_optuna_reads_it(tmp_path):
+    search = searcher(tmp_path, window=8)
+    configs = {k: search.suggest(k) for k in "abcd"}
+    search.on_trial_complete("a", value(configs["a"]))
+    search.on_trial_complete("b", result(math.nan, math.nan, reason="the gradient is not finite"))
+    search.on_trial_complete("c", {"residue": 0.5})
+    rows = trial_table(SimpleNamespace(journal=tmp_path / "study.journal"), "s")
+    assert [r.state for r in rows] == ["COMPLETE", "FAIL", "PRUNED", "RUNNING"]
+    assert standings(tmp_path / "study.journal") == [(r.trial, r.state, r.reason) for r in rows]
 
 
 def test_optuna_and_its_dashboard_open_the_journal(tmp_path):

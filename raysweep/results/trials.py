@@ -78,18 +78,13 @@ class Standing(NamedTuple):
 
 def trial_table(folder: RunDir, name: str) -> list[Trial]:
     """Trials of the study `name`, in the order of the sweep; empty without a study."""
-    return [_trial(frozen) for frozen in _planned(folder, name)]
-
-
-def _planned(folder: RunDir, name: str) -> list[Any]:
-    """Optuna's trials of the study `name` that have a place in the sweep, in its order; the latest one of each place."""
     if not folder.journal.is_file():
         return []
     from raysweep.search.study import open_study  # Optuna, which readers of trials.parquet do not need
 
     trials = open_study(folder.journal, name).get_trials(deepcopy=False)
     by_place = {frozen.user_attrs["place"]: frozen for frozen in trials if "place" in frozen.user_attrs}
-    return [by_place[place] for place in sorted(by_place)]
+    return [_trial(by_place[place]) for place in sorted(by_place)]
 
 
 def _trial(frozen: Any) -> Trial:
@@ -141,14 +136,17 @@ def trials_of(folder: RunDir) -> list[Trial]:
 
 
 def standings_of(folder: RunDir) -> list[Standing]:
-    """How far the trials of a run are, in the order of the sweep. Takes half a second less than `trials_of` for 10,000."""
+    """How far the trials of a run are, in the order of the sweep; takes a third of the time of `trials_of`."""
     if _up_to_date(folder):
         columns = [
             column.to_pylist() for column in read_table(folder.trials, TRIALS, list(Standing.__annotations__)).columns
         ]
         return [Standing(*values) for values in zip(*columns, strict=True)]
-    planned = _planned(folder, folder.run_id)
-    return [Standing(t.user_attrs["trial"], t.state.name, t.user_attrs.get("reason", "")) for t in planned]
+    if not folder.journal.is_file():
+        return []
+    from raysweep.search.study import standings
+
+    return [Standing(*values) for values in standings(folder.journal)]
 
 
 def _up_to_date(folder: RunDir) -> bool:
