@@ -22,11 +22,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 OBJECTIVES = ("residue", "damage")  # both are minimised
-_CREATED, _ENDED, _NOTED = (
-    4,
-    6,
-    8,
-)  # codes of operations in Optuna's journal: a new trial, its state, an attribute of it
+# codes of operations in Optuna's journal: a new trial, its state, an attribute of it
+_CREATED, _ENDED, _NOTED = 4, 6, 8
 CONSTRAINTS = "constraints"  # Optuna's prefix of the system attributes of a trial that hold its constraints
 
 
@@ -82,9 +79,7 @@ def standings(journal: Path) -> list[tuple[str, str, str]]:
 
     From the records of the journal alone: Optuna would build each trial with its distributions, which takes three times as long.
     """
-    trials: list[
-        tuple[dict[str, Any], dict[str, Any]]
-    ] = []  # what was planned, and what was noted since, by Optuna's id
+    trials: list[tuple[dict[str, Any], dict[str, Any]]] = []  # as planned, and what was noted since, by Optuna's id
     for record in JournalFileBackend(str(journal)).read_logs(0):
         if record["op_code"] == _CREATED:
             trials.append((record["user_attrs"], {"state": record["state"]}))
