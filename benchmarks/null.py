@@ -7,8 +7,8 @@ Oracles are retrained from different seeds, and each is judged by disjoint sets 
 statement of raysweep. A statement at 95 % may be wrong in 5 %; the goal is at most 8 %. Rates come with the exact 95 % interval of a
 share; judgements share models, so true intervals are wider. A rate above the goal therefore comes with its probability by chance: how
 often a metric whose oracles are normally distributed, for which 5 % is exact, gives at least this rate in the same judgements. The mean
-rate of all metrics, with a Student interval over the oracles, is known best. Scores
-per sample are kept in `benchmarks/results/`. `--without-attacks` leaves out the verdicts.
+rate of all metrics, with a Student interval over the oracles, is known best. Scores per sample are kept in `benchmarks/results/`.
+`--without-attacks` leaves out the verdicts.
 """
 
 from __future__ import annotations

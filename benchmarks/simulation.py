@@ -14,8 +14,8 @@ its workers need time to start.
 
     python benchmarks/simulation.py --check      # the same sweeps simulated and run
 
-Checked is what two cores can run: 4 slots and 4 auditors that sleep, with the real searcher, Tune, desks and trial functions. Twice the
-lengths of trials decide, and once Tune's loop does, since its trials are shorter than it needs to start them.
+Checked is what two cores can run: 4 slots and 4 auditors that sleep, with the real searcher, Tune, desks and trial functions. In one
+case the lengths of trials decide; in the other one trials are shorter than Tune needs for them.
 """
 
 from __future__ import annotations

@@ -26,15 +26,13 @@ from raysweep.train.jobs import Job, Outcome
 NODES, GPUS = 2, 4  # 4 slots and 4 auditors
 CONCURRENT = NODES * GPUS + 1
 RANDOM_MS = 3.0  # suggestion and completion of a trial drawn at random
-WARM, WARM_S = (
-    24,
-    (8.0, 1.0),
-)  # the first trials, in which processes start, and how long each of them trains and is probed
+# the first trials, in which processes start, and how long each of them trains and is probed
+WARM, WARM_S = 24, (8.0, 1.0)
 CASES = {"lengths decide": (6.0, 0.9, 80), "Tune's loop decides": (0.04, 0.01, 500)}  # (train, probe, trials)
 
 
-class Short(Simulation):
-    """A simulation whose first trials all have the same length."""
+class Warmed(Simulation):
+    """A simulation whose first trials have the length WARM_S."""
 
     def __init__(self, *arguments: Any):
         self.made: list[tuple[float, float]] = []  # by place
@@ -127,7 +125,7 @@ def checked(options: dict[str, Any], seeds: int) -> dict[str, Any]:
                 "probe-s": probe_s,
             }
             with tempfile.TemporaryDirectory() as folder:
-                simulation = Short(of_case | {"trials": trials + WARM}, Path(folder), seed)
+                simulation = Warmed(of_case | {"trials": trials + WARM}, Path(folder), seed)
                 simulation.run()
             simulated = simulation.endings[-1] - simulation.endings[WARM - 1]
             seconds = real(simulation.made, simulation.slots, simulation.auditors)

@@ -53,10 +53,8 @@ def figures(g: Ground, model: PixelDDPM, tier: str) -> dict[str, float]:
     values = {"residue": result.residue, "damage": result.damage, "frechet": v["fidelity.frechet"]}
     if "classifier.recognised" in v:
         values |= {"ua": 1 - v["classifier.recognised"], "ra": v["classifier.retain_accuracy"]}
-    membership = {
-        "membership_gap": "loss.gap",
-        "membership_rank": "loss.rank",
-    }  # the rank where one picture is forgotten
+    # one forgotten picture has a rank, and its gap has no value
+    membership = {"membership_gap": "loss.gap", "membership_rank": "loss.rank"}
     return values | {name: v[metric] for name, metric in membership.items() if metric in v}
 
 
