@@ -27,6 +27,7 @@ from raysweep.search.spaces import load as load_space
 from raysweep.tasks.images import ImagesTask
 
 ALL = presets.names()
+TABLES = {name: released.table(name) for name in search_spaces.tables()}
 CLAIM = re.compile(r"\b(papers?|released?|releases?|published|official|authors?)\b", re.IGNORECASE)
 
 
@@ -48,9 +49,8 @@ def at(data, key: str):
 
 
 def test_every_table_gives_every_hyperparameter_a_value_and_its_source():
-    tables = released.tables()
-    assert {"rgd", "siss", "sfd", "slug"} <= set(tables)
-    for table in tables.values():
+    assert {"rgd", "siss", "sfd", "slug"} <= set(search_spaces.tables())
+    for table in TABLES.values():
         for setting in table.settings.values():
             for point in setting.points():
                 values = {k: v for k, v in released.converted(point).items() if k not in setting.unused}
@@ -62,7 +62,7 @@ def test_every_table_gives_every_hyperparameter_a_value_and_its_source():
 
 
 def test_tables_cite_code_of_a_commit_and_of_their_own_experiment():
-    for name, table in released.tables().items():
+    for name, table in TABLES.items():
         for address in table.code.values():
             assert re.search(r" at [0-9a-f]{7}$|, version \d", address), f"{name}: {address}"
         for key, setting in table.settings.items():
@@ -86,7 +86,7 @@ def test_no_table_merges_lists_of_mappings_that_share_a_key():
 
 
 def test_a_table_that_leaves_something_to_a_default_is_refused():
-    whole = search_spaces.released()["sld"]["settings"]["medium"]
+    whole = search_spaces.released("sld")["settings"]["medium"]
     Setting.model_validate(whole)
     less = {k: v for k, v in whole["values"].items() if k != "beta"}
     with pytest.raises(ValidationError, match=r"beta: neither among values nor unused"):
@@ -127,7 +127,7 @@ def test_a_preset_says_where_every_value_of_its_points_is_from(name):
 @pytest.mark.parametrize("name", ALL)
 def test_a_preset_holds_what_its_table_states_of_base_data_and_sampler(name):
     data = load(presets.path_of(name), (), absent=True).resolved() | {"about": presets.about(name).model_dump()}
-    stated = [table.presets[name] for table in released.tables().values() if name in table.presets]
+    stated = [table.presets[name] for table in TABLES.values() if name in table.presets]
     for key, value in (item for table in stated for item in table.items()):
         assert at(data, key) == (
             pytest.approx(value.converted) if isinstance(value.converted, float) else value.converted
@@ -135,7 +135,7 @@ def test_a_preset_holds_what_its_table_states_of_base_data_and_sampler(name):
 
 
 def test_tables_name_existing_presets():
-    assert {name for table in released.tables().values() for name in table.presets} <= set(ALL)
+    assert {name for table in TABLES.values() for name in table.presets} <= set(ALL)
 
 
 # Values that were wrong once, copied a second time from the sources.

@@ -13,7 +13,7 @@ default:
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -103,27 +103,26 @@ class Table(_Part):
     presets: dict[str, dict[str, Stated]] = Field(default_factory=dict)
 
 
-@lru_cache(maxsize=1)
-def tables() -> dict[str, Table]:
-    """File stem -> table, of all files. Raises ReleasedError for an invalid one."""
-    read = {}
-    for name, data in search_spaces.released().items():
-        try:
-            read[name] = Table.model_validate(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(p) for p in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            raise ReleasedError(f"search_spaces/released/{name}.yaml: {key}: {message}") from error
-    return read
+@cache
+def table(name: str) -> Table:
+    """A table by its file's stem. Raises ReleasedError for an invalid one, FileNotFoundError if there is none."""
+    try:
+        return Table.model_validate(search_spaces.released(name))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(p) for p in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ReleasedError(f"search_spaces/released/{name}.yaml: {key}: {message}") from error
 
 
 def setting(name: str) -> Setting:
     """The setting named `TABLE/SETTING`. Raises ReleasedError if there is none."""
-    known = {f"{table}/{key}": one for table, data in tables().items() for key, one in data.settings.items()}
-    if name not in known:
-        raise ReleasedError(f"{name!r} is not a released setting{suggest(str(name), sorted(known))}")
-    return known[name]
+    stem, _, key = str(name).partition("/")
+    found = table(stem).settings.get(key) if stem in search_spaces.tables() else None
+    if found is None:
+        known = sorted(f"{t}/{key}" for t in search_spaces.tables() for key in table(t).settings)
+        raise ReleasedError(f"{name!r} is not a released setting{suggest(str(name), known)}")
+    return found
 
 
 def converted(values: dict[str, Stated]) -> dict[str, Any]:

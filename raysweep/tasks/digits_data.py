@@ -6,6 +6,7 @@ All images are float32 in [-1, 1]. Judges learn from every scan that is not held
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -177,10 +178,17 @@ def _stratified(labels: torch.Tensor, sizes: tuple[int, int], seed: int) -> list
     return [np.sort(train), np.sort(holdout), *halves]
 
 
+@cache
+def _photograph(name: str) -> Image.Image:
+    """A bundled photograph in grey."""
+    return Image.fromarray(load_sample_image(name)).convert("L")
+
+
 def _patch(photograph: str, row: int, column: int) -> torch.Tensor:
     """A patch in grey, area-resized to 8 x 8 and stretched to [-1, 1], (1, 1, 8, 8); row, column: its top left corner."""
-    grey = Image.fromarray(load_sample_image(photograph)).convert("L")
-    small = grey.crop((column, row, column + PATCH, row + PATCH)).resize((8, 8), Image.Resampling.BOX)
+    small = (
+        _photograph(photograph).crop((column, row, column + PATCH, row + PATCH)).resize((8, 8), Image.Resampling.BOX)
+    )
     pixels = np.asarray(small, dtype=np.float32)
     low, high = pixels.min(), pixels.max()
     return torch.from_numpy(2 * (pixels - low) / max(high - low, 1) - 1).view(1, 1, 8, 8)
