@@ -240,9 +240,9 @@ def test_points_are_listed_resolved_beside_their_sources():
     assert "0.001 there; DDPM/README.md" in point["values"]["alpha"]["from"]
     text = CliRunner().invoke(main, ["ls", "spaces", "sfd-cifar10"]).output
     assert re.search(
-        r"^    fake_forget +0\.01 +DDPM/configs/\*_sfd\*\.yml, distill\.sg_forget_coef$", text, re.MULTILINE
+        r"^ +fake_forget +0\.01 +DDPM/configs/\*_sfd\*\.yml, distill\.sg_forget_coef *$", text, re.MULTILINE
     )
-    assert re.search(r"^    lr_fake +3e-05 +the rate of all other configs of DDPM; released: 1e-05", text, re.MULTILINE)
+    assert re.search(r"^ +lr_fake +3e-05 +the rate of all other configs of DDPM; released: 1e-05", text, re.MULTILINE)
     assert (
         "Selective Amnesia's released config, CIFAR-10; but"
         in CliRunner().invoke(main, ["ls", "spaces", "selective_amnesia"]).output

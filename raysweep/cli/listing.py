@@ -1,4 +1,4 @@
-"""The rows of `raysweep ls`, and the commented config of `raysweep init`."""
+"""The rows of `raysweep ls`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel
-
 import search_spaces
 from raysweep.config import presets
 from raysweep.config.reader import load as load_config
-from raysweep.config.reader import validate
 from raysweep.config.schema import ConfigError
 from raysweep.registry import PluginError, external, names, resolve, unserved
 from raysweep.rundir import list_runs
 from raysweep.search.released import shown
 from raysweep.search.spaces import Parameter, Point, Space, SpaceError, load
-from raysweep.storage.places import absolute
 
 
 def listing(kind: str, storage: Path) -> list[dict[str, Any]]:
     """One row of plain data per item of a kind (methods, evaluators, tasks, spaces, presets, runs), the name first.
 
+    Of a method, `images` are the splits that it reads, and `passes` the cost of a step in forward passes of one batch. An item that
+    cannot be used has `fault`, the reason, instead of the other columns.
     storage: the folder of the runs.
     """
     if kind == "methods":
@@ -121,11 +118,11 @@ def _method(name: str) -> dict[str, Any]:
     method = resolve("method", name)
     return {
         "name": name,
+        "forgets": sorted(method.kinds),
+        "images": sorted(method.needs),
+        "families": [family for family in names("family") if not unserved(method, family)],
+        "passes": method.forwards_per_step,
         "source": method.source,
-        "needs": "needs " + (", ".join(sorted(f"{n} images" for n in method.needs)) or "no data"),
-        "forgets": "forgets " + " or ".join(sorted(method.kinds)),
-        "families": ", ".join(family for family in names("family") if not unserved(method, family)),
-        "cost": f"{method.forwards_per_step:g} forward passes of a batch per step",
         "external": name in external("method"),
     }
 
@@ -134,46 +131,22 @@ def _evaluator(name: str) -> dict[str, Any]:
     evaluator = resolve("evaluator", name)
     return {
         "name": name,
-        "metrics": ", ".join(f"{m} ({d})" for m, d in evaluator.directions.items()),
+        "metrics": dict(evaluator.directions),
+        "kinds": sorted(evaluator.kinds),
         "needs": evaluator.needs,
         "cost": evaluator.cost,
-        "controls": ", ".join(evaluator.controls),
-        "kinds": ", ".join(sorted(evaluator.kinds)),
+        "controls": list(evaluator.controls),
         "external": name in external("evaluator"),
     }
 
 
 def _preset(name: str) -> dict[str, Any]:
     about = presets.about(name)
-    inputs = "; ".join(f"{item.key}: {item.what}" for item in about.bring)
-    return {"name": name, "title": about.title, "paper": about.paper, "bring": f"bring {inputs}"}
+    inputs = {item.key: item.what for item in about.bring}
+    return {"name": name, "title": about.title, "paper": about.paper, "bring": inputs}
 
 
 def _space(name: str) -> dict[str, Any]:
     space = load(name)
-    searched = ", ".join(f"{p.name} {p.kind} {list(p.values)}" for p in space.parameters)
-    return {"name": name, "searched": searched, "enqueued": f"{len(space.points)} points enqueued"}
-
-
-def commented_config(name: str, task: str) -> str:
-    """YAML of every setting at its default, each with its meaning as a comment."""
-    sweep = validate({"name": name, "task": {"name": task}}, "init")
-    lines = ["# A raysweep config: every setting at its default. Delete what you do not change.", ""]
-    _write(lines, sweep, 0)
-    return "\n".join(lines) + "\n"
-
-
-def _write(lines: list[str], model: BaseModel, depth: int) -> None:
-    pad = "  " * depth
-    for key, field in type(model).model_fields.items():
-        value = getattr(model, key)
-        if isinstance(field.default, Path) and value == absolute(field.default):
-            value = field.default  # relative, as a user writes it
-        about = f"  # {field.description}" if field.description else ""
-        if isinstance(value, BaseModel):
-            lines.append(f"{pad}{key}:{about}")
-            _write(lines, value, depth + 1)
-        else:
-            plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            text = yaml.safe_dump(plain, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
-            lines.append(f"{pad}{key}: {text}{about}")
+    searched = {p.name: {"kind": p.kind, "values": list(p.values)} for p in space.parameters}
+    return {"name": name, "searched": searched, "points": len(space.points)}

@@ -11,13 +11,23 @@ from raysweep.cli.common import FAILED, OK, print_json, reports_errors, require_
 
 @click.command()
 @click.argument("name")
-@click.option(
-    "--task", type=click.Choice(["digits-picture", "digits-class"]), default="digits-picture", show_default=True
-)
+@click.argument("model", required=False)
+@click.argument("train", required=False)
+@click.argument("holdout", required=False)
+@click.option("--task", default=None, help="A task of `raysweep ls tasks`; without MODEL digits-picture, else images.")
 @reports_errors
-def init(name: str, task: str) -> int:
-    """Write NAME.yaml, a commented config with every setting at its default."""
-    from raysweep.cli.listing import commented_config
+def init(name: str, model: str | None, train: str | None, holdout: str | None, task: str | None) -> int:
+    """Write NAME.yaml, a commented config with every setting.
+
+    \b
+    raysweep init mine                                          the embedded task
+    raysweep init mine --task images                            every setting of a task
+    raysweep init mine MODEL_DIR TRAIN_IMAGES HOLDOUT_IMAGES    a config that fits the model and the images
+
+    MODEL is the folder of the model that must forget, TRAIN and HOLDOUT are a folder of pictures, Parquet files, tar shards or a
+    dataset of torchvision: images that the model was trained on, and others of the same kinds. What cannot be found out is a question in a comment.
+    """
+    from raysweep.cli import draft as drafts
     from raysweep.config.schema import NAME, ConfigError
     from raysweep.storage.files import write_bytes
 
@@ -25,7 +35,15 @@ def init(name: str, task: str) -> int:
     if not NAME.fullmatch(name):
         raise ConfigError(f"{name!r}: a name has 1 to 64 letters, digits, '.', '_' or '-'")
     require_absent(path, "name")
-    write_bytes(path, commented_config(name, task).encode())
+    if model is None:
+        draft = drafts.of_task(name, task or "digits-picture")
+    elif task not in (None, "images"):
+        raise ConfigError(f"--task {task}: a model of your own belongs to the task `images`")
+    else:
+        draft = drafts.of_model(name, model, train, holdout)
+    write_bytes(path, draft.text().encode())
+    if draft.questions:
+        click.echo(f"{path}: answer the questions in it, about {', '.join(draft.questions)}")
     click.echo(f"{path}: check it with `raysweep validate {path}`, run it with `raysweep run {path}`")
     return OK
 
@@ -42,9 +60,9 @@ def list_(kind: str, name: str | None, as_json: bool) -> int:
     hyperparameter with its value and source.
     """
     from raysweep.cli.listing import first_points, listing
+    from raysweep.cli.tables import print_table
     from raysweep.config.schema import ConfigError
     from raysweep.rundir import STORAGE
-    from raysweep.search.released import shown
 
     if name is not None and kind != "spaces":
         raise ConfigError(f"ls {kind}: takes no name; `raysweep ls spaces NAME` does")
@@ -52,20 +70,19 @@ def list_(kind: str, name: str | None, as_json: bool) -> int:
     if as_json:
         print_json(rows)
         return OK
-    for row in rows:
-        first, *rest = (_cell(column, value) for column, value in row.items() if column != "values")
-        click.echo(f"{first:<18} " + "  ".join(filter(None, rest)))
-        for hyperparameter, origin in row.get("values", {}).items():
-            value = "-" if origin["searched"] else shown(origin["value"])
-            click.echo(f"    {hyperparameter:<20} {value:<14} {origin['from']}")
+    if not rows:
+        click.echo(f"no {kind}" + (f" in {STORAGE}" if kind == "runs" else ""))
+    elif name is None:
+        print_table(rows)
+    else:
+        for row in rows:
+            click.echo(f"{row['name']}  {row['source']}".rstrip())
+            values = [
+                {"name": n, "value": "-" if v["searched"] else v["value"], "from": v["from"]}
+                for n, v in row["values"].items()
+            ]
+            print_table(values)
     return OK
-
-
-def _cell(column: str, value: object) -> str:
-    """A value in a line of text; a truth value as the name of its column, or nothing."""
-    if isinstance(value, bool):
-        return column if value else ""
-    return str(value)
 
 
 @click.command()
