@@ -216,6 +216,20 @@ def test_show_status_export_and_ls_agree_with_the_run(run, tmp_path):
     assert json.loads(call("ls", "runs", "--json").output)[0]["state"] == "done"
 
 
+def test_base_and_oracles_are_exported_and_given_back(run, tmp_path):
+    kept = Run(run.path)
+    for anchor in (kept.base, kept.oracles[1]):
+        out = tmp_path / anchor.name
+        done = call("export", "small", anchor.name, str(out))
+        assert done.exit_code == 0, done.output
+        assert families.load(out).digest == anchor.digest
+        assert {p.stat().st_mode & 0o777 for p in out.rglob("*") if p.is_file()} == {out.stat().st_mode & 0o666}
+    assert "no 'oracle-7'" in call("export", "small", "oracle-7", str(tmp_path / "out")).output
+    assert "not made from another model" in call("export", "small", "base", str(tmp_path / "out"), "--delta").output
+    models = (f"task.base={tmp_path / 'base'}", f"oracle_models=[{tmp_path / 'oracle-1'}]")
+    assert call("validate", "small.yaml", *models).exit_code == 0
+
+
 def test_export_refuses_weights_that_do_not_match_their_card(run, tmp_path):
     card = run.candidates / audited(run) / "raysweep.json"
     text = card.read_text()

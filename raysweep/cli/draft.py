@@ -93,7 +93,7 @@ def of_task(name: str, task: str) -> Draft:
     draft = Draft(resolve("task", task), {"name": name}, {"name": task})
     if draft.kind is PictureTask or any(setting.is_required() for setting in draft.kind.model_fields.values()):
         return draft  # the default methods are made for the one, and the other cannot be built yet
-    built = draft.kind().build()
+    built = draft.kind.model_validate(draft.task).build()
     _choose_methods(draft, built.family, built.kind)
     return draft
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def export(run: str, trial: str, out: str, as_delta: bool) -> int:
     """Copy a candidate, with a model card, as a folder that its model family's library loads; its hash is checked.
 
-    Warns if the run does not recommend the candidate, or recommends it with reservations; the model card also says so.
+    Warns if the run does not recommend the candidate, or recommends it with reservations; the model card also says so. TRIAL may also be
+    base or oracle-0, oracle-1, ..., whose folders other sweeps and audits take as task.base, oracle_models, --base and --oracle.
     """
     from raysweep.context import Context
     from raysweep.export import delta, modelcard
@@ -32,8 +33,10 @@ def export(run: str, trial: str, out: str, as_delta: bool) -> int:
     from raysweep.storage.files import StoreError, write_folder, write_json
 
     folder, target = open_run(run), Path(out)
-    source = _candidate(folder, trial)
     require_absent(target)
+    if trial == "base" or trial.startswith("oracle-"):
+        return _export_anchor(folder, trial, target, as_delta)
+    source = _candidate(folder, trial)
     model, card = _loaded(source), json.loads((source / CARD).read_text())
     expected, digest = card["outcome"]["digest"], model.digest
     if digest != expected:
@@ -50,6 +53,30 @@ def export(run: str, trial: str, out: str, as_delta: bool) -> int:
         modelcard.write(folder, card, temporary)
 
     write_folder(target, fill)
+    click.echo(str(target))
+    return OK
+
+
+def _export_anchor(folder: RunDir, name: str, target: Path, as_delta: bool) -> int:
+    """Copies the base or an oracle of a run; its hash is checked."""
+    from raysweep.config.schema import ConfigError
+    from raysweep.registry import suggest
+    from raysweep.results.run import Run
+    from raysweep.storage.files import StoreError, write_folder
+
+    run = Run(folder.path)
+    anchors = {anchor.name: anchor for anchor in (run.base, *run.oracles)}
+    if name not in anchors:
+        raise ConfigError(f"{folder.path}: no {name!r}{suggest(name, sorted(anchors))}")
+    if as_delta:
+        raise ConfigError(f"--delta: {name} is not made from another model")
+    anchor = anchors[name]
+    model = _loaded(anchor.folder)
+    if model.digest != anchor.digest:
+        raise StoreError(
+            f"{anchor.folder}: the weights hash to {model.digest}, and the run used {anchor.digest}; not exported"
+        )
+    write_folder(target, model.save)
     click.echo(str(target))
     return OK
 

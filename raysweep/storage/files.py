@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -92,11 +93,20 @@ def write_folder(path: Path, fill: Callable[[Path], None], stands: Callable[[Pat
             return
         temporary.mkdir(parents=True)
         fill(temporary)
+        _share(temporary)
         _move_into_place(temporary, path, stands)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Lets those read a folder's files who may read the folder: libraries write some for their owner alone."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _move_into_place(new: Path, path: Path, stands: Callable[[Path], bool]) -> None:
