@@ -87,7 +87,7 @@ def test_repeats_and_images_beyond_the_sample_size_are_counted(rows, tmp_path):
 
 
 def test_too_few_pictures_are_refused(rows, tmp_path):
-    one = folder(tmp_path / "one", ("cat",), 1)
+    one = folder(tmp_path / "one", ("cat",), 1, first=700)
     for part in ("train", "holdout"):
         with pytest.raises(SourceError, match=r"(retain|holdout) set|to be forgotten"):
             ImagesTask(**rows | {part: {"folder": one}}, forget={"keys": ["cat/0.png"]}).build()

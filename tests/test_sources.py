@@ -16,7 +16,7 @@ from user_files import CAPTIONS, encoded, labelled, picture, write_folder, write
 
 from raysweep.miniature import data
 from raysweep.miniature.pictures import pictures
-from raysweep.tasks.records import SourceError, Tally
+from raysweep.tasks.records import Record, SourceError, Tally
 from raysweep.tasks.sampling import Sample, pixels
 from raysweep.tasks.sources import (
     FolderSource,
@@ -241,8 +241,8 @@ def test_a_sample_depends_on_content_and_seed_alone():
     def taken(order, seed=0, repeats=False):
         sample = Sample(8, seed, repeats)
         for i in order:
-            sample.add(images[i], str(i), None)
-        return [p.label for p in sample.images()]
+            sample.add(Record(str(i), lambda: None), images[i])
+        return [p.key for p in sample.images()]
 
     first = taken(range(30))
     assert len(first) == len(set(first)) == 8

@@ -260,3 +260,35 @@ def test_duplicates_of_a_forgotten_image_go_with_it(tmp_path):
     assert len(task.splits["forget"].distinct()) == 2
     assert len(task.splits["retain"]) == 40
     assert not task.near_duplicates()
+
+
+def test_near_duplicates_are_left_out_by_name_and_a_holdout_full_of_them_is_refused(tmp_path):
+    base = class_conditional(tmp_path / "base")
+    train = write_folder(tmp_path / "t", labelled(60)).folder
+    held = write_folder(tmp_path / "h", labelled(60, 900)).folder
+    smooth = [image for image, _, _ in pictures(12, 1)]
+    for k, (folder, name) in enumerate(((train, "dog/known.png"), (train, "cat/gone.png"), (train, "cat/one.png"))):
+        smooth[k].save(folder / name)
+    smooth[0].save(held / "fox" / "known.jpg", quality=80)
+    smooth[1].save(train / "fox" / "gone.jpg", quality=80)
+    smooth[2].save(train / "dog" / "two.jpg", quality=80)
+    config = ImagesTask(
+        base=base, kind="class", train={"folder": train}, forget={"labels": ["dog"]}, holdout={"folder": held}
+    )
+    task = config.build()
+    assert not task.near_duplicates()
+    train_account, held_account = task.accounts
+    left = {r["reason"]: r["first"] for r in train_account["left_out"]}
+    assert left == {"nearly a picture that must be forgotten": ["cat/one.png"]}
+    assert [r["first"] for r in held_account["left_out"]] == [["fox/known.jpg"]]
+    assert held_account["kept"]["held out"] == len(task.splits["holdout"]) == 40
+    assert train_account["kept"]["to retain"] == len(task.splits["retain"]) == 42
+    for number in range(3):
+        (held / "cat" / f"copy-{number}.png").write_bytes((train / "cat" / f"{3 * number:05}.png").read_bytes())
+    message = r"h: 4 of 44 pictures held out are nearly pictures of .*t: .*copy-0.png.*; at most 5% may be: leave these out \(`exclude`\)"
+    with pytest.raises(SourceError, match=message):
+        config.build()
+    rest = {"folder": held, "exclude": [f"cat/copy-{k}.png" for k in range(3)]}
+    assert len(ImagesTask(**config.model_dump() | {"holdout": rest}).build().splits["holdout"]) == 40
+    with pytest.raises(SourceError, match=r"exclude: nothing is called 'cat/4\.png'"):
+        ImagesTask(**config.model_dump() | {"holdout": rest | {"exclude": ["cat/4.png"]}}).build()

@@ -18,6 +18,7 @@ from raysweep.records import Family
 from raysweep.registry import resolve
 from raysweep.settings import ASIDE
 from raysweep.storage.places import location
+from raysweep.tasks.alike import apart, separate
 from raysweep.tasks.base import OBJECTIVES, ObjectiveMetrics, TaskSettings
 from raysweep.tasks.labels import Labels
 from raysweep.tasks.prompts import Prompts
@@ -158,8 +159,7 @@ def images_task(config: ImagesTask) -> Task:
     _check_model(config, model, family)
     required = ("caption",) * ("caption" in family.conditions) + ("label",) * (config.kind != "points")
     samples, accounts = draw_samples(config, model.image_shape, required)
-    if config.kind == "points":
-        _move_duplicates(samples)
+    separate(samples, accounts, config.kind)
     _check_sizes(config, samples)
     pictures = [p for sample in samples.values() for p in sample]
     labels = Labels.of(config, pictures, {tuple(order) for account in accounts for order in account["class_orders"]})
@@ -174,7 +174,7 @@ def images_task(config: ImagesTask) -> Task:
         kind=config.kind,
         model={},
         recipe={**config.recipe, "steps": max(1, config.base_steps)},
-        splits=_splits(config, model, labels, samples) | prompts.splits,
+        splits=_splits(config, model, labels, samples, accounts[0]) | prompts.splits,
         **vars(_objectives(config.kind, family)),
         sampling=config.sampling if family.model_kind == "diffusion" else {},
         forget_class=labels.classes.index(config.forget.labels[0]) if by_class else None,
@@ -217,19 +217,9 @@ def _check_sizes(config: ImagesTask, samples: dict[str, list[Picked]]) -> None:
             )
 
 
-def _move_duplicates(samples: dict[str, list[Picked]]) -> None:
-    """Moves retained images that are near duplicates of a forgotten one to the forget sample: they would keep it alive."""
-    import torch
-
-    from raysweep.tasks.task import NEAR, nearest
-
-    retain, forget = (torch.stack([p.x for p in samples[name]]) for name in ("retain", "forget"))
-    close = (nearest(retain, forget) < NEAR).tolist()
-    samples["forget"] += [p for p, near in zip(samples["retain"], close, strict=True) if near]
-    samples["retain"] = [p for p, near in zip(samples["retain"], close, strict=True) if not near]
-
-
-def _splits(config: ImagesTask, model: Any, labels: Labels, samples: dict[str, list[Picked]]) -> dict[str, Split]:
+def _splits(
+    config: ImagesTask, model: Any, labels: Labels, samples: dict[str, list[Picked]], account: Account
+) -> dict[str, Split]:
     """The splits of images; what two judges or populations share a sample of is dealt out in turn."""
     from raysweep.tasks.task import concat
 
@@ -245,7 +235,7 @@ def _splits(config: ImagesTask, model: Any, labels: Labels, samples: dict[str, l
         "holdout": _split(config, model, labels, holdout),
         "forget_holdout": _split(config, model, labels, forget_holdout),
         "judge_probe": _split(config, model, labels, judged[::2]),
-        "judge_audit": _split(config, model, labels, judged[1::2]),
+        "judge_audit": _split(config, model, labels, apart(judged[::2], judged[1::2], account)),
     }
 
 

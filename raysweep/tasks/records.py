@@ -117,7 +117,7 @@ class Tally:
     """Counts of one pass over a source.
 
     wanted: keys of records whose loss must be reported, because the task names them. seen: records met; passed_over: those that
-    the source's `only` and `keys` exclude. bad: why records could not be used; ignored: files that are no records, such as those
+    the source's `only`, `keys` and `exclude` leave out. bad: why records could not be used; ignored: files that are no records, such as those
     of file managers; notes: how used records were changed. parts: files that hold many records each; lost_parts: those that
     cannot be read to their end; lost: wanted key -> why it could not be used. orders: the class order of each source, () if it
     has none. hint: where captions were looked for. prefix: put before names of records, if there are several sources.

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picked:
-    """One image of a sample and its labels; order: hash of seed and content, by which images are drawn."""
+    """One image of a sample, the name of its record, and its labels; order: hash of seed and content, by which images are drawn."""
 
     order: str
+    key: str
     x: torch.Tensor
     label: str | None
     caption: str | None
@@ -40,14 +41,14 @@ class Sample:
         self._orders: set[str] = set()
         self._count = self.again = self.beyond = 0
 
-    def add(self, x: torch.Tensor, label: str | None, caption: str | None, other: str | None = None) -> None:
-        """Offers an image to the sample."""
+    def add(self, record: Record, x: torch.Tensor) -> None:
+        """Offers a record's image to the sample."""
         order = hashlib.sha256(f"{self.seed} ".encode() + x.numpy().tobytes()).hexdigest()
         if order in self._orders and not self.repeats:
             self.again += 1
             return
         self._count += 1
-        item = (-int(order, 16), -self._count, Picked(order, x, label, caption, other))
+        item = (-int(order, 16), -self._count, Picked(order, record.key, x, record.label, record.caption, record.other))
         if len(self._heap) < self.size:
             heapq.heappush(self._heap, item)
         else:

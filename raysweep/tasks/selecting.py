@@ -131,7 +131,7 @@ def _sort(
     met = _Met(selection)
     for record, x in pixels(source, shape, tally, required):
         met.add(record)
-        (chosen if selection.holds(record) else others).add(x, record.label, record.caption, record.other)
+        (chosen if selection.holds(record) else others).add(record, x)
     tally.check(source)
     return met
 

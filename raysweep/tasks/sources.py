@@ -46,6 +46,7 @@ class _Source(BaseModel, ABC):
 
     only: tuple[Name, ...] = Field((), description="use only records with these labels; empty: all")
     keys: tuple[Name, ...] = Field((), description="use only records with these names; empty: all")
+    exclude: tuple[Name, ...] = Field((), description="leave out the records with these names")
     labelled: Name | None = Field(None, description="one label for all records, instead of their labels in the source")
     captioned: str | None = Field(
         None,
@@ -60,23 +61,28 @@ class _Source(BaseModel, ABC):
         """Yields all records, in an order that depends on the data alone."""
 
     def records(self, tally: Tally) -> Iterator[Record]:
-        """Yields the records that `only` and `keys` select, in an order that depends on the data alone.
+        """Yields the records that `only`, `keys` and `exclude` leave, in an order that depends on the data alone.
 
-        Raises SourceError at the end if an entry of `only` or `keys` matched no record.
+        Raises SourceError at the end if an entry of one of these matched no record.
         """
-        labels, keys = set[str](), set[str]()
+        labels, keys, named = set[str](), set[str](), {*self.keys, *self.exclude}
         for record in self._all(tally):
             record = self._relabelled(record)
             if record.label is not None and (len(labels) < KNOWN or record.label in self.only):
                 labels.add(record.label)
-            if (self.only and record.label not in self.only) or (self.keys and record.key not in self.keys):
+            if len(keys) < KNOWN or record.key in named:
+                keys.add(record.key)
+            if (
+                record.key in self.exclude
+                or (self.only and record.label not in self.only)
+                or (self.keys and record.key not in self.keys)
+            ):
                 tally.passed_over += 1
-                keys |= {record.key} if len(keys) < KNOWN else set()
                 continue
-            keys |= {record.key} if self.keys else set()
             yield from [record] * self.repeat
         check_met(self, "only", self.only, labels, tally)
         check_met(self, "keys", self.keys, keys, tally)
+        check_met(self, "exclude", self.exclude, keys, tally)
 
     def _relabelled(self, record: Record) -> Record:
         """The record with the label and caption that the settings give it."""
