@@ -53,9 +53,7 @@ def figures(g: Ground, model: PixelDDPM, tier: str) -> dict[str, float]:
     values = {"residue": result.residue, "damage": result.damage, "frechet": v["fidelity.frechet"]}
     if "classifier.recognised" in v:
         values |= {"ua": 1 - v["classifier.recognised"], "ra": v["classifier.retain_accuracy"]}
-    # one forgotten picture has a rank, and its gap has no value
-    membership = {"membership_gap": "loss.gap", "membership_rank": "loss.rank"}
-    return values | {name: v[metric] for name, metric in membership.items() if metric in v}
+    return values | ({"membership_gap": v["loss.gap"]} if "loss.gap" in v else {})  # one picture's rank has no value
 
 
 def score(kind: str, f: dict[str, float]) -> float:
@@ -130,7 +128,7 @@ def interval(values: list[float]) -> str:
 
 def table(kind: str, results: list[dict[str, Any]], anchors: dict[str, list[dict[str, float]]]) -> str:
     """Markdown."""
-    own = ("ua", "ra", "membership_gap") if kind == "class" else ("membership_rank",)
+    own = ("ua", "ra", "membership_gap") if kind == "class" else ()
     names = [*own, "frechet", "residue", "damage"]
     head = ["model", *names, "seconds", "goal", "beats random", "beats opposite"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -16,8 +16,8 @@ def test_a_long_silence_is_broken_with_what_is_under_way(monkeypatch, capsys):
         shown.tick("steps", 5, 5)
         time.sleep(0.25)
     lines = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()]
-    assert "working  still running" in lines
-    assert "working  audits 1/3" in lines[lines.index("progress audits 1/3") :]
+    assert "working  still at it (0 s since the last event)" in lines
+    assert "working  audits 1/3 (0 s since the last event)" in lines[lines.index("progress audits 1/3") :]
     time.sleep(0.25)
     assert capsys.readouterr().out == ""
 

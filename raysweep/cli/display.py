@@ -50,7 +50,7 @@ class Display:
         self.bars: dict[str, TaskID] = {}
         self.quarters: dict[str, int] = {}
         self.counts: dict[str, tuple[int, int]] = {}  # topic -> done, total, of what is under way
-        self.latest = time.monotonic()  # when something was printed
+        self.latest = self.event = time.monotonic()  # when something was printed, and when something happened
         self.left = threading.Event()
 
     def __enter__(self) -> Display:
@@ -72,6 +72,7 @@ class Display:
             colour = COLOURS.get(kind, "dim")
             self.progress.console.print(f"[dim]{clock}[/] [{colour}]{kind:<8}[/] {escape(text)}")
         elif self.mode == "plain":
+            self.event = time.monotonic()
             self._print(kind, text)
 
     def tick(self, topic: str, done: int, total: int) -> None:
@@ -81,6 +82,7 @@ class Display:
                 self.bars[topic] = self.progress.add_task(topic, total=total)
             self.progress.update(self.bars[topic], completed=done, total=total, visible=done < total)
         elif self.mode == "plain":
+            self.event = time.monotonic()
             self.counts = {t: c for t, c in self.counts.items() if t != topic} | (
                 {topic: (done, total)} if done < total else {}
             )
@@ -98,4 +100,5 @@ class Display:
         while not self.left.wait(max(0.0, self.latest + SILENCE_S - time.monotonic())):
             if time.monotonic() - self.latest >= SILENCE_S:
                 counts = ", ".join(f"{topic} {done}/{total}" for topic, (done, total) in list(self.counts.items()))
-                self._print("working", counts or "still running")
+                silent = time.monotonic() - self.event
+                self._print("working", f"{counts or 'still at it'} ({silent:.0f} s since the last event)")

@@ -51,7 +51,13 @@ def run_trials(engine: Engine, spaces: Sequence[Space]) -> None:
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 0} | resources),
         param_space={"run": str(folder.path), "plan": asdict(plan)},
-        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=left, reuse_actors=True),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=left,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,  # which TensorBoard shows
+        ),
         run_config=tune.RunConfig(
             name="search",
             storage_path=str(folder.path / "tune"),
@@ -68,6 +74,11 @@ def run_trials(engine: Engine, spaces: Sequence[Space]) -> None:
         engine.events.say("search", f"train workers were idle {idle:.0%} of the time")
     if searcher_of(engine, spaces).left():
         raise Interrupted("stopped before all trials had ended")
+
+
+def _name(trial: Any) -> str:
+    """The name of one of Tune's trials: that of its candidate."""
+    return str(trial.config["trial"])
 
 
 def searcher_of(engine: Engine, spaces: Sequence[Space]) -> ParetoSearch:
