@@ -125,7 +125,7 @@ class Pictured:
 
 def numbered(labels, orders=(), **config):
     settings = type("Settings", (Config,), config)
-    return Labels.of(settings, [Pictured(label) for label in labels], {(), *orders}).classes
+    return Labels.of(settings, [Pictured(label) for label in labels], {(), *orders}, settings.kind == "class").classes
 
 
 def test_classes_are_numbered_as_the_model_numbers_them():

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 from tiny import LATENT, tiny_config
 from user_files import CAPTIONS, KINDS, LONG, labelled, write_folder, write_parquet, write_prompts, write_shards
 
+import raysweep
+from raysweep.engine.model_checks import check_fits
 from raysweep.miniature import data
 from raysweep.miniature.pictures import pictures
 from raysweep.models import families
@@ -292,3 +295,38 @@ def test_near_duplicates_are_left_out_by_name_and_a_holdout_full_of_them_is_refu
     assert len(ImagesTask(**config.model_dump() | {"holdout": rest}).build().splits["holdout"]) == 40
     with pytest.raises(SourceError, match=r"exclude: nothing is called 'cat/4\.png'"):
         ImagesTask(**config.model_dump() | {"holdout": rest | {"exclude": ["cat/4.png"]}}).build()
+
+
+def test_single_pictures_of_a_class_conditional_model(tmp_path):
+    """Each is drawn and noised under its own label, by methods and by checks."""
+    base = class_conditional(tmp_path / "base")
+    config = ImagesTask(
+        base=base,
+        train=write_folder(tmp_path / "t", labelled(60)),
+        forget={"keys": ["dog/00001.png"]},
+        holdout=write_folder(tmp_path / "h", labelled(60, 900)),
+        steps=3,
+    )
+    task = config.build()
+    assert (task.kind, task.class_names, task.forget_class) == ("points", (), None)
+    assert task.splits["forget"].cond.tolist() == [1]
+    assert torch.equal(task.splits["retain"].cond, task.splits["retain"].groups)
+    model = families.load(base)
+    check_fits(model, base, task)
+    changed = raysweep.unlearn(model, task, "siss", steps=2, batch_size=4, lr=1e-3)
+    small = {
+        "samples": 20,
+        "noises": 20,
+        "loss_noises": 20,
+        "loss_images": 2,
+        "timesteps": 2,
+        "membership_images": 10,
+        "injection_steps": 2,
+    }
+    checks = ["denoising", "reconstruction", "generation", "altered", "loss", "fidelity"]
+    rows = raysweep.measure(changed, task, checks, base=model, **small).to_pylist()
+    assert {r["check"] for r in rows if r["status"] == "ok"} == set(checks)
+    assert not [r for r in rows if r["status"] == "failed"]
+    bare = config.model_dump() | {"holdout": {"folder": tmp_path / "h", "label": None}}
+    with pytest.raises(SourceError, match="no label, which the task needs"):
+        ImagesTask(**bare).build()

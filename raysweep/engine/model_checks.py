@@ -49,8 +49,9 @@ def check_fits(model: Any, path: str, task: Task, key: str = "task.base") -> Non
     shape = tuple(task.splits["forget"].x.shape[1:])
     if model.image_shape != shape:
         raise ConfigError(f"{key}: {path} makes images of shape {model.image_shape}, but the task's are {shape}")
-    if resolve("family", task.family).null_labels and (model.null_label is not None) != (task.kind == "class"):
-        raise ConfigError(f"{key}: {path} must be {'class-conditional' if task.kind == 'class' else 'unconditional'}")
+    labelled = task.splits["forget"].cond is not None
+    if resolve("family", task.family).null_labels and (model.null_label is not None) != labelled:
+        raise ConfigError(f"{key}: {path} must be {'class-conditional' if labelled else 'unconditional'}")
     try:
         check_serves(model, task, path)
     except ValueError as error:

@@ -141,10 +141,10 @@ def check_serves(model: Any, task: Any, source: str) -> None:
     if not hasattr(model, "outline"):
         return
     cond = task.splits["forget"].cond
-    if task.kind == "class" and "label" in resolve("family", model.family).conditions:
+    if cond is not None and "label" in resolve("family", model.family).conditions:
         _check_labels(model, task, source)
     check_pass(model, None if cond is None else cond[:1], source)
-    if task.kind == "points" or model.unconditional(1) is not None:
+    if cond is None or model.unconditional(1) is not None:
         check_pass(model, None, source)
 
 

@@ -157,13 +157,15 @@ def images_task(config: ImagesTask) -> Task:
     model = families.load(folder)
     family: Family = resolve("family", model.family)
     _check_model(config, model, family)
-    required = ("caption",) * ("caption" in family.conditions) + ("label",) * (config.kind != "points")
+    by_label = _asked_by_label(config, model)
+    required = ("caption",) * ("caption" in family.conditions) + ("label",) * (by_label or config.kind != "points")
     samples, accounts = draw_samples(config, model.image_shape, required)
     separate(samples, accounts, config.kind)
     _check_sizes(config, samples)
     pictures = [p for sample in samples.values() for p in sample]
-    labels = Labels.of(config, pictures, {tuple(order) for account in accounts for order in account["class_orders"]})
-    if config.kind == "class":
+    orders = {tuple(order) for account in accounts for order in account["class_orders"]}
+    labels = Labels.of(config, pictures, orders, by_label)
+    if by_label:
         labels.check_model(config, model, pictures)
     prompts = _read_prompts(config, model, labels) if config.kind == "concept" else _PromptSets()
     if "answers" in family.abilities:
@@ -201,6 +203,13 @@ def _check_model(config: ImagesTask, model: Any, family: Family) -> None:
         raise SourceError(f"recipe.modules: {config.base} has no {', '.join(unknown)}")
     if config.clip is not None and not family.text_to_image:
         raise SourceError(f"clip: is for text-to-image models, and {config.base} is a {model.family} model")
+
+
+def _asked_by_label(config: ImagesTask, model: Any) -> bool:
+    """Whether images are asked for by the index of their class: those of a class, and single images of a class-conditional model."""
+    if config.kind != "points":
+        return config.kind == "class"
+    return "label" in resolve("family", model.family).conditions and bool(model.net.config.num_class_embeds)
 
 
 def _check_sizes(config: ImagesTask, samples: dict[str, list[Picked]]) -> None:
@@ -245,7 +254,7 @@ def _split(config: ImagesTask, model: Any, labels: Labels, pictures: list[Picked
     from raysweep.tasks.task import Split
 
     groups = torch.tensor([labels.number(p.label) for p in pictures])
-    cond = groups if config.kind == "class" else None
+    cond = groups if _asked_by_label(config, model) else None
     if "caption" in resolve("family", model.family).conditions:
         cond = model.tokens([p.caption or "" for p in pictures])
     return Split(torch.stack([p.x for p in pictures]), cond, groups, labels.others([p.other for p in pictures]))

@@ -23,13 +23,13 @@ class Labels:
     other: tuple[str, ...]
 
     @classmethod
-    def of(cls, config: Any, pictures: list[Picked], orders: set[tuple[str, ...]]) -> Labels:
+    def of(cls, config: Any, pictures: list[Picked], orders: set[tuple[str, ...]], numbered: bool) -> Labels:
         """The labels in the order of the config (an ImagesTask), else of the sources, else of the names.
 
-        orders: the class orders that the sources know. Raises SourceError if a label is in none of the orders, or orders differ.
+        orders: the class orders that the sources know; numbered: whether the labels are a model's classes, whose order counts. Raises SourceError if a label is in none of the orders, or orders differ.
         """
         labels = _sorted(p.label for p in pictures)
-        names = config.classes or (_class_order(labels, orders - {()}) if config.kind == "class" else labels)
+        names = config.classes or (_class_order(labels, orders - {()}) if numbered else labels)
         unknown = [name for name in labels if name not in names]
         if unknown:
             raise SourceError(
