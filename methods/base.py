@@ -64,6 +64,17 @@ class Model(Protocol):
     ) -> Iterator[tuple[int, torch.Tensor]]: ...
 
 
+class Attending(Model, Protocol):
+    """A model that offers "cross-attention to prompts": layers `attn2` of its network project the embeddings of a prompt to keys
+    (`to_k`) and values (`to_v`), without a bias.
+
+    `attended` returns the embeddings of prompts (n, L) as these layers see them, (n, length, width), and the index (n,) of the
+    last token of each prompt before its end; of the empty prompt that is the beginning, 0.
+    """
+
+    def attended(self, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Goal:
     """The aim of a task, without its images.
@@ -158,7 +169,8 @@ class Method(ABC):
         needs: splits of the task that it reads; empty for a method that needs no data.
         model_kinds: the kinds of models that it works on: "diffusion", "contrastive" (which compare images with captions).
         abilities: its other requirements of a model: "safe sampling" (the handle's sampler steers away from a concept),
-            "retraining" (a new model can be trained from scratch on the task's images).
+            "retraining" (a new model can be trained from scratch on the task's images), "cross-attention to prompts" (see
+            `Attending`).
         kinds: the kinds of tasks that it can serve.
         forwards_per_step: cost of a step in forward passes of one batch, a backward pass counting as two.
         copies: numbers that a step holds at once per trained weight (weights, gradients, moments, and so on), besides the

@@ -21,6 +21,7 @@ METHODS = {
     "graddiff": "methods.graddiff:GradDiff",
     "munba": "methods.munba:MUNBa",
     "neggrad": "methods.neggrad:NegGrad",
+    "rece": "methods.rece:RECE",
     "retrain": "methods.retrain:Retrain",
     "rg": "methods.rg:RG",
     "rgd": "methods.rgd:RGD",
@@ -32,6 +33,7 @@ METHODS = {
     "siss_no_is": "methods.siss_no_is:SISSNoIS",
     "sld": "methods.sld:SLD",
     "slug": "methods.slug:SLUG",
+    "uce": "methods.uce:UCE",
 }
 
 EVALUATORS = {
@@ -112,7 +114,7 @@ FAMILIES = {
         handle="raysweep.models.latent:LatentText",
         model_kind="diffusion",
         conditions=frozenset({"caption"}),
-        abilities=frozenset({"retraining", "safe sampling"}),
+        abilities=frozenset({"cross-attention to prompts", "retraining", "safe sampling"}),
         library="diffusers",
         loading="diffusers.DiffusionPipeline.from_pretrained(FOLDER)",
         pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import torch
 from tiny import (
+    TinyText,
     batch_for,
+    concept_task,
     tiny_model,
     tiny_task,
 )
 
 from methods.base import Method
-from raysweep.registry import METHODS, resolve
+from raysweep.registry import METHODS, resolve, unserved
 
 D = torch.float64
 SETTINGS: dict[str, dict] = {
     "bernoulli": {"rho": 0.5},
     "erasediff": {"inner_steps": 2, "inner_every": 2, "ema": 0.5, "label_drop": 0.3},
     "esd": {"sampler_steps": 4},
+    "rece": {"epochs": 2, "preserved": "both"},
     "rg": {"retain_pass": "full"},
     "rgd": {"trunc_elem_sq": None},
     "retrain": {"split": "retain", "warmup": 2},
@@ -33,14 +36,23 @@ SETTINGS: dict[str, dict] = {
     "siss": {"rho": 0.5},
     "siss_no_is": {"rho": 0.5},
     "slug": {"bisection": 3, "passes": 1},
+    "uce": {"preserved": "both"},
 }
 ALL = sorted(METHODS)
 TRAINED = [name for name in ALL if name != "sld"]  # SLD is a sampler: it has no steps and changes no weight
-STEPPED = [name for name in TRAINED if name != "slug"]  # SLUG sets weights along gradients prepared beforehand
+PIXEL = [name for name in ALL if not unserved(resolve("method", name), "pixel-ddpm")]
+EDITS = ("slug", "uce", "rece")  # set weights from tensors prepared beforehand
+STEPPED = [name for name in TRAINED if name not in EDITS]
 
 
 def task_for(name: str):
+    if name not in PIXEL:
+        return concept_task()
     return tiny_task("points" if "points" in resolve("method", name).kinds else "class")
+
+
+def model_for(name: str, task, seed: int = 0, dtype=D):
+    return tiny_model(task, seed, dtype) if name in PIXEL else TinyText.tiny(seed, dtype)
 
 
 def settings_for(name: str, **more) -> dict:
@@ -53,7 +65,7 @@ def build(name: str, task=None, dtype=D, seed: int = 0, model=None, **settings) 
     task = task or task_for(name)
     cls = resolve("method", name)
     hp = cls.Hyperparameters(**settings_for(name, **settings))
-    model = model or tiny_model(task, seed, dtype)
+    model = model or model_for(name, task, seed, dtype)
     prepared = cls.prepare(model, task, 0, hp)
     return cls(model, hp, prepared, task.goal), task
 

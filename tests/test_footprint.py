@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from method_table import TRAINED, build
+from method_table import PIXEL, TRAINED, build
 from tiny import batch_for, tiny_task
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -68,7 +68,7 @@ def peak(name: str, width: int, batch: int) -> tuple[int, footprint.Footprint, b
     return counted.most, network, bool(getattr(method, "average", []))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [n for n in TRAINED if n in PIXEL])
 def test_methods_hold_the_memory_that_they_state(name):
     method = resolve("method", name)
     sizes = ((64, 1), (8, 128))  # mostly weights, and mostly activations

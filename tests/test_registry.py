@@ -118,6 +118,7 @@ def test_every_family_has_a_handle_that_says_so(name):
     assert all(callable(getattr(cls, method)) for method in ("load", "save", "with_net", "fresh"))
     assert callable(getattr(cls, "build", None)) == ("retraining" in FAMILIES[name].abilities)
     assert callable(getattr(cls, "answers", None)) == ("answers" in FAMILIES[name].abilities)
+    assert callable(getattr(cls, "attended", None)) == ("cross-attention to prompts" in FAMILIES[name].abilities)
     assert callable(getattr(cls, "encode_image", None)) == (FAMILIES[name].model_kind == "contrastive")
 
 

@@ -148,9 +148,12 @@ class TinyText(PixelDDPM):
     def unconditional(self, count: int) -> torch.Tensor:
         return torch.tensor([0, 11, 11, 11]).expand(count, -1)
 
+    def attended(self, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.net["text_encoder"](cond).last_hidden_state, (cond == 11).int().argmax(1) - 1
+
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         tokens = self.unconditional(len(x_t)) if cond is None else cond
-        return self.net["unet"](x_t, t, self.net["text_encoder"](tokens).last_hidden_state).sample
+        return self.net["unet"](x_t, t, self.attended(tokens)[0]).sample
 
 
 class TinyClip:
@@ -192,6 +195,13 @@ def text_task(seed: int = 0) -> Task:
     prompts = torch.tensor([PROMPTS[c] for c in range(6)])
     splits = {n: Split(s.x, None if s.cond is None else prompts[s.cond], s.groups) for n, s in task.splits.items()}
     return replace(task, name="tiny-text", family="text-ddpm", splits=splits)
+
+
+def concept_task(seed: int = 0) -> Task:
+    """`text_task` with the goal of a task of kind "concept"."""
+    task = text_task(seed)
+    task.__dict__["goal"] = Goal("concept", 2, 4, tuple(range(6)), PROMPTS[2], tuple(PROMPTS.items()))
+    return task
 
 
 class Pairs:

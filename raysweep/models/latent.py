@@ -347,6 +347,12 @@ class LatentText(Diffusion):
         sizes = torch.tensor([height, width, 0, 0, height, width], device=tokens.device, dtype=hidden.dtype)
         return hidden, {"text_embeds": pooled, "time_ids": sizes.expand(len(tokens), -1)}
 
+    def attended(self, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embeddings that the U-Net attends to for prompts (n, L), (n, length, width), and each prompt's last word in them, (n,)."""
+        tokenizer = self.frozen.tokenizers[0]
+        end = (cond[:, : tokenizer.model_max_length] == tokenizer.eos_token_id).int().argmax(1)
+        return self.embed(cond)[0], end - 1
+
     def encoded(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The hidden states of the text encoders, (n, length, width), and the pooled ones of an XL model, (n, width)."""
         first = self.net["text_encoder"]
