@@ -30,9 +30,7 @@ class RECESettings(UCESettings):
     """Settings of RECE; defaults are those of the release for nudity."""
 
     epochs: int = Field(3, ge=0, description="derivations of embeddings, each erased (released: 1 to 3); 0 is UCE")
-    reg: float = Field(
-        0.1, gt=0, description="weight of the derived embedding's square (released: 0.1; 0.001 for artists, hard objects)"
-    )
+    reg: float = Field(0.1, gt=0, description="weight of |c'|^2 (released: 0.1; 0.001 for artists and hard objects)")
     preserve_epochs: float = Field(0.1, ge=0, description="as preserve, in the epochs (paper, lambda_1, released: 0.1)")
     lam_epochs: float = Field(0.1, gt=0, description="as lam, in the epochs (paper, lambda_2, released: 0.1)")
 

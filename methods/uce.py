@@ -45,7 +45,8 @@ PROJECTIONS = {
     "values": (".attn2.to_v.weight",),
 }
 CHUNK = 32  # prompts per pass of the text encoder
-NULL, CONCEPT, FIRST = 0, 1, 2  # rows of the prepared tensors: the empty prompt, the concept, the first prompt of the search
+# rows of the prepared tensors: the empty prompt, the concept, the first prompt of the search
+NULL, CONCEPT, FIRST = 0, 1, 2
 
 
 class UCESettings(Hyperparameters):
@@ -59,7 +60,7 @@ class UCESettings(Hyperparameters):
     )
     rows: RowChoice = Field("from_last", description="embeddings of a prompt that count (see above)")
     preserved: Literal["unconditional", "prompts", "both"] = Field(
-        "unconditional", description="what must stay: the empty prompt, the search prompts of the other concepts, or both"
+        "unconditional", description="what must stay: the empty prompt, the search prompts of other concepts, or both"
     )
     preserve: float = Field(1.0, ge=0, description="weight of each prompt that must stay (released: 1, artists 0.1)")
     lam: float = Field(0.5, gt=0, description="weight of the change of the projections (released: 0.5)")

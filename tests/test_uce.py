@@ -127,7 +127,8 @@ def test_derived_embeddings_minimise_their_objective(reg, seed):
 
     best = distance(found)
     (gradient,) = torch.autograd.grad(best, found)
-    assert float(gradient.norm()) < 1e-8 * float(sum((w @ change).norm() ** 2 for w in old) + reg) * (1 + found.detach().norm())
+    scale = sum((w @ change).norm() ** 2 for w in old) + reg
+    assert gradient.norm() < 1e-8 * scale * (1 + found.detach().norm())
     assert distance(found + 0.1 * embeddings(2, seed + 2)) > best
 
 
@@ -189,7 +190,7 @@ def test_values_alone_leave_the_keys():
 
 
 def test_diagnostics_are_what_the_projections_do():
-    method, task = build("uce", guide="override", rows="all", preserved="prompts", lam=0.1, preserve=0.1)
+    method, _ = build("uce", guide="override", rows="all", preserved="prompts", lam=0.1, preserve=0.1)
     (erased, guides), kept = method.paired("all"), method.stay("all")
     scalars = method.step({})
 
