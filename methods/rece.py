@@ -19,6 +19,10 @@ detections, for which raysweep has the audit: the number of epochs is a setting.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import repeat
+from typing import Any
+
 import torch
 from pydantic import Field
 
@@ -47,12 +51,26 @@ class RECE(UCE):
     def steps(self) -> int:
         return 1 + self.hp.epochs
 
-    def next_change(self) -> torch.Tensor:
+    def setup(self) -> None:
+        super().setup()
+        weights = [w.double() for w in self.start]
+        self.gram = torch.stack([w.T @ w for w in weights]).sum(0)
+        self.change = torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
+
+    def next_changes(self) -> Iterable[torch.Tensor]:
         if self.done == 0:
-            return super().next_change()
-        concept, guides = self.paired("all")
-        found = derived(concept, self.change, self.gram, self.hp.reg)
-        return self.change @ edit(found, guides, self.stay("all"), self.hp.preserve_epochs, self.hp.lam_epochs)
+            self.change = self.first_change()
+        else:
+            concept, guides = self.paired("all")
+            found = derived(concept, self.change, self.gram, self.hp.reg)
+            self.change = self.change @ edit(
+                found, guides, self.stay("all"), self.hp.preserve_epochs, self.hp.lam_epochs
+            )
+        return repeat(self.change, len(self.params))
+
+    def size(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """sum |W_old c|^2 over all edited projections and the rows c of `embeddings` (m, width), a scalar."""
+        return (embeddings @ self.gram * embeddings).sum()
 
     def diagnostics(self) -> Scalars:
         """As UCE's, and restored: how much of the way from the guide to the concept the best embeddings of an attacker bring back, in
@@ -60,6 +78,13 @@ class RECE(UCE):
         concept, guides = self.paired("all")
         missing = derived(concept, self.change, self.gram, self.hp.reg) @ self.change.T - concept
         return super().diagnostics() | {"restored": 1 - share(self.size(missing), self.size(guides - concept))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"change": self.change}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.change = state["change"]
 
 
 def derived(concept: torch.Tensor, change: torch.Tensor, gram: torch.Tensor, reg: float) -> torch.Tensor:

@@ -31,6 +31,9 @@ balance attributes (debiasing); neither is implemented.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, Literal, cast
 
 import torch
@@ -49,8 +52,8 @@ CHUNK = 32  # prompts per pass of the text encoder
 NULL, CONCEPT, FIRST = 0, 1, 2
 
 
-class UCESettings(Hyperparameters):
-    """Settings of UCE; defaults are those of the first release, for an object."""
+class EditSettings(Hyperparameters):
+    """Settings of an edit of the cross-attention: what is sent where, and what must stay."""
 
     erased: Literal["concept", "prompts"] = Field(
         "concept", description="what is sent to its guide: one prompt, or all search prompts of the forgotten concept"
@@ -58,30 +61,35 @@ class UCESettings(Hyperparameters):
     guide: Literal["unconditional", "override"] = Field(
         "unconditional", description="the empty prompt, or the prompts of the concept that stands in"
     )
+    projections: Literal["keys_values", "values"] = Field(
+        "keys_values", description="the projections that are edited (UCE and RECE: keys and values; SPEED: values)"
+    )
+
+
+class UCESettings(EditSettings):
+    """Settings of UCE; defaults are those of the first release, for an object."""
+
     rows: RowChoice = Field("from_last", description="embeddings of a prompt that count (see above)")
     preserved: Literal["unconditional", "prompts", "both"] = Field(
         "unconditional", description="what must stay: the empty prompt, the search prompts of other concepts, or both"
     )
     preserve: float = Field(1.0, ge=0, description="weight of each prompt that must stay (released: 1, artists 0.1)")
     lam: float = Field(0.5, gt=0, description="weight of the change of the projections (released: 0.5)")
-    projections: Literal["keys_values", "values"] = Field(
-        "keys_values", description="the projections that are edited (paper and releases: keys and values)"
-    )
 
 
-class UCE(Method):
-    """Sends the embeddings of a concept to those of its guide, in closed form; arXiv:2308.14761."""
+class Edit(Method):
+    """A method that multiplies projections of the cross-attention by matrices T from the right.
 
-    name = "uce"
-    source = "Gandikota et al., WACV 2024, arXiv:2308.14761"
+    Subclasses define `next_changes`; `preserved` of their settings names what must stay.
+    """
+
     needs = frozenset()
     abilities = frozenset({"cross-attention to prompts"})
     kinds = frozenset({"concept"})
     forwards_per_step = 0  # one pass of the text encoder over the prompts, shared by every trial
     copies = 1.15  # the first values of the projections: 2 % of the weights of Stable Diffusion 1.4, 10 % of XL's
     tape = 0
-    Hyperparameters = UCESettings
-    hp: UCESettings
+    hp: Any
 
     def setup(self) -> None:
         super().setup()
@@ -91,9 +99,6 @@ class UCE(Method):
         self.erased, self.guides = pairs(goal, self.hp)
         of_kept = [FIRST + i for i, (c, _) in enumerate(goal.prompts) if c in goal.kept]
         self.kept = {"unconditional": [NULL], "prompts": of_kept, "both": [NULL, *of_kept]}[self.hp.preserved]
-        weights = [w.double() for w in self.start]
-        self.gram = sum((w.T @ w for w in weights), torch.zeros_like(weights[0].T @ weights[0]))
-        self.change = torch.eye(len(self.gram), dtype=torch.float64, device=device)
 
     @classmethod
     @torch.no_grad()
@@ -113,7 +118,7 @@ class UCE(Method):
         return {"embeddings": embeddings, "last": last}
 
     @classmethod
-    def unsuited(cls, hyperparameters: UCESettings, model: Model, goal: Goal) -> list[str]:
+    def unsuited(cls, hyperparameters: Any, model: Model, goal: Goal) -> list[str]:
         ends, reasons = PROJECTIONS[hyperparameters.projections], []
         if not any(p.requires_grad and name.endswith(ends) for name, p in model.net.named_parameters()):
             reasons.append("none of the cross-attention's keys and values may change (train.modules)")
@@ -139,17 +144,15 @@ class UCE(Method):
 
     @torch.no_grad()
     def step(self, batch: Batch) -> Scalars:
-        """Sets all projections to their base values times the next `change`."""
-        self.change = self.next_change()
-        for projection, start in zip(self.params, self.start, strict=True):
-            projection.copy_(start.double() @ self.change)
+        """Sets each projection to its base values times its matrix."""
+        for projection, start, change in zip(self.params, self.start, self.next_changes(), strict=True):
+            projection.copy_(start.double() @ change)
         self.done += 1
         return self.diagnostics()
 
-    def next_change(self) -> torch.Tensor:
-        """The matrix T (width, width) after the next edit, float64."""
-        erased, guides = self.paired(self.hp.rows)
-        return edit(erased, guides, self.stay(self.hp.rows), self.hp.preserve, self.hp.lam)
+    @abstractmethod
+    def next_changes(self) -> Iterable[torch.Tensor]:
+        """The matrix T (width, width) of each projection after the next step, float64."""
 
     def paired(self, rows: RowChoice) -> tuple[torch.Tensor, torch.Tensor]:
         """(c, g): the embeddings to erase and those of their guides, both (m, width)."""
@@ -164,26 +167,38 @@ class UCE(Method):
         """The embeddings (k, length, width) of some prompts, and the index (k,) of their last tokens."""
         return self.embeddings[prompts], self.last[prompts]
 
-    def size(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """sum |W_old c|^2 over all edited projections and the rows c of `embeddings` (m, width), a scalar."""
-        return (embeddings @ self.gram * embeddings).sum()
-
     def diagnostics(self) -> Scalars:
         """residual: the squared distance of what is erased from its guide, and drift: the squared change of what must stay, both in the
         outputs of the projections; as a share of the distance before the edit, and of the squared outputs."""
         (erased, guides), kept = self.paired(self.hp.rows), self.stay(self.hp.rows)
-        residual = share(self.size(erased @ self.change.T - guides), self.size(erased - guides))
-        return {"residual": residual, "drift": share(self.size(kept @ self.change.T - kept), self.size(kept))}
+        left, before, moved, size = (torch.zeros((), dtype=torch.float64, device=kept.device) for _ in range(4))
+        squares = kept.T @ kept
+        for new, old in zip((p.detach().double() for p in self.params), (p.double() for p in self.start), strict=True):
+            left += (erased @ new.T - guides @ old.T).square().sum()
+            before += ((erased - guides) @ old.T).square().sum()
+            moved += ((new - old) @ squares * (new - old)).sum()
+            size += (old @ squares * old).sum()
+        return {"residual": share(left, before), "drift": share(moved, size)}
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"change": self.change}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.change = state["change"]
+class UCE(Edit):
+    """Sends the embeddings of a concept to those of its guide, in closed form; arXiv:2308.14761."""
+
+    name = "uce"
+    source = "Gandikota et al., WACV 2024, arXiv:2308.14761"
+    Hyperparameters = UCESettings
+    hp: UCESettings
+
+    def next_changes(self) -> Iterable[torch.Tensor]:
+        return repeat(self.first_change(), len(self.params))
+
+    def first_change(self) -> torch.Tensor:
+        """The matrix T of all projections, (width, width)."""
+        erased, guides = self.paired(self.hp.rows)
+        return edit(erased, guides, self.stay(self.hp.rows), self.hp.preserve, self.hp.lam)
 
 
-def pairs(goal: Goal, hyperparameters: UCESettings) -> tuple[list[int], list[int]]:
+def pairs(goal: Goal, hyperparameters: EditSettings) -> tuple[list[int], list[int]]:
     """Rows of the prepared tensors: what is erased, and its guides in the same order."""
 
     def of(cls: int | None) -> list[int]:

@@ -33,6 +33,7 @@ METHODS = {
     "siss_no_is": "methods.siss_no_is:SISSNoIS",
     "sld": "methods.sld:SLD",
     "slug": "methods.slug:SLUG",
+    "speed": "methods.speed:SPEED",
     "uce": "methods.uce:UCE",
 }
 

@@ -36,12 +36,13 @@ SETTINGS: dict[str, dict] = {
     "siss": {"rho": 0.5},
     "siss_no_is": {"rho": 0.5},
     "slug": {"bisection": 3, "passes": 1},
+    "speed": {"threshold": 0.5, "guide": "override"},
     "uce": {"preserved": "both"},
 }
 ALL = sorted(METHODS)
 TRAINED = [name for name in ALL if name != "sld"]  # SLD is a sampler: it has no steps and changes no weight
 PIXEL = [name for name in ALL if not unserved(resolve("method", name), "pixel-ddpm")]
-EDITS = ("slug", "uce", "rece")  # set weights from tensors prepared beforehand
+EDITS = ("slug", "uce", "rece", "speed")  # set weights from tensors prepared beforehand
 STEPPED = [name for name in TRAINED if name not in EDITS]
 
 

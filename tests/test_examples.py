@@ -17,7 +17,7 @@ LITTLE = {
     "class": ("task.base_steps=60", "search.trials=18"),
     "clip": ("task.base_steps=40", "search.trials=5"),
     "text-to-image": (
-        "search.trials=6",
+        "search.trials=7",
         "audit.audit.samples=100",
         "audit.audit.class_samples=60",
     ),
