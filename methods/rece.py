@@ -13,8 +13,8 @@ and `preserve`, is of UCE's edit, which the release reads from a file. Targets a
 released.
 
 The release can also penalise the distance of c' to another embedding, or of its outputs to others (`--emb_computing close_standardreg`,
-`close_surrogatereg`), which its scripts do not use; that is not implemented. It keeps the epoch with the fewest
-detections, for which raysweep has the audit: the number of epochs is a setting.
+`close_surrogatereg`), which its scripts do not use; that is not implemented. It keeps the epoch with the fewest detections, for which
+raysweep has the audit: the number of epochs is a setting.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ class RECE(UCE):
 
     def setup(self) -> None:
         super().setup()
-        weights = [w.double() for w in self.start]
-        self.gram = torch.stack([w.T @ w for w in weights]).sum(0)
-        self.change = torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
+        self.change = torch.eye(self.embeddings.shape[-1]).to(self.embeddings)
+        self.gram = torch.zeros_like(self.change)
+        for w in self.start:
+            self.gram += w.double().T @ w.double()
 
     def next_changes(self) -> Iterable[torch.Tensor]:
         if self.done == 0:
@@ -92,5 +93,5 @@ def derived(concept: torch.Tensor, change: torch.Tensor, gram: torch.Tensor, reg
 
     change, gram: T and S, (width, width); all float64.
     """
-    a = change.T @ gram @ change + reg * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    a = change.T @ gram @ change + reg * torch.eye(len(gram)).to(gram)
     return torch.linalg.solve(a, change.T @ gram @ concept.T).T

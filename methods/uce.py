@@ -39,7 +39,7 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field
 
-from methods.base import Attending, Data, Goal, Hyperparameters, Method, Model, Scalars
+from methods.base import Attending, Data, Diverged, Goal, Hyperparameters, Method, Model, Scalars
 from methods.rows import Batch, Draw
 
 RowChoice = Literal["last", "from_last", "all"]
@@ -144,7 +144,10 @@ class Edit(Method):
 
     @torch.no_grad()
     def step(self, batch: Batch) -> Scalars:
-        """Sets each projection to its base values times its matrix."""
+        """Sets each projection to its base values times its matrix; raises Diverged on values that are not finite."""
+        for name, given in (("embeddings", self.embeddings), *zip(self.names, self.start, strict=True)):
+            if not bool(torch.isfinite(given).all()):
+                raise Diverged(f"step {self.done}: not finite: {name}")
         for projection, start, change in zip(self.params, self.start, self.next_changes(), strict=True):
             projection.copy_(start.double() @ change)
         self.done += 1
@@ -234,11 +237,9 @@ def edit(erased: torch.Tensor, guides: torch.Tensor, kept: torch.Tensor, preserv
 
     The identity, bit for bit, if every embedding is its own guide.
     """
-    width = erased.shape[1]
-    a = erased.T @ erased + preserve * (kept.T @ kept)
-    a = a + lam * torch.eye(width, dtype=a.dtype, device=a.device)
-    moved = torch.linalg.solve(a, erased.T @ (guides - erased)).T  # A is symmetric
-    return torch.eye(width, dtype=a.dtype, device=a.device) + moved
+    identity = torch.eye(erased.shape[1]).to(erased)
+    a = erased.T @ erased + preserve * (kept.T @ kept) + lam * identity
+    return identity + torch.linalg.solve(a, erased.T @ (guides - erased)).T  # A is symmetric
 
 
 def share(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

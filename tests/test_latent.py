@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionXLPipeline
-from tiny import LATENT
+from method_table import build, run
+from tiny import LATENT, latent_task
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -95,6 +96,29 @@ def test_diffusers_draws_the_same_pictures(model, tmp_path):
     ours = model.sample(model.tokens(prompts), SEEDS, 4, 3.0)
     assert ours.shape == (3, 3, 8, 8)
     torch.testing.assert_close(ours, by_pipeline(tmp_path / "m", model, prompts, 3.0), atol=1e-5, rtol=0)
+
+
+def test_edits_see_the_embeddings_of_the_unet_and_the_last_word_of_a_prompt(model):
+    tokens = model.tokens(["a ring", "the small box", ""])
+    hidden, last = model.attended(tokens)
+    assert torch.equal(hidden, model.embed(tokens)[0])
+    assert hidden.shape == (3, 6, model.net["unet"].config.cross_attention_dim)
+    tokenizer = model.frozen.tokenizers[0]
+    words = [tokenizer.decode(row[i]) for row, i in zip(tokens, last, strict=True)]
+    assert words == ["ring", "box", tokenizer.bos_token]
+
+
+@pytest.mark.parametrize("name", ["rece", "speed", "uce"])
+def test_edits_change_the_cross_attention_alone(name, model):
+    edited = model.with_net(copy.deepcopy(model.net))
+    method, task = build(name, latent_task(model=model), model=edited, guide="override")
+    assert not type(method).unsuited(method.hp, edited, task.goal)
+    run(method, task)
+    method.finish()
+    before = model.net.state_dict()
+    changed = {n for n, p in edited.net.state_dict().items() if not torch.equal(p, before[n])}
+    ends = (".attn2.to_v.weight",) if name == "speed" else (".attn2.to_k.weight", ".attn2.to_v.weight")
+    assert changed == {n for n in before if n.endswith(ends)}
 
 
 def test_a_saved_model_is_the_same_when_loaded(model, tmp_path):

@@ -203,16 +203,6 @@ def test_diagnostics_are_what_the_projections_do():
     torch.testing.assert_close(scalars["drift"], (drift / total(kept)).detach())
 
 
-def test_the_last_token_is_the_last_word_of_a_prompt():
-    model = LatentText.build(LATENT, 0)
-    tokens = model.tokens(["a ring", "the small box", ""])
-    hidden, last = model.attended(tokens)
-    assert hidden.shape == (3, 6, 16)
-    assert last.tolist() == [2, 3, 0]
-    words = [model.frozen.tokenizers[0].decode(row[i]) for row, i in zip(tokens, last, strict=True)]
-    assert words == ["ring", "box", "<|startoftext|>"]
-
-
 def test_models_and_settings_that_cannot_work_are_named():
     for method in (UCE, RECE):
         for family in ("pixel-ddpm", "edm"):
