@@ -158,6 +158,23 @@ def test_an_epoch_sends_the_derived_embeddings_towards_the_guide():
         assert float(now) < 0.5 * float(was)
 
 
+def test_an_epoch_is_the_released_one_for_every_projection():
+    method, _ = build("rece", epochs=2, preserved="both", reg=0.02, lam_epochs=0.3, preserve_epochs=0.2)
+    method.step({})
+    now = [p.detach().clone() for p in method.params]
+    (concept, guides), kept = method.paired("all"), method.stay("all")
+    identity = torch.eye(concept.shape[1], dtype=D)
+    for _ in range(2):
+        left = 0.02 * identity + sum(w.T @ w for w in now)
+        right = sum(w.T @ old for w, old in zip(now, method.start, strict=True))
+        found = concept @ (torch.inverse(left) @ right).T
+        system = torch.inverse(0.3 * identity + found.T @ found + 0.2 * kept.T @ kept)
+        now = [(0.3 * w + w @ guides.T @ found + 0.2 * w @ kept.T @ kept) @ system for w in now]
+        method.step({})
+        for w, projection in zip(now, method.params, strict=True):
+            torch.testing.assert_close(projection.detach(), w)
+
+
 def test_no_epochs_are_uce():
     same = {"erased": "prompts", "guide": "override", "rows": "last", "preserve": 0.3, "lam": 0.2}
     assert torch.equal(run(*build("rece", epochs=0, **same)), run(*build("uce", **same)))
