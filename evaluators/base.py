@@ -83,6 +83,18 @@ class Model(Protocol):
         cond: torch.Tensor | None = None,
         batch: int = ...,
     ) -> torch.Tensor: ...
+    def complete(
+        self,
+        x0: torch.Tensor,
+        known: torch.Tensor,
+        cond: torch.Tensor | None,
+        seeds: torch.Tensor,
+        steps: int,
+        guidance: float = 1.0,
+        *,
+        batch: int = ...,
+        eta: float = 0.0,
+    ) -> torch.Tensor: ...
 
 
 class Images(Protocol):
@@ -234,6 +246,22 @@ class Subject:
             labels = None if cond is None else cond[rows]
             with self._sampling_precision():
                 return self.model.reconstruct(x0[rows], seeds[rows], t, steps, labels, batch=self.batches.rows)
+
+        self.batches.generated += len(seeds)
+        return torch.cat(self.batches.map(part, len(seeds)))
+
+    def complete(
+        self, x0: torch.Tensor, known: torch.Tensor, cond: torch.Tensor | None, seeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Images (n, C, H, W), sampled as by `generate`, in which the part of x0 (n, C, H, W) where `known` (n, 1, H, W) is given."""
+        settings = {**self.task.sampling, "steps": self.sampling_steps}
+
+        def part(rows: slice) -> torch.Tensor:
+            labels = None if cond is None else cond[rows]
+            with self._sampling_precision():
+                return self.model.complete(
+                    x0[rows], known[rows], labels, seeds[rows], batch=self.batches.rows, **settings
+                )
 
         self.batches.generated += len(seeds)
         return torch.cat(self.batches.map(part, len(seeds)))

@@ -88,11 +88,15 @@ def copied(model: Any) -> Any:
     return other
 
 
+def text_encoders(net: Any) -> list[Any]:
+    """The text encoders of a network, in the order in which a prompt's tokens belong to them; [] if it has none."""
+    return [m for n, m in net.items() if n.startswith("text_encoder")] if isinstance(net, torch.nn.ModuleDict) else []
+
+
 def _embedding_tables(net: Any) -> list[torch.nn.Embedding]:
     """The tables through which conditions enter the network: of its classes, or of the tokens of its text encoders."""
     if isinstance(net, torch.nn.ModuleDict):
-        encoders: list[Any] = [m for n, m in net.items() if n.startswith("text_encoder")]
-        return [encoder.get_input_embeddings() for encoder in encoders]
+        return [encoder.get_input_embeddings() for encoder in text_encoders(net)]
     embedding = getattr(net, "class_embedding", None)
     if not isinstance(embedding, torch.nn.Embedding):
         raise Inapplicable("the network has no table of class embeddings to search in")
@@ -122,17 +126,17 @@ def _training_step(
         loss = _class_loss(subject, model, images.x[rows].to(model.device, model.dtype), images.groups[rows])
     else:
         seeds = subject.seeds(stream, BATCH * (step + 1))[step * BATCH :]
-        loss = _denoising_loss(model, images, rows, seeds)
+        loss = denoising_loss(model, images.x[rows], None if images.cond is None else images.cond[rows], seeds)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 
 
-def _denoising_loss(model: Any, images: Any, rows: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+def denoising_loss(model: Any, x0: torch.Tensor, cond: torch.Tensor | None, seeds: torch.Tensor) -> torch.Tensor:
+    """The training loss of x0 (n, C, H, W), as the network takes them, under their conditions; row i's step and noise are by seeds[i]."""
     t = (model.uniform(seeds, 1)[:, 0] * len(model.alphas)).long()
     eps = model.noise(seeds)
-    x0 = images.x[rows].to(eps)
-    cond = None if images.cond is None else images.cond[rows].to(eps.device)
+    x0, cond = x0.to(eps), None if cond is None else cond.to(eps.device)
     output = model.predict(model.add_noise(x0, eps, t), t, cond)
     return (output - model.target(x0, eps, t)).square().mean()
 

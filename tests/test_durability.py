@@ -23,6 +23,7 @@ from evaluators.durability import (
     WeightNoise,
     plain,
 )
+from evaluators.inpainting import Inpainting
 from evaluators.judge import train_judge
 from evaluators.tampering import changed, fine_tuned, inverted, quantised
 from methods.retrain import Retrain, RetrainSettings
@@ -54,7 +55,7 @@ def whole(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.net.parameters()])
 
 
-ATTACKS = [Relearning, FineTuning, Quantisation, WeightNoise, LatentNoise, PartialDiffusion, Inversion]
+ATTACKS = [Relearning, FineTuning, Quantisation, WeightNoise, LatentNoise, PartialDiffusion, Inversion, Inpainting]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -159,6 +160,10 @@ def test_a_hidden_label_is_found_by_inversion_and_relearning(class_task, judge, 
     values = Inversion().values(Inversion().scores(s), s)
     assert values["presence@none"] < 0.2
     assert values["presence@embedding"] > 0.6
+    completed = Inpainting().values(Inpainting().scores(s), s)
+    assert completed["presence@half given"] > 0.6
+    assert completed["excess@half given"] > 0.3
+    assert completed["presence@null: half of another"] < 0.3
     back = Interpolation().values(Interpolation().scores(s), s)
     assert back["presence@0.5"] > back["presence@none"]
 

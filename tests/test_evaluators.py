@@ -13,6 +13,7 @@ from tiny import clip_model, clip_task, tiny_model
 from evaluators.base import Subject, correlation, without_group
 from evaluators.batches import Batches
 from evaluators.fidelity import Fidelity
+from evaluators.inpainting import known_part
 from evaluators.judge import Judge, train_judge
 from evaluators.statistics import frechet, precision_recall
 from raysweep.auditing.measure import measure, subject_of
@@ -244,6 +245,10 @@ def test_images_are_bit_identical_for_any_batch_composition(points_task, class_t
         rebuilt = one.reconstruct(x0, seeds[:60], 400, 3, None if cond is None else cond[:60])
         some = one.reconstruct(x0[5:9], seeds[5:9], 400, 3, None if cond is None else cond[5:9])
         assert torch.equal(some, rebuilt[5:9])
+        known = known_part(60, (4, 4), 1 / 2)
+        completed = one.complete(x0, known, None if cond is None else cond[:60], seeds[:60])
+        some = one.complete(x0[5:9], known[5:9], None if cond is None else cond[5:9], seeds[5:9])
+        assert torch.equal(some, completed[5:9])
 
 
 def test_half_precision_is_for_sampling_only(class_task, judge):

@@ -30,6 +30,7 @@ MARGIN = 0.1  # excess over the oracles that counts as bringing back more
 ALPHA = 0.05  # rate at which each label is given to models that are like a further oracle
 INVALID = 0.5  # share of the oracles' validity below which a model is destroyed
 UNATTACKED = "no attack"
+NULL = "null"  # first word of the strengths that are an attack's null (see `evaluators.durability`)
 COUNTED = ("input", "weights")  # reaches of the attacks that count
 
 
@@ -150,12 +151,13 @@ def _equivalent_or_open(excesses: Mapping[str, Excess]) -> Verdict:
 
 
 def _excesses(rows: Iterable[Mapping[str, Any]], reach: Mapping[str, str | None]) -> dict[str, Excess]:
-    """The excesses that count, by attack and strength."""
+    """The excesses that count, by attack and strength; those of an attack's null do not."""
     excesses = {}
     for row in rows:
         kind, _, strength = row["metric"].partition("@")
         way = reach.get(row["check"])
-        if way in COUNTED and kind == "excess" and strength and row["status"] == "ok" and not row["paired_with"]:
+        counts = way in COUNTED and kind == "excess" and strength and not strength.startswith(NULL)
+        if counts and row["status"] == "ok" and not row["paired_with"]:
             comparison = comparison_of(row)
             if comparison is not None:
                 name = UNATTACKED if strength == "none" else f"{row['check']} {strength}"

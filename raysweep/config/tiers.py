@@ -84,6 +84,12 @@ class Tier(Section):
         ge=1,
         description="optimiser steps of the inversion attack, which searches for an embedding of the forgotten class",
     )
+    prompt_tokens: int = Field(3, ge=1, description="tokens that the attack unlearndiffatk puts before prompts")
+    prompt_steps: int = Field(150, ge=1, description="optimiser steps of unlearndiffatk's search for these tokens")
+    prompt_candidates: int = Field(
+        100, ge=4, description="prompts in each generation of ring_a_bell's search, which replaces whole prompts"
+    )
+    prompt_generations: int = Field(500, ge=1, description="generations of ring_a_bell's search, for each prompt")
     recall_t: tuple[int, ...] | None = Field(
         None,
         min_length=1,
@@ -203,7 +209,7 @@ def _audit() -> Tier:
 def _durability() -> Tier:
     return Tier(
         judge="audit",
-        checks=attacks(),
+        checks=tuple(name for name in attacks() if not EVALUATORS[name].costly),
         groups=10,
         class_samples=100,
         noises=40,

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
+from torch.nn import functional as F
 
 from raysweep.models import samplers
 from raysweep.models.configuration import scheduler_settings
@@ -231,6 +232,37 @@ class Diffusion(Handle, ABC):
             z = self.encode(x0[rows].to(eps))
             labels = None if cond is None else cond[rows].to(self.device)
             parts.append(self.decode(self.sampler.rebuild(self, z, eps, t, steps, labels)).clamp(-1, 1).cpu())
+        return torch.cat(parts)[: len(seeds)]
+
+    @torch.no_grad()
+    def complete(
+        self,
+        x0: torch.Tensor,
+        known: torch.Tensor,
+        cond: torch.Tensor | None,
+        seeds: torch.Tensor,
+        steps: int,
+        guidance: float = 1.0,
+        batch: int = ROWS,
+        eta: float = 0.0,
+    ) -> torch.Tensor:
+        """Samples in [-1, 1], (n, C, H, W), in which the model has drawn what the mask `known` (n, 1, H, W) leaves open of images x0.
+
+        Before each step of the sampler the known part is replaced by x0, noised to the level of that step. A model of latents is given
+        those of x0 with the open part in grey. Of x0 (n, C, H, W) only the known part has an influence; row i depends on no other row.
+        See `sample` for the other arguments.
+        """
+        self.net.eval()
+        parts = []
+        for rows in _filled(len(seeds), batch):
+            noise, mask = self.noise(seeds[rows]), known[rows].to(self.device)
+            part = x0[rows].to(noise) * mask
+            z = self.encode(part)
+            coarse = F.interpolate(mask.to(z), size=z.shape[-2:]) > 0.5
+            labels = None if cond is None else cond[rows].to(self.device)
+            run = samplers.Run(steps, guidance, eta, seeds[rows])
+            drawn = self.decode(self.sampler.draw(self, noise, labels, run, samplers.Given(z, coarse, noise)))
+            parts.append(torch.where(mask, part, drawn).clamp(-1, 1).cpu())
         return torch.cat(parts)[: len(seeds)]
 
     @torch.no_grad()

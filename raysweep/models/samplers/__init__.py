@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raysweep.models.folders import read_json
-from raysweep.models.samplers.base import Run, Sampler
+from raysweep.models.samplers.base import Given, Run, Sampler
 from raysweep.models.samplers.ddim import DDIM
 from raysweep.models.samplers.heun import Heun
 from raysweep.models.samplers.one_step import OneStep
@@ -23,6 +23,7 @@ __all__ = [
     "DDIM",
     "FILE",
     "SAMPLERS",
+    "Given",
     "Heun",
     "OneStep",
     "Run",

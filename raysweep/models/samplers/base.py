@@ -26,6 +26,23 @@ class Run:
     seeds: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Given:
+    """The part of a result that is known beforehand; a run puts it in place before each of its steps.
+
+    z: what is known (n, C, H, W), in what the network denoises; mask (n, 1, H, W): True where it is. eps: its noise, that from which
+    the run begins, (n, C, H, W).
+    """
+
+    z: torch.Tensor
+    mask: torch.Tensor
+    eps: torch.Tensor
+
+    def put(self, x: torch.Tensor, gamma: torch.Tensor | float, sigma: torch.Tensor | float) -> torch.Tensor:
+        """x (n, C, H, W) with gamma z + sigma eps in the known part."""
+        return torch.where(self.mask, (gamma * self.z + sigma * self.eps).to(x), x)
+
+
 class Sampler(BaseModel, ABC):
     """A way to sample a diffusion model. Its fields are its settings, which are saved with the model; every field is required.
 
@@ -45,8 +62,10 @@ class Sampler(BaseModel, ABC):
         """Raises ValueError if the model cannot be sampled this way."""
 
     @abstractmethod
-    def draw(self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run) -> torch.Tensor:
-        """Draws from standard normal noise."""
+    def draw(
+        self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run, given: Given | None = None
+    ) -> torch.Tensor:
+        """Draws from standard normal noise what fits the known part, if there is one; in that part itself the result is undefined."""
 
     @abstractmethod
     def rebuild(

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from raysweep.models.noise import STEP_STREAMS, normal_rows
-from raysweep.models.samplers.base import Run, Sampler, last
+from raysweep.models.samplers.base import Given, Run, Sampler, last
 
 Guide = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
 """(model, x_t, t, cond, guidance) -> the guided output of the network at one step."""
@@ -30,8 +30,10 @@ class DDIM(Sampler):
                 f"sampler {self.kind} needs a model that DDIM samples; this is a model of family {model.family}"
             )
 
-    def draw(self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run) -> torch.Tensor:
-        return last(self.steps(model, noise, scheduler_of(model, run.steps), None, cond, run))
+    def draw(
+        self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run, given: Given | None = None
+    ) -> torch.Tensor:
+        return last(self.steps(model, noise, scheduler_of(model, run.steps), None, cond, run, given))
 
     def rebuild(
         self, model: Any, z: torch.Tensor, eps: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None
@@ -62,12 +64,16 @@ class DDIM(Sampler):
         start: int | None,
         cond: torch.Tensor | None,
         run: Run,
+        given: Given | None = None,
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(t, x before, x after) of each step on the scheduler's grid, from `start` (None: the first) to 0."""
         times = [int(t) for t in scheduler.timesteps if start is None or t <= start]
         guide = self.guide(len(times))
         for t in times:
-            output = guide(model, x, torch.full((len(x),), t, device=x.device), cond, run.guidance)
+            at = torch.full((len(x),), t, device=x.device)
+            if given is not None:
+                x = given.put(x, *model.gamma_sigma(at))
+            output = guide(model, x, at, cond, run.guidance)
             extra = None
             if run.eta > 0 and run.seeds is not None:
                 extra = normal_rows(run.seeds, model.shape, STEP_STREAMS + t).to(model.device, model.dtype)

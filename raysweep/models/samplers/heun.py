@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from raysweep.models.noise import STEP_STREAMS, normal_rows
-from raysweep.models.samplers.base import Run, Sampler, last
+from raysweep.models.samplers.base import Given, Run, Sampler, last
 
 
 class Heun(Sampler):
@@ -25,9 +25,11 @@ class Heun(Sampler):
         if not isinstance(model.default_sampler, Heun):
             raise ValueError(f"sampler heun needs an EDM model; this is a model of family {model.family}")
 
-    def draw(self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run) -> torch.Tensor:
+    def draw(
+        self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run, given: Given | None = None
+    ) -> torch.Tensor:
         start = noise.double() * model.edm["sigma_max"]
-        return last(self.steps(model, start, grid(model.edm, run.steps), cond, run)).to(noise.dtype)
+        return last(self.steps(model, start, grid(model.edm, run.steps), cond, run, given)).to(noise.dtype)
 
     def rebuild(
         self, model: Any, z: torch.Tensor, eps: torch.Tensor, t: int, steps: int, cond: torch.Tensor | None
@@ -52,7 +54,13 @@ class Heun(Sampler):
             yield t, (x / math.sqrt(1 + s * s)).to(model.dtype)
 
     def steps(
-        self, model: Any, x: torch.Tensor, levels: torch.Tensor, cond: torch.Tensor | None, run: Run
+        self,
+        model: Any,
+        x: torch.Tensor,
+        levels: torch.Tensor,
+        cond: torch.Tensor | None,
+        run: Run,
+        given: Given | None = None,
     ) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
         """(level, x before, x after) of each step, x in float64. levels: as by `grid`."""
         for i, (s, after) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
@@ -61,6 +69,8 @@ class Heun(Sampler):
                 extra = normal_rows(run.seeds, model.shape, STEP_STREAMS + i).to(x)
                 x = x + math.sqrt(raised**2 - s**2) * extra
                 s = raised
+            if given is not None:
+                x = given.put(x, 1.0, s)
             level = torch.full((len(x), 1, 1, 1), s, dtype=torch.float64, device=x.device)
             slope = (x - model.denoised(x, level, cond, run.guidance)) / s
             moved = x + (after - s) * slope

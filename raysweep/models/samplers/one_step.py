@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from raysweep.models.samplers.base import Run, Sampler
+from raysweep.models.samplers.base import Given, Run, Sampler
 
 
 class OneStep(Sampler):
     """x0 predicted once, from noise at the level of step t, whatever the run's steps, guidance and eta.
 
-    Noised images are rebuilt, and trajectories run, by the usual sampler of the family: a generator of one step has none.
+    Noised images are rebuilt, parts completed, and trajectories run by the usual sampler of the family: a generator of one step has
+    none.
     """
 
     kind: ClassVar[str] = "one_step"
@@ -25,7 +26,12 @@ class OneStep(Sampler):
         if self.t >= len(model.alphas):
             raise ValueError(f"t: {self.t} is not a step of the model, 0 to {len(model.alphas) - 1}")
 
-    def draw(self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run) -> torch.Tensor:
+    def draw(
+        self, model: Any, noise: torch.Tensor, cond: torch.Tensor | None, run: Run, given: Given | None = None
+    ) -> torch.Tensor:
+        if given is not None:
+            usual: Sampler = model.default_sampler
+            return usual.draw(model, noise, cond, run, given)
         t = torch.full((len(noise),), self.t, device=noise.device)
         _, sigma = model.gamma_sigma(t)
         images: torch.Tensor = model.x0(sigma * noise, t, cond)
