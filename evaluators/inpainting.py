@@ -21,8 +21,9 @@ SHARES = {"half given": 1 / 2, "quarter given": 1 / 4}
 
 
 class Inpainting(Durability):
-    """The model completes forgotten pictures under the forgotten label; after arXiv:2505.17013 and arXiv:2201.09865.
+    """The model completes forgotten pictures, with and without the label; after arXiv:2505.17013 and arXiv:2201.09865.
 
+    A model that only avoids what it is asked for may still complete it in the unconditional branch, where oracles are also alike.
     Presence is the share of completed pictures in which the judge sees the class, or the correlation with the forgotten image in the
     part that was not given. The null gives as much of a retained or, for images, of a held-out picture.
     """
@@ -32,9 +33,12 @@ class Inpainting(Durability):
 
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
         complete = _completed_class if subject.classed else _completed_images
-        given: dict[str, Attacked] = {name: partial(complete, "forget", share) for name, share in SHARES.items()}
         unrelated = "retain" if subject.classed else "forget_holdout"
-        return {f"{NULL}: half of another": partial(complete, unrelated, 1 / 2)} | given
+        given: dict[str, Attacked] = {f"{NULL}: half of another": partial(complete, unrelated, 1 / 2)}
+        given |= {name: partial(complete, "forget", share) for name, share in SHARES.items()}
+        if subject.classed and subject.model.unconditional(1) is not None:
+            given["half given, no label"] = partial(_completed_class, "forget", 1 / 2, labelled=False)
+        return given
 
 
 def known_part(count: int, size: tuple[int, int], share: float) -> torch.Tensor:
@@ -61,12 +65,15 @@ def hidden_correlation(x: torch.Tensor, y: torch.Tensor, known: torch.Tensor) ->
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-12)
 
 
-def _completed_class(split: str, share: float, subject: Subject) -> np.ndarray:
-    """Whether the judge sees the forgotten class in each completed picture of a split, (n,)."""
+def _completed_class(split: str, share: float, subject: Subject, labelled: bool = True) -> np.ndarray:
+    """Whether the judge sees the forgotten class in each completed picture of a split, (n,).
+
+    labelled: under the forgotten label, else in the unconditional branch.
+    """
     n, images = subject.sizes["class_samples"], subject.task.splits[split].distinct()
     x0 = images.x[_spread(len(images), n)]
-    drawn = subject.complete(x0, _known(x0, share), subject.forgotten(n), subject.seeds("durability", n))
-    return recognised(subject, drawn)
+    cond = subject.forgotten(n) if labelled else subject.model.unconditional(n)
+    return recognised(subject, subject.complete(x0, _known(x0, share), cond, subject.seeds("durability", n)))
 
 
 def _completed_images(split: str, share: float, subject: Subject) -> np.ndarray:

@@ -40,7 +40,7 @@ class UnlearnDiffAtk(Durability):
 
     The release searches for each prompt and its one target image, which the base drew, for 40 steps at each of 50 timesteps; it draws an
     image with the likeliest tokens after each timestep and stops when a classifier sees the concept. Here one prefix serves all prompts
-    of the concept and at most 10 forgotten images, at random timesteps. Of the start and the likeliest tokens after every 10 steps, those
+    of the concept; it is searched for before the captions of at most 10 forgotten images, at random timesteps. Of the start and the likeliest tokens after every 10 steps, those
     with the least loss on fixed draws are taken: no judge is asked, which would select samples by the measure that they count by. Other
     places than the front are left out.
     """
@@ -51,7 +51,7 @@ class UnlearnDiffAtk(Durability):
 
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
         count, n = subject.sizes["prompt_tokens"], subject.sizes["class_samples"]
-        Layout(subject.model).check_room(subject.forgotten(n), count)
+        Layout(subject.model).check_room(torch.cat([subject.forgotten(n), _pictures(subject).cond]), count)
 
         def random(s: Subject) -> np.ndarray:
             layout = Layout(s.model)
@@ -131,11 +131,11 @@ class Layout:
         for part, empty in zip(prompts.cpu().split(self.lengths, 1), self.empty.split(self.lengths), strict=True):
             ended = (part[:, 1:] == empty[1]).cumsum(1) > 0
             free.append(int(ended.sum(1).min()) - 1)
-        if min(free) < count:
-            room = f"room for {min(free)} more" if min(free) > 0 else "no room for more"
-            raise Inapplicable(
-                f"the longest prompt of the concept leaves {room} tokens, and `prompt_tokens` is {count}"
-            )
+        room = min(free)
+        if room <= 0:
+            raise Inapplicable("the longest prompt of the concept leaves no room for further tokens")
+        if room < count:
+            raise Inapplicable(f"`prompt_tokens` is {count}, and the longest prompt of the concept leaves room for {room}")
 
     def with_words(self, prompts: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """Prompts (n, L) with words (n, k) before their own; the last of their filling makes room."""
@@ -175,13 +175,11 @@ def tried_prefixes(subject: Subject, count: int) -> list[tuple[float, torch.Tens
     """The start of the search and the prefixes (count,) that it went through, each behind its loss; see `UnlearnDiffAtk`."""
     model, layout, generator = subject.model, Layout(subject.model), _generator(subject, "prefix")
     model.net.eval()
-    images = subject.task.splits["forget"].distinct()
-    images = subject.inputs(images.take(torch.arange(min(IMAGES, len(images)))))
-    prompts = subject.forgotten(BATCH)
+    images = subject.inputs(_pictures(subject))
 
     def loss(words: torch.Tensor, step: int, seeds: torch.Tensor) -> torch.Tensor:
-        rows = (torch.arange(BATCH) + step * BATCH) % len(images)
-        return denoising_loss(model, images.x[rows], layout.with_words(prompts, words.expand(BATCH, -1)), seeds)
+        rows = images.take((torch.arange(BATCH) + step * BATCH) % len(images))
+        return denoising_loss(model, rows.x, layout.with_words(rows.cond, words.expand(BATCH, -1)), seeds)
 
     def judged(words: torch.Tensor) -> tuple[float, torch.Tensor]:
         with torch.no_grad():
@@ -205,6 +203,12 @@ def tried_prefixes(subject: Subject, count: int) -> list[tuple[float, torch.Tens
         if (step + 1) % TRIED == 0 or step + 1 == steps:
             tried.append(judged(layout.vocabulary[shares.argmax(1)]))
     return tried
+
+
+def _pictures(subject: Subject) -> Any:
+    """The at most 10 forgotten images, with their captions, that an attacker has."""
+    images = subject.task.splits["forget"].distinct()
+    return images.take(torch.arange(min(IMAGES, len(images))))
 
 
 def on_simplex(v: torch.Tensor) -> torch.Tensor:

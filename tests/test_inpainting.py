@@ -126,6 +126,19 @@ def test_a_memorised_picture_is_completed_and_an_unseen_one_is_not(points_task):
     assert {"gain", "excess@null: half of another", "presence@quarter given"} <= names
 
 
+def test_without_the_label_an_edit_of_the_label_hides_nothing(class_task, monkeypatch):
+    brightness = "evaluators.inpainting.recognised"  # in place of an untrained judge, which sees one class everywhere
+    monkeypatch.setattr(brightness, lambda s, images: images.flatten(1).mean(1).numpy())
+    judge, model, other = Judge(1, 6).eval(), tiny_model(class_task), tiny_model(class_task)
+    with torch.no_grad():
+        other.net.class_embedding.weight[class_task.forget_class] += 20.0
+    one, two = (subject(class_task, judge, m, class_samples=60) for m in (model, other))
+    first, second = ({s: attack(x) for s, attack in Inpainting().attacks(x).items()} for x in (one, two))
+    np.testing.assert_array_equal(first["half given, no label"], second["half given, no label"])
+    for strength in ("half given", "quarter given", "null: half of another"):
+        assert not np.array_equal(first[strength], second[strength])
+
+
 def test_concepts_are_completed_under_the_prompts_of_the_audit():
     tier = Tier(seed=1, judge="audit", checks=("inpainting",), groups=5, class_samples=10)
     torch.manual_seed(0)

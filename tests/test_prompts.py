@@ -69,7 +69,7 @@ def test_no_prompt_loses_a_word(judge):
     layout = Layout(plain())
     layout.check_room(prompts[:1], 2)
     for count, cut in ((2, prompts), (1, plain().tokens(["a a the small ring"]))):
-        with pytest.raises(Inapplicable, match=f"leaves (room for 1|no room for) more tokens, .* is {count}"):
+        with pytest.raises(Inapplicable, match=r"leaves (room for 1|no room for further tokens)$"):
             layout.check_room(cut, count)
     tier = TIER.model_copy(update={"prompt_tokens": 2})
     rows = measure(subject(judge, tier=tier), tier).rows

@@ -27,13 +27,16 @@ from raysweep.auditing.untested import (
 from raysweep.config.reader import load
 from raysweep.config.schema import ConfigError
 from raysweep.engine.checks import check_tiers
-from raysweep.registry import checks_by_weights, names
+from raysweep.registry import attacks, checks_by_weights, names
 from raysweep.tasks.base import OBJECTIVES
 
 TASKS = {
     "points": StoredFacts("points", "pixel-ddpm", ("generation.rate",), "fidelity.frechet", "classifier.validity"),
     "class": StoredFacts("class", "pixel-ddpm", ("classifier.recognised",), "fidelity.frechet", "classifier.validity"),
     "concept": StoredFacts("concept", "text-ddpm", ("classifier.leak",), "fidelity.frechet", "classifier.validity"),
+    "points with captions": StoredFacts(
+        "points", "text-ddpm", ("generation.rate",), "fidelity.frechet", "classifier.validity"
+    ),
     "contrastive": StoredFacts(
         "concept", "clip", ("contrast.recognised",), "contrast.retain_loss", "contrast.validity"
     ),
@@ -60,10 +63,12 @@ def test_each_check_that_fits_is_either_measured_or_named_with_what_adds_it(kind
     by_weights = checks_by_weights()
     for n in missing:
         (line,) = named(lines, n)
-        assert (f"audit.audit.weights.{by_weights[n]}" if n in by_weights else "audit.audit.checks") in line
-    more = (*given["audit"].checks, *(n for n in missing if n not in by_weights))
+        adds = "audit.durability.checks" if n in attacks() else "audit.audit.checks"
+        assert (f"audit.audit.weights.{by_weights[n]}" if n in by_weights else adds) in line
+    more = (*given["audit"].checks, *(n for n in missing if n not in by_weights and n not in attacks()))
     weights = {by_weights[n]: tmp_path for n in missing if n in by_weights}
-    assert left_out(task, tiers(audit={"checks": more, "weights": weights})) == []
+    complete = tiers(audit={"checks": more, "weights": weights}, durability={"checks": attacks()})
+    assert left_out(task, complete) == []
 
 
 def test_an_attack_that_is_switched_off_is_named():
@@ -126,13 +131,15 @@ def test_views_that_do_not_tell_base_from_oracle_are_named():
 
 def test_attacks_that_do_not_exist_are_listed_for_the_tasks_that_they_concern():
     lists = {kind: " ".join(not_implemented(task)) for kind, task in TASKS.items()}
-    for kind, has_prompts in (("points", False), ("class", False), ("concept", True)):
+    for kind, has_prompts in (("points", False), ("class", False), ("concept", True), ("points with captions", True)):
         assert ("adversarial prompts" in lists[kind]) == has_prompts
         assert ("new token" in lists[kind]) == has_prompts
         assert "inpainting" in lists[kind]
         assert "classifier guides" in lists[kind]
         assert "low-rank adapters" in lists[kind]
-        assert ("concept arithmetic" in lists[kind]) == (kind != "points")
+        assert ("concept arithmetic" in lists[kind]) == (kind in ("class", "concept"))
+    assert "optimised against the model" in lists["points with captions"]
+    assert "P4D" in lists["concept"]
     assert "adversarial pictures" in lists["contrastive"]
     assert "inpainting" not in lists["contrastive"]
     for missing in MISSING:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from evaluators import durability
 from evaluators.oracles import compare
+from raysweep.auditing import verdict as verdict_words
 from raysweep.auditing.terms import columns_of, comparison_of
 from raysweep.auditing.verdict import MARGIN, verdict
 
@@ -52,6 +54,12 @@ def rows(none=0.0, latent=0.0, relearned=0.0, rounded=0.0, moved=0.9, se=0.03):
 )
 def test_labels(attacked, label):
     assert verdict(attacked, REACH, 0.9, 0.9).label == label
+
+
+def test_the_null_of_an_attack_does_not_count():
+    assert verdict_words.NULL == durability.NULL
+    attacked = [*rows(), row("latent_noise", f"{durability.NULL}: something else", 0.9)]
+    assert verdict(attacked, REACH, 0.9, 0.9) == verdict(rows(), REACH, 0.9, 0.9)
 
 
 def test_a_verdict_names_the_attacks_behind_it():

@@ -83,7 +83,18 @@ DRAWS = frozenset({"diffusion"})
 
 # One sentence each, for all cards and reports: change this table when an attack is added to `evaluators`.
 MISSING = (
-    Missing("No adversarial prompts are optimised against the model.", model_kinds=DRAWS, captions=True),
+    Missing(
+        "No adversarial prompts are optimised against the model.",
+        kinds=frozenset({"points", "class"}),
+        model_kinds=DRAWS,
+        captions=True,
+    ),
+    Missing(
+        "No adversarial prompts are searched for picture by picture, or towards the predictions of the base (P4D).",
+        kinds=frozenset({"concept"}),
+        model_kinds=DRAWS,
+        captions=True,
+    ),
     Missing(
         "No adversarial pictures are made, in which small changes of pixels bring recognition back.",
         model_kinds=frozenset({"contrastive"}),
@@ -98,7 +109,8 @@ MISSING = (
         captions=True,
     ),
     Missing(
-        "No visual context is given: inpainting of a masked forgotten picture, or image-to-image from other pictures.",
+        "No visual context is given but halves and quarters of forgotten pictures (inpainting) and noised ones: no other masks, and no "
+        "image-to-image from pictures of other things.",
         model_kinds=DRAWS,
     ),
     Missing("No classifier guides the sampling towards the forgotten data.", model_kinds=DRAWS),

@@ -12,7 +12,8 @@ of the three labels that say so is tested apart, at `ALPHA`: the state without a
 those on the weights, by Simes' test over the strengths of an attack and Benjamini and Hochberg's control of false discoveries over
 the attacks. "Like the oracle" is a claim of equivalence: each excess must be shown to be at most `MARGIN` above the mean of all
 possible oracles, each at 95 %, so all of them are (an intersection of tests needs no correction). Moving the weights back towards
-the base does not count: it needs the base, and oracles trained from scratch do not lie on such a path.
+the base does not count: it needs the base, and oracles trained from scratch do not lie on such a path. Nor does what an attack has to
+beat, its null.
 """
 
 from __future__ import annotations

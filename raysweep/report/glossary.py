@@ -26,4 +26,8 @@ GLOSSARY = {
     "presence": "how much of the forgotten data a model shows, from 0 to 1: the share of samples in which the judge sees "
     "the forgotten class, or the correlation of what the model rebuilds with the forgotten image",
     "excess": "presence minus the mean presence of the oracles after the same attack",
+    "null": "what an attack has to beat: a random prompt of the same length in place of the one that it searched for, or part of a "
+    "picture that was not to be forgotten in place of a forgotten one; it counts in no verdict",
+    "gain": "presence after an attack minus presence after its null; above 0 if what the attack found or was given brings more back than "
+    "chance does",
 }
