@@ -40,9 +40,9 @@ class UnlearnDiffAtk(Durability):
 
     The release searches for each prompt and its one target image, which the base drew, for 40 steps at each of 50 timesteps; it draws an
     image with the likeliest tokens after each timestep and stops when a classifier sees the concept. Here one prefix serves all prompts
-    of the concept; it is searched for before the captions of at most 10 forgotten images, at random timesteps. Of the start and the likeliest tokens after every 10 steps, those
-    with the least loss on fixed draws are taken: no judge is asked, which would select samples by the measure that they count by. Other
-    places than the front are left out.
+    of the concept; it is searched for before the captions of at most 10 forgotten images, at random timesteps. Of the start and the
+    likeliest tokens after every 10 steps, those with the least loss on fixed draws are taken: no judge is asked, which would select
+    samples by the measure that they count by. Other places than the front are left out.
     """
 
     name = "unlearndiffatk"
@@ -135,7 +135,9 @@ class Layout:
         if room <= 0:
             raise Inapplicable("the longest prompt of the concept leaves no room for further tokens")
         if room < count:
-            raise Inapplicable(f"`prompt_tokens` is {count}, and the longest prompt of the concept leaves room for {room}")
+            raise Inapplicable(
+                f"`prompt_tokens` is {count}, and the longest prompt of the concept leaves room for {room}"
+            )
 
     def with_words(self, prompts: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """Prompts (n, L) with words (n, k) before their own; the last of their filling makes room."""
@@ -178,7 +180,7 @@ def tried_prefixes(subject: Subject, count: int) -> list[tuple[float, torch.Tens
     images = subject.inputs(_pictures(subject))
 
     def loss(words: torch.Tensor, step: int, seeds: torch.Tensor) -> torch.Tensor:
-        rows = images.take((torch.arange(BATCH) + step * BATCH) % len(images))
+        rows: Any = images.take((torch.arange(BATCH) + step * BATCH) % len(images))
         return denoising_loss(model, rows.x, layout.with_words(rows.cond, words.expand(BATCH, -1)), seeds)
 
     def judged(words: torch.Tensor) -> tuple[float, torch.Tensor]:

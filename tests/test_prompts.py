@@ -131,14 +131,14 @@ def test_the_search_for_a_prefix_stays_in_the_vocabulary_and_states_its_losses(j
     tried = tried_prefixes(s, 1)
     assert len(tried) == 1 + 2  # the start, after 10 steps, after the last
     layout, images = Layout(s.model), s.inputs(s.task.splits["forget"].distinct())
+    rows = images.take(torch.arange(BATCH) % len(images))
     best, start = min(loss for loss, _ in tried), tried[0][0]
     assert best <= start
     for loss, words in tried:
         assert bool(torch.isin(words, layout.vocabulary).all())
-        prompts = layout.with_words(s.forgotten(BATCH), words.expand(BATCH, -1))
-        x0 = images.x[torch.arange(BATCH) % len(images)]
+        prompts = layout.with_words(rows.cond, words.expand(BATCH, -1))
         with torch.no_grad():
-            again = denoising_loss(s.model, x0, prompts, s.seeds("prefix choice", BATCH))
+            again = denoising_loss(s.model, rows.x, prompts, s.seeds("prefix choice", BATCH))
         assert loss == pytest.approx(float(again), rel=1e-5)
 
 

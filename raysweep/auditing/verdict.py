@@ -156,9 +156,8 @@ def _excesses(rows: Iterable[Mapping[str, Any]], reach: Mapping[str, str | None]
     excesses = {}
     for row in rows:
         kind, _, strength = row["metric"].partition("@")
-        way = reach.get(row["check"])
-        counts = way in COUNTED and kind == "excess" and strength and not strength.startswith(NULL)
-        if counts and row["status"] == "ok" and not row["paired_with"]:
+        way, given = reach.get(row["check"]), row["status"] == "ok" and not row["paired_with"]
+        if way in COUNTED and kind == "excess" and strength and not strength.startswith(NULL) and given:
             comparison = comparison_of(row)
             if comparison is not None:
                 name = UNATTACKED if strength == "none" else f"{row['check']} {strength}"
