@@ -157,10 +157,9 @@ class Layout:
 
     @torch.no_grad()
     def states(self, prompts: torch.Tensor) -> torch.Tensor:
-        """The states of the text encoders for a few prompts (n, L), float64 (n, d)."""
-        parts = prompts.to(self.model.device).split(self.lengths, 1)
-        outputs = [encoder(part) for encoder, part in zip(self.encoders, parts, strict=True)]
-        return torch.cat([output.last_hidden_state.flatten(1) for output in outputs], 1).double()
+        """The states of the text encoders that the model attends to, for a few prompts (n, L), float64 (n, d)."""
+        hidden: torch.Tensor = self.model.encoded(prompts.to(self.model.device))[0]
+        return hidden.flatten(1).double()
 
     def mean_state(self, prompts: torch.Tensor) -> torch.Tensor:
         """The mean of `states` over any number of prompts, (d,)."""

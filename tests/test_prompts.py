@@ -25,8 +25,10 @@ from evaluators.prompts import (
     tried_prefixes,
 )
 from evaluators.tampering import BATCH, denoising_loss
+from methods.retrain import Retrain, RetrainSettings
 from raysweep.auditing.measure import measure, subject_of
 from raysweep.config.schema import Tier
+from raysweep.tasks.task import encoded
 
 ATTACKS = {"unlearndiffatk": UnlearnDiffAtk, "ring_a_bell": RingABell}
 TIER = Tier(
@@ -215,3 +217,31 @@ def test_a_task_without_prompts_of_concepts_is_skipped(judge):
     task = replace(tiny_task("class"))
     rows = measure(subject_of(tiny_model(task), task, Judge(1, 6).eval(), TIER), TIER).rows
     assert {r.status for r in rows} == {"skipped"}
+
+
+@pytest.mark.slow
+def test_a_concept_under_another_word_is_found(judge):
+    """A model that has only renamed the concept: no prompt of the audit asks for it, and the losses of forgotten images give it away."""
+    task, model = latent_task(), plain()
+    rows = encoded(task, model)
+    method = Retrain(model, RetrainSettings(steps=500, batch_size=24, lr=5e-3, split="train"), {}, task.goal)
+    for step in range(500):
+        method.step(rows.batch(method.draws(), 0, step))
+    method.finish()
+    ring, dot, other = model.tokens(["ring", "dot", "q"])[:, 1]
+    with torch.no_grad():
+        table = model.net["text_encoder"].get_input_embeddings().weight
+        table[other], table[ring] = table[ring].clone(), table[dot].clone()
+    tier = TIER.model_copy(update={"prompt_steps": 150})
+    s = subject(judge, model, tier=tier)
+    images = s.inputs(s.task.splits["forget"].distinct())
+    images = images.take(torch.arange(BATCH) % len(images))
+    layout, seeds = Layout(model), s.seeds("prefix choice", BATCH)
+
+    def loss(prompts: torch.Tensor) -> float:
+        with torch.no_grad():
+            return float(denoising_loss(model, images.x, prompts, seeds))
+
+    renamed, told = loss(images.cond), loss(layout.with_words(images.cond, other.expand(BATCH, 1)))
+    found = min(value for value, _ in tried_prefixes(s, 1))
+    assert found < renamed - 0.5 * (renamed - told) < renamed
