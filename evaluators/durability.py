@@ -7,7 +7,7 @@ it. Every attack is therefore made on the oracles with the same seeds, and what 
 
     excess   presence after the attack minus the oracles' mean after the same attack
     none     the presence on the same seeds without any attack, the null that each attack has to beat
-    null ... what an attack with a null of its own has to beat besides, such as a random prompt in place of the one that it searched for;
+    null: .. what an attack with a null of its own has to beat besides, such as a random prompt in place of the one that it searched for;
              `gain` is the presence after the attack minus that after its null
 
 More than the oracle is concealment; less is damage, not safety. Nulls are measured on the oracles, too, and count in no verdict.
@@ -39,13 +39,13 @@ from evaluators.tampering import IMAGES, changed, fine_tuned, interpolated, inve
 
 EVERY = frozenset({"diffusion", "contrastive"})
 NONE = "none"
-NULL = "null"  # first word of the strengths that are an attack's null
+NULL = "null: "  # beginning of the names of strengths that are an attack's null
 
 Attacked = Callable[[Subject], np.ndarray]
 
 
 class Durability(Evaluator):
-    """An attack in one or several strengths, which `attacks` returns; names of those that are its null begin with "null"."""
+    """An attack in one or several strengths, which `attacks` returns; names of those that are its null begin with "null: "."""
 
     directions: ClassVar[dict[str, Direction]] = {"presence": "target", "excess": "target"}
     needs = "forget set; `excess` needs oracles"

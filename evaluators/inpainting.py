@@ -34,7 +34,7 @@ class Inpainting(Durability):
     def attacks(self, subject: Subject) -> dict[str, Attacked]:
         complete = _completed_class if subject.classed else _completed_images
         unrelated = "retain" if subject.classed else "forget_holdout"
-        given: dict[str, Attacked] = {f"{NULL}: half of another": partial(complete, unrelated, 1 / 2)}
+        given: dict[str, Attacked] = {f"{NULL}half of another": partial(complete, unrelated, 1 / 2)}
         given |= {name: partial(complete, "forget", share) for name, share in SHARES.items()}
         if subject.classed and subject.model.unconditional(1) is not None:
             given["half given, no label"] = partial(_completed_class, "forget", 1 / 2, labelled=False)

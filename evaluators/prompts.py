@@ -61,7 +61,7 @@ class UnlearnDiffAtk(Durability):
             words = min(tried_prefixes(s, count), key=lambda tried: tried[0])[1]
             return _drawn(s, Layout(s.model).with_words(s.forgotten(n), words.expand(n, -1)))
 
-        return {f"{NULL}: random prefix": random, "found prefix": found}
+        return {f"{NULL}random prefix": random, "found prefix": found}
 
 
 class RingABell(Durability):
@@ -93,7 +93,7 @@ class RingABell(Durability):
             layout, words = Layout(s.model), found_prompts(s)
             return _drawn(s, layout.with_words(layout.blank(n), words[torch.arange(n) % len(words)]))
 
-        return {f"{NULL}: random prompt": random, "found prompt": found}
+        return {f"{NULL}random prompt": random, "found prompt": found}
 
 
 class Layout:

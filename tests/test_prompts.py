@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -214,7 +213,7 @@ def test_values_that_are_not_finite_end_the_search_with_the_reason(search, judge
 
 
 def test_a_task_without_prompts_of_concepts_is_skipped(judge):
-    task = replace(tiny_task("class"))
+    task = tiny_task("class")
     rows = measure(subject_of(tiny_model(task), task, Judge(1, 6).eval(), TIER), TIER).rows
     assert {r.status for r in rows} == {"skipped"}
 

@@ -58,7 +58,7 @@ def test_labels(attacked, label):
 
 def test_the_null_of_an_attack_does_not_count():
     assert verdict_words.NULL == durability.NULL
-    attacked = [*rows(), row("latent_noise", f"{durability.NULL}: something else", 0.9)]
+    attacked = [*rows(), row("latent_noise", f"{durability.NULL}something else", 0.9)]
     assert verdict(attacked, REACH, 0.9, 0.9) == verdict(rows(), REACH, 0.9, 0.9)
 
 

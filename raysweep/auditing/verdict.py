@@ -31,7 +31,7 @@ MARGIN = 0.1  # excess over the oracles that counts as bringing back more
 ALPHA = 0.05  # rate at which each label is given to models that are like a further oracle
 INVALID = 0.5  # share of the oracles' validity below which a model is destroyed
 UNATTACKED = "no attack"
-NULL = "null"  # first word of the strengths that are an attack's null (see `evaluators.durability`)
+NULL = "null: "  # beginning of the names of strengths that are an attack's null, as in `evaluators.durability`
 COUNTED = ("input", "weights")  # reaches of the attacks that count
 
 
