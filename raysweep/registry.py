@@ -78,7 +78,7 @@ EVALUATORS = {
     "latent_noise": Check("evaluators.durability:LatentNoise", reach="input"),
     "partial_diffusion": Check("evaluators.durability:PartialDiffusion", reach="input"),
     "inversion": Check("evaluators.durability:Inversion", reach="input"),
-    "inpainting": Check("evaluators.inpainting:Inpainting", reach="input"),
+    "inpainting": Check("evaluators.inpainting:Inpainting", reach="input", costly=True),
     "unlearndiffatk": Check("evaluators.prompts:UnlearnDiffAtk", reach="input", costly=True),
     "ring_a_bell": Check("evaluators.prompts:RingABell", reach="input", costly=True),
     "interpolation": Check("evaluators.durability:Interpolation", reach="base"),

@@ -20,7 +20,7 @@ SURFACE = {
     "draw": ["MODEL_DIR", "OUT_DIR", "--prompt", "--for", "--count", "--seed", "--steps", "--guidance", "--sort"],
     "doctor": ["--json"],
     "export": ["RUN", "TRIAL", "OUT", "--delta"],
-    "init": ["NAME", "--task"],
+    "init": ["NAME", "MODEL", "TRAIN", "HOLDOUT", "--task"],
     "ls": ["KIND", "NAME", "--json"],
     "patch": ["DELTA_FILE", "MODEL_DIR", "OUT_DIR", "--revert"],
     "report": ["RUNS", "--compare", "--out"],
