@@ -74,7 +74,7 @@ def test_each_check_that_fits_is_either_measured_or_named_with_what_adds_it(kind
 def test_an_attack_that_is_switched_off_is_named():
     kept = tuple(n for n in tiers()["durability"].checks if n not in ("inversion", "quantisation"))
     (line,) = [x for x in left_out(TASKS["class"], tiers(durability={"checks": kept})) if "attacks" in x]
-    assert "quantisation, inversion. Name them in audit.durability.checks" in line
+    assert "quantisation, inversion, inpainting. Name them in audit.durability.checks" in line
     (line,) = [x for x in left_out(TASKS["points"], tiers(durability={"checks": kept})) if "attacks" in x]
     assert "inversion" not in line  # it does not apply to images
     without = {"audit": tiers()["audit"]}
