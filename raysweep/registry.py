@@ -14,6 +14,7 @@ from raysweep.records import Check, Family, ModelKind, Reach
 
 METHODS = {
     "bernoulli": "methods.bernoulli:Bernoulli",
+    "concept_ablation": "methods.concept_ablation:ConceptAblation",
     "erasediff": "methods.erasediff:EraseDiff",
     "erasediff_siss": "methods.erasediff_siss:EraseDiffSISS",
     "esd": "methods.esd:ESD",

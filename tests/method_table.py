@@ -17,6 +17,7 @@ from raysweep.registry import METHODS, resolve, unserved
 D = torch.float64
 SETTINGS: dict[str, dict] = {
     "bernoulli": {"rho": 0.5},
+    "concept_ablation": {"lam": 0.2, "images": 6, "sampler_steps": 3, "guidance": 1.5},
     "erasediff": {"inner_steps": 2, "inner_every": 2, "ema": 0.5, "label_drop": 0.3},
     "esd": {"sampler_steps": 4},
     "rece": {"epochs": 2, "preserved": "both"},

@@ -14,7 +14,7 @@ from raysweep.models import families, stored
 from raysweep.rundir import RunDir
 
 LITTLE = {
-    "class": ("task.base_steps=60", "search.trials=18"),
+    "class": ("task.base_steps=60", "search.trials=19"),
     "clip": ("task.base_steps=40", "search.trials=5"),
     "text-to-image": (
         "search.trials=7",
