@@ -6,8 +6,8 @@ Source: Kumari et al., "Ablating Concepts in Text-to-Image Diffusion Models", IC
     with `lam`   plus      lam * mean |predict(x_t, c) - target(x, eps, t)|^2,   on other images of the anchor
 for images x that the base model generated for the anchor c, where c* asks for the concept to forget instead; no image of the task is
 read. Both answers of the model-based loss are those of the network that is trained, as in the paper's implementation. The means are over
-elements and rows, timesteps are uniform, and the paper's weights w_t are 1 as released. The anchor is the task's override class. A
-prompt c* differs from its c by the name alone: the k-th prompt of one class belongs to the k-th of the other.
+elements and rows, timesteps are uniform, and the paper's weights w_t are 1 as released. The anchor is the task's override class.
+Prompts c* and c differ by the name alone (`methods.pairing`).
 
 `layers` are the weights that change: the embeddings of the name's tokens that the anchor's prompts lack (`embedding`; in a
 class-conditional network, the forgotten class's row of the class embedding), the keys and values of the cross-attention, all attention
@@ -15,8 +15,8 @@ class-conditional network, the forgotten class's row of the class embedding), th
 clipped; weight decay still reaches these rows, as released. A class-conditional network has no cross-attention; there
 `cross_attention` is the whole class embedding, the only point where the condition enters.
 
-The released networks let no gradient pass through the keys and values of a prompt's first token (`first_token: constant`), which
-the paper does not mention. Not implemented: horizontal flips, the resizing of images with words for it in the prompt ("zoomed in"),
+The released networks let no gradient pass through the keys and values of a prompt's first token (`first_token: constant`), which is
+in none of the paper's equations. Not implemented: horizontal flips, the resizing of images with words for it in the prompt ("zoomed in"),
 prompts written by a language model, and the search for prompts that make a memorised image.
 """
 
@@ -35,6 +35,7 @@ from torch import nn
 from methods import gradients
 from methods.base import Data, Descent, Goal, Model, Scalars, Training
 from methods.losses import diffusion_loss, pick
+from methods.pairing import pairs, unpaired
 from methods.relabelling import relabel_loss
 from methods.rows import SEEDS, Batch, Draw, Rows
 
@@ -164,23 +165,6 @@ class ConceptAblation(Descent):
         image = pick(self.model, rows, self.members)
         pair = image % len(self.anchor)
         return replace(rows, x=self.x[image]), self.concept[pair], self.anchor[pair]
-
-
-def pairs(goal: Goal, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(c*, c): the conditions that ask for the concept, and those that ask for its anchor instead; labels (1,) or tokens (k, length)."""
-    return goal.conditions([goal.forgotten_class], device), goal.conditions([goal.override], device)
-
-
-def unpaired(goal: Goal) -> list[str]:
-    """Why a goal has no pairs; [] if it has."""
-    if goal.override_class is None:
-        return ["the task names no class or concept that is to stand in for the forgotten one"]
-    concept, anchor = (len(c) for c in pairs(goal, torch.device("cpu")))
-    if concept != anchor or not concept:
-        return [
-            f"it pairs the prompts of the forgotten class with those of its stand-in, and there are {concept} and {anchor}"
-        ]
-    return []
 
 
 def named_rows(concept: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:

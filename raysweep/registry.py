@@ -15,6 +15,7 @@ from raysweep.records import Check, Family, ModelKind, Reach
 METHODS = {
     "bernoulli": "methods.bernoulli:Bernoulli",
     "concept_ablation": "methods.concept_ablation:ConceptAblation",
+    "conceptprune": "methods.conceptprune:ConceptPrune",
     "erasediff": "methods.erasediff:EraseDiff",
     "erasediff_siss": "methods.erasediff_siss:EraseDiffSISS",
     "esd": "methods.esd:ESD",
@@ -119,7 +120,9 @@ FAMILIES = {
         handle="raysweep.models.latent:LatentText",
         model_kind="diffusion",
         conditions=frozenset({"caption"}),
-        abilities=frozenset({"cross-attention to prompts", "retraining", "safe sampling"}),
+        abilities=frozenset(
+            {"cross-attention to prompts", "feed-forward layers", "retraining", "safe sampling"}
+        ),
         library="diffusers",
         loading="diffusers.DiffusionPipeline.from_pretrained(FOLDER)",
         pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),

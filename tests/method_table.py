@@ -18,6 +18,7 @@ D = torch.float64
 SETTINGS: dict[str, dict] = {
     "bernoulli": {"rho": 0.5},
     "concept_ablation": {"lam": 0.2, "images": 6, "sampler_steps": 3, "guidance": 1.5},
+    "conceptprune": {"ratio": 0.1, "timesteps": 2, "sampler_steps": 3, "guidance": 2.0},
     "erasediff": {"inner_steps": 2, "inner_every": 2, "ema": 0.5, "label_drop": 0.3},
     "esd": {"sampler_steps": 4},
     "rece": {"epochs": 2, "preserved": "both"},
@@ -43,7 +44,7 @@ SETTINGS: dict[str, dict] = {
 ALL = sorted(METHODS)
 TRAINED = [name for name in ALL if name != "sld"]  # SLD is a sampler: it has no steps and changes no weight
 PIXEL = [name for name in ALL if not unserved(resolve("method", name), "pixel-ddpm")]
-EDITS = ("slug", "uce", "rece", "speed")  # set weights from tensors prepared beforehand
+EDITS = ("conceptprune", "slug", "uce", "rece", "speed")  # set weights from tensors prepared beforehand
 STEPPED = [name for name in TRAINED if name not in EDITS]
 
 

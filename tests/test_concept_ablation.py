@@ -17,9 +17,9 @@ from methods.concept_ablation import (
     first_token_constant,
     layer_names,
     named_rows,
-    pairs,
     prompt_projections,
 )
+from methods.pairing import pairs
 
 CPU = torch.device("cpu")
 FORGOTTEN, ANCHOR = 2, 4  # of the tiny tasks
