@@ -170,7 +170,8 @@ class Method(ABC):
         model_kinds: the kinds of models that it works on: "diffusion", "contrastive" (which compare images with captions).
         abilities: its other requirements of a model: "safe sampling" (the handle's sampler steers away from a concept),
             "retraining" (a new model can be trained from scratch on the task's images), "cross-attention to prompts" (see
-            `Attending`), "feed-forward layers" (transformer blocks whose `ff.net.2` is the second of two linear layers).
+            `Attending`), "feed-forward layers" (transformer blocks whose `ff.net.2` is the second of two linear layers),
+            "a trainable text encoder" (layers of `text_encoder` on the word embeddings `token_embedding`).
         kinds: the kinds of tasks that it can serve.
         forwards_per_step: cost of a step in forward passes of one batch, a backward pass counting as two.
         copies: numbers that a step holds at once per trained weight (weights, gradients, moments, and so on), besides the

@@ -7,10 +7,7 @@ No image is read: x_t is sampled under c with guidance up to a random point of a
 (paper, first release) or from the frozen base (current release). The current release writes the target as
 eps_c - eta' (eps_c - eps_null): eta' = eta + 1.
 
-`timestep` is the t that the networks receive. level: that of x_t, as in the current release. older_release: as in the first
-release and in SalUn's copy. There the n steps of the run divide the schedule of length T, a random k < n gives t, uniform in
-[k T/n, (k + 1) T/n), and the sampler returns x_t two points of its run lower: at n = 50, T = 1000 its level is 39 to 58
-steps below t. That sampler also starts one point below the top.
+`timestep` is the t that the networks receive, see `methods.partial`.
 
 `layers` are the weights that change: x is cross-attention (concepts tied to their name), x_strict its keys and values only,
 u everything else (concepts that appear without being named; the current release leaves out its norms, the first one the
@@ -28,11 +25,12 @@ import torch
 from pydantic import Field
 
 from methods import gradients
-from methods.base import Descent, Goal, Model, Scalars, Training
+from methods.base import Descent, Goal, Model, Scalars
+from methods.partial import Sampled, partial_samples
 from methods.rows import SEEDS, Batch, Draw
 
 
-class ESDSettings(Training):
+class ESDSettings(Sampled):
     """Settings of ESD."""
 
     lr: float = Field(1e-5, gt=0, description="learning rate (paper: 1e-5; current release: 5e-5)")
@@ -40,15 +38,6 @@ class ESDSettings(Training):
     batch_size: int = Field(1, ge=1, description="rows per step (paper: 1)")
     eta: float = Field(1.0, gt=0, description="strength of the negative guidance (paper: 1)")
     layers: Literal["x", "x_strict", "u", "full"] = Field("full", description="weights that change")
-    guidance: float = Field(3.0, ge=0, description="guidance while sampling x_t (released: 3)")
-    sampler_steps: int = Field(
-        50, ge=1, description="length of the DDIM run, at most that of the schedule (released: 50)"
-    )
-    timestep: Literal["level", "older_release"] = Field(
-        "level",
-        description="t given to the networks: the noise level of x_t (current release), or at or above it (first release)",
-    )
-    sample_from: Literal["trained", "base"] = Field("trained", description="the model that x_t is sampled from")
 
 
 class ESD(Descent):
@@ -105,24 +94,8 @@ class ESD(Descent):
 
     def partial_samples(self, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_t, t): rows (n, C, H, W) sampled under the concept up to a random step of the run, and the t of `timestep`."""
-        hp, model = self.hp, self.model if self.hp.sample_from == "trained" else self.base
-        u, n = model.uniform(seeds, 2), self.hp.sampler_steps
-        point = (u[:, 0] * n).long().clamp(max=n - 1)  # level: counted from the top of the run; older_release: k
-        stop = point if hp.timestep == "level" else (n + 1 - point).clamp(max=n - 1)
-        cond = self.goal.forgotten(len(seeds), u.device)
-        x_t, times, last = None, [], int(stop.max())
-        for i, (t, x) in enumerate(model.trajectory(cond, seeds, n, hp.guidance)):
-            stops = (stop == i).view(-1, *[1] * (x.dim() - 1))
-            x_t = torch.where(stops, x, torch.zeros_like(x) if x_t is None else x_t)
-            times.append(t)
-            if i == last:
-                break
-        assert x_t is not None
-        level, length = torch.tensor(times, device=u.device)[stop], len(model.alphas)
-        if hp.timestep == "level":
-            return x_t, level
-        drawn = ((point + u[:, 1]) * length / n).long().clamp(max=length - 1)
-        return x_t, torch.maximum(level, drawn)
+        model = self.model if self.hp.sample_from == "trained" else self.base
+        return partial_samples(model, self.goal.forgotten(len(seeds), self.params[0].device), seeds, self.hp)
 
 
 def target(eps_cond: torch.Tensor, eps_uncond: torch.Tensor, eta: float) -> torch.Tensor:

@@ -41,8 +41,8 @@ class Family:
         abilities: features of its models that not all models of their kind have: "answers" (to questions about images), "safe
             sampling" (guidance away from a concept), "retraining" (a model can be trained from scratch on the task's images),
             "cross-attention to prompts" (keys and values are linear in the prompts' embeddings), "feed-forward layers" (the network
-            has transformer blocks with two linear layers each), "free steps" (the sampler is not bound to the steps of the
-            training's noise schedule).
+            has transformer blocks with two linear layers each), "a trainable text encoder" (layers on word embeddings), "free
+            steps" (the sampler is not bound to the steps of the training's noise schedule).
         library: the library that reads its folders, as model hubs name it.
         loading: the line of Python that reads a folder, written as FOLDER. {NAME} is replaced by the class of the part
             NAME in the folder's model_index.json.

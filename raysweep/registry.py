@@ -13,6 +13,7 @@ from typing import Any, get_args
 from raysweep.records import Check, Family, ModelKind, Reach
 
 METHODS = {
+    "advunlearn": "methods.advunlearn:AdvUnlearn",
     "bernoulli": "methods.bernoulli:Bernoulli",
     "concept_ablation": "methods.concept_ablation:ConceptAblation",
     "conceptprune": "methods.conceptprune:ConceptPrune",
@@ -121,7 +122,7 @@ FAMILIES = {
         model_kind="diffusion",
         conditions=frozenset({"caption"}),
         abilities=frozenset(
-            {"cross-attention to prompts", "feed-forward layers", "retraining", "safe sampling"}
+            {"a trainable text encoder", "cross-attention to prompts", "feed-forward layers", "retraining", "safe sampling"}
         ),
         library="diffusers",
         loading="diffusers.DiffusionPipeline.from_pretrained(FOLDER)",

@@ -16,6 +16,14 @@ from raysweep.registry import METHODS, resolve, unserved
 
 D = torch.float64
 SETTINGS: dict[str, dict] = {
+    "advunlearn": {
+        "sampler_steps": 3,
+        "plain_steps": 1,
+        "attack_steps": 2,
+        "attack_lr": 0.1,
+        "attack_from": "latest",
+        "retain_batch_size": 6,
+    },
     "bernoulli": {"rho": 0.5},
     "concept_ablation": {"lam": 0.2, "images": 6, "sampler_steps": 3, "guidance": 1.5},
     "conceptprune": {"ratio": 0.1, "timesteps": 2, "sampler_steps": 3, "guidance": 2.0},

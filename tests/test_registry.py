@@ -29,7 +29,7 @@ from raysweep.train.unlearning import refusals
 
 
 def test_tables_match_the_files():
-    helpers = {"__init__", "base", "gradients", "layers", "losses", "relabelling", "rows"}
+    helpers = {"__init__", "base", "gradients", "layers", "losses", "pairing", "partial", "relabelling", "rows"}
     assert set(METHODS) == {p.stem for p in (ROOT / "methods").glob("*.py")} - helpers
     assert set(METHODS) == set(search_spaces.names())
     helpers = {
