@@ -83,12 +83,15 @@ class AdvUnlearn(Descent):
     kinds = frozenset({"concept"})
     # 5 for the row that is erased, 4 for each of 5 retained ones, 4 for each of 30 steps of the attack; and the DDIM runs of them all
     forwards_per_step = 145
+    copies = 6  # of the encoder's layers; an upper bound where more may change than those
     Hyperparameters = AdvUnlearnSettings
     hp: AdvUnlearnSettings
 
     def setup(self) -> None:
         super().setup()
-        self.base = self.model.with_net(copy.deepcopy(self.model.net).requires_grad_(False).eval())
+        trained = set(map(id, self.params))
+        shared = {id(p): p for p in self.model.net.parameters() if id(p) not in trained}
+        self.base = self.model.with_net(copy.deepcopy(self.model.net, shared).eval())
         self.words: torch.Tensor | None = None  # of the last attack
         self.kept = self.goal.conditions(self.goal.kept, self.params[0].device)
 

@@ -74,7 +74,8 @@ class ConceptAblation(Descent):
     source = "Kumari et al., ICCV 2023, arXiv:2303.13516"
     needs = frozenset()
     kinds = frozenset({"class", "concept"})
-    forwards_per_step = 7
+    forwards_per_step = 7  # 4 for the ablation, 3 for the diffusion loss
+    copies = 5
     prepared_by = ("images", "sampler_steps", "sampler_eta", "guidance")
     quick = {"images": 2}
     Hyperparameters = ConceptAblationSettings

@@ -148,6 +148,17 @@ def test_only_layers_of_the_encoder_change(layers, ends):
     assert all(any(end in n for n in changed) for end in ends)
 
 
+def test_the_base_model_shares_what_does_not_change():
+    method, task = build("advunlearn")
+    before = [p.detach().clone() for p in method.base.net.parameters()]
+    for k in range(2):
+        method.step(batch_for(method, task, k))
+    trained = {id(p) for p in method.params}
+    for p, q, start in zip(method.model.net.parameters(), method.base.net.parameters(), before, strict=True):
+        assert (p is q) == (id(p) not in trained)
+        assert torch.equal(q, start)
+
+
 def test_an_attack_starts_anew_or_where_the_last_one_ended():
     for start in ("random", "latest"):
         method, task = build("advunlearn", attack_from=start, plain_steps=0, attack_steps=1, attack_lr=1e-9)

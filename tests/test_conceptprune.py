@@ -30,7 +30,7 @@ def layers(draw):
 
 
 @given(layers(), st.floats(0.05, 1), st.sampled_from([0.0, 0.3, 0.5, 0.9]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_pruned_weights_are_those_of_the_definition(layer, ratio, select):
     weight, concept, reference = layer
     mask = pruned_weights(weight, concept, reference, ratio, select)
@@ -46,7 +46,7 @@ def test_pruned_weights_are_those_of_the_definition(layer, ratio, select):
 
 
 @given(layers(), st.floats(0.05, 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_shares_are_exact_and_grow_with_the_ratio_and_the_steps(layer, ratio):
     weight, concept, reference = layer
     alone = skilled_weights(weight, concept[0], torch.zeros_like(concept[0]), ratio)
