@@ -9,12 +9,11 @@ At step t of sampling under prompts that ask for the concept (c*) and under the 
     pruned: a weight that is skilled at more than select * `timesteps` of the first `timesteps` steps; with select 0, their union
 The first steps are those of the largest noise. Weights that are pruned become zero, all others stay as they are.
 
-Both sets of prompts go through the same sampler run with guidance; the activations that count are those of the conditional passes and
-of the unconditional ones (`branches: both`, released: they differ between c* and c through x_t alone) or of the former alone. Wanda itself
-takes the length of the tokens into account (`tokens: raw`). c is the task's stand-in (`methods.pairing`), as the released prompts of
-objects and styles name another thing or no style, or the empty prompt, as released for memorised images. The release can also prune
-the first layer, keys and values of attention, or the text encoder; that is not implemented, and neither is pruning at the sampler's
-steps alone, with which the paper analyses the masks.
+Both sets of prompts go through sampler runs with guidance; the activations that count are those of the conditional and of the
+unconditional passes (`branches: both`, released; the latter differ between c* and c through x_t alone), or of the former. Wanda itself
+does not divide by the length of the tokens (`tokens: raw`). c is the task's stand-in (`methods.pairing`), where the released prompts leave
+the object or style out, or the empty prompt, as released for memorised images. The release can also prune the first layer, keys and
+values of attention, or the text encoder, and mask each step of a sampler on its own; neither is implemented.
 """
 
 from __future__ import annotations
