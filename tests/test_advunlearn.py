@@ -62,8 +62,9 @@ def test_words_in_front_of_a_prompt_are_words_of_the_encoder():
     assert not word_tables(method.model.net)[0]._forward_hooks
 
 
-@pytest.mark.parametrize("follows", ["gradient", "sign"])
-@pytest.mark.parametrize("summed", ["fresh", "accumulated"])
+@pytest.mark.parametrize(
+    ("follows", "summed"), [("gradient", "fresh"), ("gradient", "accumulated"), ("sign", "accumulated")]
+)
 def test_an_attack_is_adam_on_the_distance_to_the_bases_answer(follows, summed):
     settings = {"attack": follows, "attack_gradient": summed, "attack_steps": 3, "attack_lr": 0.05}
     method, task = moved(**settings)

@@ -58,8 +58,9 @@ def test_shares_are_exact_and_grow_with_the_ratio_and_the_steps(layer, ratio):
     assert not pruned_weights(weight, concept, concept, ratio, 0.0).any()
 
 
-@pytest.mark.parametrize(("tokens", "branches"), [("unit", "both"), ("raw", "conditional")])
-@pytest.mark.parametrize("reference", ["override", "unconditional"])
+@pytest.mark.parametrize(
+    ("tokens", "branches", "reference"), [("unit", "both", "override"), ("raw", "conditional", "unconditional")]
+)
 def test_activations_are_those_of_the_first_steps_of_the_sampler(tokens, branches, reference):
     task, model = concept_task(), TinyText.tiny(dtype=D)
     hp = ConceptPruneSettings(
