@@ -122,7 +122,13 @@ FAMILIES = {
         model_kind="diffusion",
         conditions=frozenset({"caption"}),
         abilities=frozenset(
-            {"a trainable text encoder", "cross-attention to prompts", "feed-forward layers", "retraining", "safe sampling"}
+            {
+                "a trainable text encoder",
+                "cross-attention to prompts",
+                "feed-forward layers",
+                "retraining",
+                "safe sampling",
+            }
         ),
         library="diffusers",
         loading="diffusers.DiffusionPipeline.from_pretrained(FOLDER)",
