@@ -5,7 +5,8 @@ step t. Larger is meant to say "member", but the sign of an attack is not univer
 come out inverted. `evaluators.membership` therefore calibrates it on images whose membership is known.
 
 Symbols: alpha_t the cumulative product, x_t = sqrt(alpha_t) x0 + sqrt(1 - alpha_t) eps, eps(x, t) the predicted noise.
-Norms are sums over the elements of an image, except in `loss`, which is a mean. Networks that predict v are read as eps.
+On a rectified flow the factors are 1 - s and s instead, and a DDIM step is Euler's: (1 - r) x0 + r eps = x + (r - s) v. Norms are sums
+over the elements of an image, except in `loss`, which is a mean. Networks that predict v are read as eps.
 `batches` sets the rows at once; None starts with its default and halves it when memory runs out.
 """
 

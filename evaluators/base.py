@@ -32,7 +32,8 @@ class Model(Protocol):
 
     A contrastive model has `encode_image` and `encode_text` instead of a noise schedule and a sampler; a vision-language
     model also has `answers`. A text-to-image model also has `encoded`, the states (n, length, width) of its text encoders for tokens
-    (n, L) and, if it has any, pooled ones (n, width).
+    (n, L) and, if it has any, pooled ones (n, width), and `columns`, each text encoder's columns of a row of tokens, by its name in
+    `net`.
     """
 
     net: Any
@@ -42,6 +43,8 @@ class Model(Protocol):
     latent: bool
 
     def with_net(self, net: Any) -> Model: ...
+    @property
+    def columns(self) -> dict[str, slice]: ...
     @property
     def device(self) -> torch.device: ...
     @property

@@ -42,11 +42,11 @@ def inverted(subject: Subject, steps: int) -> Subject:
     images = subject.task.splits["forget"].distinct()
     images = subject.inputs(images.take(torch.arange(min(IMAGES, len(images)))))
     model.net.requires_grad_(False)
-    tables = _embedding_tables(model.net)
-    rows = _embedding_rows(subject)
-    for table in tables:
+    tables = []
+    for table, columns in _embedding_tables(model):
         mask = torch.zeros_like(table.weight)
-        mask[rows] = 1.0
+        mask[_embedding_rows(subject, columns)] = 1.0
+        tables.append(table)
         table.weight.requires_grad_(True)
         table.weight.register_hook(mask.mul)
     optimizer = torch.optim.Adam([table.weight for table in tables], lr=EMBEDDING_LR)
@@ -93,25 +93,28 @@ def text_encoders(net: Any) -> list[Any]:
     return [m for n, m in net.items() if n.startswith("text_encoder")] if isinstance(net, torch.nn.ModuleDict) else []
 
 
-def _embedding_tables(net: Any) -> list[torch.nn.Embedding]:
-    """The tables through which conditions enter the network: of its classes, or of the tokens of its text encoders."""
+def _embedding_tables(model: Any) -> list[tuple[torch.nn.Embedding, slice]]:
+    """The tables through which conditions enter the network, of its classes or of the tokens of its text encoders, and each
+    encoder's columns of a row of tokens."""
+    net: Any = model.net
     if isinstance(net, torch.nn.ModuleDict):
-        return [encoder.get_input_embeddings() for encoder in text_encoders(net)]
+        encoders: dict[str, Any] = dict(net.items())
+        return [(encoders[name].get_input_embeddings(), columns) for name, columns in model.columns.items()]
     embedding = getattr(net, "class_embedding", None)
     if not isinstance(embedding, torch.nn.Embedding):
         raise Inapplicable("the network has no table of class embeddings to search in")
-    return [embedding]
+    return [(embedding, slice(None))]
 
 
-def _embedding_rows(subject: Subject) -> torch.Tensor:
-    """The rows of those tables that belong only to the forgotten class."""
+def _embedding_rows(subject: Subject, columns: slice) -> torch.Tensor:
+    """The rows of a table that belong only to the forgotten class."""
     task = subject.task
     if task.kind != "concept":
         return subject.forgotten(1)
     prompts = task.splits[f"prompts_{subject.sizes['judge']}"]
     forgotten = prompts.groups == task.forget_class
-    tokens = torch.unique(prompts.cond[forgotten])
-    tokens = tokens[~torch.isin(tokens, torch.unique(prompts.cond[~forgotten]))]
+    tokens = torch.unique(prompts.cond[forgotten][:, columns])
+    tokens = tokens[~torch.isin(tokens, torch.unique(prompts.cond[~forgotten][:, columns]))]
     if not len(tokens):
         raise Inapplicable("no token occurs only in prompts of the forgotten class")
     return tokens

@@ -33,12 +33,14 @@ Scalars = dict[str, torch.Tensor]
 class Model(Protocol):
     """The parts of a diffusion model that methods use. Shapes: images (n, C, H, W) in [-1, 1], t and seeds (n,).
 
-    `use_sampler` has the model sampled otherwise than usual, by a sampler that the handle knows ("one_step", "safe"), with these
-    settings, plain data; both are saved with the weights.
+    `prediction` names what the network predicts: "epsilon", "v_prediction", "edm" (the preconditioned network's own output) or
+    "flow" (the velocity eps - x0 of a rectified flow). `use_sampler` has the model sampled otherwise than usual, by a sampler that
+    the handle knows ("one_step", "safe"), with these settings, plain data; both are saved with the weights.
     """
 
     net: Any
     alphas: torch.Tensor
+    prediction: str
     null_label: int | None
 
     @property

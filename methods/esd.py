@@ -9,15 +9,22 @@ eps_c - eta' (eps_c - eps_null): eta' = eta + 1.
 
 `timestep` is the t that the networks receive, see `methods.partial`.
 
+On a rectified flow (gamma = 1 - sigma, output v = eps - x0) both sides are velocities. At a given x_t, eps = x_t + gamma v, so
+    eps0(null) - eta (eps0(c) - eps0(null)) = x_t + gamma y,   y = v0(null) - eta (v0(c) - v0(null))
+and the loss in eps is gamma^2 |v_theta(c) - y|^2. Without gamma^2 the first points of the run, where gamma is near 0 and the
+picture is decided, weigh as much as the others.
+
 `layers` are the weights that change: x is cross-attention (concepts tied to their name), x_strict its keys and values only,
 u everything else (concepts that appear without being named; the current release leaves out its norms, the first one the
 output and the time embedding), full is all. A class-conditional network has no cross-attention; there x is the class
-embedding, the only point where the condition enters.
+embedding, the only point where the condition enters. In a transformer whose text and image tokens share one attention, x is
+the attention's weights for text tokens, and x_strict those of their keys and values.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from functools import cached_property
 from typing import Literal
 
@@ -87,9 +94,9 @@ class ESD(Descent):
         with torch.no_grad():
             x_t, t = self.partial_samples(rows.seeds)
             cond, null = self.goal.forgotten(len(t), t.device), model.unconditional(len(t))
-            y = target(self.base.eps(x_t, t, cond), self.base.eps(x_t, t, null), self.hp.eta)
+            y = target(prediction(self.base, x_t, t, cond), prediction(self.base, x_t, t, null), self.hp.eta)
         model.net.train()
-        loss = (model.eps(x_t, t, cond) - y).square().flatten(1).mean(1).sum() / rows.total
+        loss = (prediction(model, x_t, t, cond) - y).square().flatten(1).mean(1).sum() / rows.total
         return self.gradient(loss), gradients.scalars(loss=loss)
 
     def partial_samples(self, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,17 +105,23 @@ class ESD(Descent):
         return partial_samples(model, self.goal.forgotten(len(seeds), self.params[0].device), seeds, self.hp)
 
 
+def prediction(model: Model, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+    """What is regressed: the predicted noise, or the velocity of a flow."""
+    return model.predict(x_t, t, cond) if model.prediction == "flow" else model.eps(x_t, t, cond)
+
+
 def target(eps_cond: torch.Tensor, eps_uncond: torch.Tensor, eta: float) -> torch.Tensor:
-    """eps_uncond - eta (eps_cond - eps_uncond), the new prediction under the concept."""
+    """eps_uncond - eta (eps_cond - eps_uncond), the new prediction under the concept; velocities alike."""
     return eps_uncond - eta * (eps_cond - eps_uncond)
 
 
 def layer_names(names: list[str], layers: str) -> set[str]:
     """Those of the parameter names that the setting `layers` lets change."""
-    cross = {n for n in names if "attn2" in n}
+    joint = {n for n in names if re.search(r"\.attn\.(add_|to_add_|norm_added_)", n)}  # whose attn2 is of images alone
+    cross = joint or {n for n in names if "attn2" in n}
     entry = cross or {n for n in names if "class_embedding" in n}
     if layers == "full":
         return set(names)
     if layers == "x_strict":
-        return {n for n in cross if ".to_k." in n or ".to_v." in n}
+        return {n for n in cross if re.search(r"\.(to|add)_[kv](_proj)?\.", n)}
     return entry if layers == "x" else set(names) - entry

@@ -21,7 +21,7 @@ from methods.rows import Rows
 
 EXCLUDED = {
     "clip": ("bias", "logit_scale", "position", "embedding"),
-    "diffusion": ("bias", "position", "time_embedding"),
+    "diffusion": ("bias", "position", "time_embedding", "timestep_embedder"),
 }
 NORMS = ("norm", "ln_")  # in the libraries' names of layer, group and other norms
 
@@ -38,7 +38,12 @@ def eligible(model: Model | Contrastive, norms: bool = False) -> list[str]:
 
 
 def tower(name: str) -> str:
-    """The part of the model that a tensor belongs to, "vision", "language", or "unet"; each has its own Pareto front."""
+    """The part of the model that a tensor belongs to, "vision", "language", or "unet" (the denoising network, also where it is a
+    transformer); each has its own Pareto front."""
+    if re.match(
+        r"transformer\.(?!resblocks)", name
+    ):  # a name of open_clip's text tower begins with transformer.resblocks
+        return "unet"
     if re.search(r"(^|\.)(visual|vision)", name):
         return "vision"
     return "language" if re.search(r"(^|\.)(text|transformer\.resblocks|token|ln_final)", name) else "unet"
@@ -54,7 +59,14 @@ def depth(name: str) -> tuple[int, int]:
 def group(name: str, names: list[str], unit: str) -> list[str]:
     """The tensors that change together, `name` first: for the unit "block" q, k and v, or both matrices of an MLP; for
     "tensor" the tensor alone."""
-    blocks = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"), ("fc1", "fc2"), ("c_fc", "c_proj"))
+    blocks = (
+        ("to_q", "to_k", "to_v"),
+        ("add_q_proj", "add_k_proj", "add_v_proj"),
+        ("q_proj", "k_proj", "v_proj"),
+        ("q", "k", "v"),
+        ("fc1", "fc2"),
+        ("c_fc", "c_proj"),
+    )
     for parts in blocks if unit == "block" else ():
         for part in parts:
             if f".{part}." in name:

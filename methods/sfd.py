@@ -21,6 +21,9 @@ step, `fake_drop`; x_g is then generated from the empty prompt as well. It draws
 here both steps share those of a batch, as in the DDPM release. The candidate is the moving average of theta alone: psi and
 phi still know c_f. It samples in one step. For alpha > 1 the loss is negative at the optimum, so it does not show progress;
 `gap`, the mean of |p - s|^2, does.
+
+On a rectified flow (gamma = 1 - sigma, output v) eps = x_t + gamma v, which is -sigma times the score, and f = x_t - sigma v. So psi's
+loss is gamma^2 |v_psi - (eps - x_g)|^2, and eps_w and f under guidance are those of v_w = (1 + w) v_c - w v_null.
 """
 
 from __future__ import annotations

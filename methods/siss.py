@@ -11,8 +11,10 @@ As in the released code, x is drawn from X \\ A and the gradients are combined a
     fixed        c = superfactor      (paper: (1 + s) K/(N - K))
 tau is either `rho` times |g_x| (relative, does not depend on units) or the absolute `tau` in the released code's units:
 losses are SUMS over the elements of an image and means over rows. The target follows the model's own parameterisation
-(v instead of epsilon where the network predicts v); this reweights timesteps and does not change w_x, w_a. Where x and a
-have different conditions (classes), each term is evaluated under its own, at the cost of a second forward pass.
+(v instead of epsilon where the network predicts v); this reweights timesteps and does not change w_x, w_a. On a rectified
+flow gamma = 1 - sigma: the formulas are the same, log q(m|a)/q(m|x) = ((1 - sigma)/sigma^2) <a - x, m - (1 - sigma)(x + a)/2>, and
+the targets are (m - x)/sigma and (m - a)/sigma, the velocities of the straight paths through m. Where x and a have different
+conditions (classes), each term is evaluated under its own, at the cost of a second forward pass.
 
 Latents are the mean of the autoencoder's posterior; the Stable Diffusion script samples it anew at every step.
 

@@ -107,6 +107,15 @@ FAMILIES = {
         loading='{unet}.from_pretrained(FOLDER, subfolder="unet")',
         pipelines=("EDMPipeline",),
     ),
+    "flow": Family(
+        handle="raysweep.models.flow:Flow",
+        model_kind="diffusion",
+        conditions=frozenset({"caption"}),
+        abilities=frozenset({"retraining", "free steps"}),
+        library="diffusers",
+        loading="diffusers.DiffusionPipeline.from_pretrained(FOLDER)",
+        pipelines=("StableDiffusion3Pipeline",),
+    ),
     "pixel-ddpm": Family(
         handle="raysweep.models.pixel:PixelDDPM",
         model_kind="diffusion",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, StableDiffusionPipeline
+from diffusers import DDIMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from family_folders import FILES, UNET
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_task
@@ -43,6 +43,11 @@ DECISIVE = [  # family, file, keys down to the setting, another value
     ("text", "tokenizer/tokenizer.json", ["model", "merges"], []),
     ("text", SCHEDULER, ["set_alpha_to_one"], True),
     ("text", SCHEDULER, ["beta_start"], 0.001),
+    ("flow", SCHEDULER, ["shift"], 1.0),
+    ("flow", SCHEDULER, ["use_dynamic_shifting"], True),
+    ("flow", "vae/config.json", ["shift_factor"], 0.2),
+    ("flow", "text_encoder_3/config.json", ["relative_attention_max_distance"], 4),
+    ("flow", "tokenizer_3/tokenizer_config.json", ["model_max_length"], 6),
     ("clip", "open_clip_config.json", ["preprocess_cfg", "mean"], [0.4, 0.5, 0.5]),
     ("clip", "open_clip_config.json", ["model_cfg", "quick_gelu"], True),
     ("vlm", "config.json", ["vision_feature_layer"], -1),
@@ -119,8 +124,9 @@ def test_a_changed_number_in_any_tensor_changes_the_hash(copy, family, file):
 
 
 def test_saving_again_by_the_library_keeps_the_hash(originals, tmp_path):
-    for family, pipeline in (("pixel", DDIMPipeline), ("text", StableDiffusionPipeline)):
-        options = {} if family == "pixel" else {"safety_checker": None}
+    pipelines = {"pixel": DDIMPipeline, "text": StableDiffusionPipeline, "flow": StableDiffusion3Pipeline}
+    for family, pipeline in pipelines.items():
+        options = {"safety_checker": None} if family == "text" else {}
         pipeline.from_pretrained(originals / family, **options).save_pretrained(tmp_path / family)
         assert families.load(tmp_path / family).digest == families.load(originals / family).digest
     for family in WEIGHTS:

@@ -92,6 +92,59 @@ def test_known_networks_have_their_known_sizes(network, parameters):
         assert known.trained(()) == parameters + known.others["text_encoder"]
 
 
+# Of the medium model, as the libraries count the published parts. The sizes of transformer and autoencoder are those of
+# scripts/convert_sd3_to_diffusers.py in huggingface/diffusers with the depth of arXiv:2403.03206 (24), those of the text encoders of
+# openai/clip-vit-large-patch14, laion/CLIP-ViT-bigG-14-laion2B-39B-b160k and google/t5-v1_1-xxl.
+SD3_MEDIUM = {
+    "transformer": 2_028_328_000,
+    "text_encoder": 123_650_304,
+    "text_encoder_2": 694_659_840,
+    "text_encoder_3": 4_762_310_656,
+    "vae": 83_819_683,
+}
+
+
+def test_stable_diffusion_3_is_counted_by_part():
+    """Of the network's 24 blocks two are run here: all of them take a quarter of a minute."""
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        whole = SD3Transformer2DModel(**footprint.STABLE_DIFFUSION_3)
+    assert sum(p.numel() for p in whole.parameters()) == SD3_MEDIUM["transformer"]
+    network = footprint.of({"stable_diffusion_3": {"num_layers": 2}})
+    assert network.others == {name: size for name, size in SD3_MEDIUM.items() if name != "transformer"}
+    assert network.trained(("transformer",)) == network.parameters
+    assert network.trained(()) == network.parameters + sum(network.others.values()) - SD3_MEDIUM["vae"]
+    assert 0 < network.adaptable < network.parameters
+    # 4,096 image and 333 text tokens: two operations per weight and token in a block's matrices, and their attention
+    tokens, width = 64 * 64 + 333, 1536
+    least = 2 * (2 * 12 * width**2 * 64 * 64 + 2 * tokens**2 * width)
+    assert least < network.flops < 2 * least
+    assert 0 < network.mixed < network.activations
+
+
+@pytest.mark.slow
+def test_the_dry_run_of_stable_diffusion_3_medium():
+    """Time and memory of every method of a preset, from the configuration alone."""
+    from raysweep.config import presets
+    from raysweep.config.reader import load
+    from raysweep.planning import forecast
+    from raysweep.search.spaces import load as load_space
+
+    network = footprint.of({"stable_diffusion_3": {}})
+    assert {"transformer": network.parameters} | network.others == SD3_MEDIUM
+    plans = {}
+    for modules in ("[transformer]", "[]"):
+        sweep = load(presets.path_of("rgd-sd-artist"), (f"train.modules={modules}",), absent=True)
+        spaces = [load_space(name, sweep.spaces.get(name), "concept") for name in sweep.methods]
+        plans[modules] = forecast.forecast(sweep, network, spaces)
+    one, every = plans["[transformer]"], plans["[]"]
+    for method, size in one.memory.items():
+        assert size > 4 * (sum(SD3_MEDIUM.values()) + resolve("method", method).copies * SD3_MEDIUM["transformer"])
+        assert every.memory[method] > size + 3 * 4 * SD3_MEDIUM["text_encoder_3"]
+    assert one.gpu_hours == every.gpu_hours > 0
+
+
 def test_arithmetic_and_activations_of_a_layer():
     layer = torch.nn.Sequential(
         torch.nn.Linear(10, 30, bias=False), torch.nn.ReLU(), torch.nn.Linear(30, 5, bias=False)

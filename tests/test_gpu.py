@@ -15,7 +15,7 @@ import torch
 from method_table import TRAINED, settings_for, slow
 from test_evaluators import TIER
 from test_methods import FAMILIES, JOBS, instance, through_a_file
-from tiny import LATENT, latent_task, vlm_pairs
+from tiny import LATENT, flow_model, latent_task, vlm_pairs
 
 from raysweep.auditing.measure import measure, subject_of
 from raysweep.models import families
@@ -53,11 +53,10 @@ def built(name: str, family: str, device: torch.device, dtype: torch.dtype = tor
     hp = cls.Hyperparameters(**settings)
     task, model = vlm_pairs() if family == "vlm" else instance(name, family)
     model.net.to(dtype)
-    if family == "text-ddpm":
+    if model.latent:
         model.frozen.vae.to(dtype)
     model.to(device)
-    if family == "text-ddpm":
-        task = encoded(task, model)
+    task = encoded(task, model)
     prepared = {k: v.cpu() for k, v in cls.prepare(model, task, 0, hp).items()}  # as read from a file
     return cls(model, hp, prepared, task.goal), task
 
@@ -96,8 +95,10 @@ def trained(name: str, family: str, folder: Path, tag: str, device: torch.device
 
 def test_one_module_and_adapters_train(tmp_path):
     pytest.importorskip("peft")
-    trained("finetune", "text-ddpm", tmp_path, "one", modules=("unet",))
-    trained("finetune", "text-ddpm", tmp_path, "two", lora={"rank": 2, "alpha": 2})
+    for family, module in (("text-ddpm", "unet"), ("flow", "transformer")):
+        (tmp_path / family).mkdir()
+        trained("finetune", family, tmp_path / family, "one", modules=(module,))
+        trained("finetune", family, tmp_path / family, "two", lora={"rank": 2, "alpha": 2})
 
 
 WIDE = {
@@ -118,14 +119,14 @@ WIDE = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tf32", [False, True])
-@pytest.mark.parametrize("kind", ["wide", "latent", "edm"])
+@pytest.mark.parametrize("kind", ["wide", "latent", "flow", "edm"])
 def test_an_image_is_bit_identical_in_any_batch(kind, dtype, tf32):
     from evaluators.base import Subject
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     seeds, order = row_seeds(9, 0, 120), torch.randperm(120, generator=torch.Generator().manual_seed(0))
-    if kind == "latent":
-        model = LatentText.build(LATENT, 1)
+    if kind in ("latent", "flow"):
+        model = flow_model(1) if kind == "flow" else LatentText.build(LATENT, 1)
         cond = latent_task(model=model).splits["prompts_probe"].cond[torch.arange(120) % 4]
         model.frozen.vae.to(dtype)
     else:
@@ -141,7 +142,7 @@ def test_an_image_is_bit_identical_in_any_batch(kind, dtype, tf32):
         assert torch.equal(one.generate(cond[low:high], seeds[low:high]), whole[low:high])
 
 
-@pytest.mark.parametrize("kind", ["points", "class", "text-ddpm", "edm", "clip"])
+@pytest.mark.parametrize("kind", ["points", "class", "text-ddpm", "flow", "edm", "clip"])
 def test_checks_run_and_agree_with_a_cpu(kind, points_task, class_task):
     from evaluators.judge import train_judge
 
@@ -208,7 +209,7 @@ def test_weights_stay_finite_and_single_in_mixed_precision(name, family, tmp_pat
         assert bool(torch.isfinite(p).all())
 
 
-@pytest.mark.parametrize(("name", "family"), [job for job in TRAINS if job[1] in ("pixel-ddpm", "text-ddpm")])
+@pytest.mark.parametrize(("name", "family"), [job for job in TRAINS if job[1] in ("pixel-ddpm", "text-ddpm", "flow")])
 def test_a_resumed_method_ends_with_the_same_weights(name, family):
     whole, task = built(name, family, GPU)
     expected = stepped(whole, task, 0, 3)

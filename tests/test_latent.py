@@ -275,6 +275,13 @@ def wordy(folder: Path) -> None:
     tokenizer_of((*LATENT["words"], "photograph", "painting", "handwritten"), 6).save_pretrained(folder / "tokenizer")
 
 
+def ambiguous(folder: Path) -> None:
+    file = folder / "tokenizer" / "tokenizer.json"
+    rules = json.loads(file.read_text())
+    rules["model"]["vocab"]["b"] = rules["model"]["vocab"]["a"]
+    file.write_text(json.dumps(rules))
+
+
 def other_vae(folder: Path) -> None:
     from diffusers import AutoencoderKL
 
@@ -289,6 +296,7 @@ def other_vae(folder: Path) -> None:
         (foreign, "holds a FluxPipeline; supported: .*StableDiffusionPipeline"),
         (untokenized, "tokenizer.json or vocab.json is missing"),
         (wordy, "the tokenizer has .* tokens, but the text encoder knows"),
+        (ambiguous, "some of its tokens have the same number"),
         (other_vae, "the autoencoder makes latents of 4 channels, and the U-Net takes 2"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_latent import plain
-from tiny import ROOT, latent_task
+from tiny import ROOT, flow_model, flow_task, latent_task
 from transformers import CLIPTextModel
 
 from evaluators.judge import Judge
@@ -129,9 +129,10 @@ def test_a_task_survives_saving(tmp_path):
     assert again.thing == "the concept 'ring'"
 
 
-def test_every_check_on_a_concept():
+@pytest.mark.parametrize("family", ["text-ddpm", pytest.param("flow", marks=pytest.mark.slow)])
+def test_every_check_on_a_concept(family):
     """All checks run on prompts and latents; the audit asks with other prompts than the search."""
-    task = latent_task()
+    task, model = (flow_task(), flow_model()) if family == "flow" else (latent_task(), plain())
     torch.manual_seed(0)
     judge = Judge(3, 4)
     left_out = ("quantile", "secmi", "nudenet", *checks_by_weights())
@@ -162,17 +163,15 @@ def test_every_check_on_a_concept():
         likelihood_probes=1,
         strips=2,
     )
-    subject = subject_of(plain(), task, judge, tier)
-    subject.peers = {"base": subject} | {
-        f"oracle-{k}": subject_of(plain().fresh(k), task, judge, tier) for k in range(2)
-    }
+    subject = subject_of(model, task, judge, tier)
+    subject.peers = {"base": subject} | {f"oracle-{k}": subject_of(model.fresh(k), task, judge, tier) for k in range(2)}
     prompts = {tuple(p) for p in subject.forgotten(6).tolist()}
-    assert prompts == {tuple(plain().tokens(["the small ring"])[0].tolist())}
+    assert prompts == {tuple(model.tokens(["the small ring"])[0].tolist())}
     result = measure(subject, tier)
     statuses = {(r.check, r.status) for r in result.rows}
     for name in tier.checks:
         check = resolve("evaluator", name)
-        applies = "concept" in check.kinds and not unserved(check, "text-ddpm") and name != "sampler_removal"
+        applies = "concept" in check.kinds and not unserved(check, family) and name != "sampler_removal"
         assert (name, "ok" if applies else "skipped") in statuses
     assert result.scores["strip.forgotten"].shape == (2, 3, 8, 8)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tiny import (
     clip_task,
     concept_task,
     edm_model,
+    flow_model,
+    flow_task,
     latent_task,
     tiny_model,
     tiny_task,
@@ -37,7 +40,7 @@ from raysweep.planning.disk import checkpoint
 from raysweep.registry import FAMILIES as RECORDS
 from raysweep.registry import resolve, unserved
 from raysweep.storage.files import digest_state
-from raysweep.tasks.task import Task
+from raysweep.tasks.task import Task, encoded
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -174,6 +177,11 @@ OTHERS = [family for family in sorted(RECORDS) if family != "pixel-ddpm"]
 FAMILIES = [(name, family) for name in ALL for family in OTHERS if not unserved(resolve("method", name), family)]
 
 
+@cache
+def flow_latents() -> Task:
+    return encoded(flow_task(), flow_model())
+
+
 def build_on(name: str, family: str, **settings) -> tuple[Method, object]:
     """A method on the tiny instance of a family, in float64."""
     if RECORDS[family].model_kind == "contrastive":
@@ -182,6 +190,9 @@ def build_on(name: str, family: str, **settings) -> tuple[Method, object]:
             settings["trunc_elem_sq"] = None
     elif family == "edm":
         task, model = tiny_task("class"), edm_model()
+        model.net.to(D)
+    elif family == "flow":
+        task, model = flow_latents(), flow_model()
         model.net.to(D)
     else:
         task, model = concept_task(), TinyText.tiny(dtype=D)
@@ -270,6 +281,8 @@ def instance(name: str, family: str) -> tuple[Task, Any]:
         return task_for(name), tiny_model(task_for(name), seed=1)
     if family == "edm":
         return tiny_task("class"), edm_model(1)
+    if family == "flow":
+        return flow_task(), flow_model(1)
     return (clip_task(), clip_model(1)) if family == "clip" else (latent_task(), LatentText.build(LATENT, 1))
 
 

@@ -69,7 +69,9 @@ PRIVATE = {
         "_cdata": "test_footprint.py: what stays alive for the backward pass, counted by hand",
         "torch._subclasses.fake_tensor import FakeTensorMode": "test_footprint.py",
     },
-    "raysweep/models/latent.py": {"p._version": "test_latent.py: prompts are embedded again once weights change"},
+    "raysweep/models/text_to_image.py": {
+        "p._version": "test_latent.py: prompts are embedded again once weights change"
+    },
     "raysweep/models/snapshot.py": {"torch._utils._rebuild_tensor_v2": "test_song.py: names in other packages' files"},
     "raysweep/models/vision_language.py": {
         "vlm._no_split_modules": "test_vlm.py: language models over several devices"

@@ -71,8 +71,8 @@ def test_tokens_of_a_concept_survive_a_file():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "kind None is not a sampler; valid: ddim, heun, one_step, safe"),
-        ({"kind": "euler"}, "kind 'euler' is not a sampler; valid: ddim, heun, one_step, safe"),
+        ({}, "kind None is not a sampler; valid: ddim, euler, heun, one_step, safe"),
+        ({"kind": "plms"}, "kind 'plms' is not a sampler; valid: ddim, euler, heun, one_step, safe"),
         ({"kind": ["safe"]}, r"kind \['safe'\] is not a sampler"),
         ({"kind": "one_step"}, "t: field required"),
         ({"kind": "one_step", "t": "7"}, "t: input should be a valid integer"),
@@ -85,6 +85,7 @@ def test_tokens_of_a_concept_survive_a_file():
         ({"kind": "safe", **SAFE, "concept": [0, 3]}, r"concept: must be a class label, not \(0, 3\)"),
         ({"kind": "safe", "concept": 2}, "scale: field required"),
         ({"kind": "heun"}, "sampler heun needs an EDM model; this is a model of family pixel-ddpm"),
+        ({"kind": "euler"}, "sampler euler needs a flow model; this is a model of family pixel-ddpm"),
     ],
 )
 def test_a_sampler_that_is_not_valid_is_refused_by_file_and_key(tmp_path, data, message):

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
-from tiny import LATENT, tiny_config
+from tiny import FLOW, LATENT, flow_model, tiny_config
 from user_files import CAPTIONS, KINDS, LONG, labelled, write_folder, write_parquet, write_prompts, write_shards
 
 import raysweep
+from raysweep.config.reader import load
+from raysweep.config.schema import ConfigError
+from raysweep.engine.checks import resolve_sweep
 from raysweep.engine.model_checks import check_fits
 from raysweep.miniature import data
 from raysweep.miniature.pictures import pictures
@@ -19,7 +23,7 @@ from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.images import ImagesTask
 from raysweep.tasks.prompts import PromptError, PromptFile, PromptGrid, PromptMix
-from raysweep.tasks.records import SourceError
+from raysweep.tasks.records import SourceError, data_lines
 
 
 def class_conditional(folder: Path, classes: int = 3) -> str:
@@ -166,6 +170,34 @@ def test_a_concept_of_a_users_model(tmp_path):
     pixel = class_conditional(tmp_path / "pixel")
     with pytest.raises(SourceError, match="is a pixel-ddpm model"):
         ImagesTask(**rows | {"base": pixel}, kind="concept", search_prompts=search, audit_prompts=audit).build()
+
+
+def test_a_sweep_on_a_users_flow_model(tmp_path):
+    """What an encoder does not read is stated; a method that cannot serve the family is refused with the reason."""
+    longer = {name: FLOW[name] | {"max_position_embeddings": 32} for name in ("text_encoder", "text_encoder_2")}
+    flow_model(**longer).save(tmp_path / "base")
+    search, audit = write_prompts(tmp_path)
+    train = write_parquet(tmp_path / "t.parquet", labelled(60))
+    task = {
+        "name": "images",
+        "kind": "concept",
+        "base": str(tmp_path / "base"),
+        "base_steps": 5,
+        "train": train.model_dump(mode="json", exclude_none=True),
+        "holdout": write_parquet(tmp_path / "h.parquet", labelled(30, 700)).model_dump(mode="json", exclude_none=True),
+        "forget": {"labels": ["dog"]},
+        "override": "cat",
+        "search_prompts": search.model_dump(mode="json", exclude_none=True),
+        "audit_prompts": audit.model_dump(mode="json", exclude_none=True),
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"methods": ["graddiff", "esd", "sfd"], "task": task}))
+    built, spaces = resolve_sweep(load(tmp_path / "sweep.yaml", ()))
+    assert built.family == "flow"
+    assert [space.method for space in spaces] == ["graddiff", "esd", "sfd"]
+    cut = [line for line in data_lines(built) if "longer than the 8 tokens that text_encoder_3 reads" in line]
+    assert {line.split(":")[0] for line in cut} == {"captions", "search_prompts", "audit_prompts"}
+    with pytest.raises(ConfigError, match=r"sld cannot serve .* offers safe sampling, and flow models do not"):
+        resolve_sweep(load(tmp_path / "sweep.yaml", ("methods=[sld]",)))
 
 
 def test_a_model_on_the_hub(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from methods.base import Goal
 from methods.rows import Batch, Rows
 from raysweep.models.clip import Contrastive
 from raysweep.models.edm import EDM
+from raysweep.models.flow import Flow
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.models.vision_language import VisionLanguage
@@ -144,6 +145,10 @@ class TinyText(PixelDDPM):
     @property
     def shape(self) -> tuple[int, int, int]:
         return 1, 4, 4
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        return {"text_encoder": slice(0, 4)}
 
     def unconditional(self, count: int) -> torch.Tensor:
         return torch.tensor([0, 11, 11, 11]).expand(count, -1)
@@ -296,7 +301,55 @@ LATENT = {
 }
 
 
-def latent_task(seed: int = 0, model: LatentText | None = None) -> Task:
+CLIP_TEXT = LATENT["text_encoder"] | {"projection_dim": 12}
+FLOW = {
+    "words": LATENT["words"],
+    "text_encoder": CLIP_TEXT,
+    "text_encoder_2": CLIP_TEXT | {"hidden_size": 8, "intermediate_size": 16, "projection_dim": 8},
+    "text_encoder_3": {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "t5_tokens": 8,
+    "transformer": {
+        "sample_size": 4,
+        "patch_size": 2,
+        "in_channels": 2,
+        "out_channels": 2,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 20,
+        "pos_embed_max_size": 4,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    },
+    "vae": LATENT["vae"] | {"scaling_factor": 1.5, "shift_factor": 0.06},
+    "scheduler": {"num_train_timesteps": 1000, "shift": 3.0},
+}
+
+
+def flow_model(seed: int = 0, **config) -> Flow:
+    """A rectified-flow transformer like Stable Diffusion 3.5 with all three text encoders; config: what differs from `FLOW`, None
+    for a part that is left out."""
+    return Flow.build({key: value for key, value in (FLOW | config).items() if value is not None}, seed)
+
+
+def flow_task(seed: int = 0) -> Task:
+    """`latent_task` for `flow_model`."""
+    from dataclasses import replace
+
+    return replace(latent_task(seed, flow_model()), name="tiny-flow", family="flow", model=FLOW)
+
+
+def latent_task(seed: int = 0, model: LatentText | Flow | None = None) -> Task:
     """Four kinds of noisy 8x8 colour patterns with captions in the model's tokens; "ring" is the concept to forget.
 
     Whether the number of a kind is even or odd is the second domain."""

@@ -87,7 +87,7 @@ class SearchConfig(Section):
 
 
 class LoRA(Section):
-    """Low-rank adapters on the attention of a text-to-image U-Net, merged before the audit (needs the extra `lora`)."""
+    """Low-rank adapters on the attention of a text-to-image U-Net or transformer, merged before the audit (needs the extra `lora`)."""
 
     rank: int = Field(4, ge=1, description="rank of the adapters")
     alpha: int = Field(4, ge=1, description="scale of the adapters, times the rank")
@@ -103,7 +103,7 @@ class TrainConfig(Section):
     workers: Annotated[int, ASIDE] = Field(1, ge=1, le=512, description="data-parallel workers per trial, 1 to 512")
     modules: tuple[str, ...] = Field(
         (),
-        description="text-to-image models: the modules whose weights may change (unet, text_encoder, ...); empty: all",
+        description="text-to-image models: the modules whose weights may change (unet or transformer, text_encoder, ...); empty: all",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="precision of forward and backward passes; weights and their updates always use fp32"

@@ -164,7 +164,7 @@ def check_training(sweep: Sweep, task: Task, model: Any) -> None:
     if train.lora is None:
         return
     if train.modules:
-        raise ConfigError("train.lora: adapters lie on the U-Net; leave train.modules empty")
+        raise ConfigError("train.lora: adapters lie on the denoising network; leave train.modules empty")
     if find_spec("peft") is None:
         raise ConfigError("train.lora: the library is missing: pip install 'raysweep[lora]'")
     for name in sweep.methods:

@@ -63,7 +63,7 @@ def _unused_settings(folder: Path, keys: frozenset[str]) -> Iterator[str]:
     config = read_json(path)
     unused = sorted(key for key in config if not key.startswith("_") and key not in keys)
     kind = config.get("_class_name", "DDIMScheduler")
-    if kind not in ("DDIMScheduler", "EDMEulerScheduler"):
+    if kind not in ("DDIMScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"):
         unused.insert(0, f"its class {kind} (only its noise schedule is used)")
     if unused:
         yield f"scheduler/{SCHEDULE}: {', '.join(unused)}"

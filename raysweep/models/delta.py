@@ -20,7 +20,8 @@ BEFORE, AFTER = "before/", "after/"  # before the names of tensors
 
 
 def changed(base: Any, model: Any) -> list[str]:
-    """The names of the tensors whose bytes differ; raises ValueError if a delta cannot hold the difference between two models."""
+    """The names of the tensors whose bytes differ, one of those that are tied; raises ValueError if a delta cannot hold the
+    difference between two models."""
     before, after = base.net.state_dict(), model.net.state_dict()
     if {n: (t.shape, t.dtype) for n, t in before.items()} != {n: (t.shape, t.dtype) for n, t in after.items()}:
         raise ValueError("it has another architecture")
@@ -28,7 +29,10 @@ def changed(base: Any, model: Any) -> list[str]:
     differing = sorted(k for k in {*one, *other} - {"sampler"} if one.get(k) != other.get(k))
     if differing:
         raise ValueError(f"it differs in its settings: {', '.join(differing)}")
-    return [name for name, tensor in before.items() if not torch.equal(_bytes(tensor), _bytes(after[name]))]
+    distinct: dict[tuple[int, int], str] = {}  # tensors that share their memory (tied weights) are one
+    for name, tensor in before.items():
+        distinct.setdefault((tensor.data_ptr(), after[name].data_ptr()), name)
+    return [name for name in distinct.values() if not torch.equal(_bytes(before[name]), _bytes(after[name]))]
 
 
 def between(

@@ -44,7 +44,12 @@ class Diffusion(Handle, ABC):
     default_sampler: ClassVar[samplers.Sampler] = samplers.DDIM()
 
     def __init__(self, net: Any, scheduler: DDIMScheduler):
-        self.net, self.scheduler, self.sampler = net, scheduler, self.default_sampler
+        self.net, self.sampler = net, self.default_sampler
+        self.use_schedule(scheduler)
+
+    def use_schedule(self, scheduler: Any) -> None:
+        """Takes the noise schedule of a scheduler of diffusers; raises ValueError if its `prediction_type` is not supported."""
+        self.scheduler = scheduler
         self.prediction: str = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type {self.prediction!r} is not supported; valid: epsilon, v_prediction")

@@ -12,7 +12,7 @@ from raysweep.records import Family
 from raysweep.registry import FAMILIES, PluginError, external, imported, resolve
 
 if TYPE_CHECKING:
-    from raysweep.models.latent import LatentText
+    from raysweep.models.text_to_image import TextToImage
     from raysweep.models.tower import Clip
 
 
@@ -71,7 +71,7 @@ def example(task: Any) -> Any:
     return build(task, 0) if task.base is None else load(task.base)
 
 
-def with_tower(model: LatentText, clip: Clip) -> LatentText:
+def with_tower(model: TextToImage, clip: Clip) -> TextToImage:
     """The model, with the CLIP model of its text encoder at hand; raises ValueError if it is that of another."""
     from raysweep.models.tower import TextTower
 

@@ -28,6 +28,7 @@ NETWORK = ("config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",

@@ -22,22 +22,30 @@ def check_classes(folder: Path, index: dict[str, Any], classes: dict[str, type])
             raise ValueError(f"{folder / INDEX}: {part}: is {name or 'none'}; supported there: {cls.__name__}")
 
 
-def check_autoencoder(folder: Path, config: Any) -> None:
-    """Raises ValueError unless latents are the encoder's means times a factor."""
+def check_autoencoder(folder: Path, config: Any, shifted: bool = False) -> None:
+    """Raises ValueError unless latents are the encoder's means times a factor; shifted: unless a number is first subtracted."""
     path = folder / "config.json"
     if not isinstance(config.scaling_factor, int | float) or config.scaling_factor <= 0:
         raise ValueError(f"{path}: scaling_factor is {config.scaling_factor!r}; it must be a positive number")
-    for key in ("shift_factor", "latents_mean", "latents_std"):
+    shift = config.get("shift_factor")
+    if shifted and not isinstance(shift, int | float):
+        raise ValueError(f"{path}: shift_factor is {shift!r}; it must be a number, which the pipeline adds to latents")
+    for key in ("shift_factor",) * (not shifted) + ("latents_mean", "latents_std"):
         if config.get(key) is not None:
-            raise ValueError(f"{path}: {key} is set: latents that are shifted are not supported, only scaled ones")
+            kinds = "scaled, or shifted by one number," if shifted else "scaled"
+            raise ValueError(f"{path}: {key} is set: latents that are shifted are not supported, only {kinds} ones")
 
 
-def read_tokenizer(folder: Path, encoder: Any) -> CLIPTokenizer:
-    """The tokenizer of a text encoder. Without `tokenizer_config.json` it has the encoder's length and CLIP's own padding."""
-    component_files(folder, ("tokenizer.json", "vocab.json"))
+def read_tokenizer(folder: Path, encoder: Any, kind: Any = CLIPTokenizer, longest: int | None = None) -> Any:
+    """The tokenizer of a text encoder, of class `kind`.
+
+    longest: the most tokens of a prompt; None: those that the encoder has positions for. Without `tokenizer_config.json` prompts have
+    that length and the class's own padding.
+    """
+    component_files(folder, ("tokenizer.json", "vocab.json" if kind is CLIPTokenizer else "spiece.model"))
     with reading(folder):
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    longest, vocabulary = encoder.config.max_position_embeddings, encoder.config.vocab_size
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    longest, vocabulary = longest or encoder.config.max_position_embeddings, encoder.config.vocab_size
     if not (folder / "tokenizer_config.json").is_file():
         weights.warn(
             f"{folder}: tokenizer_config.json is missing: prompts are cut and padded to the {longest} tokens of the text encoder, with "
@@ -49,6 +57,9 @@ def read_tokenizer(folder: Path, encoder: Any) -> CLIPTokenizer:
             f"{folder / 'tokenizer_config.json'}: model_max_length is {length!r}; it must be {SHORTEST_PROMPT} or more"
         )
     tokenizer.model_max_length = int(min(length, longest))
+    numbers = tokenizer.get_vocab().values()
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{folder}: some of its tokens have the same number: its vocabulary is damaged")
     if len(tokenizer) > vocabulary:
         raise ValueError(
             f"{folder.parent}: the tokenizer has {len(tokenizer)} tokens, but the text encoder knows {vocabulary}: "

@@ -63,17 +63,15 @@ class TextTower(Handle):
     family = "clip"
 
     def __init__(self, model: Any, clip: Clip):
-        lengths = [t.model_max_length for t in model.frozen.tokenizers]
-        encoders = [name for name in model.net if name != "unet"]
+        encoders = list(model.columns)
         differing = [_differing(model.net[name], clip.net.text_model) for name in encoders]
         if all(differing):
             raise ValueError(
                 f"{clip.folder}: is not the CLIP model of this text encoder: {differing[0][0]} differs, or is missing in "
                 "one of the two"
             )
-        index = differing.index([])
-        self.name, start = encoders[index], sum(lengths[:index])
-        self.columns = slice(start, start + lengths[index])
+        self.name = encoders[differing.index([])]
+        self.columns = model.columns[self.name]
         self.net, self.clip = nn.ModuleDict({self.name: model.net[self.name]}), clip.net
         size = clip.net.config.vision_config.image_size
         self.image_shape = (3, size, size)

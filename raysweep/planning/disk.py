@@ -9,7 +9,6 @@ from methods.base import Method
 from raysweep.config.schema import Sweep
 from raysweep.engine.resources import Plan
 from raysweep.engine.retention import audited, bound
-from raysweep.models.latent import adaptable
 from raysweep.registry import resolve
 
 IN_MEMORY = (
@@ -65,7 +64,7 @@ def sizes(sweep: Sweep, model: Any) -> tuple[float, float]:
     if sweep.train.modules:
         model.train_only(sweep.train.modules)
     parameters = list(model.net.parameters())
-    changing = adaptable(model.net["unet"]) if sweep.train.lora else [p for p in parameters if p.requires_grad]
+    changing = model.adaptable() if sweep.train.lora else [p for p in parameters if p.requires_grad]
     frozen = list(model.frozen.vae.parameters()) if model.latent else []
     return float(sum(p.nbytes for p in changing)), float(sum(p.nbytes for p in (*parameters, *frozen)))
 

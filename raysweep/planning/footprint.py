@@ -38,7 +38,37 @@ AUTOENCODER: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
-TEXT_LENGTH = 77
+# Stable Diffusion 3 medium as published: its transformer, CLIP-L, CLIP-G and the encoder of T5 v1.1 XXL.
+STABLE_DIFFUSION_3: dict[str, Any] = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+CLIP_L: dict[str, Any] = TEXT_ENCODER | {"projection_dim": 768}
+CLIP_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+T5_XXL: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+SHIFTED_AUTOENCODER = AUTOENCODER | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+TEXT_LENGTH, T5_LENGTH = 77, 256
 SINGLE = 4  # bytes of a number in single precision
 
 
@@ -46,7 +76,8 @@ SINGLE = 4  # bytes of a number in single precision
 class Footprint:
     """The size of a network and the cost of a forward pass.
 
-    parameters: number of weights; others: that of further modules, by name. flops: floating-point operations per row.
+    parameters: number of weights of the denoising network, or of all that there is; module: its name in a text-to-image model's
+    folder; others: the weights of further modules, by name. flops: floating-point operations per row.
     activations: bytes per row that a pass in single precision keeps for its backward pass; mixed: the same in bf16 mixed
     precision, where normalisations stay in single precision. casts: bytes of that pass's copies of the weights, for any
     number of rows. adaptable: weights that adapters change.
@@ -59,6 +90,7 @@ class Footprint:
     mixed: float = 0.0
     casts: float = 0.0
     adaptable: int = 0
+    module: str = "unet"
 
     @property
     def saved(self) -> int:
@@ -67,7 +99,7 @@ class Footprint:
 
     def trained(self, modules: tuple[str, ...]) -> int:
         """Number of weights that train if these modules do; () for all modules but an autoencoder."""
-        sizes = {"unet": self.parameters} | self.others
+        sizes = {self.module: self.parameters} | self.others
         return sum(sizes[m] for m in modules or [m for m in sizes if m != "vae"] if m in sizes)
 
     def step(self, method: type[Method], rows: float, modules: tuple[str, ...] = (), precision: str = "fp32") -> float:
@@ -84,8 +116,9 @@ class Footprint:
 def of(network: dict[str, Any]) -> Footprint:
     """The footprint of an architecture, given as a mapping with one entry.
 
-    {"unet": arguments of UNet2DModel}, {"song_unet": arguments of SongUNet}, {"clip": name of an open_clip configuration}, or
-    {"stable_diffusion": arguments of UNet2DConditionModel that differ from version 1.4's}. Raises ValueError for another one.
+    {"unet": arguments of UNet2DModel}, {"song_unet": arguments of SongUNet}, {"clip": name of an open_clip configuration},
+    {"stable_diffusion": arguments of UNet2DConditionModel that differ from version 1.4's}, or {"stable_diffusion_3": arguments of
+    SD3Transformer2DModel that differ from the medium model's}. Raises ValueError for another one.
     """
     return _of(json.dumps(network))
 
@@ -98,9 +131,12 @@ def _of(network: str) -> Footprint:
             return _of_unet(kind, config)
         if kind == "stable_diffusion":
             return _of_stable_diffusion(config or {})
+        if kind == "stable_diffusion_3":
+            return _of_stable_diffusion_3(config or {})
         if kind == "clip":
             return _of_clip(config)
-    raise ValueError(f"{kind!r} is not an architecture; valid: unet, song_unet, stable_diffusion, clip")
+    valid = "unet, song_unet, stable_diffusion, stable_diffusion_3, clip"
+    raise ValueError(f"{kind!r} is not an architecture; valid: {valid}")
 
 
 def measured(module: torch.nn.Module, run: Callable[[], torch.Tensor], rows: int = 1) -> Footprint:
@@ -172,7 +208,8 @@ def _of_stable_diffusion(config: dict[str, Any]) -> Footprint:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from raysweep.models.latent import adaptable
+    from raysweep.models.latent import ATTENTION
+    from raysweep.models.text_to_image import adaptable
 
     def run(net: Any, rows: int) -> torch.Tensor:
         size, width = net.config.sample_size, net.config.cross_attention_dim
@@ -184,10 +221,39 @@ def _of_stable_diffusion(config: dict[str, Any]) -> Footprint:
         encoder, vae = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)), AutoencoderKL(**AUTOENCODER)
         unet = UNet2DConditionModel(**STABLE_DIFFUSION | config)
     others = {"text_encoder": _count(encoder), "vae": _count(vae)}
-    adapted = sum(p.numel() for p in adaptable(unet))
+    adapted = sum(p.numel() for p in adaptable(unet, ATTENTION))
     return replace(
         _both(lambda: UNet2DConditionModel(**STABLE_DIFFUSION | config), run), others=others, adaptable=adapted
     )
+
+
+def _of_stable_diffusion_3(config: dict[str, Any]) -> Footprint:
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    from raysweep.models.flow import Flow
+    from raysweep.models.text_to_image import adaptable
+
+    def run(net: Any, rows: int) -> torch.Tensor:
+        taken = net.config
+        text = torch.empty(rows, TEXT_LENGTH + T5_LENGTH, taken.joint_attention_dim)
+        latents = torch.empty(rows, taken.in_channels, taken.sample_size, taken.sample_size)
+        pooled = torch.empty(rows, taken.pooled_projection_dim)
+        velocity: torch.Tensor = net(latents, text, pooled, torch.zeros(rows)).sample
+        return velocity
+
+    def make() -> Any:
+        return SD3Transformer2DModel(**STABLE_DIFFUSION_3 | config)
+
+    with torch.device("meta"):
+        others = {
+            "text_encoder": _count(CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_L))),
+            "text_encoder_2": _count(CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G))),
+            "text_encoder_3": _count(T5EncoderModel(T5Config(**T5_XXL))),
+            "vae": _count(AutoencoderKL(**SHIFTED_AUTOENCODER)),
+        }
+        adapted = sum(p.numel() for p in adaptable(make(), Flow.adapted))
+    return replace(_both(make, run), others=others, adaptable=adapted, module=Flow.denoiser)
 
 
 def _of_clip(name: str) -> Footprint:

@@ -7,6 +7,7 @@ of any length needs only the memory of the samples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -163,6 +164,10 @@ def images_task(config: ImagesTask) -> Task:
     separate(samples, accounts, config.kind)
     _check_sizes(config, samples)
     pictures = [p for sample in samples.values() for p in sample]
+    said = list(dict.fromkeys(p.caption or "" for p in pictures))
+    captions = Tally(seen=len(said))
+    _note_cut(model, said, captions)
+    accounts += [captions.account("captions", "the drawn images")] if captions.notes else []
     orders = {tuple(order) for account in accounts for order in account["class_orders"]}
     labels = Labels.of(config, pictures, orders, by_label)
     if by_label:
@@ -269,6 +274,14 @@ class _PromptSets:
     accounts: list[Account] = field(default_factory=list)
 
 
+def _note_cut(model: Any, texts: Sequence[str], tally: Tally) -> None:
+    """Notes the texts that a text-to-image model's encoders do not read to their end."""
+    if hasattr(model, "too_long"):
+        for reason, cut in model.too_long(list(texts)).items():
+            for text in cut:
+                tally.note(reason, text[:60])
+
+
 def _read_prompts(config: ImagesTask, model: Any, labels: Labels) -> _PromptSets:
     """Reads the prompts of search and audit, without those of classes that have no image."""
     import torch
@@ -288,6 +301,7 @@ def _read_prompts(config: ImagesTask, model: Any, labels: Labels) -> _PromptSets
                 f"{key}: no prompt is of {config.forget.labels[0]!r}; prompts are of: {listed(r[1] for r in every)}"
             )
         texts = tuple(text for text, _, _ in rows)
+        _note_cut(model, texts, tally)
         groups = torch.tensor([labels.classes.index(label) for _, label, _ in rows], dtype=torch.long)
         others = labels.others([other for _, _, other in rows])
         result.texts[name] = texts

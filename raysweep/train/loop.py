@@ -31,7 +31,7 @@ from raysweep.train.jobs import Job, Outcome, file_digest, finished, trained
 from raysweep.train.unlearning import Checkpoint, Stopped, apply, prepare, rank_and_world, trainable_copy
 
 if TYPE_CHECKING:
-    from raysweep.models.latent import LatentText
+    from raysweep.models.text_to_image import TextToImage
     from raysweep.models.tower import Clip
 
 STOPPED = "stopped"  # status of a job that its worker gave up: another one does it
@@ -106,7 +106,7 @@ class Resident:
             self._embed_prompts(f"{job.task} {job.base}", model, task)
         return model, self.encoded(job.task, model)
 
-    def _embed_prompts(self, key: str, model: LatentText, task: Task) -> None:
+    def _embed_prompts(self, key: str, model: TextToImage, task: Task) -> None:
         """Gives the model the embeddings of the task's prompts, unless its text encoders train."""
         if any(p.requires_grad for encoder in model.encoders for p in encoder.parameters()):
             return

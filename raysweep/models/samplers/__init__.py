@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from raysweep.models.folders import read_json
 from raysweep.models.samplers.base import Given, Run, Sampler
 from raysweep.models.samplers.ddim import DDIM
+from raysweep.models.samplers.euler import Euler
 from raysweep.models.samplers.heun import Heun
 from raysweep.models.samplers.one_step import OneStep
 from raysweep.models.samplers.safe import Safe
@@ -23,6 +24,7 @@ __all__ = [
     "DDIM",
     "FILE",
     "SAMPLERS",
+    "Euler",
     "Given",
     "Heun",
     "OneStep",
@@ -36,7 +38,13 @@ __all__ = [
 ]
 
 FILE = "raysweep_sampler.json"
-SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIM, "heun": Heun, "one_step": OneStep, "safe": Safe}
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ddim": DDIM,
+    "euler": Euler,
+    "heun": Heun,
+    "one_step": OneStep,
+    "safe": Safe,
+}
 
 
 def parse(data: dict[str, Any], model: Any, source: str = "sampler") -> Sampler:

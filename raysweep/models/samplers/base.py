@@ -83,3 +83,19 @@ class Sampler(BaseModel, ABC):
 def last(run: Iterator[tuple[Any, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """The result of a run of (step, x before, x after)."""
     return deque(run, maxlen=1).pop()[2]
+
+
+def distinct_times(known: torch.Tensor, wanted: torch.Tensor) -> list[int]:
+    """Distinct steps t, decreasing, whose noise levels are nearest to those of a sampler.
+
+    known: a number for the level of every t, (T,), increasing; wanted: the same for the sampler's, decreasing. Raises ValueError
+    for more of these than there are steps t.
+    """
+    steps, times = len(wanted), list[int]()
+    if steps > len(known):
+        raise ValueError(f"{steps} sampler steps are more than the {len(known)} noise levels of the model")
+    for k, level in enumerate(wanted.tolist()):
+        nearest = int((known - level).abs().argmin())
+        below = times[-1] if times else len(known)  # no level twice, and one left for each step to come
+        times.append(max(min(nearest, below - 1), steps - 1 - k))
+    return times

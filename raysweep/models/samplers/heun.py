@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from raysweep.models.noise import STEP_STREAMS, normal_rows
-from raysweep.models.samplers.base import Given, Run, Sampler, last
+from raysweep.models.samplers.base import Given, Run, Sampler, distinct_times, last
 
 
 class Heun(Sampler):
@@ -47,7 +47,7 @@ class Heun(Sampler):
         training that is nearest to the sampler's. Raises ValueError for more steps than there are levels.
         """
         known = model.levels().cpu()
-        times = distinct_times(model.edm, known, run.steps)
+        times = distinct_times(known.log(), grid(model.edm, run.steps, float(known[-1]))[:-1].log())
         levels = torch.cat([known[times], torch.zeros(1, dtype=torch.float64)])
         start = noise.double() * float(levels[0])
         for t, (s, x, _) in zip(times, self.steps(model, start, levels, cond, run), strict=True):
@@ -88,15 +88,3 @@ def grid(edm: Mapping[str, float], steps: int, start: float | None = None) -> to
     share = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
     levels = (top ** (1 / rho) + share * (low ** (1 / rho) - top ** (1 / rho))) ** rho
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
-
-
-def distinct_times(edm: Mapping[str, float], known: torch.Tensor, steps: int) -> list[int]:
-    """Distinct steps t, decreasing, whose levels are nearest to the sampler's. known: the level of every t, (T,)."""
-    if steps > len(known):
-        raise ValueError(f"{steps} sampler steps are more than the {len(known)} noise levels of the model")
-    times = list[int]()
-    for k, s in enumerate(grid(edm, steps, float(known[-1]))[:-1].tolist()):
-        nearest = int((known.log() - math.log(s)).abs().argmin())
-        below = times[-1] if times else len(known)  # no level twice, and one left for each step to come
-        times.append(max(min(nearest, below - 1), steps - 1 - k))
-    return times
