@@ -169,9 +169,11 @@ def test_every_check_on_a_concept(family):
     assert prompts == {tuple(model.tokens(["the small ring"])[0].tolist())}
     result = measure(subject, tier)
     statuses = {(r.check, r.status) for r in result.rows}
+    # the base's own sampler is not another one; prompts are searched for in one vocabulary, and T5 has its own
+    impossible = {"sampler_removal"} | ({"unlearndiffatk", "ring_a_bell"} if family == "flow" else set())
     for name in tier.checks:
         check = resolve("evaluator", name)
-        applies = "concept" in check.kinds and not unserved(check, family) and name != "sampler_removal"
+        applies = "concept" in check.kinds and not unserved(check, family) and name not in impossible
         assert (name, "ok" if applies else "skipped") in statuses
     assert result.scores["strip.forgotten"].shape == (2, 3, 8, 8)
 
