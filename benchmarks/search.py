@@ -26,7 +26,8 @@ from ground import machine
 
 from raysweep.results import pareto
 from raysweep.search import spaces, view
-from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.outcome import FINAL
+from raysweep.search.searcher import ParetoSearch
 from raysweep.search.spaces import Parameter, Space
 
 WINDOW, FLIGHT, QUALITY = 100, 33, 1500

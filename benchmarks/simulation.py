@@ -37,7 +37,8 @@ from ground import machine
 from raysweep.config.sections import SearchConfig
 from raysweep.dispatch.leases import Leases
 from raysweep.search import spaces
-from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.outcome import FINAL
+from raysweep.search.searcher import ParetoSearch
 from raysweep.search.window import resolve_window
 
 METHODS = ("rgd", "siss")

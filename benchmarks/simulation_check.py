@@ -18,7 +18,8 @@ from raysweep.auditing.manager import AuditManager
 from raysweep.config.sections import SearchConfig
 from raysweep.engine.cluster import ENVIRONMENT
 from raysweep.search import spaces
-from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.outcome import FINAL
+from raysweep.search.searcher import ParetoSearch
 from raysweep.search.window import resolve_window
 from raysweep.train.broker import NAMESPACE, Broker
 from raysweep.train.jobs import Job, Outcome

@@ -22,7 +22,8 @@ from ray.tune.execution.tune_controller import TuneController
 
 from raysweep.engine.cluster import ENVIRONMENT
 from raysweep.search import spaces
-from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.outcome import FINAL
+from raysweep.search.searcher import ParetoSearch
 
 FLIGHT = 4
 

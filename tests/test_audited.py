@@ -20,7 +20,8 @@ from raysweep.results.audited import keys_of, rows_of, scores_of
 from raysweep.results.front_row import FrontRow
 from raysweep.results.trials import Trial, trial_table
 from raysweep.rundir import RunDir
-from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.outcome import FINAL
+from raysweep.search.searcher import ParetoSearch
 from raysweep.search.spaces import Parameter, Space
 from raysweep.storage.files import write_json
 from raysweep.storage.schemas import FRONT, ROWS, SCORES, TRIALS, write_table

@@ -9,7 +9,8 @@ import pytest
 from raysweep.config.reader import load
 from raysweep.engine import tuning
 from raysweep.rundir import RunDir
-from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.outcome import FINAL
+from raysweep.search.searcher import ParetoSearch
 from raysweep.search.spaces import Parameter, Space
 from raysweep.storage.files import checkpoint_path
 

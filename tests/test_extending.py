@@ -29,7 +29,8 @@ from raysweep.registry import PluginError, resolve, unserved
 from raysweep.report.page import added_sections
 from raysweep.rundir import RunDir
 from raysweep.search import spaces
-from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.outcome import FINAL
+from raysweep.search.searcher import ParetoSearch
 from raysweep.storage.schemas import ROWS, read_table
 from raysweep.tasks.task import Task
 

@@ -47,7 +47,8 @@ from raysweep.engine.cluster import RunFailed
 from raysweep.report.page import build
 from raysweep.results.trials import read_trials, save_trials
 from raysweep.rundir import RunDir
-from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.outcome import FINAL
+from raysweep.search.searcher import ParetoSearch
 from raysweep.search.spaces import Parameter, Space
 from tiny import tiny_task
 

@@ -257,10 +257,12 @@ def test_status_needs_neither_ray_nor_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=_env(str(ROOT)), timeout=120)
 
 
-def test_libraries_of_other_families_are_not_loaded():
+def test_processes_load_no_libraries_that_they_do_not_need():
     """A worker that trains a pixel model, and the driver of its sweep, would wait seconds for each of them."""
     code = (
-        "import sys, raysweep.engine.run, raysweep.train.loop, raysweep.auditing.auditor, raysweep.auditing.measure\n"
+        "import sys, raysweep.engine.trial  # of which each trial has a process\n"
+        "bad = {'optuna', 'torch', 'scipy'} & set(sys.modules); assert not bad, bad\n"
+        "import raysweep.engine.run, raysweep.train.loop, raysweep.auditing.auditor, raysweep.auditing.measure\n"
         "from raysweep.models import families; families.handle('pixel-ddpm')\n"
         "bad = {'open_clip', 'timm', 'transformers.models.llava'} & set(sys.modules); assert not bad, bad"
     )

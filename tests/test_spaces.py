@@ -16,7 +16,8 @@ import search_spaces
 from raysweep.registry import method_names
 from raysweep.results.trials import trial_table
 from raysweep.search import spaces
-from raysweep.search.searcher import FINAL, ParetoSearch
+from raysweep.search.outcome import FINAL
+from raysweep.search.searcher import ParetoSearch
 from raysweep.search.spaces import Parameter, Point, Space, SpaceError
 from raysweep.search.study import open_study, standings
 

@@ -19,8 +19,7 @@ from raysweep.context import Context, load_measured
 from raysweep.dispatch.desk import ENDED, Closed
 from raysweep.engine.resources import Plan
 from raysweep.rundir import RunDir
-from raysweep.search.searcher import FINAL
-from raysweep.search.study import OBJECTIVES
+from raysweep.search.outcome import FINAL, OBJECTIVES
 from raysweep.settings import DISK
 from raysweep.train.broker import NAMESPACE, actor_name
 from raysweep.train.executors import Executor, Isolated, Warm

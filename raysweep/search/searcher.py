@@ -16,14 +16,14 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from raysweep.registry import resolve
+from raysweep.search.outcome import FINAL, OBJECTIVES
 from raysweep.search.spaces import Space
-from raysweep.search.study import OBJECTIVES, SweepStudy, TrialConfig, config_of
+from raysweep.search.study import SweepStudy, TrialConfig, config_of
 from raysweep.search.view import History
 from raysweep.search.window import Window
 from raysweep.settings import DISK
 from raysweep.storage.seeds import derive_seed
 
-FINAL = "raysweep_final"  # key of a trial's last result; a trial that ends without it was stopped early
 _COSTS = ("train_s", "audit_s", "step_s", "probe")  # parts of a result that are kept of failed trials, too
 _KEPT = ("residue", "damage", "residue_se", "damage_se", "over_forgetting", "validity", "digest", "views", *_COSTS)
 

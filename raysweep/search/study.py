@@ -21,7 +21,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-OBJECTIVES = ("residue", "damage")  # both are minimised
+from raysweep.search.outcome import OBJECTIVES
+
 # codes of operations in Optuna's journal: a new trial, its state, an attribute of it
 _CREATED, _ENDED, _NOTED = 4, 6, 8
 CONSTRAINTS = "constraints"  # Optuna's prefix of the system attributes of a trial that hold its constraints

@@ -20,7 +20,8 @@ from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from raysweep.search.study import CONSTRAINTS, OBJECTIVES, quiet
+from raysweep.search.outcome import OBJECTIVES
+from raysweep.search.study import CONSTRAINTS, quiet
 
 LEARNED, BEST, RUNNING = 300, 75, 60
 _RESULTS = ("result", "reason", "limit", "tune_id")  # user attributes that depend on when and how a trial ended
