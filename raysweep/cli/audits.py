@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from raysweep.cli import completion
 from raysweep.cli.common import (
     FAILED,
     INCOMPLETE,
@@ -22,8 +23,8 @@ from raysweep.cli.common import (
 
 @click.command()
 @click.argument("model_dir")
-@click.argument("config", required=False)
-@click.argument("overrides", nargs=-1)
+@click.argument("config", required=False, shell_complete=completion.configs)
+@click.argument("overrides", nargs=-1, shell_complete=completion.settings)
 @click.option("--base", type=click.Path(), help="The model before unlearning; default: the config's.")
 @click.option("--oracle", "oracles", type=click.Path(), multiple=True, help="A retrained model; default: trained here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")
@@ -108,8 +109,8 @@ def verify(card: str, task: str | None, signature_key: str | None, as_json: bool
 
 
 @click.command()
-@click.argument("run")
-@click.argument("trial")
+@click.argument("run", shell_complete=completion.runs)
+@click.argument("trial", shell_complete=completion.trials)
 @click.option("--models", default=16, show_default=True, help="Shadows: pairs of an unlearned and a retrained model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @reports_errors

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from raysweep.cli import completion
 from raysweep.cli.common import OK, load_sweep, open_run, read_front, reports_errors, require_absent, run_display
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run")
-@click.argument("trial")
+@click.argument("run", shell_complete=completion.runs)
+@click.argument("trial", shell_complete=completion.trials)
 @click.argument("out")
 @click.option("--delta", "as_delta", is_flag=True, help="Write only the tensors that changed, as one file OUT.")
 @reports_errors
@@ -105,8 +106,8 @@ def _loaded(folder: Path) -> Any:
 
 
 @click.command()
-@click.argument("run")
-@click.argument("trial")
+@click.argument("run", shell_complete=completion.runs)
+@click.argument("trial", shell_complete=completion.trials)
 @reports_errors
 def remake(run: str, trial: str) -> int:
     """Make a candidate again whose weights were dropped (`candidates.keep`), from its recorded settings and seeds.

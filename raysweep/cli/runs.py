@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from raysweep.cli import completion
 from raysweep.cli.common import (
     FAILED,
     INCOMPLETE,
@@ -40,8 +41,8 @@ CODES = {"done": OK, "incomplete": INCOMPLETE, "failed": FAILED, "interrupted": 
 
 
 @click.command()
-@click.argument("config", required=False)
-@click.argument("overrides", nargs=-1)
+@click.argument("config", required=False, shell_complete=completion.configs)
+@click.argument("overrides", nargs=-1, shell_complete=completion.settings)
 @click.option("--dry-run", is_flag=True, help="Show plan, cost and what is tested; start nothing.")
 @reports_errors
 def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
@@ -147,8 +148,8 @@ def _plan_preset(sweep: Sweep, about: About) -> int:
 
 
 @click.command()
-@click.argument("config", required=False)
-@click.argument("overrides", nargs=-1)
+@click.argument("config", required=False, shell_complete=completion.configs)
+@click.argument("overrides", nargs=-1, shell_complete=completion.settings)
 @click.option("--json", "as_json", is_flag=True, help="Print the resolved config as JSON.")
 @reports_errors
 def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
@@ -199,7 +200,7 @@ def validate(config: str | None, overrides: tuple[str, ...], as_json: bool) -> i
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=completion.runs)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @reports_errors
 def status(run: str, as_json: bool) -> int:
@@ -241,7 +242,7 @@ def status(run: str, as_json: bool) -> int:
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", nargs=-1, required=True, shell_complete=completion.runs)
 @click.option("--compare", is_flag=True, help="Put several runs, or several audit cards, side by side.")
 @click.option("--out", type=click.Path(), default="comparison.html", show_default=True, help="Page of a comparison.")
 @reports_errors
@@ -275,7 +276,7 @@ def report(runs: tuple[str, ...], compare: bool, out: str) -> int:
 
 
 @click.command()
-@click.argument("subjects", nargs=-1, required=True, metavar="RUN TRIAL | CARD...")
+@click.argument("subjects", nargs=-1, required=True, metavar="RUN TRIAL | CARD...", shell_complete=completion.trials)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @reports_errors
 def show(subjects: tuple[str, ...], as_json: bool) -> int:
