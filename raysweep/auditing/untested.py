@@ -109,8 +109,8 @@ MISSING = (
         captions=True,
     ),
     Missing(
-        "No visual context is given but halves and quarters of forgotten pictures (inpainting) and noised ones: no other masks, and no "
-        "image-to-image from pictures of other things.",
+        "Visual context other than halves and quarters of forgotten pictures (inpainting) and noised ones is not given: no other masks, "
+        "and no image-to-image from pictures of other things.",
         model_kinds=DRAWS,
     ),
     Missing("No classifier guides the sampling towards the forgotten data.", model_kinds=DRAWS),
