@@ -87,7 +87,8 @@ def test_the_directory_is_laid_out_as_promised(run):
         assert (run.path / name).exists(), name
     assert not [p for p in run.path.rglob("*") if p.name.endswith(".tmp") or "overdue" in p.name or "partial" in p.name]
     logged = {p.parent.name for p in (run.path / "tune").rglob("events.out.tfevents*")}
-    assert logged >= {"000-neggrad", "001-siss_no_is"}  # TensorBoard shows the names of candidates
+    assert logged  # of the second attempt: the first was killed before it wrote any
+    assert logged <= {t["trial"] for t in read_table(run.trials, TRIALS).to_pylist()}  # which TensorBoard shows
     manifest = run.read_manifest()
     assert manifest["state"] == "done"
     assert manifest["commit"]
@@ -228,7 +229,8 @@ def test_base_and_oracles_are_exported_and_given_back(run, tmp_path):
     assert "no 'oracle-7'" in call("export", "small", "oracle-7", str(tmp_path / "out")).output
     assert "not made from another model" in call("export", "small", "base", str(tmp_path / "out"), "--delta").output
     models = (f"task.base={tmp_path / 'base'}", f"oracle_models=[{tmp_path / 'oracle-1'}]")
-    assert call("validate", "small.yaml", *models).exit_code == 0
+    done = call("validate", "small.yaml", "name=other", *models)
+    assert done.exit_code == 0, done.output
 
 
 def test_export_refuses_weights_that_do_not_match_their_card(run, tmp_path):

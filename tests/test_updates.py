@@ -30,7 +30,7 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [n for n in STEPPED if n not in ("esd", "sfd", "sfd_two_stage")])
+@pytest.mark.parametrize("name", [n for n in STEPPED if n not in ("advunlearn", "esd", "sfd", "sfd_two_stage")])
 def test_directions_do_not_wait_for_the_device(name):
     method, task = build(name)
     batch = batch_for(method, task)

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import random
 import shutil
 import stat
 import time
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 TEMPORARY = ".*.tmp"  # names of files and folders that are being written
 CHECKPOINT = ".*.partial.pt"  # names of the checkpoints of unfinished training
 DAY_S = 24 * 3600.0
-RENAMES = 10  # attempts to move a folder to its final name
+RENAMES = 20  # attempts to move a folder to its final name
+APART_S = (
+    0.01  # longest wait before the second attempt, by which writers at once come apart; more before each further one
+)
 OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # why a folder cannot take the name of what is there
 
 
@@ -116,6 +120,7 @@ def _move_into_place(new: Path, path: Path, stands: Callable[[Path], bool]) -> N
     folder is renamed out of the way first, so that no reader sees it half deleted, and put back if it has become one that stands.
     """
     for attempt in range(RENAMES):
+        time.sleep(random.uniform(0, APART_S * attempt))
         try:
             os.replace(new, path)
             return
