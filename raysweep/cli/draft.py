@@ -24,6 +24,7 @@ from raysweep.registry import resolve, unserved
 from raysweep.storage.places import absolute
 from raysweep.tasks.base import TaskSettings
 from raysweep.tasks.digits import PictureTask
+from raysweep.tasks.labels import in_order
 from raysweep.tasks.records import NAMED, SourceError, Tally
 from raysweep.tasks.sources import TORCHVISION, Source
 
@@ -110,19 +111,15 @@ def of_model(name: str, model: str, train: str | None, holdout: str | None) -> D
     seen = _look_at_source("task.train", train, draft, "the images that the model was trained on, or a part of them")
     _look_at_source("task.holdout", holdout, draft, "images of the same kinds that the model was never trained on")
     by_caption = "caption" in record.conditions
-    kind = (
-        "points"
-        if not (by_caption or classes) or (seen is not None and not seen.labels)
-        else "concept"
-        if by_caption
-        else "class"
-    )
+    unlabelled = seen is not None and not seen.labels
+    kind = "points" if unlabelled or not (by_caption or classes) else "concept" if by_caption else "class"
     draft.task["kind"] = kind
     if kind != "points" or classes:
         draft.questions["task.kind"] = "must a whole class or concept be forgotten, or single images (points)?"
     _ask_what_to_forget(draft, kind, seen)
     if classes:
-        order = ", ".join(f"{k} {label}" for k, label in enumerate(sorted(seen.labels))) if seen and seen.labels else ""
+        labels = () if seen is None or "torchvision" in draft.task["train"] else in_order(seen.labels)
+        order = ", ".join(f"{k} {label}" for k, label in enumerate(labels))
         draft.questions["task.classes"] = (
             f"the labels in the order of the model's class indices; it has {classes}. If this is empty, "
             f"{'they are: ' + order if order else 'the source decides'}."

@@ -28,7 +28,7 @@ class Labels:
 
         orders: the class orders that the sources know; numbered: whether the labels are a model's classes, whose order counts. Raises SourceError if a label is in none of the orders, or orders differ.
         """
-        labels = _sorted(p.label for p in pictures)
+        labels = in_order(p.label for p in pictures)
         names = config.classes or (_class_order(labels, orders - {()}) if numbered else labels)
         unknown = [name for name in labels if name not in names]
         if unknown:
@@ -37,7 +37,7 @@ class Labels:
             )
         if config.kind != "points" and config.override is not None and config.override not in names:
             raise SourceError(f"override: {config.override!r} is not a label; there are: {listed(names)}")
-        return cls(names, _sorted(p.other for p in pictures))
+        return cls(names, in_order(p.other for p in pictures))
 
     def check_model(self, config: Any, model: Any, pictures: list[Picked]) -> None:
         """Raises SourceError if a label's class index is beyond those of a class-conditional model."""
@@ -62,7 +62,7 @@ class Labels:
         return torch.tensor(known, dtype=torch.long) if self.other and len(known) == len(labels) else None
 
 
-def _sorted(labels: Iterable[str | None]) -> tuple[str, ...]:
+def in_order(labels: Iterable[str | None]) -> tuple[str, ...]:
     """All labels once: numbers by value, then words by name."""
     distinct = {label for label in labels if label is not None}
     return tuple(sorted(distinct, key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0, n)))
