@@ -24,7 +24,7 @@ from raysweep.registry import resolve, unserved
 from raysweep.storage.places import absolute
 from raysweep.tasks.base import TaskSettings
 from raysweep.tasks.digits import PictureTask
-from raysweep.tasks.labels import in_order
+from raysweep.tasks.labels import class_order, in_order
 from raysweep.tasks.records import NAMED, SourceError, Tally
 from raysweep.tasks.sources import TORCHVISION, Source
 
@@ -118,7 +118,9 @@ def of_model(name: str, model: str, train: str | None, holdout: str | None) -> D
         draft.questions["task.kind"] = "must a whole class or concept be forgotten, or single images (points)?"
     _ask_what_to_forget(draft, kind, seen)
     if classes:
-        labels = () if seen is None or "torchvision" in draft.task["train"] else in_order(seen.labels)
+        labels = (
+            () if seen is None or "torchvision" in draft.task["train"] else class_order(in_order(seen.labels), set())
+        )
         order = ", ".join(f"{k} {label}" for k, label in enumerate(labels))
         draft.questions["task.classes"] = (
             f"the labels in the order of the model's class indices; it has {classes}. If this is empty, "

@@ -29,7 +29,7 @@ class Labels:
         orders: the class orders that the sources know; numbered: whether the labels are a model's classes, whose order counts. Raises SourceError if a label is in none of the orders, or orders differ.
         """
         labels = in_order(p.label for p in pictures)
-        names = config.classes or (_class_order(labels, orders - {()}) if numbered else labels)
+        names = config.classes or (class_order(labels, orders - {()}) if numbered else labels)
         unknown = [name for name in labels if name not in names]
         if unknown:
             raise SourceError(
@@ -68,7 +68,7 @@ def in_order(labels: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(sorted(distinct, key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0, n)))
 
 
-def _class_order(labels: tuple[str, ...], orders: set[tuple[str, ...]]) -> tuple[str, ...]:
+def class_order(labels: tuple[str, ...], orders: set[tuple[str, ...]]) -> tuple[str, ...]:
     """The labels by class index: in the order of the sources, else by their values if all are numbers, else by name."""
     if len(orders) > 1:
         raise SourceError(
