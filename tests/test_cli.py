@@ -167,7 +167,7 @@ def test_every_kind_is_listed():
         assert (len(rows) > 1) == (kind != "runs")
     text = call("ls", "methods").output
     assert "arXiv:2412.07808" in text
-    assert re.search(r"^ +name +forgets +images +families +passes +source", text, re.MULTILINE)
+    assert re.search(r"^ +name +forgets +images ", text, re.MULTILINE)
     methods = {row["name"]: row for row in json.loads(call("ls", "methods", "--json").output)}
     assert methods["esd"]["images"] == []
     assert methods["finetune"] | {"passes": 3, "images": ["retain"], "external": False} == methods["finetune"]
