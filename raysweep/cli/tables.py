@@ -21,7 +21,8 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     The columns are those of all rows, in order; those without any content, and of truth values that are all false, are left out.
     """
     cells = [{column: _cell(value) for column, value in row.items()} for row in rows]
-    columns = dict.fromkeys(column for row in cells for column, text in row.items() if text)
+    known = dict.fromkeys(column for row in cells for column in row)
+    columns = [column for column in known if any(row.get(column) for row in cells)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=column == "name", overflow="fold")
