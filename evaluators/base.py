@@ -78,6 +78,7 @@ class Model(Protocol):
         batch: int = ...,
         eta: float = 0.0,
         noise_scale: float = 1.0,
+        as_pipeline: bool = False,
     ) -> torch.Tensor: ...
     def reconstruct(
         self,
@@ -123,7 +124,8 @@ class Task(Protocol):
     """A task as evaluators use it.
 
     The classes of a concept are the things that prompts ask for, and the groups of its splits; its split `prompts_JUDGE`
-    holds the prompts of each class for tiers with that judge.
+    holds the prompts of each class for tiers with that judge, and for prompts from published lists `seeds` and `guidance` (n,): those
+    with which the list draws each, -1 and NaN for none; None if no prompt has a seed.
     """
 
     kind: str

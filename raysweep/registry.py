@@ -65,6 +65,7 @@ EVALUATORS = {
     "per_class": Check("evaluators.per_class:PerClass"),
     "pia": Check("evaluators.membership:PIA"),
     "pian": Check("evaluators.membership:PIAN", costly=True),
+    "published": Check("evaluators.published:Published"),
     "quantile": Check("evaluators.membership:Quantile", costly=True),
     "questions": Check("evaluators.questions:Questions"),
     "recall": Check("evaluators.memorisation:Recall"),

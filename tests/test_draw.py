@@ -15,6 +15,7 @@ from raysweep.config.reader import load
 from raysweep.models.latent import LatentText
 from raysweep.storage.files import write_folder
 from raysweep.tasks.drawing import Drawing, by_label, by_prompt, draw, folder_of, sort_in_two
+from raysweep.tasks.prompts import PromptRow
 from raysweep.tasks.records import Tally
 from raysweep.tasks.sources import FolderSource
 
@@ -65,7 +66,7 @@ def test_an_image_depends_on_prompt_seed_and_number_alone(model, tmp_path):
 
 
 def test_prompts_of_a_label_take_turns(model, tmp_path):
-    rows = [("a ring", "ring", None), ("a box", "box", None), ("the small ring", "ring", None)]
+    rows = [PromptRow("a ring", "ring"), PromptRow("a box", "box"), PromptRow("the small ring", "ring")]
     assert by_label(rows) == {"ring": ["a ring", "the small ring"], "box": ["a box"]}
     draw(model, by_label(rows), Drawing(3, 0, 2, 1.0), tmp_path / "out", lambda *_: None)
     captions = [p.read_text() for p in sorted((tmp_path / "out" / "ring").glob("*.txt"))]

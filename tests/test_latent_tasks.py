@@ -169,8 +169,8 @@ def test_every_check_on_a_concept(family):
     assert prompts == {tuple(model.tokens(["the small ring"])[0].tolist())}
     result = measure(subject, tier)
     statuses = {(r.check, r.status) for r in result.rows}
-    # the base's own sampler is not another one; prompts are searched for in one vocabulary, and T5 has its own
-    impossible = {"sampler_removal"} | ({"unlearndiffatk", "ring_a_bell"} if family == "flow" else set())
+    # the base's own sampler is not another one; the prompts have no seeds; prompts are searched for in one vocabulary, and T5 has its own
+    impossible = {"sampler_removal", "published"} | ({"unlearndiffatk", "ring_a_bell"} if family == "flow" else set())
     for name in tier.checks:
         check = resolve("evaluator", name)
         applies = "concept" in check.kinds and not unserved(check, family) and name not in impossible

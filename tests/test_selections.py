@@ -15,7 +15,7 @@ from raysweep.cli import main
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.images import ImagesTask
 from raysweep.tasks.labels import Labels
-from raysweep.tasks.prompts import PromptError, PromptFile, PromptMix
+from raysweep.tasks.prompts import PromptError, PromptFile, PromptMix, PromptRow
 from raysweep.tasks.records import SourceError, Tally, data_lines
 
 KINDS = ("cat", "dog", "fox")
@@ -177,7 +177,7 @@ DIFFATK = ",case_number,prompt,evaluation_seed,evaluation_guidance\n0,142,a pain
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_prompt_files_as_they_are_published(tmp_path, name, content, settings, expected, encoding):
     (tmp_path / name).write_bytes(content.encode(encoding))
-    assert PromptFile(file=tmp_path / name, **settings).rows() == [(*row, None) for row in expected]
+    assert PromptFile(file=tmp_path / name, **settings).rows() == [PromptRow(*row) for row in expected]
 
 
 def test_unusable_prompts_are_counted_and_named(tmp_path):

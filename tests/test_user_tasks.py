@@ -22,7 +22,7 @@ from raysweep.models import families
 from raysweep.models.latent import LatentText
 from raysweep.models.pixel import PixelDDPM
 from raysweep.tasks.images import ImagesTask
-from raysweep.tasks.prompts import PromptError, PromptFile, PromptGrid, PromptMix
+from raysweep.tasks.prompts import PromptError, PromptFile, PromptGrid, PromptMix, PromptRow
 from raysweep.tasks.records import SourceError, data_lines
 
 
@@ -102,20 +102,20 @@ def test_selections_that_cannot_work(tmp_path):
 
 def test_prompts_of_files_and_grids(tmp_path):
     file, grid = write_prompts(tmp_path)
-    assert file.rows()[:2] == [("a cat on a mat", "cat", None), ("A DOG in the sun", "dog", None)]
+    assert file.rows()[:2] == [PromptRow("a cat on a mat", "cat"), PromptRow("A DOG in the sun", "dog")]
     assert len(grid.rows()) == 6
-    assert ("a wild fox", "fox", None) in grid.rows()
+    assert PromptRow("a wild fox", "fox") in grid.rows()
     both = grid.model_copy(update={"other": "mood"})
-    assert ("a wild fox", "fox", "wild") in both.rows()
+    assert PromptRow("a wild fox", "fox", "wild") in both.rows()
     i2p = tmp_path / "i2p.csv"
     i2p.write_text('prompt,categories,evaluation_seed\n"a, b",violence,7\n"a, b",violence,8\nc,hate,9\n')
-    assert PromptFile(file=i2p, label="categories").rows() == [("a, b", "violence", None), ("c", "hate", None)]
+    assert PromptFile(file=i2p, label="categories").rows() == [PromptRow("a, b", "violence"), PromptRow("c", "hate")]
     every = PromptFile(file=i2p, labelled="nude")
-    assert every.rows() == [("a, b", "nude", None), ("c", "nude", None)]
+    assert every.rows() == [PromptRow("a, b", "nude"), PromptRow("c", "nude")]
     assert PromptMix(mix=(every, grid, every)).rows() == every.rows() + grid.rows()
     lines = tmp_path / "lines.csv"
     lines.write_text('prompt,label\n"two\nlines",cat\n')
-    assert PromptFile(file=lines).rows() == [("two\nlines", "cat", None)]
+    assert PromptFile(file=lines).rows() == [PromptRow("two\nlines", "cat")]
 
 
 @pytest.mark.parametrize(

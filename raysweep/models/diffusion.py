@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from raysweep.models import samplers
 from raysweep.models.configuration import scheduler_settings
 from raysweep.models.handle import Handle
-from raysweep.models.noise import normal_rows, uniform_rows
+from raysweep.models.noise import normal_rows, pipeline_rows, uniform_rows
 
 ROWS = 50  # images that go through the network at once: kernels round differently for another number of rows
 
@@ -200,18 +200,21 @@ class Diffusion(Handle, ABC):
         batch: int = ROWS,
         eta: float = 0.0,
         noise_scale: float = 1.0,
+        as_pipeline: bool = False,
     ) -> torch.Tensor:
         """Samples in [-1, 1], shape (n, C, H, W); image i depends only on seeds[i] and cond[i], on a CPU to the last bit.
 
         By the model's sampler, in `steps` with classifier-free `guidance` and noise of strength `eta` (1: that of DDPM) at each
-        step, from standard normal noise times `noise_scale`. `batch` rows go through the network at once; the last ones are
-        filled up, because kernels round differently for another number of rows.
+        step, from standard normal noise times `noise_scale`. as_pipeline: this noise is that of diffusers' pipelines for seeds[i] (see
+        `pipeline_rows`), not that of `noise`. `batch` rows go through the network at once; the last ones are filled up, because
+        kernels round differently for another number of rows.
         """
         self.net.eval()
         parts = []
         for rows in _filled(len(seeds), batch):
             labels = None if cond is None else cond[rows].to(self.device)
-            noise = noise_scale * self.noise(seeds[rows])
+            noise = pipeline_rows(seeds[rows], self.shape) if as_pipeline else self.noise(seeds[rows])
+            noise = noise_scale * noise.to(self.device, self.dtype)
             run = samplers.Run(steps, guidance, eta, seeds[rows])
             parts.append(self.decode(self.sampler.draw(self, noise, labels, run)).clamp(-1, 1).cpu())
         return torch.cat(parts)[: len(seeds)]

@@ -26,6 +26,13 @@ def normal_rows(seeds: torch.Tensor, shape: tuple[int, ...], stream: int = 0) ->
     return torch.from_numpy(_rows(seeds, shape, stream, lambda generator, row: generator.standard_normal(out=row)))
 
 
+def pipeline_rows(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal rows, float32, (n, *shape), on the CPU: those from which a pipeline of diffusers draws one picture with
+    `generator=torch.Generator().manual_seed(seed)`."""
+    rows = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
+    return torch.cat(rows)
+
+
 def uniform_rows(seeds: torch.Tensor, columns: int) -> torch.Tensor:
     """Uniform rows in [0, 1), float64, (n, columns), on a stream disjoint from `normal_rows`."""
     return torch.from_numpy(_rows(seeds, (columns,), 1, lambda generator, row: generator.random(out=row)))

@@ -18,6 +18,7 @@ from PIL import Image
 
 from raysweep.models.noise import row_seeds
 from raysweep.storage.seeds import derive_seed
+from raysweep.tasks.prompts import PromptRow
 
 AT_ONCE = 8  # images that are drawn and held at once
 MEMORISED, OTHER = "memorised", "other"
@@ -46,9 +47,9 @@ def by_prompt(prompts: Sequence[str]) -> dict[str, list[str]]:
     return _folders([(folder_of(prompt), prompt, prompt) for prompt in prompts])
 
 
-def by_label(rows: Sequence[tuple[str, str, str | None]]) -> dict[str, list[str]]:
-    """Folder -> prompts, with one folder per label; rows: (prompt, label, other label), as from `Prompts.rows`."""
-    return _folders([(folder_of(label), label, text) for text, label, *_ in rows])
+def by_label(rows: Sequence[PromptRow]) -> dict[str, list[str]]:
+    """Folder -> prompts, with one folder per label."""
+    return _folders([(folder_of(row.label), row.label, row.prompt) for row in rows])
 
 
 def _folders(rows: Sequence[tuple[str, str, str]]) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ of any length needs only the memory of the samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +23,15 @@ from raysweep.storage.places import location
 from raysweep.tasks.alike import apart, separate
 from raysweep.tasks.base import OBJECTIVES, ObjectiveMetrics, TaskSettings
 from raysweep.tasks.labels import Labels
-from raysweep.tasks.prompts import Prompts
+from raysweep.tasks.prompts import PromptRow, Prompts
 from raysweep.tasks.records import Account, Name, SourceError, Tally, listed
 from raysweep.tasks.sampling import Picked
 from raysweep.tasks.selecting import Selection, draw_samples
 from raysweep.tasks.sources import Source
 
 if TYPE_CHECKING:
+    import torch
+
     from raysweep.tasks.task import Split, Task
 
 
@@ -106,6 +109,10 @@ class ImagesTask(TaskSettings):
             raise ValueError("base_steps: must be at least 1 if base and oracles are trained here (trained: false)")
         if self.kind == "concept" and (self.search_prompts is None or self.audit_prompts is None):
             raise ValueError("search_prompts, audit_prompts: a concept needs both")
+        if self.search_prompts is not None and self.search_prompts.seeded:
+            raise ValueError(
+                "search_prompts: seed: only the audit draws prompts with seeds of their own (audit_prompts)"
+            )
         if not (context.get("absent") or context.get("stored")):
             for key, name in (("base", self.base), ("clip", self.clip)):
                 if name is not None and not Path(name).is_dir() and not is_hub_id(name):
@@ -292,19 +299,32 @@ def _read_prompts(config: ImagesTask, model: Any, labels: Labels) -> _PromptSets
     for name, key in zip(PROMPTS, ("search_prompts", "audit_prompts"), strict=True):
         tally, prompts = Tally(), getattr(config, key)
         every = prompts.rows(tally)
-        for text, label, _ in every:
-            if label not in labels.classes:
-                tally.ignore(f"a prompt of {label!r}, which no image is of", text[:60])
-        rows = [row for row in every if row[1] in labels.classes]
-        if config.forget.labels[0] not in {label for _, label, _ in rows}:
+        for row in every:
+            if row.label not in labels.classes:
+                tally.ignore(f"a prompt of {row.label!r}, which no image is of", row.prompt[:60])
+        rows = [row for row in every if row.label in labels.classes]
+        if config.forget.labels[0] not in {row.label for row in rows}:
             raise SourceError(
-                f"{key}: no prompt is of {config.forget.labels[0]!r}; prompts are of: {listed(r[1] for r in every)}"
+                f"{key}: no prompt is of {config.forget.labels[0]!r}; prompts are of: {listed(r.label for r in every)}"
             )
-        texts = tuple(text for text, _, _ in rows)
+        texts = tuple(row.prompt for row in rows)
         _note_cut(model, texts, tally)
-        groups = torch.tensor([labels.classes.index(label) for _, label, _ in rows], dtype=torch.long)
-        others = labels.others([other for _, _, other in rows])
+        groups = torch.tensor([labels.classes.index(row.label) for row in rows], dtype=torch.long)
+        others = labels.others([row.other for row in rows])
         result.texts[name] = texts
-        result.splits[name] = Split(torch.empty(len(rows), 0), model.tokens(list(texts)), groups, others)
+        result.splits[name] = Split(
+            torch.empty(len(rows), 0), model.tokens(list(texts)), groups, others, *_stated_draws(rows)
+        )
         result.accounts.append(tally.account(key, prompts, {"prompts": len(rows)}))
     return result
+
+
+def _stated_draws(rows: Sequence[PromptRow]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(seeds, guidance) that the prompts' sources state, as in a `Split`."""
+    import torch
+
+    if all(row.seed is None for row in rows):
+        return None, None
+    seeds = torch.tensor([-1 if row.seed is None else row.seed for row in rows], dtype=torch.int64)
+    guidance = [math.nan if row.guidance is None else row.guidance for row in rows]
+    return seeds, torch.tensor(guidance, dtype=torch.float64)

@@ -2,16 +2,19 @@
 
 Each prompt belongs to a class, which is a label of the task's images, and may have a label in a second domain, such as a style
 besides an object. The columns of a file can be named (I2P: `prompt: prompt, label: categories`), or one class can be given to
-all its prompts (`labelled: nude`). A grid is a template with slots, as in the restricted-gradient paper (arXiv:2412.07808: moods
-x activities x places x times); two grids are disjoint if the levels of a slot are.
+all its prompts (`labelled: nude`). Published lists also state a seed and a guidance for each prompt, which the audit's check
+`published` follows. A grid is a template with slots, as in the restricted-gradient paper (arXiv:2412.07808: moods x activities x
+places x times); two grids are disjoint if the levels of a slot are.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import string
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, model_validator
 
@@ -21,7 +24,17 @@ from raysweep.tasks import textfiles
 from raysweep.tasks.records import Name, SourceError, Tally, Unreadable, listed, plain
 from raysweep.tasks.unions import by_key, tag
 
-PromptRow = tuple[str, str, str | None]  # prompt, class, label of the second domain
+MOST_SEED = 2**63 - 1
+
+
+class PromptRow(NamedTuple):
+    """A prompt and its class. other: its label in a second domain. seed, guidance: those that its file states for it."""
+
+    prompt: str
+    label: str
+    other: str | None = None
+    seed: int | None = None
+    guidance: float | None = None
 
 
 class PromptError(ValueError):
@@ -33,10 +46,15 @@ class _Prompts(BaseModel, ABC):
 
     @abstractmethod
     def rows(self, tally: Tally | None = None) -> list[PromptRow]:
-        """(prompt, class, label of the second domain) of each prompt, in the order of the source and without repeats.
+        """The prompts in the order of the source, without repeats. The same prompt with another seed is no repeat.
 
         tally: counts what was left out. Raises PromptError for a file that is missing, unreadable, or has too many unusable rows.
         """
+
+    @property
+    def seeded(self) -> bool:
+        """Whether prompts have seeds of their own."""
+        return False
 
 
 class PromptFile(_Prompts):
@@ -46,10 +64,33 @@ class PromptFile(_Prompts):
     """
 
     file: Place = Field(description="path of the file: .csv, .tsv, .json, .jsonl or .txt")
+    format: textfiles.Format | None = Field(None, description="how to read the file; null: as its name ends")
     prompt: str = Field("prompt", description="column of the prompts")
     label: str = Field("label", description="column of the classes; unused with `labelled`")
     labelled: Name | None = Field(None, description="one class for all prompts, if no column has it")
     other: str | None = Field(None, description="column of labels in a second domain, such as style; null: none")
+    filter: dict[str, str] = Field(
+        default_factory=dict,
+        description="column -> the value that a row must have in it, alone or in a list with commas; other rows are passed over",
+    )
+    seed: str | None = Field(
+        None, description="column of seeds, with which the audit's check `published` draws each prompt once; null: none"
+    )
+    guidance: str | None = Field(
+        None, description="column of the guidance with which `published` draws each prompt; null: the task's"
+    )
+
+    @model_validator(mode="after")
+    def _guided_with_a_seed(self) -> Self:
+        if self.guidance is not None and self.seed is None:
+            raise ValueError(
+                "guidance: needs `seed`, too: only prompts with their own seeds are drawn with their own guidance"
+            )
+        return self
+
+    @property
+    def seeded(self) -> bool:
+        return self.seed is not None
 
     def __str__(self) -> str:
         return str(self.file)
@@ -58,9 +99,12 @@ class PromptFile(_Prompts):
         tally = Tally() if tally is None else tally
         rows: dict[PromptRow, None] = {}
         try:
-            for location, row in textfiles.records(self.file, self.prompt, self.label, tally):
+            for location, row in textfiles.records(self.file, self.prompt, self.label, tally, self.format):
                 tally.seen += 1
                 try:
+                    if not self._wanted(row):
+                        tally.passed_over += 1
+                        continue
                     new = self._row(row)
                 except Unreadable as error:
                     tally.skip(str(error), location)
@@ -68,10 +112,20 @@ class PromptFile(_Prompts):
                 if new in rows:
                     tally.ignore("a prompt that is there already", location)
                 rows[new] = None
+            if tally.seen and tally.seen == tally.passed_over:
+                wanted = ", ".join(f"{column}: {value}" for column, value in self.filter.items())
+                raise SourceError(f"{self.file}: filter: no row has {wanted}")
             tally.check(self.file, "prompts")
         except (SourceError, TextError) as error:
             raise PromptError(str(error)) from error
         return list(rows)
+
+    def _wanted(self, row: dict[str, Any]) -> bool:
+        """Whether a row passes `filter`; raises Unreadable if it lacks a column of it."""
+        return all(
+            value in [part.strip() for part in str(_present(row, column)).split(",")]
+            for column, value in self.filter.items()
+        )
 
     def _row(self, row: dict[str, Any]) -> PromptRow:
         columns = (self.prompt, self.label if self.labelled is None else None, self.other)
@@ -81,16 +135,44 @@ class PromptFile(_Prompts):
                 "a row with more values than the header has columns (commas in a value need quotes around it)"
             )
         for column in columns:
-            value = "" if column is None else row.get(column)
-            if column is not None and (value is None or not str(value).strip()):
-                known = listed(k for k in row if k)
-                hint = "; `labelled` gives all prompts one class" if column == self.label else ""
-                raise Unreadable(f"a row without {column!r} (it has: {known}{hint})")
+            hint = "; `labelled` gives all prompts one class" if column == self.label else ""
+            value = "" if column is None else _present(row, column, hint)
             if not isinstance(value, str | int) or (column == self.prompt and not isinstance(value, str)):
                 raise Unreadable(f"a row whose {column!r} is no text")
             values.append(plain(str(value).strip()))
         prompt, label, other = values
-        return prompt, self.labelled or label, None if self.other is None else other
+        return PromptRow(
+            prompt,
+            self.labelled or label,
+            None if self.other is None else other,
+            None if self.seed is None else _seed_in(row, self.seed),
+            None if self.guidance is None else _guidance_in(row, self.guidance),
+        )
+
+
+def _present(row: dict[str, Any], column: str, hint: str = "") -> Any:
+    """The value of a column; raises Unreadable if the row has none, with the columns that it has, and `hint`."""
+    value = row.get(column)
+    if value is None or not str(value).strip():
+        raise Unreadable(f"a row without {column!r} (it has: {listed(k for k in row if k)}{hint})")
+    return value
+
+
+def _seed_in(row: dict[str, Any], column: str) -> int:
+    text = str(_present(row, column)).strip()
+    if not re.fullmatch("[0-9]{1,19}", text) or int(text) > MOST_SEED:
+        raise Unreadable(f"a row whose {column!r} is no seed, a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _guidance_in(row: dict[str, Any], column: str) -> float:
+    try:
+        value = float(str(_present(row, column)))
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise Unreadable(f"a row whose {column!r} is no guidance, a number from 0")
+    return value
 
 
 class PromptGrid(_Prompts):
@@ -129,7 +211,7 @@ class PromptGrid(_Prompts):
             filled = dict(zip(self.slots, levels, strict=True))
             label = self.classes.get(filled[self.label], filled[self.label])
             other = None if self.other is None else plain(filled[self.other])
-            rows[(plain(self.template.format(**filled)), plain(label), other)] = None
+            rows[PromptRow(plain(self.template.format(**filled)), plain(label), other)] = None
         if tally is not None:
             tally.seen += len(rows)
         return list(rows)
@@ -147,6 +229,10 @@ class PromptMix(_Prompts):
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.mix))
+
+    @property
+    def seeded(self) -> bool:
+        return any(part.seeded for part in self.mix)
 
     def rows(self, tally: Tally | None = None) -> list[PromptRow]:
         return list(dict.fromkeys(row for part in self.mix for row in self._part(part, tally)))

@@ -34,6 +34,7 @@ _PLAIN = (
     "name", "kind", "model", "recipe", "views", "quality", "sampling", "forget_class", "override_class", "base", "sensitive",
     "family", "class_names", "texts", "validity", "trained", "clip",
 )  # fmt: skip
+_OPTIONAL = ("cond", "other", "seeds", "guidance")  # tensors that a split may lack
 # Pairs of splits that must not share an image.
 DISJOINT = (
     ("forget", "retain"),
@@ -51,13 +52,16 @@ class Split:
 
     x: images (n, C, H, W) in [-1, 1], float32; (n, 0) for a split of prompts. cond: class labels (n,), tokens of captions (n, L),
     or None. groups: labels (n,) over which batches are balanced and which judges learn. other: labels (n,) in a second domain,
-    such as the style if groups are objects, or None.
+    such as the style if groups are objects, or None. seeds, guidance: those that the source of the prompts states for each, int64 and
+    float64 (n,), -1 and NaN for prompts without; None if all are without.
     """
 
     x: torch.Tensor
     cond: torch.Tensor | None
     groups: torch.Tensor
     other: torch.Tensor | None = None
+    seeds: torch.Tensor | None = None
+    guidance: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -69,8 +73,8 @@ class Split:
 
     def take(self, index: torch.Tensor) -> Split:
         """The rows at `index`, in that order."""
-        cond, other = (None if a is None else a[index] for a in (self.cond, self.other))
-        return Split(self.x[index], cond, self.groups[index], other)
+        cond, *others = (None if a is None else a[index] for a in (self.cond, self.other, self.seeds, self.guidance))
+        return Split(self.x[index], cond, self.groups[index], *others)
 
     def distinct(self) -> Split:
         """Without repeated images, in order of first appearance."""
@@ -220,7 +224,7 @@ class Task:
         for name, split in sorted(self.splits.items()):
             labels = "" if split.cond is None else repr(split.cond.tolist())
             parts += [name, "".join(split.ids), labels, repr(split.groups.tolist())]
-            parts += [] if split.other is None else [repr(split.other.tolist())]
+            parts += [repr(a.tolist()) for a in (split.other, split.seeds, split.guidance) if a is not None]
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
     def near_duplicates(self) -> list[str]:
@@ -242,10 +246,8 @@ class Task:
         tensors: dict[str, torch.Tensor] = {}
         for name, split in self.splits.items():
             tensors |= {f"{name}.x": split.x.clone(), f"{name}.groups": split.groups.clone()}
-            if split.cond is not None:
-                tensors[f"{name}.cond"] = split.cond.clone()
-            if split.other is not None:
-                tensors[f"{name}.other"] = split.other.clone()
+            stated = {key: getattr(split, key) for key in _OPTIONAL}
+            tensors |= {f"{name}.{key}": a.clone() for key, a in stated.items() if a is not None}
         save_file(tensors, folder / "splits.safetensors")
         hashes = {name: split.ids for name, split in self.splits.items() if name not in PROMPTS}
         (folder / "splits.json").write_text(json.dumps(hashes, indent=2))
@@ -259,7 +261,9 @@ class Task:
         tensors = load_file(folder / "splits.safetensors")
         names = dict.fromkeys(key.split(".")[0] for key in tensors)
         splits = {
-            n: Split(tensors[f"{n}.x"], tensors.get(f"{n}.cond"), tensors[f"{n}.groups"], tensors.get(f"{n}.other"))
+            n: Split(
+                tensors[f"{n}.x"], groups=tensors[f"{n}.groups"], **{k: tensors.get(f"{n}.{k}") for k in _OPTIONAL}
+            )
             for n in names
         }
         plain = json.loads((folder / "task.json").read_text())

@@ -7,27 +7,30 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from raysweep.storage.texts import read_text
 from raysweep.tasks.records import SourceError, Tally
 
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+Format = Literal["csv", "tsv", "json", "jsonl", "txt"]
 
 
-def records(path: Path, prompt: str, label: str, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (location, row) of every prompt of a file, whose suffix gives the format.
+def records(
+    path: Path, prompt: str, label: str, tally: Tally, stated: Format | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (location, row) of every prompt of a file.
 
-    prompt, label: names of the columns; texts without columns become the column `prompt`. location: file and line or row, for
-    messages. Raises SourceError or TextError for a file that is not in its format.
+    prompt, label: names of the columns; texts without columns become the column `prompt`. stated: the format, None for that of the
+    suffix. location: file and line or row, for messages. Raises SourceError or TextError for a file that is not in its format.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise SourceError(f"{path}: must be one of {', '.join(SUFFIXES)}")
+    form = stated or path.suffix.lower().removeprefix(".")
+    if form not in get_args(Format):
+        suffixes = ", ".join(f".{name}" for name in get_args(Format))
+        raise SourceError(f"{path}: must be one of {suffixes}, or have a `format`")
     text = read_text(path)
-    if suffix in (".csv", ".tsv"):
-        yield from table(path, text, "\t" if suffix == ".tsv" else ",", prompt)
-    elif suffix == ".json":
+    if form in ("csv", "tsv"):
+        yield from table(path, text, "\t" if form == "tsv" else ",", prompt)
+    elif form == "json":
         yield from _json(path, text, prompt, label)
     else:
         # not splitlines(): prompts may contain Unicode's other line separators
@@ -35,7 +38,7 @@ def records(path: Path, prompt: str, label: str, tally: Tally) -> Iterator[tuple
             location = f"{path}:{number}"
             if not line.strip():
                 continue
-            if suffix == ".jsonl":
+            if form == "jsonl":
                 yield location, _row(location, _loads(location, line), prompt)
             elif line.lstrip().startswith("#"):
                 tally.ignore("a comment", location)
