@@ -154,7 +154,9 @@ def test_prompt_files(suffix, tmp_path):
         else:
             content = mutated_bytes(text.encode(), rng)
         file.write_bytes(content)
-        source = PromptFile(file=file, **({"labelled": "k"} if suffix == ".txt" else {"label": "artist"}))
+        source = PromptFile(
+            file=file, **({"labelled": "k"} if suffix == ".txt" else {"label": "artist", "seed": "seed"})
+        )
         try:
             with answering(), bounded():
                 source.rows(Tally())

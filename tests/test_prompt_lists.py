@@ -22,7 +22,7 @@ from raysweep.config.schema import Tier
 from raysweep.models.latent import LatentText
 from raysweep.tasks.images import ImagesTask
 from raysweep.tasks.prompts import PromptError, PromptFile, PromptMix, PromptRow
-from raysweep.tasks.records import Tally
+from raysweep.tasks.records import Tally, data_lines
 from raysweep.tasks.task import Split, Task
 
 I2P = (
@@ -142,6 +142,7 @@ def test_seeds_reach_the_audit_alone(tmp_path):
     assert prompts.guidance[:2].tolist() == [7.5, 3.0]
     assert prompts.guidance[2:].isnan().all()
     assert task.splits["prompts_probe"].seeds is None
+    assert any("kept: 8 prompts, 2 of them with seeds of their own" in line for line in data_lines(task))
     (tmp_path / "task").mkdir()
     task.save(tmp_path / "task")
     again = Task.load(tmp_path / "task")

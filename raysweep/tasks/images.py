@@ -315,7 +315,9 @@ def _read_prompts(config: ImagesTask, model: Any, labels: Labels) -> _PromptSets
         result.splits[name] = Split(
             torch.empty(len(rows), 0), model.tokens(list(texts)), groups, others, *_stated_draws(rows)
         )
-        result.accounts.append(tally.account(key, prompts, {"prompts": len(rows)}))
+        seeded = sum(row.seed is not None for row in rows)
+        kept = {"prompts": len(rows)} | ({"of them with seeds of their own": seeded} if seeded else {})
+        result.accounts.append(tally.account(key, prompts, kept))
     return result
 
 
