@@ -81,8 +81,8 @@ def test_the_prompts_of_a_preset_are_drawn(folder, tmp_path):
     assert result.exit_code == 0, result.output
     records = list(FolderSource(folder=out).records(Tally()))
     prompts = load(path_of("rgd-sd-artist"), (), absent=True).task.search_prompts.rows()
-    assert {r.label for r in records} == {label for _, label, _ in prompts}
-    assert {(r.caption, r.label) for r in records} <= {(text, label) for text, label, _ in prompts}
+    assert {r.label for r in records} == {row.label for row in prompts}
+    assert {(r.caption, r.label) for r in records} <= {(row.prompt, row.label) for row in prompts}
 
 
 def pictures(folder, memorised: int, others: int) -> None:
