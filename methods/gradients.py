@@ -77,6 +77,18 @@ def flat(
     return sum_over_ranks(local(loss, params, keep_graph, out))
 
 
+def mean_squares(losses: Iterable[torch.Tensor], params: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The mean over losses of the elementwise square of this rank's gradient, as one vector: of losses of single samples, the
+    diagonal of the empirical Fisher information. None if there are no losses.
+
+    They are differentiated one after the other as they arrive.
+    """
+    total, count = empty(params).zero_(), 0
+    for loss in losses:
+        total, count = total.add_(local(loss, params).square_()), count + 1
+    return total.div_(count) if count else None
+
+
 def empty(params: Sequence[torch.Tensor]) -> torch.Tensor:
     """An uninitialised vector for one flat gradient of `params`."""
     return torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)

@@ -1,4 +1,5 @@
-"""Named tensors of a network: the editable ones, their depth, groups that change together, and the mean gradient of each.
+"""Named tensors of a network: the editable ones, their depth, groups that change together, and passes over a set of rows that
+give the mean gradient of each, or its mean square.
 
 The rules are those of the code released with SLUG (arXiv:2407.11867), except that a vision projection belongs to the vision
 tower and that block 0 may be the deepest. The release has two sets of rules: its Hugging Face path (Stable Diffusion,
@@ -8,7 +9,7 @@ UnlearnCanvas, vision-language models) excludes the weights of norms, its open_c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -75,6 +76,25 @@ def group(name: str, names: list[str], unit: str) -> list[str]:
     return [name]
 
 
+def passes_over(model: Model | Contrastive, task: Data, passes: int, seed: int) -> tuple[int, int]:
+    """How often to go through the forget and the retain set: `passes` draws of noise and timestep per forget row, and about as many
+    rows of the retain set; once each for a contrastive model, whose losses draw nothing."""
+    if is_contrastive(model):
+        return 1, 1
+    forget, retain = (len(task.all_rows(split, seed).x) for split in ("forget", "retain"))
+    return passes, max(1, -(-passes * forget // max(1, retain)))
+
+
+def batches(task: Data, split: str, batch_size: int, passes: int, seed: int, like: torch.Tensor) -> Iterator[Rows]:
+    """All rows of a split in their order, in batches of at most `batch_size`, once for each of `passes`; on the device and in the
+    dtype of `like`. Each batch is a global batch of its own."""
+    for k in range(passes):
+        rows = task.all_rows(split, seed + k).to(like.device, like.dtype)
+        for start in range(0, len(rows.x), batch_size):
+            part = rows.piece(slice(start, start + batch_size))
+            yield replace(part, total=len(part.x))
+
+
 def gradient_pass(
     model: Model | Contrastive,
     task: Data,
@@ -89,19 +109,56 @@ def gradient_pass(
 
     Leaves the model unchanged. Raises ValueError if the split has no rows or the gradient is not finite.
     """
-    params = [p for n, p in model.net.named_parameters() if n in set(names)]
-    training, total, count = model.net.training, None, 0
+
+    def mean(params: list[torch.Tensor], rows: Iterator[Rows]) -> torch.Tensor | None:
+        total, count = None, 0
+        for part in rows:
+            g = gradients.local(part.total * loss(model, part), params)
+            total, count = (g if total is None else total.add_(g)), count + part.total
+        return None if total is None else total / count
+
+    return _pass(model, task, split, mean, names, batch_size, passes, seed)
+
+
+def square_pass(
+    model: Model | Contrastive,
+    task: Data,
+    split: str,
+    loss: Callable[[Any, Rows], torch.Tensor],
+    names: list[str],
+    batch_size: int,
+    passes: int,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """The elementwise square of the gradient of a batch's loss at the current weights, as a mean over batches, by name.
+
+    Every batch counts the same, also a short last one. Leaves the model unchanged. Raises ValueError if the split has no rows or a
+    gradient is not finite.
+    """
+
+    def mean(params: list[torch.Tensor], rows: Iterator[Rows]) -> torch.Tensor | None:
+        return gradients.mean_squares((loss(model, part) for part in rows), params)
+
+    return _pass(model, task, split, mean, names, batch_size, passes, seed)
+
+
+def _pass(
+    model: Model | Contrastive,
+    task: Data,
+    split: str,
+    reduce: Callable[[list[torch.Tensor], Iterator[Rows]], torch.Tensor | None],
+    names: list[str],
+    batch_size: int,
+    passes: int,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """The flat vector that `reduce` makes of named parameters and batches (None: there are none), by name."""
+    chosen = {n: p for n, p in model.net.named_parameters() if n in set(names)}
+    params, training = list(chosen.values()), model.net.training
     model.net.eval()
-    for k in range(passes):
-        rows = task.all_rows(split, seed + k).to(params[0].device, params[0].dtype)
-        for start in range(0, len(rows.x), batch_size):
-            part = rows.piece(slice(start, start + batch_size))
-            n = len(part.x)
-            g = gradients.local(n * loss(model, replace(part, total=n)), params)
-            total, count = (g if total is None else total.add_(g)), count + n
+    vector = reduce(params, batches(task, split, batch_size, passes, seed, params[0]))
     model.net.zero_grad()
     model.net.train(training)
-    if total is None or not bool(torch.isfinite(total).all()):
-        raise ValueError(f"the gradient on the {split} set is {'empty' if total is None else 'not finite'}")
-    order = [n for n, _ in model.net.named_parameters() if n in set(names)]
-    return {n: g.clone() for n, g in zip(order, gradients.split(params, total / count), strict=True)}
+    if vector is None or not bool(torch.isfinite(vector).all()):
+        raise ValueError(f"the gradient on the {split} set is {'empty' if vector is None else 'not finite'}")
+    return {n: g.clone() for n, g in zip(chosen, gradients.split(params, vector), strict=True)}

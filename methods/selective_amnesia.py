@@ -174,14 +174,17 @@ def diagonal_fisher(model: Model, rows: Rows, count: int) -> dict[str, torch.Ten
     weights, length = list(params.values()), len(model.alphas)
     count = min(count, length)
     t = ((torch.arange(count) + 0.5) * length / count).long().to(model.alphas.device)
-    total = torch.zeros(sum(p.numel() for p in weights), dtype=weights[0].dtype, device=weights[0].device)
+
+    def losses() -> Iterator[torch.Tensor]:
+        for i in range(len(rows.x)):
+            x = rows.x[i : i + 1].to(weights[0]).expand(count, *rows.x.shape[1:])
+            cond = None if rows.cond is None else rows.cond[i].to(t.device).expand(count, *rows.cond.shape[1:])
+            seeds = rows.seeds[i] ^ (torch.arange(count) * 0x5851F42D4C957F2D % 2**62)
+            errors = squared_errors(model, Rows(x, cond, seeds, count), t, model.noise(seeds))
+            yield errors.sum() * (length / count)
+
     model.net.eval()
-    for i in range(len(rows.x)):
-        x = rows.x[i : i + 1].to(weights[0]).expand(count, *rows.x.shape[1:])
-        cond = None if rows.cond is None else rows.cond[i].to(t.device).expand(count, *rows.cond.shape[1:])
-        seeds = rows.seeds[i] ^ (torch.arange(count) * 0x5851F42D4C957F2D % 2**62)
-        errors = squared_errors(model, Rows(x, cond, seeds, count), t, model.noise(seeds))
-        total += gradients.local(errors.sum() * (length / count), weights).square_()
+    fisher = gradients.mean_squares(losses(), weights)
+    assert fisher is not None  # every class has at least one sample
     model.net.zero_grad()
-    total /= len(rows.x)
-    return {n: piece.clone() for n, piece in zip(params, gradients.split(weights, total), strict=True)}
+    return {n: piece.clone() for n, piece in zip(params, gradients.split(weights, fisher), strict=True)}

@@ -35,8 +35,8 @@ from pydantic import Field
 
 from methods import gradients
 from methods.base import Data, Goal, Hyperparameters, Method, Model, Scalars
-from methods.layers import depth, eligible, gradient_pass, group, tower
-from methods.losses import contrastive_part, forget_loss, is_contrastive, recall, retain_loss
+from methods.layers import depth, eligible, gradient_pass, group, passes_over, tower
+from methods.losses import contrastive_part, forget_loss, recall, retain_loss
 from methods.rows import Batch, Draw
 
 RULES = ("deepest", "importance", "alignment")
@@ -102,13 +102,10 @@ class SLUG(Method):
         model = compared_model(model, hyperparameters)
         names = eligible(model, hyperparameters.norms)
         theta = dict(model.net.named_parameters())
-        size, forget_passes, retain_passes = hyperparameters.batch_size, 1, 1
-        if not is_contrastive(model):
-            forget, retain = (len(task.all_rows(split, seed).x) for split in ("forget", "retain"))
-            forget_passes = hyperparameters.passes
-            retain_passes = -(-forget_passes * forget // max(1, retain))
+        size = hyperparameters.batch_size
+        forget_passes, retain_passes = passes_over(model, task, hyperparameters.passes, seed)
         g_f = gradient_pass(model, task, "forget", forget_loss, names, size, forget_passes, seed)
-        g_r = gradient_pass(model, task, "retain", retain_loss, names, size, max(1, retain_passes), seed)
+        g_r = gradient_pass(model, task, "retain", retain_loss, names, size, retain_passes, seed)
         tensors = {}
         for name in names:
             f, r, w = (v.double().reshape(-1) for v in (g_f[name], g_r[name], theta[name].detach()))

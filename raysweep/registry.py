@@ -37,6 +37,7 @@ METHODS = {
     "sld": "methods.sld:SLD",
     "slug": "methods.slug:SLUG",
     "speed": "methods.speed:SPEED",
+    "ssd": "methods.ssd:SSD",
     "uce": "methods.uce:UCE",
 }
 

@@ -47,12 +47,13 @@ SETTINGS: dict[str, dict] = {
     "siss_no_is": {"rho": 0.5},
     "slug": {"bisection": 3, "passes": 1},
     "speed": {"threshold": 0.5, "guide": "override"},
+    "ssd": {"alpha": 1.0, "passes": 1},
     "uce": {"preserved": "both"},
 }
 ALL = sorted(METHODS)
 TRAINED = [name for name in ALL if name != "sld"]  # SLD is a sampler: it has no steps and changes no weight
 PIXEL = [name for name in ALL if not unserved(resolve("method", name), "pixel-ddpm")]
-EDITS = ("conceptprune", "slug", "uce", "rece", "speed")  # set weights from tensors prepared beforehand
+EDITS = ("conceptprune", "slug", "ssd", "uce", "rece", "speed")  # set weights from tensors prepared beforehand
 STEPPED = [name for name in TRAINED if name not in EDITS]
 
 

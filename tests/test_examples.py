@@ -14,8 +14,8 @@ from raysweep.models import families, stored
 from raysweep.rundir import RunDir
 
 LITTLE = {
-    "class": ("task.base_steps=60", "search.trials=19"),
-    "clip": ("task.base_steps=40", "search.trials=5"),
+    "class": ("task.base_steps=60", "search.trials=20"),
+    "clip": ("task.base_steps=40", "search.trials=6"),
     "text-to-image": (
         "search.trials=7",
         "audit.audit.samples=100",

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from method_table import PIXEL, TRAINED, build
+from method_table import EDITS, PIXEL, TRAINED, build
 from tiny import batch_for, tiny_task
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -72,7 +72,7 @@ def peak(name: str, width: int, batch: int) -> tuple[int, footprint.Footprint, b
 def test_methods_hold_the_memory_that_they_state(name):
     method = resolve("method", name)
     sizes = ((64, 1), (8, 128))  # mostly weights, and mostly activations
-    for width, batch in sizes[:1] if name == "slug" else sizes:  # a step of SLUG has no backward pass
+    for width, batch in sizes[:1] if name in EDITS else sizes:  # an edit has no backward pass
         most, network, averaged = peak(name, width, batch)
         copies = method.copies + averaged
         stated = footprint.SINGLE * network.parameters * copies + network.activations * batch * method.tape
