@@ -16,13 +16,15 @@ evaluation mode, once for all alpha and lam.
 `reference: all` is the paper's D = s D_f + (1 - s) D_r with the share s of the rows that must be forgotten: it is made of the importance
 D_r for the retain set, which one pass over both sets would have to visit anyway. As D >= s D_f, an alpha of 1/s or more selects nothing:
 of 10 for one of ten classes. With `reference: retain`, SLUG's, D = D_r; an alpha of a then selects what a / (1 - s + s a) selects with all.
+Weights that the retain set does not reach, such as the embedding of the forgotten label, become zero with retain and shrink by lam s with
+all: a model may then no longer answer to the label and still be able to draw the class.
 
 Losses: a diffusion model has the diffusion loss on both sets, in `passes` draws of noise and timestep per forget row and about as many
 rows of the retain set; that is raysweep's transfer of the method. A contrastive model has CLIP's own loss, symmetric InfoNCE, in which
 other rows of the batch with the same caption count as wrong. The code released with SLUG (arXiv:2407.11867), which compares with SSD,
-takes 1 - cos(image, caption) on the forget set (`forget_loss: cosine`; the same loss is its variant `ssd_o`). Two losses have two scales,
-so alpha then has no meaning beyond that pair. As in that code, CLIP's temperature stays as it is. It applies ten values of lam one after
-the other to the same weights, so that its edits add up; that is not implemented.
+takes 1 - cos(image, caption) on the forget set (`forget_loss: cosine`), or the same loss in its variant `ssd_o`. Two losses have two
+scales, so that alpha depends on both. As in that code, CLIP's temperature stays as it is. That code applies ten values of lam one after
+the other to the same weights, so that its edits add up; this is not implemented.
 """
 
 from __future__ import annotations
