@@ -166,6 +166,16 @@ class RunDir:
         return self.path / "report.html"
 
     @property
+    def profile(self) -> Path:
+        """One row per phase of the run and per check of its audits, with their seconds."""
+        return self.path / "profile" / "profile.parquet"
+
+    @property
+    def timeline(self) -> Path:
+        """The last attempt in the format of Chrome's traces, if the sweep asks for it."""
+        return self.path / "profile" / "timeline.json"
+
+    @property
     def figures(self) -> Path:
         """A folder of the report's figures as PNG."""
         return self.path / "figures"

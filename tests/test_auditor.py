@@ -101,6 +101,8 @@ def test_caches_do_not_change_measurements(models, tmp_path):
         asked = request(models, folder, seed, subject)
         answer = worker.measure(asked)
         assert answer["failed"] == []
+        assert list(answer["checks"]) == ["loss", "fidelity"]
+        assert 0 < sum(answer["checks"].values()) <= answer["seconds"]
         return read_table(asked.rows_path, ROWS).to_pylist()
 
     order = [(1, "base"), (2, "candidate"), (1, "candidate"), (3, "candidate"), (1, "oracle-0"), (2, "base")]

@@ -66,6 +66,7 @@ ASIDE = {  # settings of location, speed, time limits and display
     "audit.attempts": 1,
     "audit.timeout_s": 7200,
     "candidates.keep": "all",
+    "profile": True,
 }
 
 

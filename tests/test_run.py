@@ -19,6 +19,7 @@ from raysweep.auditing import card as cards
 from raysweep.cli import main
 from raysweep.models import families, stored
 from raysweep.results import trials as results_trials
+from raysweep.results.profile import PHASES, read_profile, whole
 from raysweep.results.run import Run
 from raysweep.rundir import RunDir
 from raysweep.storage.files import digest_of
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, cache) -> Path:
-    """A folder in which a sweep was killed after two trials, and then run again to its end."""
+    """A folder in which a sweep was killed after two trials, and then run again to its end, with a profile."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "small.yaml").write_text(SMALL)
     faulty = install_faulty(folder / "faulty")
@@ -37,7 +38,7 @@ def home(tmp_path_factory, cache) -> Path:
     kill_after_two_trials(folder, cache, "run", "small.yaml", *methods, PYTHONPATH=faulty)
     before = {p.parent.name: p.stat().st_mtime_ns for p in (folder / "runs/small/candidates").glob("*/raysweep.json")}
     (folder / "before.json").write_text(json.dumps(before))
-    second = start(folder, cache, "run", "small.yaml", *methods, PYTHONPATH=faulty)
+    second = start(folder, cache, "run", "small.yaml", *methods, "profile=true", PYTHONPATH=faulty)
     assert second.wait(timeout=500) == 0, log(folder)
     return folder
 
@@ -71,6 +72,26 @@ def test_nothing_is_lost_redone_or_done_twice_by_a_kill(home, run):
     assert len(keys) == len(set(keys))
     assert "resuming" in log(home)
     assert re.search(r"Ray dashboard  http://127\.0\.0\.1:\d+", log(home))
+
+
+def test_where_the_time_went_is_in_a_table_and_in_a_trace(home, run):
+    profile = read_profile(run)
+    phases = {line.name: line for line in profile if line.part == "phase"}
+    assert tuple(phases) == PHASES
+    assert all(0 <= line.busy <= 1 and line.seconds > 0 for line in phases.values())
+    assert phases["search"].train_s > 0
+    assert phases["attacks"].audit_s > 0 == phases["attacks"].train_s
+    assert whole(profile).busy > 0.05
+    assert {"reconstruction", "relearning", "quantisation", "pictures"} < {p.name for p in profile if p.part == "check"}
+    for text in ("seconds of slots", "seconds of auditors", "quantisation", "time line for chrome://tracing"):
+        assert text in log(home)
+    events = [e for e in json.loads(run.timeline.read_text()) if e["ph"] == "X"]
+    assert {type(e[key]) for e in events for key in ("pid", "tid")} == {int}
+    own = {e["name"] for e in events if e["cat"] == "raysweep"}
+    assert set(PHASES) <= own
+    assert any("005-raises" in name for name in own)
+    assert any(name.startswith("base-durability") for name in own)
+    assert any("Broker.submit" in e["name"] for e in events if e["cat"] != "raysweep")
 
 
 def test_a_method_that_raises_is_a_failed_trial_with_its_reason(run):

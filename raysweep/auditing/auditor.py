@@ -104,7 +104,7 @@ class Auditor:
         if not path.is_file() and request.cache and (Path(request.cache) / path.name).is_file():
             _copy_from_cache(Path(request.cache), request)
         if path.is_file() and not any(r["status"] == "failed" for r in read_table(path, ROWS).to_pylist()):
-            return {"seconds": 0.0, "images": 0, "failed": []}
+            return {"seconds": 0.0, "checks": {}, "images": 0, "failed": []}
         return self._measure(request)
 
     def train_judge(self, task: str, seed: int, split: str, out: str) -> str:
@@ -164,7 +164,7 @@ class Auditor:
         write_table(request.rows_path, rows, ROWS)
         if request.cache and not failed:
             _copy_to_cache(Path(request.cache), request)
-        return {"seconds": result.seconds, "images": result.images, "failed": failed}
+        return {"seconds": result.seconds, "checks": result.checks, "images": result.images, "failed": failed}
 
     def _tier_cache(self, request: AuditRequest) -> TierCache:
         digests = [digest for _, _, digest in request.anchors]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from raysweep.auditing.request import Outcome
 
@@ -11,17 +14,17 @@ LOG = "audits.jsonl"
 
 
 def read_log(path: Path) -> dict[str, Outcome]:
-    """The finished audits of a log, by key; a last line that a crash truncated is ignored.
+    """The finished audits of a log, by key.
 
     Audits that failed, or in which a check failed, are left out: the cause may have been fixed before the run is resumed.
     """
-    done = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if entry["status"] == "ok" and not entry["failed"]:
-                done[entry.pop("key")] = entry
-    return done
+    return {e.pop("key"): e for e in entries(path) if e["status"] == "ok" and not e["failed"]}
+
+
+def entries(path: Path) -> Iterator[Any]:
+    """All entries of a log in their order, outcomes with their `key`; a last line that a crash truncated is ignored."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)

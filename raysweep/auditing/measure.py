@@ -25,6 +25,8 @@ from raysweep.registry import resolve, unserved
 from raysweep.storage.seeds import derive_seed
 from raysweep.tasks.task import Task
 
+PICTURES = "pictures"  # beside the names of checks
+
 
 @dataclass
 class Measurement:
@@ -32,6 +34,8 @@ class Measurement:
 
     rows: all metrics, each with its check; values: "check.metric" -> value; replicates: the same metrics without each group of
     units in turn; scores: "check.score" -> raw scores by unit.
+    seconds: in all; checks: by check, and under `PICTURES` for the report's pictures. What several checks use, such as samples, is
+    made for the first of them and counted there.
     images: number of generated images, for the subject and the models that share its batches.
     """
 
@@ -40,6 +44,7 @@ class Measurement:
     replicates: dict[str, list[float]] = field(default_factory=dict)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
+    checks: dict[str, float] = field(default_factory=dict)
     images: int = 0
 
     def add(self, check: str, reduced: Reduced, scores: Scores) -> None:
@@ -86,7 +91,7 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
         if reason:
             result.rows += absent(evaluator, "skipped", reason)
             continue
-        halved = subject.batches.halved
+        halved, began = subject.batches.halved, time.monotonic()
         try:
             scores = evaluator.scores(subject)
             reduced = reduce(evaluator, scores, subject, tier.groups)
@@ -96,12 +101,16 @@ def measure(subject: Subject, tier: Tier) -> Measurement:
         except Exception as error:  # any fault of a check must end up in the record, not end the audit
             result.rows += absent(evaluator, "failed", f"{type(error).__name__}: {error}")
             continue
+        finally:
+            result.checks[name] = time.monotonic() - began
         if subject.batches.halved > halved:
             note = f"memory ran out: batches of {subject.batches.size}"
             reduced = replace(reduced, metrics=[_noted(metric, note) for metric in reduced.metrics])
         result.add(name, reduced, scores)
     if tier.strips and task.model_kind == "diffusion":  # others draw no images
+        began = time.monotonic()
         result.scores |= _strips(subject, tier.strips)
+        result.checks[PICTURES] = time.monotonic() - began
     result.seconds, result.images = time.monotonic() - started, subject.batches.generated - images
     return result
 

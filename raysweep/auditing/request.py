@@ -69,9 +69,10 @@ class Chore:
 
 
 class Answer(TypedDict):
-    """An auditor's answer: seconds of work, images generated, and the checks that failed."""
+    """An auditor's answer: seconds of work, in all and by check, images generated, and the checks that failed."""
 
     seconds: float
+    checks: dict[str, float]
     images: int
     failed: list[str]
 
@@ -86,6 +87,7 @@ class Outcome(TypedDict):
     reason: str
     seconds: float
     failed: list[str]
+    checks: NotRequired[dict[str, float]]
     images: NotRequired[int]
     limit: NotRequired[str]
     value: NotRequired[str]

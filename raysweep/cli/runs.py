@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from raysweep.config.schema import Sweep
     from raysweep.engine.resources import Node
     from raysweep.engine.run import Result
+    from raysweep.rundir import RunDir
 
 CODES = {"done": OK, "incomplete": INCOMPLETE, "failed": FAILED, "interrupted": INTERRUPTED}  # by state of a run
 
@@ -70,6 +71,8 @@ def run(config: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:
         except Interrupted:
             raise KeyboardInterrupt from None
         _say_answer(result, display.say)
+    if sweep.profile and display.mode != "none":
+        _print_profile(result.folder)
     return INCOMPLETE if result.incomplete else OK
 
 
@@ -98,6 +101,16 @@ def _say_answer(result: Result, say: Callable[[str, str], None]) -> None:
         command = shlex.join(["raysweep", "export", short_path(result.folder.path), choice.recommended, "OUT_DIR"])
         say("answer", f"export it: {command}")
     say("front", f"report: {short_path(result.folder.report)}")
+
+
+def _print_profile(folder: RunDir) -> None:
+    """Prints the seconds of a run by phase and by check."""
+    from raysweep.cli.tables import print_table
+    from raysweep.results.profile import check_table, phase_table, read_profile
+
+    profile = read_profile(folder)
+    for table in (phase_table(profile), check_table(profile)):
+        print_table(table)
 
 
 def _available_nodes(sweep: Sweep) -> list[Node]:

@@ -63,6 +63,10 @@ class Sweep(Section):
     resources: Annotated[ResourceConfig, ASIDE] = Field(
         default_factory=ResourceConfig, description="CPUs and GPUs of workers and auditors"
     )
+    profile: Annotated[bool, ASIDE] = Field(
+        False,
+        description="print where the time of the run went, and write a time line of Ray's tasks; profile.parquet is always written",
+    )
     preset: Annotated[str | None, ASIDE] = Field(
         None, description="the preset that a resolved config comes from (`raysweep ls presets`); set by raysweep"
     )

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from raysweep.dispatch.leases import Leases
+from raysweep.dispatch.leases import Leases, Span
 
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
@@ -183,6 +183,10 @@ class Desk(ABC, Generic[Task, Outcome]):
             "silent": sorted(self.silent),
             "progress": dict(self.progress),
         }
+
+    async def spans(self) -> list[Span]:
+        """What workers did and do, by `time.monotonic`, which all processes of a machine share."""
+        return self.leases.spans
 
     async def close(self, reason: str = ENDED) -> None:
         """Ends all waiting, of callers and of workers."""

@@ -5,6 +5,16 @@ from __future__ import annotations
 import uuid
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """A task at which a worker was from `began` to `ended`, by the monotonic clock of the desk's machine, in seconds."""
+
+    key: str
+    worker: str
+    began: float
+    ended: float
 
 
 @dataclass
@@ -12,12 +22,14 @@ class Lease:
     """A task that a worker has until a time, unless it renews it.
 
     token: unique, so that a later lease of the task differs; begun: the worker has renewed it, so it did receive the task.
+    since: when the worker got it, as far as is known.
     """
 
     key: str
     worker: str
     token: str
     until: float
+    since: float
     begun: bool = False
 
 
@@ -35,6 +47,7 @@ class Leases:
         self.held: dict[str, Lease] = {}
         self.works: dict[str, str] = {}  # worker -> key
         self.used: Counter[str] = Counter()  # attempts by key
+        self.past: list[Span] = []
         self._token, self._count = uuid.uuid4().hex, 0
 
     def add(self, key: str) -> bool:
@@ -50,7 +63,7 @@ class Leases:
         if not self.queue:
             return None
         self._count += 1
-        lease = Lease(self.queue.popleft(), worker, f"{self._token}-{self._count}", now + self.lease_s)
+        lease = Lease(self.queue.popleft(), worker, f"{self._token}-{self._count}", now + self.lease_s, now)
         self._hold(lease)
         return lease
 
@@ -66,7 +79,7 @@ class Leases:
             if key in self.queue:
                 self.queue.remove(key)
             self.known.add(key)
-            self._hold(Lease(key, worker, token, now + self.lease_s, begun=True))
+            self._hold(Lease(key, worker, token, now + self.lease_s, now, begun=True))
             return True
         if lease.token != token:
             return False
@@ -96,11 +109,21 @@ class Leases:
         """Leases whose heartbeat has stopped."""
         return [lease for lease in self.held.values() if lease.until < now]
 
+    @property
+    def spans(self) -> list[Span]:
+        """What workers did and do, each until its last sign of life; without what they did before a restart of this process."""
+        return self.past + [self._span(lease) for lease in self.held.values()]
+
+    def _span(self, lease: Lease) -> Span:
+        return Span(lease.key, lease.worker, lease.since, lease.until - self.lease_s)
+
     def _hold(self, lease: Lease) -> None:
         self.held[lease.key] = lease
         self.works[lease.worker] = lease.key
 
     def _release(self, key: str) -> None:
         lease = self.held.pop(key, None)
+        if lease is not None:
+            self.past.append(self._span(lease))
         if lease is not None and self.works.get(lease.worker) == key:
             del self.works[lease.worker]

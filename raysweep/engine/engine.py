@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import ray
 
 from raysweep.config.schema import Sweep
+from raysweep.dispatch.leases import Span
 from raysweep.engine.arrival import await_nodes, expected_nodes, requested
 from raysweep.engine.cluster import connected, has_trial_slots
 from raysweep.engine.events import Events
@@ -31,7 +32,7 @@ class Engine:
     sweep, task, spaces: what is to be done; spaces are empty where nothing is searched.
     folder, run_id: the run's directory, which this process has claimed, and the name of its study, actors and jobs.
     plan: what of the cluster trains and what audits. actors: audit manager, auditors and job broker. executor: runs train jobs.
-    dashboard: HOST:PORT of Ray's dashboard; "" without one.
+    dashboard: HOST:PORT of Ray's dashboard; "" without one. phases: of the run that have ended.
     """
 
     sweep: Sweep
@@ -44,6 +45,7 @@ class Engine:
     actors: Pool
     executor: Executor
     dashboard: str
+    phases: list[Span] = field(default_factory=list)
 
     @classmethod
     @contextlib.contextmanager

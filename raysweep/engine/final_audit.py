@@ -13,6 +13,7 @@ from raysweep.context import Context
 from raysweep.engine.audits import Audits, measure_anchors
 from raysweep.engine.cluster import RunFailed
 from raysweep.engine.engine import Engine
+from raysweep.engine.profiling import phase
 from raysweep.engine.remake import remake
 from raysweep.engine.retention import keep_only
 from raysweep.models import stored
@@ -51,22 +52,26 @@ class FinalAudit:
 
         engine = self.engine
         keep_only(engine.folder, engine.sweep, self.trials, self.picked)
-        self.restore()
+        with phase(engine, "prepare"):
+            self.restore()
         made = sum(t.is_complete for t in self.trials)
         if engine.sweep.candidates.keep != "all" and made > len(self.picked):
             dropped = f"of {made} candidates the weights of the {len(self.picked)} to be audited are kept"
             engine.events.say("audit", f"{dropped}; `raysweep remake` makes another one again (candidates.keep)")
-        engine.actors.audit_only()
-        front = self.audit()
+        with phase(engine, "audit"):
+            engine.actors.audit_only()
+            front = self.audit()
         self.incomplete += front.unplaced
         finalists = front.finalists(engine.sweep.audit.finalists)
         if finalists:
-            self.attack(front, finalists)
+            with phase(engine, "attacks"):
+                self.attack(front, finalists)
         front.audits = self.audits
-        write_front(engine.folder, front, engine.sweep)
-        write_paired(engine.folder, self.context, self.audits["audit"], {t.trial: t.method for t in self.trials})
-        engine.folder.update(incomplete=self.incomplete)  # for the report
-        build(engine.folder)
+        with phase(engine, "report"):
+            write_front(engine.folder, front, engine.sweep)
+            write_paired(engine.folder, self.context, self.audits["audit"], {t.trial: t.method for t in self.trials})
+            engine.folder.update(incomplete=self.incomplete)  # for the report
+            build(engine.folder)
         if engine.sweep.candidates.keep == "front" and not self.incomplete:  # what is missing may be audited again
             members = {row.trial for row in front.candidate_rows if row.on_front or row.trial == front.choice.trial}
             keep_only(engine.folder, engine.sweep, self.trials, members)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from dataclasses import dataclass
 
 from raysweep.config.schema import Sweep
@@ -14,6 +15,7 @@ from raysweep.engine.engine import Engine
 from raysweep.engine.events import Events
 from raysweep.engine.final_audit import FinalAudit
 from raysweep.engine.prepare import open_choices, prepare, prepare_methods
+from raysweep.engine.profiling import phase, record, write_timeline
 from raysweep.engine.tuning import run_trials
 from raysweep.models import stored
 from raysweep.results.front import Front
@@ -40,6 +42,7 @@ def run_sweep(sweep: Sweep, events: Events) -> Result:
         RunFailed: it cannot end with a front; the run directory states the reason and contains a report of the results so far.
         Interrupted, KeyboardInterrupt: SIGINT or SIGTERM ended it, during the search or at another time; the same call resumes.
     """
+    began = time.monotonic()
     task, spaces = resolve_sweep(sweep)
     folder = RunDir.of(sweep)
     with attempt(folder, sweep, task, lambda: _report_failure(folder, events)) as in_force:
@@ -52,7 +55,10 @@ def run_sweep(sweep: Sweep, events: Events) -> Result:
         for line in data_lines(task):
             events.say("data", line)
         with Engine.open(folder, in_force, task, events, tuple(spaces)) as engine:
+            record(engine, "start", began)
             result = _run(engine)
+            if sweep.profile:
+                write_timeline(engine)
         folder.update(state="incomplete" if result.incomplete else "done", incomplete=result.incomplete)
     return result
 
@@ -61,16 +67,20 @@ def _run(engine: Engine) -> Result:
     sweep, folder, events = engine.sweep, engine.folder, engine.events
     for command in monitors(folder):
         events.say("url", command)
-    context = prepare(engine)
+    with phase(engine, "prepare"):
+        context = prepare(engine)
     stored.say_place(folder.candidates, context.base)
-    # before the search, which would be wasted on a base that has not learned what it must forget
-    incomplete = measure_anchors(engine, context, "audit", sweep.audit.audit)
-    incomplete += measure_anchors(engine, context, "probe", sweep.audit.probe)
-    prepare_methods(engine, context)
+    with phase(engine, "anchors"):
+        # before the search, which would be wasted on a base that has not learned what it must forget
+        incomplete = measure_anchors(engine, context, "audit", sweep.audit.audit)
+        incomplete += measure_anchors(engine, context, "probe", sweep.audit.probe)
+    with phase(engine, "prepare"):
+        prepare_methods(engine, context)
     outdated = probed_otherwise(trial_table(folder, engine.run_id), context, sweep)
     if outdated:
         events.say("warning", outdated)
-    run_trials(engine, [open_choices(space, context) for space in engine.spaces])
+    with phase(engine, "search"):
+        run_trials(engine, [open_choices(space, context) for space in engine.spaces])
     trials = write_trials(folder, engine.run_id)
     audit = FinalAudit.of(engine, context, trials, incomplete)
     return Result(folder, audit.conclude(), trials, audit.incomplete)

@@ -22,6 +22,7 @@ from raysweep.report.answer import (
 from raysweep.report.data import ReportData
 from raysweep.report.glossary import GLOSSARY
 from raysweep.report.pictures import Strips, strips
+from raysweep.results.profile import Line, check_table, phase_table, whole
 from raysweep.rundir import Manifest
 from raysweep.tasks.records import lines_of
 
@@ -74,6 +75,8 @@ def page_context(data: ReportData) -> dict[str, Any]:
         "versions": sorted(data.manifest["versions"].items()) + _plugins(data.manifest),
         "commit": ", resumed at ".join(data.commits),
         "command": f"raysweep run {data.sweep.name}.yaml",
+        "useful": _useful(data.profile),
+        "profile": [table for table in (phase_table(data.profile), check_table(data.profile)) if table],
     }
 
 
@@ -88,6 +91,17 @@ def _hypervolume(data: ReportData) -> str:
         return "-"
     volume = data.front["hypervolume"]
     return f"{volume['value']:.3f} (95 % interval {volume['lo']:.3f} to {volume['hi']:.3f})"
+
+
+def _useful(profile: Sequence[Line]) -> str:
+    """How long the run took, and the share of useful work; "" for a run without a profile."""
+    run = whole(profile)
+    if run is None:
+        return ""
+    took = f"Until this report the run took {run.seconds:.0f} s"
+    if run.busy is None:
+        return f"{took}; the share of useful work is not known, because its workers were isolated (train.executor)."
+    return f"{took}, and {run.busy:.0%} of the time of its CPUs, or of its GPUs if it had any, went to training and audits."
 
 
 def _plugins(manifest: Manifest) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from raysweep.config.schema import ConfigError, Sweep
 from raysweep.registry import resolve
 from raysweep.results.audited import keys_of, rows_of, scores_of
 from raysweep.results.front_row import FrontRow, read_front
+from raysweep.results.profile import Line, read_profile
 from raysweep.results.trials import Trial, trials_of
 from raysweep.rundir import Manifest, RunDir
 from raysweep.storage.schemas import ROWS
@@ -36,7 +37,8 @@ class ReportData:
     the anchors. subjects: the models that the page shows in detail (see `in_detail`), in the order of the front. rows: theirs, as
     in `storage.schemas.ROWS`, without the probe's and without replicates. scores: (subject, score) -> array whose first axis runs over units, of anchors
     and of the first `PICTURED` candidates. anchors: the audit's anchors-audit.json. tables: those that the run has written,
-    relative to it. shape: (C, H, W) of a picture. original: the first forgotten pictures (n, C, H, W) in [-1, 1].
+    relative to it. shape: (C, H, W) of a picture. original: the first forgotten pictures (n, C, H, W) in [-1, 1]. profile: the phases that ended, and
+    the checks; empty if the run has none.
     """
 
     sweep: Sweep
@@ -56,6 +58,7 @@ class ReportData:
     model_kind: str
     sensitive: bool
     original: np.ndarray
+    profile: list[Line]
 
     @property
     def kind(self) -> str:
@@ -143,6 +146,7 @@ def gather(folder: RunDir) -> ReportData:
         model_kind=task.get("model_kind") or resolve("family", task["family"]).model_kind,
         sensitive=task["sensitive"],
         original=original,
+        profile=read_profile(folder),
     )
 
 

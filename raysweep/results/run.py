@@ -17,7 +17,7 @@ from raysweep.models import stored
 from raysweep.results.audited import keys_of
 from raysweep.results.trials import read_trials
 from raysweep.rundir import RunDir
-from raysweep.storage.schemas import FRONT, ROWS, SCORES, TRIALS, read_table
+from raysweep.storage.schemas import FRONT, PROFILE, ROWS, SCORES, TRIALS, read_table
 from raysweep.tasks.task import Task
 
 TIERS = ("probe", "audit", "durability")
@@ -113,6 +113,11 @@ class Run:
     def trials(self) -> pa.Table:
         """One row per trial, in the order of the sweep."""
         return self._table(self.folder.trials, TRIALS)
+
+    @property
+    def profile(self) -> pa.Table:
+        """Seconds by phase of the run and by check of its audits."""
+        return self._table(self.folder.profile, PROFILE)
 
     @property
     def front(self) -> pa.Table:

@@ -123,10 +123,36 @@ FRONT = _schema(
     _field("hyperparameters", pa.string(), "JSON: name to value"),
 )
 
+PROFILE = _schema(
+    _field("part", pa.string(), "phase (of the run) or check (of its audits)"),
+    _field("name", pa.string(), "phase; or evaluator, and `pictures` for those of the report"),
+    _field(
+        "seconds",
+        pa.float64(),
+        "of a phase: by the clock, of all attempts at the run; of a check: of all auditors; what several checks use counts for the first",
+    ),
+    _field(
+        "audits",
+        pa.int64(),
+        "of a check: the audits that it was part of; null for a phase, as the next four for a check",
+    ),
+    _field(
+        "train_s",
+        pa.float64(),
+        "seconds that slots had a job, of all slots; null if no slots train (train.executor=isolated)",
+    ),
+    _field("audit_s", pa.float64(), "seconds that auditors had an audit or a judge to train, of all auditors"),
+    _field(
+        "busy_s",
+        pa.float64(),
+        "seconds that CPUs, or on a cluster with GPUs these, had one of both to do, of all; null as train_s",
+    ),
+    _field("available_s", pa.float64(), "seconds that there were such CPUs or GPUs, of all; null as train_s"),
+)
 
 _OF_METRICS = ("check", "metric", "value", "n", "se", "lo", "hi", "interval", "direction", "status", "reason")
 METRICS = pa.schema([ROWS.field(name) for name in _OF_METRICS])
-TABLES = {"trials": TRIALS, "front": FRONT, "rows": ROWS, "scores": SCORES, "metrics": METRICS}
+TABLES = {"trials": TRIALS, "front": FRONT, "rows": ROWS, "scores": SCORES, "metrics": METRICS, "profile": PROFILE}
 
 
 def describe(table: str) -> dict[str, str]:
