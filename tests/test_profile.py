@@ -127,19 +127,23 @@ def test_processes_and_threads_of_a_trace_have_numbers_and_names():
         ("probe", 102e6, 3e6, 1, 2),
         ("next", 104e6, 2e6, 1, 1),
     ]
-    of_ray = [{"name": n, "ph": "X", "ts": 0.0, "dur": d, "pid": p, "tid": "worker:a"} for n, d, p in EVENTS]
+    of_ray = [{"name": n, "ph": "X", "ts": t, "dur": d, "pid": p, "tid": "worker:a"} for n, t, d, p in CALLS]
     renamed = profiling.numbered(of_ray)
     assert {(e["pid"], e["args"]["name"]) for e in renamed if e["name"] == "process_name"} == {(2, "h1"), (3, "h2")}
-    assert [(e["name"], e["pid"], e["tid"]) for e in renamed if e["ph"] == "X"] == [
-        ("x", 2, 1),
-        ("y", 3, 2),
-        ("z", 2, 1),
-    ]
+    assert [e["args"]["name"] for e in renamed if e["name"] == "thread_name"] == ["worker:a"] * 3
+    # x and y are on different nodes, z begins while x is under way, and v when x has ended
+    rows = {e["name"]: (e["pid"], e["tid"]) for e in renamed if e["ph"] == "X"}
+    assert rows == {"x": (2, 1), "y": (3, 2), "z": (2, 3), "v": (2, 1)}
     assert {e["name"] for e in profiling.longest(of_ray, 2)} == {"y", "z"}
-    assert profiling.longest(of_ray, 3) == of_ray
+    assert profiling.longest(of_ray, 4) == of_ray
 
 
-EVENTS = [("x", 1.0, "h1"), ("y", 3.0, "h2"), ("z", 2.0, "h1")]
+CALLS = [
+    ("v", 3.0, 0.5, "h1"),
+    ("x", 1.0, 2.0, "h1"),
+    ("y", 1.5, 5.0, "h2"),
+    ("z", 2.5, 4.0, "h1"),
+]  # name, start, duration, node
 
 
 def test_a_cluster_that_is_gone_costs_the_time_line_and_not_the_run(tmp_path, monkeypatch):

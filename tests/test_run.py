@@ -78,7 +78,7 @@ def test_where_the_time_went_is_in_a_table_and_in_a_trace(home, run):
     profile = read_profile(run)
     phases = {line.name: line for line in profile if line.part == "phase"}
     assert tuple(phases) == PHASES
-    assert all(0 <= line.busy <= 1 and line.seconds > 0 for line in phases.values())
+    assert all(0 <= line.busy < 1.001 and line.seconds > 0 for line in phases.values())
     assert phases["search"].train_s > 0
     assert phases["attacks"].audit_s > 0 == phases["attacks"].train_s
     assert whole(profile).busy > 0.05

@@ -19,7 +19,7 @@ from raysweep.results.profile import Share, add_phase, measure_phase
 from raysweep.storage.files import write_bytes
 
 ANSWER_S = 5.0
-EVENTS = 200_000  # of Ray in a time line, of some 300 bytes each: viewers hardly open larger ones
+EVENTS = 100_000  # of Ray in a time line, of some 300 bytes each: viewers hardly open larger ones
 Event = dict[str, Any]
 
 
@@ -70,21 +70,21 @@ def write_timeline(engine: Engine) -> None:
     except Exception as error:  # of what comes from outside, or a full disk; the run has its results
         engine.events.say("warning", f"no time line could be written: {type(error).__name__}: {error}")
         return
-    left_out = f", without the {len(recorded) - len(kept)} shortest events of Ray" if len(kept) < len(recorded) else ""
+    left_out = f", without the {len(recorded) - len(kept)} shortest tasks of Ray" if len(kept) < len(recorded) else ""
     engine.events.say(
         "profile", f"time line for chrome://tracing or ui.perfetto.dev: {engine.folder.timeline}{left_out}"
     )
 
 
 def _recorded(engine: Engine, offset: float) -> list[Event]:
-    """Ray's events since the first phase began: it keeps those of all runs on a cluster, earlier ones as well."""
+    """Ray's tasks since the first phase began, without their parts; Ray keeps those of all jobs on a cluster, earlier ones as well."""
     try:
         events: list[Event] = ray.timeline()
     except Exception as error:  # it asks other processes, which may be busy or gone
         engine.events.say("warning", f"Ray gave no time line of its tasks: {type(error).__name__}: {error}")
         return []
     since = (engine.phases[0].began + offset) * 1e6
-    return [event for event in events if event["ts"] >= since]
+    return [event for event in events if event["cat"].startswith("task::") and event["ts"] >= since]
 
 
 def own_events(spans: Sequence[Span], offset: float) -> list[Event]:
@@ -103,25 +103,31 @@ def longest(events: Sequence[Event], most: int) -> list[Event]:
 
 
 def numbered(events: Iterable[Event], first: int = 2) -> list[Event]:
-    """The events with numbers for the names of processes and threads, which Perfetto needs, and events that name these.
+    """The events as viewers need them: with numbers for processes and rows, which further events name.
 
-    first: number of the first process.
+    Events of a row that overlap, such as the calls that an actor answers at the same time, are spread over several rows: viewers
+    take them for calls inside each other. first: number of the first process.
     """
     processes: dict[str, int] = {}
-    threads: dict[tuple[str, str], int] = {}
-    renamed = []
-    for event in events:
-        process, thread = event["pid"], (event["pid"], event["tid"])
+    rows: dict[tuple[str, str], list[float]] = {}  # process and thread -> when each of its rows is free
+    numbers: dict[tuple[str, str, int], int] = {}
+    placed = []
+    for event in sorted(events, key=lambda event: event["ts"]):
+        process, thread, began = event["pid"], event["tid"], event["ts"]
+        free = rows.setdefault((process, thread), [])
+        row = next((k for k, since in enumerate(free) if since <= began), len(free))
+        free[row : row + 1] = [began + event["dur"]]
         pid = processes.setdefault(process, first + len(processes))
-        renamed.append(event | {"pid": pid, "tid": threads.setdefault(thread, 1 + len(threads))})
-    named: list[Event] = [
-        {"name": "process_name", "ph": "M", "pid": number, "args": {"name": name}} for name, number in processes.items()
+        placed.append(event | {"pid": pid, "tid": numbers.setdefault((process, thread, row), 1 + len(numbers))})
+    names: list[Event] = [
+        {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}}
+        for name, pid in processes.items()
     ]
-    named += [
-        {"name": "thread_name", "ph": "M", "pid": processes[process], "tid": number, "args": {"name": name}}
-        for (process, name), number in threads.items()
+    names += [
+        {"name": "thread_name", "ph": "M", "pid": processes[process], "tid": tid, "args": {"name": thread}}
+        for (process, thread, _), tid in numbers.items()
     ]
-    return named + renamed
+    return names + placed
 
 
 def _spans(engine: Engine) -> tuple[list[Span], list[Span]]:
