@@ -152,7 +152,6 @@ def test_a_cluster_that_is_gone_costs_the_time_line_and_not_the_run(tmp_path, mo
     engine = SimpleNamespace(phases=[], folder=folder, events=events, actors=None)
     with pytest.raises(KeyError), profiling.phase(engine, "search"):
         raise KeyError
-    assert [s.key for s in engine.phases] == ["search"]
     profiling.write_timeline(engine)
     assert [kind for kind, _ in said] == ["warning", "warning"]
     assert "time of the phase search was not recorded" in said[0][1]
@@ -161,4 +160,4 @@ def test_a_cluster_that_is_gone_costs_the_time_line_and_not_the_run(tmp_path, mo
     profiling.write_timeline(engine)  # this process is not connected to Ray
     assert [kind for kind, _ in said[2:]] == ["warning", "profile"]
     assert "Ray gave no time line of its tasks: RuntimeError" in said[2][1]
-    assert {e["name"] for e in json.loads(folder.timeline.read_text()) if e["ph"] == "X"} == {"search", "job"}
+    assert {e["name"] for e in json.loads(folder.timeline.read_text()) if e["ph"] == "X"} == {"job"}

@@ -18,7 +18,7 @@ from raysweep.engine.resources import CONTROL, Node, Plan
 from raysweep.results.profile import Share, add_phase, measure_phase
 from raysweep.storage.files import write_bytes
 
-ANSWER_S = 5.0
+ANSWER_S = 30.0
 EVENTS = 100_000  # of Ray in a time line, of some 300 bytes each: viewers hardly open larger ones
 Event = dict[str, Any]
 
@@ -35,10 +35,10 @@ def phase(engine: Engine, name: str) -> Iterator[None]:
 
 def record(engine: Engine, name: str, began: float) -> None:
     """Adds the time since `began`, by the monotonic clock, to a phase of the run's profile."""
-    ended = time.monotonic()
-    engine.phases.append(Span(name, "run", began, ended))
     try:
         trained, audited = _spans(engine)
+        ended = time.monotonic()  # after the desks have answered: to start them is part of the first phase
+        engine.phases.append(Span(name, "run", began, ended))
         share = share_of(engine.plan, alive_nodes(), engine.sweep.train.executor == "warm")
         add_phase(engine.folder, measure_phase(name, began, ended, trained, audited, share))
     except Exception as error:  # such as a full disk or a cluster that is gone: the phase itself says so
@@ -83,8 +83,9 @@ def _recorded(engine: Engine, offset: float) -> list[Event]:
     except Exception as error:  # it asks other processes, which may be busy or gone
         engine.events.say("warning", f"Ray gave no time line of its tasks: {type(error).__name__}: {error}")
         return []
-    since = (engine.phases[0].began + offset) * 1e6
-    return [event for event in events if event["cat"].startswith("task::") and event["ts"] >= since]
+    since = (min((span.began for span in engine.phases), default=0.0) + offset) * 1e6
+    tasks = [event for event in events if event["cat"].startswith("task::") and event["ts"] >= since]
+    return [task | {"name": task["cat"].rpartition(":")[2]} for task in tasks]  # by class, too, such as Broker.submit
 
 
 def own_events(spans: Sequence[Span], offset: float) -> list[Event]:
