@@ -37,8 +37,8 @@ class ReportData:
     the anchors. subjects: the models that the page shows in detail (see `in_detail`), in the order of the front. rows: theirs, as
     in `storage.schemas.ROWS`, without the probe's and without replicates. scores: (subject, score) -> array whose first axis runs over units, of anchors
     and of the first `PICTURED` candidates. anchors: the audit's anchors-audit.json. tables: those that the run has written,
-    relative to it. shape: (C, H, W) of a picture. original: the first forgotten pictures (n, C, H, W) in [-1, 1]. profile: the phases that ended, and
-    the checks; empty if the run has none.
+    relative to it. shape: (C, H, W) of a picture. original: the first forgotten pictures (n, C, H, W) in [-1, 1].
+    profile: the phases that ended, and the checks; empty if the run has none.
     """
 
     sweep: Sweep
