@@ -165,15 +165,19 @@ def _do(engine: Engine, name: str, chore: Chore) -> str:
 
 def _wait(engine: Engine, futures: dict[str, Future[Any]]) -> None:
     """Waits for all, reporting each end and the progress of jobs."""
-    started, waiting = time.monotonic(), dict(futures)
+    started, waiting, lengths = time.monotonic(), dict(futures), dict[str, int]()
     while waiting:
         for name in [n for n, f in waiting.items() if f.done()]:
             result: Any = waiting.pop(name).result()
             seconds = result.seconds if isinstance(result, Outcome) else None
+            if name in lengths:  # its last steps may have gone unnoticed
+                engine.events.tick(name, lengths[name], lengths[name])
             engine.events.say("prepare", f"{name} ready" + (f" (trained in {seconds:.0f} s)" if seconds else ""))
         if waiting:
             state = ray.get(engine.actors.broker.census.remote())
             for job_id, (done, steps, _) in state["progress"].items():
-                engine.events.tick(job_id.rsplit("-", 1)[0], done, steps)
+                name = job_id.rsplit("-", 1)[0]
+                lengths[name] = steps
+                engine.events.tick(name, done, steps)
             time.sleep(POLL_S)
     engine.events.say("prepare", f"base, oracles and judges ready after {time.monotonic() - started:.0f} s")
