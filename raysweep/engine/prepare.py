@@ -177,7 +177,8 @@ def _wait(engine: Engine, futures: dict[str, Future[Any]]) -> None:
             state = ray.get(engine.actors.broker.census.remote())
             for job_id, (done, steps, _) in state["progress"].items():
                 name = job_id.rsplit("-", 1)[0]
-                lengths[name] = steps
-                engine.events.tick(name, done, steps)
+                if name in waiting:
+                    lengths[name] = steps
+                    engine.events.tick(name, done, steps)
             time.sleep(POLL_S)
     engine.events.say("prepare", f"base, oracles and judges ready after {time.monotonic() - started:.0f} s")
